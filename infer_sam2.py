@@ -1,0 +1,498 @@
+"""Segment an image, or every image of a folder, with SAM 2.
+
+    python infer_sam2.py input=photo.jpg                                         # everything, with the bundled model
+    python infer_sam2.py input=photos/ checkpoint=outputs/train_sam2/<run>/best.pt
+    python infer_sam2.py input=photos/ model=sam2.1_hiera_tiny                   # an official model
+    python infer_sam2.py input=photo.jpg mode=region region=region.png           # 30 random points inside a mask
+    python infer_sam2.py input=photo.jpg mode=prompts 'points=[[420,310,1],[80,40,0]]'
+    python infer_sam2.py input=photo.jpg mode=prompts 'boxes=[[300,200,560,430],[10,20,90,80]]'
+    python infer_sam2.py input=photos/ mode=prompts prompts_file=prompts.json
+
+Inputs: pictures (8 or 16 bit), and a checkpoint: our best.pt, an official SAM 2 file, or nothing for the bundled one.
+prompts.json is a list of objects, each with at least one positive point, a box or a mask of the picture's size
+    [{"points": [[x, y, label], ...], "box": [x1, y1, x2, y2], "mask": "file.png"}, ...]
+or, with prompts of its own for each picture of a folder, {"<file name>": [objects], ...}: other pictures are left out.
+Points and boxes are px of the picture, (0, 0) is the top left pixel's centre; label 1 is the object, 0 is not.
+
+Written to outputs/infer_sam2/<date_time>/, for each picture:
+    <name>_labels.png    one id for each object, 16 bit; a 32-bit .tif above 65535 objects
+    <name>_overlay.png   the objects in colour over the picture
+    <name>.json          the masks in SA-1B's layout; those in the label map come first, with their id of the label map
+    summary.csv          for each picture: name; masks: in its json; objects: in its label map; encode_ms: preprocessing
+                         and image encoder; ms_per_prompt: all that follows up to the finished masks, per prompt
+An image that cannot be read is named at the end, the others are done, and the exit status is 1.
+
+Sources: Ravi et al., "SAM 2: Segment Anything in Images and Videos", 2024; points in a region and stitching as in
+github.com/sagieppel/fine-tune-train_segment_anything_2_in_60_lines_of_code.
+"""
+
+import csv
+import json
+import logging
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import hydra
+import numpy as np
+import torch
+import torch.nn.functional as F
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from utils.checkpoint import load_checkpoint
+from utils.images import (
+    PICTURE_SUFFIXES,
+    overlay_label_map,
+    read_image,
+    read_label_map,
+    write_image,
+    write_label_map,
+)
+from utils.mask_generation import (
+    AutomaticSettings,
+    GeneratedMasks,
+    annotate_mask,
+    generate_masks,
+    measure_full_size,
+    now_s,
+    sample_points_in_mask,
+    stitch_masks,
+)
+from utils.run import autocast, choose_device, choose_precision, finish_run, sample_rng, start_run
+from utils.sam2_model import build_sam2, decode, encode, preprocess, recognise_weights, scale_points
+
+log = logging.getLogger("infer_sam2")
+REPOSITORY = Path(__file__).resolve().parent
+MODES = ("automatic", "region", "prompts")
+SHARED_KEYS = ("seed", "device", "precision", "num_workers", "resume", "data_root", "model", "automatic")
+MASK_LOGIT = 10.0  # a mask prompt's pixels are +10 inside and -10 outside, as in SAM 2's training
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The keys of configs/infer_sam2.yaml that only this script has."""
+
+    input: str  # a picture, or a folder of pictures
+    checkpoint: str | None  # .pt file; None: the model's own, and the bundled nano if no model is named either
+    image_size: int | None  # side S that pictures are resized to, px; None: as the checkpoint was trained
+    mode: str  # automatic, region or prompts
+    region: str | None  # mode=region: mask file of the picture's size, the region is where it is not 0
+    num_points: int  # mode=region: points drawn in it, one mask each
+    points: list | None  # mode=prompts: [[x, y, label], ...] px, all of one object
+    boxes: list | None  # mode=prompts: [[x1, y1, x2, y2], ...] px, one object each
+    mask: str | None  # mode=prompts: mask file of the picture's size, of one object
+    prompts_file: str | None  # mode=prompts: json file (see the top of infer_sam2.py)
+    max_overlap: float  # a mask of which a larger share is taken by better ones is left out of the label map, 0..1
+
+
+@dataclass(frozen=True)
+class ObjectPrompt:
+    """What is known of one object, in px of its picture."""
+
+    point_coords: np.ndarray  # float32 (P, 2), (x, y); a box is two points, its corners, put first
+    point_labels: np.ndarray  # int32 (P,), 1 object, 0 not, 2 and 3 the corners of a box, -1 no point
+    mask: np.ndarray | None  # bool (H, W)
+
+
+def infer(config: dict, run_dir: Path) -> list[str]:
+    """Segment all pictures and write the results.
+
+    Args:
+        config: the resolved config of configs/infer_sam2.yaml, plain types.
+        run_dir: where everything is written.
+    Returns:
+        One line for each picture that failed; always empty for a single picture, whose failure is raised.
+    Raises:
+        ValueError, FileNotFoundError: for what makes the whole run impossible.
+    """
+    settings = Settings(**{key: value for key, value in config.items() if key not in SHARED_KEYS})
+    check_mode(settings)
+    image_paths = list_images(Path(settings.input))
+    objects_of = read_prompts(settings, image_paths) if settings.mode == "prompts" else {}
+    if settings.mode == "prompts":
+        image_paths = [path for path in image_paths if path.name in objects_of]
+    region = read_label_map(settings.region) > 0 if settings.mode == "region" else None  # (H, W)
+
+    device = choose_device(config["device"])
+    precision = choose_precision(config["precision"], device)
+    model_config = choose_model(settings.checkpoint, settings.image_size, config["model"])
+    changed = {key: value for key, value in config["automatic"].items() if value is not None}
+    automatic = AutomaticSettings(**(model_config["automatic"] | changed))
+    model = build_sam2(**model_config, device=device)
+    start_run(run_dir, config | {"model": model_config, "automatic": asdict(automatic)}, {"images": len(image_paths)})
+
+    is_folder = Path(settings.input).is_dir()
+    failures, num_done, num_masks = [], 0, 0
+    with (run_dir / "summary.csv").open("w", encoding="utf-8", newline="") as summary_file:
+        summary = csv.writer(summary_file)
+        summary.writerow(["name", "masks", "objects", "encode_ms", "ms_per_prompt"])
+        for image_index, path in enumerate(tqdm(image_paths, desc="segment", unit="image", disable=not is_folder)):
+            try:
+                image_rgb = read_image(path)  # uint8 (H, W, 3)
+                orig_hw = image_rgb.shape[:2]
+                if settings.mode == "region":
+                    objects = objects_in_region(
+                        region, orig_hw, settings.num_points, sample_rng(config["seed"], image_index)
+                    )
+                elif settings.mode == "prompts":
+                    objects = [parse_object(one, orig_hw) for one in objects_of[path.name]]
+            except (ValueError, FileNotFoundError) as error:
+                if not is_folder:
+                    raise
+                failures.append(f"{path}: {error}")
+                continue
+            with torch.inference_mode(), autocast(device, precision):
+                if settings.mode == "automatic":
+                    found = generate_masks(model, image_rgb, automatic)
+                else:
+                    found = segment_objects(model, image_rgb, objects, automatic)
+            label_map, ids = stitch_masks(
+                [one["segmentation"] for one in found.annotations],
+                [one["predicted_iou"] for one in found.annotations],
+                orig_hw,
+                settings.max_overlap,
+            )
+            write_results(
+                run_dir, output_name(path, image_paths), path.name, image_rgb, label_map, ids, found, image_index
+            )
+            ms_per_prompt = found.prompts_ms / found.num_prompts
+            num_objects = int(np.count_nonzero(ids))
+            summary.writerow([path.name, len(ids), num_objects, f"{found.encode_ms:.1f}", f"{ms_per_prompt:.3f}"])
+            summary_file.flush()  # what is done stays if a later picture stops the run
+            num_done, num_masks = num_done + 1, num_masks + len(ids)
+            if not is_folder:
+                log.info(
+                    f"{path.name}: {len(ids)} masks, {num_objects} of them in the label map; "
+                    f"encode {found.encode_ms:.0f} ms, {ms_per_prompt:.2f} ms for each of {found.num_prompts} prompts"
+                )
+    finish_run(run_dir, {"last": {"num_images": num_done, "num_masks": num_masks, "num_failed": len(failures)}})
+    log.info(f"{num_done} images, {num_masks} masks: {run_dir}")
+    return failures
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what to segment, and with what
+
+
+def check_mode(settings: Settings) -> None:
+    """Refuse an unknown mode, a mode without its input, and input that the mode would not use."""
+    if settings.mode not in MODES:
+        raise ValueError(f"mode is {settings.mode}; must be one of {', '.join(MODES)}")
+    mode_of = {"region": "region", "points": "prompts", "boxes": "prompts", "mask": "prompts", "prompts_file": "prompts"}
+    given = [key for key in mode_of if getattr(settings, key)]
+    for key in given:
+        if mode_of[key] != settings.mode:
+            raise ValueError(
+                f"{key}= is given but mode is {settings.mode}, which does not use it: add mode={mode_of[key]}"
+            )
+    if settings.mode == "region" and not given:
+        raise ValueError("mode=region needs region=<mask file of the picture's size>")
+    if settings.mode == "prompts" and not given:
+        raise ValueError("mode=prompts needs points=, boxes=, mask= or prompts_file=")
+    if "prompts_file" in given and len(given) > 1:
+        raise ValueError(f"prompts_file= is given together with {given[0]}=; put all prompts in the json file")
+    if settings.num_points < 1:
+        raise ValueError(f"num_points is {settings.num_points}; must be at least 1")
+
+
+def list_images(path: Path) -> list[Path]:
+    """List the pictures of a folder, sorted, or the one picture given."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"input {path} does not exist; give a picture or a folder of pictures")
+    image_paths = sorted(
+        one
+        for one in path.iterdir()
+        if one.is_file() and one.suffix.lower() in PICTURE_SUFFIXES and not one.name.startswith(".")
+    )
+    if not image_paths:
+        raise ValueError(f"input {path} has no pictures ({', '.join(PICTURE_SUFFIXES)}); give a folder that has some")
+    return image_paths
+
+
+def output_name(path: Path, image_paths: list[Path]) -> str:
+    """Name a picture's results: its stem, with its suffix where the stem alone would overwrite another file."""
+    is_shared = sum(one.stem.lower() == path.stem.lower() for one in image_paths) > 1
+    return f"{path.stem}_{path.suffix[1:]}" if is_shared or path.stem.lower() == "run" else path.stem  # run.json
+
+
+def choose_model(checkpoint: str | None, image_size: int | None, model: dict | None) -> dict:
+    """Find which model to build, and its weights.
+
+    Args:
+        checkpoint: a file; None for the model's own weights.
+        image_size: px; None for the checkpoint's, or the model's.
+        model: the values of a file of configs/model; None to read the architecture from the checkpoint, or for the
+            bundled nano where there is no checkpoint either.
+    Returns:
+        The arguments of `build_sam2`, less the device.
+    Raises:
+        FileNotFoundError: for a missing checkpoint.
+        ValueError: for one that is not of the named model, or of none.
+    """
+    chosen = model
+    if checkpoint:
+        state = load_checkpoint(Path(checkpoint))
+        if "config" in state:  # written by train_sam2.py
+            chosen = state["config"]["model"]
+            if model is not None and model["name"] != chosen["name"]:
+                raise ValueError(
+                    f"checkpoint {checkpoint} is of model {chosen['name']}, not {model['name']}; leave out model="
+                )
+        elif model is None:
+            name = recognise_weights(state["model"]) if isinstance(state.get("model"), dict) else None
+            if name is None:
+                raise ValueError(f"checkpoint {checkpoint} is of no SAM 2 model that this toolkit knows")
+            chosen = read_model_config(name)
+    elif model is None:
+        chosen = read_model_config("sam2_nano")
+    return chosen | {
+        "checkpoint": str(checkpoint) if checkpoint else chosen["checkpoint"],
+        "image_size": image_size or chosen["image_size"],
+    }
+
+
+def read_model_config(name: str) -> dict:
+    """Read a file of configs/model."""
+    return OmegaConf.to_container(OmegaConf.load(REPOSITORY / "configs" / "model" / f"{name}.yaml"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prompts
+
+
+def read_prompts(settings: Settings, image_paths: list[Path]) -> dict[str, list[dict]]:
+    """Collect the prompts from the command line or the json file.
+
+    Returns:
+        {picture's file name: [{"points": ..., "box": ..., "mask": ...}, ...]}, values not checked yet.
+    """
+    names = [path.name for path in image_paths]
+    if not settings.prompts_file:
+        boxes = settings.boxes or []
+        if len(boxes) > 1 and (settings.points or settings.mask):
+            raise ValueError(
+                f"points= or mask= is given with {len(boxes)} boxes; say in prompts_file=<json file> which belong together"
+            )
+        shared = {key: getattr(settings, key) for key in ("points", "mask") if getattr(settings, key)}
+        return {name: [shared | {"box": box} for box in boxes] or [shared] for name in names}
+    path = Path(settings.prompts_file)
+    if not path.is_file():
+        raise FileNotFoundError(f"prompts file {path} does not exist")
+    try:
+        prompts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not text
+        raise ValueError(f"prompts file {path} is not valid json: {error}") from error
+    if isinstance(prompts, list):
+        prompts = {name: prompts for name in names}
+    if not isinstance(prompts, dict) or not all(isinstance(objects, list) and objects for objects in prompts.values()):
+        raise ValueError(f"prompts file {path} must hold a list of objects, or {{file name: list of objects}}")
+    for name in prompts:
+        if name not in names:
+            raise ValueError(f"prompts file {path} names the picture {name}, which is not in {settings.input}")
+    if not prompts:
+        raise ValueError(f"prompts file {path} holds no prompts")
+    return prompts
+
+
+def parse_object(prompt: dict, orig_hw: tuple[int, int]) -> ObjectPrompt:
+    """Check one object's prompts against its picture.
+
+    Args:
+        prompt: {"points": [[x, y, label], ...], "box": [x1, y1, x2, y2], "mask": file}, at least one of them.
+        orig_hw: size of the picture.
+    Raises:
+        ValueError: naming the value that is wrong.
+    """
+    height, width = orig_hw
+    if not isinstance(prompt, dict) or not set(prompt) <= {"points", "box", "mask"}:
+        raise ValueError(f"an object's prompts are {prompt}; must have points, box or mask and nothing else")
+    point_coords, point_labels = [], []
+    if prompt.get("box") is not None:
+        box = prompt["box"]
+        if not is_numbers(box, 4):
+            raise ValueError(f"box is {box}; must be [x1, y1, x2, y2]")
+        x1, y1, x2, y2 = box
+        if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+            raise ValueError(
+                f"box is {box}; must have x1 < x2, y1 < y2 and lie in the picture of {width} x {height} px"
+            )
+        point_coords += [[x1, y1], [x2, y2]]
+        point_labels += [2, 3]
+    for point in prompt.get("points") or []:
+        if not is_numbers(point, 3) or point[2] not in (0, 1):
+            raise ValueError(f"point is {point}; must be [x, y, label] with label 1 (object) or 0 (not)")
+        if not (0 <= point[0] < width and 0 <= point[1] < height):
+            raise ValueError(f"point {point[:2]} lies outside the picture of {width} x {height} px")
+        point_coords.append(point[:2])
+        point_labels.append(int(point[2]))
+    mask = None
+    if prompt.get("mask"):
+        mask = read_label_map(prompt["mask"]) > 0
+        check_mask(mask, orig_hw, f"mask {prompt['mask']}")
+        if not point_coords:  # SAM 2 is trained with one "no point" beside a mask
+            point_coords, point_labels = [[0, 0]], [-1]
+    if not {1, 2, -1} & set(point_labels) and mask is None:
+        raise ValueError(f"an object's prompts are {prompt}; it needs a point with label 1, a box or a mask")
+    return ObjectPrompt(np.array(point_coords, np.float32), np.array(point_labels, np.int32), mask)
+
+
+def is_numbers(values, count: int) -> bool:
+    """Tell whether values is a list of `count` finite numbers."""
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(type(v) in (int, float) and math.isfinite(v) for v in values)
+    )
+
+
+def check_mask(mask: np.ndarray, orig_hw: tuple[int, int], name: str) -> None:
+    """Refuse a mask that is empty or not of its picture's size."""
+    if mask.shape != tuple(orig_hw):
+        raise ValueError(
+            f"{name} is {mask.shape[1]} x {mask.shape[0]} px, its picture {orig_hw[1]} x {orig_hw[0]}; must be equal"
+        )
+    if not mask.any():
+        raise ValueError(f"{name} is empty; mark its pixels with a value other than 0")
+
+
+def objects_in_region(
+    region: np.ndarray, orig_hw: tuple[int, int], num_points: int, rng: np.random.Generator
+) -> list[ObjectPrompt]:
+    """Draw points at random in a region, (H, W) bool of the picture's size; each is the prompt of an object."""
+    check_mask(region, orig_hw, "the region mask")
+    points = sample_points_in_mask(region, num_points, rng)  # (N, 2)
+    return [ObjectPrompt(point[None], np.ones(1, np.int32), None) for point in points]
+
+
+def segment_objects(
+    model: torch.nn.Module, image_rgb: np.ndarray, objects: list[ObjectPrompt], automatic: AutomaticSettings
+) -> GeneratedMasks:
+    """Predict one mask for each object: the best of three by predicted IoU for a single point, else the only one.
+
+    Args:
+        image_rgb: uint8 (H, W, 3).
+        automatic: of it, points_per_batch, stability_score_offset and min_region_area are used.
+    Returns:
+        GeneratedMasks in the order of the objects, less empty masks.
+    """
+    orig_hw = image_rgb.shape[:2]
+    start = now_s(model.device)
+    embeddings = encode(model, preprocess(image_rgb, model.image_size)[None].to(model.device))
+    encoded = now_s(model.device)
+    groups = {}  # one decode call holds objects with as many points, and all or none with a mask
+    for index, one in enumerate(objects):
+        groups.setdefault((len(one.point_labels), one.mask is not None), []).append(index)
+    size = automatic.points_per_batch
+    batches = [indices[i : i + size] for indices in groups.values() for i in range(0, len(indices), size)]
+    annotations = {}
+    for batch in batches:
+        point_coords = torch.from_numpy(np.stack([objects[i].point_coords for i in batch])).to(
+            model.device
+        )  # (O, P, 2)
+        point_labels = torch.from_numpy(np.stack([objects[i].point_labels for i in batch])).to(model.device)  # (O, P)
+        masks = [objects[i].mask for i in batch if objects[i].mask is not None]
+        low_res_masks, iou_predictions, _ = decode(
+            model,
+            embeddings,
+            image_index=torch.zeros(len(batch), dtype=torch.long, device=model.device),
+            point_coords=scale_points(point_coords, orig_hw, model.image_size),
+            point_labels=point_labels,
+            mask_inputs=mask_logits(masks, model) if masks else None,
+            multimask_output=point_labels.shape[1] == 1 and not masks,
+        )  # (O, M, h, w), (O, M)
+        predicted_ious, best = iou_predictions.float().max(1)
+        best_masks = low_res_masks[torch.arange(len(batch)), best].float()  # (O, h, w)
+        stability_scores, _ = measure_full_size(best_masks, orig_hw, automatic.stability_score_offset)
+        for k, index in enumerate(batch):
+            is_click = np.isin(objects[index].point_labels, (0, 1))
+            annotations[index] = annotate_mask(
+                best_masks[k].cpu().numpy(),
+                predicted_ious[k].item(),
+                stability_scores[k].item(),
+                objects[index].point_coords[is_click].tolist(),
+                (0, 0, orig_hw[1], orig_hw[0]),
+                orig_hw,
+                automatic.min_region_area,
+            )
+    num_empty = sum(one["area"] == 0 for one in annotations.values())
+    if num_empty:
+        log.info(f"{num_empty} of {len(objects)} prompts gave an empty mask")
+    found = [annotations[i] for i in range(len(objects)) if annotations[i]["area"] > 0]
+    return GeneratedMasks(found, len(objects), 1000 * (encoded - start), 1000 * (now_s(model.device) - encoded))
+
+
+def mask_logits(masks: list[np.ndarray], model: torch.nn.Module) -> torch.Tensor:
+    """Turn masks (H, W) into the decoder's mask prompts, (O, 1, S/4, S/4): their averages, from -10 to 10."""
+    side = model.image_size // 4
+    logits = [
+        F.interpolate(
+            torch.from_numpy(mask)[None, None].float() * 2 * MASK_LOGIT - MASK_LOGIT,
+            (side, side),
+            mode="bilinear",
+            align_corners=False,
+            antialias=True,
+        )
+        for mask in masks
+    ]
+    return torch.cat(logits).to(model.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# results
+
+
+def write_results(
+    run_dir: Path,
+    name: str,
+    file_name: str,
+    image_rgb: np.ndarray,
+    label_map: np.ndarray,
+    ids: np.ndarray,
+    found: GeneratedMasks,
+    image_index: int,
+) -> None:
+    """Write a picture's label map, overlay and json.
+
+    Args:
+        label_map, ids: from `stitch_masks`; masks without an id get the numbers that follow.
+    """
+    write_label_map(run_dir / f"{name}_labels.png", label_map)
+    write_image(run_dir / f"{name}_overlay.png", overlay_label_map(image_rgb, label_map))
+    numbers = ids.copy()
+    numbers[ids == 0] = np.arange(ids.max(initial=0) + 1, len(ids) + 1)
+    record = {
+        "image": {
+            "image_id": image_index + 1,
+            "width": image_rgb.shape[1],
+            "height": image_rgb.shape[0],
+            "file_name": file_name,
+        },
+        "annotations": [{"id": int(numbers[k])} | found.annotations[k] for k in np.argsort(numbers)],
+    }
+    path = run_dir / f"{name}.json"
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(json.dumps(record), encoding="utf-8")
+    os.replace(partial, path)
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="infer_sam2")
+def main(cfg: DictConfig) -> None:
+    """Read the config, segment, and end with one line on what went wrong and status 1, if anything did."""
+    try:
+        config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        failures = infer(config, Path(HydraConfig.get().runtime.output_dir))
+    except (ValueError, FileNotFoundError, FileExistsError, ConnectionError) as error:
+        log.debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true
+        sys.exit(f"error: {error}")
+    if failures:
+        sys.exit(f"{len(failures)} images failed:\n" + "\n".join(f"  {line}" for line in failures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Fixtures that all tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder with the real datasets, from the environment variable DATA_ROOT; without it the test is skipped."""
+    value = os.environ.get("DATA_ROOT")
+    if not value:
+        pytest.skip("real data: set DATA_ROOT to the folder that holds the datasets (data/README.md)")
+    root = Path(value).resolve()
+    if not root.is_dir():
+        pytest.fail(f"DATA_ROOT is {value}; no such folder")
+    return root
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

@@ -1,0 +1,263 @@
+"""utils/checkpoint.py: atomic save, safe load, resume."""
+
+import collections
+import os
+import pathlib
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from utils import checkpoint
+from utils.checkpoint import check_same_config, find_resume, load_checkpoint, save_checkpoint
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def test_what_a_run_stores_comes_back_the_same(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(torch.rand(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    dtypes = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": torch.amp.GradScaler("cpu").state_dict(),
+        "tensors": [torch.ones(2, 3, dtype=dtype) for dtype in dtypes] + [torch.zeros(0), torch.tensor(1.5)],
+        "rng": torch.get_rng_state(),
+        "config": {"betas": (0.9, 0.999), "name": "s", "resume": None, "flag": True, "layers": [1, [2, {}]], 3: 4},
+        "best": float("-inf"),  # no validation yet
+        "step": 2**40,
+        "format": 1,
+    }
+    save_checkpoint(tmp_path / "last.pt", state)
+    assert_same(load_checkpoint(tmp_path / "last.pt"), state)
+    assert_same(torch.load(tmp_path / "last.pt", weights_only=True), state)
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_nothing_that_is_not_finite_is_saved_and_the_tensor_is_named(tmp_path, value, dtype):
+    save_checkpoint(tmp_path / "best.pt", {"step": 1})
+    weights = torch.zeros(3, 4, dtype=dtype)
+    weights[1, 2] = value
+    with pytest.raises(ValueError, match=r"optimizer\.state\.0\[1\]\.exp_avg has nan or infinite"):
+        save_checkpoint(tmp_path / "best.pt", {"optimizer": {"state": {0: [None, {"exp_avg": weights}]}}})
+    assert load_checkpoint(tmp_path / "best.pt") == {"step": 1}
+    assert os.listdir(tmp_path) == ["best.pt"]
+
+
+Pair = collections.namedtuple("Pair", "a b")
+
+
+@pytest.mark.parametrize(
+    "value, name",
+    [
+        (np.float64(0.5), "numpy.float64"),  # a float to isinstance, an error to weights_only
+        (np.zeros(2), "numpy.ndarray"),
+        (pathlib.Path("x"), "Path"),
+        ({1, 2}, "set"),
+        (b"x", "bytes"),
+        (Pair(1, 2), "Pair"),
+        (collections.defaultdict(list), "defaultdict"),
+        (OmegaConf.create([1]), "ListConfig"),
+        (nn.Linear(1, 1), "Linear"),
+        (torch.float32, "dtype"),
+        (torch.Size([1]), "Size"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_types_are_refused_and_their_place_is_named(tmp_path, value, name):
+    with pytest.raises(TypeError, match=rf"entry config\.layers\[1\] is a .*{name}"):
+        save_checkpoint(tmp_path / "last.pt", {"config": {"layers": [0, value]}})
+    assert os.listdir(tmp_path) == []
+
+
+def test_keys_are_plain_too(tmp_path):
+    for key in (("a", "b"), np.int64(1), None, 1.5, True):
+        with pytest.raises(TypeError, match="entry config has the key"):
+            save_checkpoint(tmp_path / "last.pt", {"config": {key: 1}})
+
+
+def test_a_save_that_fails_leaves_the_previous_file_and_nothing_else(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "last.pt", {"step": 1})
+
+    def full_disk(state, file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path / "last.pt", {"step": 2})
+    assert os.listdir(tmp_path) == ["last.pt"]
+    assert load_checkpoint(tmp_path / "last.pt") == {"step": 1}
+
+
+def run_in_child(function) -> int:
+    """Run a function in a forked process and return the signal that ended it, 0 for none."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+        finally:
+            os._exit(1)
+    return os.WTERMSIG(os.waitpid(child, 0)[1])
+
+
+@needs_fork
+@pytest.mark.parametrize("moment", ["half written", "written but not renamed"])
+def test_a_run_killed_while_saving_leaves_the_previous_file(tmp_path, moment):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"weights": torch.full((1000,), 1.0)})
+
+    def killed():
+        def half(state, file):
+            file.write(b"half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if moment == "half written":
+            checkpoint.torch.save = half
+        else:
+            checkpoint.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        save_checkpoint(path, {"weights": torch.full((1000,), 2.0)})
+
+    assert run_in_child(killed) == signal.SIGKILL
+    assert sorted(os.listdir(tmp_path)) == ["last.pt", "last.pt.tmp"]
+    assert load_checkpoint(path)["weights"].unique().tolist() == [1.0]
+    save_checkpoint(path, {"weights": torch.full((10,), 3.0)})  # shorter than the stale last.pt.tmp, which it replaces
+    assert load_checkpoint(path)["weights"].unique().tolist() == [3.0]
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+@needs_fork
+def test_kill_at_random_moments_always_leaves_a_whole_file(tmp_path):
+    path = tmp_path / "last.pt"
+    rng = random.Random(0)
+    save_checkpoint(path, {"step": 0, "weights": [torch.full((300_000,), 0.0) for _ in range(4)]})
+    for _ in range(10):
+        child = os.fork()
+        if child == 0:
+            step = load_checkpoint(path)["step"]
+            while True:
+                step += 1
+                weights = [torch.full((300_000,), float(step)) for _ in range(4)]
+                save_checkpoint(path, {"step": step, "weights": weights})
+        time.sleep(rng.uniform(0.02, 0.2))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        state = load_checkpoint(path)
+        assert all(tensor.unique().tolist() == [state["step"]] for tensor in state["weights"])
+    assert state["step"] > 10
+
+
+def test_the_bytes_are_on_disk_before_the_name_points_at_them(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(("fsync", os.fstat(fd).st_size)), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(("replace", os.stat(a).st_size)), replace(a, b)))
+    save_checkpoint(tmp_path / "last.pt", {"weights": torch.zeros(1000)})
+    size = (tmp_path / "last.pt").stat().st_size
+    assert calls == [("fsync", size), ("replace", size)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# load
+
+
+def test_a_missing_checkpoint_is_an_error_with_its_path(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pt does not exist"):
+        load_checkpoint(tmp_path / "nowhere.pt")
+    with pytest.raises(ValueError, match=r"is a folder; give the file in it"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_damaged_or_foreign_file_is_one_clear_line(tmp_path):
+    save_checkpoint(tmp_path / "good.pt", {"weights": torch.zeros(1000)})
+    whole = (tmp_path / "good.pt").read_bytes()
+    cut = [whole[: len(whole) // 2], whole[100:]]
+    for content in [b"", b"hello\n", b"a,b\n1,2\n", b"\x80\x02}q\x00.", bytes(64), *cut]:
+        (tmp_path / "bad.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"bad\.pt cannot be read") as caught:
+            load_checkpoint(tmp_path / "bad.pt")
+        assert "\n" not in str(caught.value)
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="holds a list; must be a dict"):
+        load_checkpoint(tmp_path / "list.pt")
+
+
+class Exploit:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+def test_loading_runs_no_code_from_the_file(tmp_path):
+    torch.save({"model": Exploit(str(tmp_path / "made"))}, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_checkpoint(tmp_path / "bad.pt")
+    assert not (tmp_path / "made").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# resume
+
+
+def test_find_resume(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no last.pt"):
+        find_resume(tmp_path)
+    for name in ("last.pt", "best.pt"):
+        save_checkpoint(tmp_path / name, {"step": 1})
+    for path in (tmp_path, str(tmp_path), tmp_path / "last.pt"):
+        assert find_resume(path) == tmp_path / "last.pt"
+    with pytest.raises(FileNotFoundError, match=r"nowhere, which does not exist"):
+        find_resume(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="best.pt has no optimizer state"):
+        find_resume(tmp_path / "best.pt")
+
+
+def test_check_same_config_lists_each_difference_that_is_not_allowed():
+    stored = {"seed": 0, "device": "auto", "data": {"root": "a"}, "n": 1}
+    stored["train"] = {"lr": 0.1, "steps": 5, "old": 1}
+    current = {"seed": 1, "device": "cpu", "data": {"root": "b"}, "n": True}
+    current["train"] = {"lr": 0.2, "steps": 9, "new": {}}
+    check_same_config(stored, stored)
+    with pytest.raises(ValueError) as caught:
+        check_same_config(stored, current, allowed=("device", "train.steps", "data", "train.l"))
+    lines = [line.strip() for line in str(caught.value).splitlines() if line.startswith("  ")]
+    assert lines == [
+        "n: stored 1, now True",
+        "seed: stored 0, now 1",
+        "train.lr: stored 0.1, now 0.2",
+        "train.new: stored (absent), now {}",
+        "train.old: stored 1, now (absent)",
+    ]
+    with pytest.raises(ValueError, match="a: stored None, now 0"):  # None, 0 and absent are three things
+        check_same_config({"a": None}, {"a": 0})
+    with pytest.raises(ValueError, match=r"a: stored None, now \(absent\)"):
+        check_same_config({"a": None}, {})

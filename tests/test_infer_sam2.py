@@ -1,0 +1,395 @@
+"""infer_sam2.py: each mode against sam2's own predictor, the files it writes, checkpoints, folders, and bad input."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from pycocotools import mask as coco_mask
+
+from infer_sam2 import choose_model, infer, list_images, output_name
+from utils.checkpoint import save_checkpoint
+from utils.images import overlay_label_map, read_image, write_image
+from utils.instance_data import Item, read_instances
+from utils.sam2_model import build_sam2
+
+ROOT = Path(__file__).resolve().parent.parent
+NANO = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "model" / "sam2_nano.yaml"))
+MANY_MASKS = [  # random weights: masks cover the whole picture and no score is high
+    "automatic.pred_iou_thresh=0.01",
+    "automatic.stability_score_thresh=0.01",
+    "automatic.stability_score_offset=0.1",
+    "automatic.box_nms_thresh=1.0",
+    "automatic.points_per_side=6",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """best.pt and official.pt of a nano with random weights that answer to the prompt, and one picture with a mask."""
+    folder = tmp_path_factory.mktemp("infer")
+    torch.manual_seed(0)
+    model = build_sam2(**NANO | {"checkpoint": "none"}, device="cpu")
+    with torch.no_grad():
+        for name, values in model.named_parameters():
+            if ("transformer" in name and values.dim() > 1) or "point_embeddings" in name:
+                values.mul_(4)
+    save_checkpoint(folder / "best.pt", {"model": model.state_dict(), "config": {"model": NANO}, "format": 1})
+    save_checkpoint(folder / "official.pt", {"model": model.state_dict()})
+    rng = np.random.default_rng(0)
+    image_rgb = cv2.resize(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8), (160, 120), interpolation=cv2.INTER_CUBIC)
+    write_image(folder / "photo.png", image_rgb)
+    region = np.zeros((120, 160), np.uint8)
+    region[30:80, 50:120] = 255
+    write_image(folder / "region.png", region)
+    return folder
+
+
+def compose_config(*overrides):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("infer_sam2", ["device=cpu", *overrides])
+    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+def run(folder, run_dir, *overrides):
+    """Run infer in this process; {name: json}, label maps by name, and the failures."""
+    run_dir.mkdir(exist_ok=True)
+    if not any(one.startswith("checkpoint=") for one in overrides):
+        overrides = [f"checkpoint={folder / 'best.pt'}", *overrides]
+    failures = infer(compose_config(*overrides), run_dir)
+    records = {path.stem: json.loads(path.read_text()) for path in run_dir.glob("*.json") if path.stem != "run"}
+    labels = {path.name[:-11]: cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in run_dir.glob("*_labels.png")}
+    return records, labels, failures
+
+
+def run_command(*arguments, cwd):
+    """Run the real command."""
+    command = [sys.executable, str(ROOT / "infer_sam2.py"), "device=cpu", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def masks_of(record):
+    return [coco_mask.decode(one["segmentation"]).astype(bool) for one in record["annotations"]]
+
+
+@pytest.fixture(scope="module")
+def predictor(folder):
+    """sam2's own predictor with the same weights, looking at photo.png."""
+    was_running = GlobalHydra.instance().is_initialized()
+    from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+    if not was_running:
+        GlobalHydra.instance().clear()
+    model = build_sam2(**NANO | {"checkpoint": str(folder / "best.pt")}, device="cpu")
+    with warnings.catch_warnings():  # torch.jit.script is deprecated
+        warnings.simplefilter("ignore")
+        predictor = SAM2ImagePredictor(model)
+    predictor._bb_feat_sizes = [(64, 64), (32, 32), (16, 16)]  # it hard-codes those of 1024 px
+    predictor.set_image(read_image(folder / "photo.png"))
+    return predictor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# modes
+
+
+POINTS = [[40.0, 50.0, 1], [100.0, 20.0, 0], [60.0, 90.0, 1]]
+BOX = [20.0, 30.0, 110.0, 100.0]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        {"points": POINTS[:1]},
+        {"points": POINTS[:2]},
+        {"box": BOX},
+        {"box": BOX, "points": POINTS},
+        {"mask": "region.png", "points": POINTS[:1]},
+        {"mask": "region.png", "box": BOX},
+    ],
+    ids=lambda prompt: "+".join(prompt) + str(len(prompt.get("points", []))),
+)
+def test_prompts_give_the_masks_of_the_official_predictor(folder, tmp_path, predictor, monkeypatch, prompt):
+    monkeypatch.chdir(folder)
+    arguments = {"points": prompt.get("points"), "boxes": [prompt["box"]] if "box" in prompt else None}
+    overrides = [f"{key}={value}".replace(" ", "") for key, value in arguments.items() if value]
+    overrides += ["mask=region.png"] if "mask" in prompt else []
+    records, labels, _ = run(folder, tmp_path / "run", "input=photo.png", "mode=prompts", *overrides)
+
+    mask_input = None
+    if "mask" in prompt:  # as in SAM 2's training: logits of +-10, resized with antialiasing
+        region = torch.from_numpy(cv2.imread("region.png", 0)).float()[None, None] / 255 * 20 - 10
+        mask_input = torch.nn.functional.interpolate(region, (64, 64), mode="bilinear", antialias=True)[0].numpy()
+    is_single_click = set(prompt) == {"points"} and len(prompt["points"]) == 1
+    masks, ious, _ = predictor.predict(
+        np.array(prompt["points"])[:, :2] if "points" in prompt else None,
+        np.array(prompt["points"])[:, 2] if "points" in prompt else None,
+        np.array(prompt["box"]) if "box" in prompt else None,
+        mask_input,
+        multimask_output=is_single_click,
+    )
+    assert len(masks) == (3 if is_single_click else 1)
+    expected = masks[ious.argmax()] > 0
+    (annotation,) = records["photo"]["annotations"]
+    (mask,) = masks_of(records["photo"])
+    assert 0 < expected.sum() < expected.size
+    assert (mask != expected).mean() < 1e-3
+    assert annotation["predicted_iou"] == pytest.approx(ious.max(), abs=1e-4)
+    assert annotation["point_coords"] == [point[:2] for point in prompt.get("points", [])]
+    np.testing.assert_array_equal(labels["photo"], mask)
+
+
+def test_several_objects_at_once_equal_one_at_a_time(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    objects = [
+        {"points": POINTS},
+        {"box": BOX},
+        {"points": POINTS[:1]},
+        {"mask": "region.png"},
+        {"box": [5, 6, 70, 80]},
+        {"mask": "region.png", "points": POINTS[:1]},
+        {"points": [POINTS[2]]},
+    ]
+
+    def predict(name, prompts):
+        (tmp_path / f"{name}.json").write_text(json.dumps(prompts))
+        arguments = [
+            "input=photo.png",
+            "mode=prompts",
+            f"prompts_file={tmp_path / name}.json",
+            "automatic.points_per_batch=2",
+        ]
+        record = run(folder, tmp_path / name, *arguments)[0]["photo"]
+        return {one["predicted_iou"]: mask for one, mask in zip(record["annotations"], masks_of(record), strict=True)}
+
+    together = predict("together", objects)
+    assert len(together) == len(objects)
+    for index, one in enumerate(objects):
+        ((iou, mask),) = predict(f"object{index}", [one]).items()
+        nearest = min(together, key=lambda other: abs(other - iou))
+        assert nearest == pytest.approx(iou, abs=1e-5)
+        assert (together[nearest] != mask).mean() < 1e-3
+
+
+def test_box_prompts_of_the_command_line_are_one_object_each(folder, tmp_path):
+    boxes = f"boxes=[{BOX},[5,6,70,80]]".replace(" ", "")
+    records, _, _ = run(folder, tmp_path / "run", f"input={folder / 'photo.png'}", "mode=prompts", boxes)
+    assert len(records["photo"]["annotations"]) == 2
+    rows = list(csv.DictReader((tmp_path / "run" / "summary.csv").open()))
+    assert [row["name"] for row in rows] == ["photo.png"] and rows[0]["masks"] == "2"
+
+
+@pytest.mark.parametrize("num_points", [1, 30])
+def test_region_gives_one_mask_a_point(folder, tmp_path, predictor, num_points):
+    """With one point the tutorial reads a row of the picture as the mask, and fails on its score."""
+    arguments = [f"input={folder / 'photo.png'}", "mode=region", f"region={folder / 'region.png'}"]
+    arguments += [f"num_points={num_points}"] if num_points != 30 else []  # 30 is the default
+    record = run(folder, tmp_path / "run", *arguments)[0]["photo"]
+    assert len(record["annotations"]) == num_points
+    region = cv2.imread(str(folder / "region.png"), 0) > 0
+    for annotation, mask in list(zip(record["annotations"], masks_of(record), strict=True))[:5]:
+        ((x, y),) = annotation["point_coords"]
+        assert region[int(y), int(x)]
+        masks, ious, _ = predictor.predict(np.array([[x, y]]), np.array([1]))
+        assert (mask != (masks[ious.argmax()] > 0)).mean() < 1e-3
+
+
+def test_automatic_masks_and_their_files(folder, tmp_path):
+    records, labels, _ = run(folder, tmp_path / "run", f"input={folder / 'photo.png'}", *MANY_MASKS, "max_overlap=0.9")
+    record, label_map = records["photo"], labels["photo"]
+    assert record["image"] == {"image_id": 1, "width": 160, "height": 120, "file_name": "photo.png"}
+    assert len(record["annotations"]) == 3 * 6 * 6
+    assert label_map.dtype == np.uint16 and label_map.max() >= 2
+    assert [one["id"] for one in record["annotations"]] == list(range(1, 109))
+    taken = np.zeros(label_map.shape, bool)
+    for annotation, mask in zip(record["annotations"], masks_of(record), strict=True):
+        ys, xs = np.nonzero(mask)
+        assert annotation["area"] == mask.sum() == coco_mask.area(annotation["segmentation"])
+        assert annotation["bbox"] == [xs.min(), ys.min(), xs.max() - xs.min(), ys.max() - ys.min()]
+        assert set(annotation) == {
+            "id", "segmentation", "bbox", "area", "predicted_iou", "stability_score", "point_coords", "crop_box"
+        }  # fmt: skip
+        if annotation["id"] <= label_map.max():  # the label map's ids are the json's, best first
+            np.testing.assert_array_equal(label_map == annotation["id"], mask & ~taken)
+            taken |= mask
+    overlay = cv2.cvtColor(cv2.imread(str(tmp_path / "run" / "photo_overlay.png")), cv2.COLOR_BGR2RGB)
+    np.testing.assert_array_equal(
+        overlay, overlay_label_map(read_image(folder / "photo.png"), label_map.astype(np.int32))
+    )
+    run_record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run_record["end"] and run_record["metrics"]["last"]["num_masks"] == 108
+    assert run_record["config"]["automatic"]["points_per_side"] == 6
+
+    layers = read_instances(Item("photo", "sa1b", folder / "photo.png", tmp_path / "run" / "photo.json"))
+    assert len(np.unique(layers[layers > 0])) == 108  # our own reader, for data=sa1b
+
+    again = run(folder, tmp_path / "again", f"input={folder / 'photo.png'}", *MANY_MASKS, "max_overlap=0.9")
+    assert again[0] == records
+    np.testing.assert_array_equal(again[1]["photo"], label_map)
+
+
+def test_no_mask_at_all_still_writes_everything(folder, tmp_path):
+    records, labels, _ = run(folder, tmp_path / "run", f"input={folder / 'photo.png'}", "automatic.pred_iou_thresh=1")
+    assert records["photo"]["annotations"] == [] and not labels["photo"].any()
+    assert (tmp_path / "run" / "photo_overlay.png").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# folders
+
+
+def test_a_folder_goes_on_past_a_picture_that_cannot_be_read(folder, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    shutil.copy(folder / "photo.png", pictures / "a.png")
+    (pictures / "b.jpg").write_text("no picture")
+    shutil.copy(folder / "photo.png", pictures / "c.png")
+    cv2.imwrite(str(pictures / "c.jpg"), cv2.imread(str(folder / "photo.png")))  # the same stem
+    (pictures / "notes.txt").write_text("left alone")
+    done = run_command(
+        "input=pictures", f"checkpoint={folder / 'best.pt'}", "hydra.run.dir=run", *MANY_MASKS, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert done.stderr.rstrip().splitlines()[-1].startswith("  pictures/b.jpg: ")
+    assert "Traceback" not in done.stderr + done.stdout
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"a_labels.png", "a_overlay.png", "a.json", "c_png.json", "c_jpg.json", "c_jpg_labels.png"} <= written
+    assert not any(name.startswith("b") for name in written)
+    rows = list(csv.DictReader((tmp_path / "run" / "summary.csv").open()))
+    assert [row["name"] for row in rows] == ["a.png", "c.jpg", "c.png"]
+    assert all(float(row["encode_ms"]) > 0 and float(row["ms_per_prompt"]) > 0 for row in rows)
+
+
+def test_prompts_of_a_folder(folder, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in ("a", "b", "c"):
+        shutil.copy(folder / "photo.png", pictures / f"{name}.png")
+    prompts = {"a.png": [{"box": BOX}, {"points": POINTS}], "c.png": [{"points": [[500, 10, 1]]}]}
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    arguments = [f"input={pictures}", "mode=prompts", f"prompts_file={tmp_path / 'prompts.json'}"]
+    records, _, failures = run(folder, tmp_path / "run", *arguments)
+    assert set(records) == {"a"} and len(records["a"]["annotations"]) == 2
+    assert len(failures) == 1 and "c.png" in failures[0] and "outside the picture of 160 x 120 px" in failures[0]
+
+
+def test_names_that_would_overwrite_another_file_get_their_suffix():
+    paths = [Path("a.png"), Path("B.jpg"), Path("b.png"), Path("run.png")]
+    assert [output_name(path, paths) for path in paths] == ["a", "B_jpg", "b_png", "run_png"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def test_official_and_own_checkpoints_give_the_same_masks(folder, tmp_path):
+    arguments = [f"input={folder / 'photo.png'}", "mode=prompts", f"boxes=[{BOX}]".replace(" ", "")]
+    own = run(folder, tmp_path / "own", *arguments)[0]
+    recognised = run(folder, tmp_path / "recognised", *arguments, f"checkpoint={folder / 'official.pt'}")[0]
+    named = run(folder, tmp_path / "named", *arguments, f"checkpoint={folder / 'official.pt'}", "model=sam2_nano")[0]
+    through_model = [*arguments, "model=sam2_nano", f"model.checkpoint={folder / 'official.pt'}", "checkpoint=null"]
+    assert own == recognised == named == run(folder, tmp_path / "model", *through_model)[0]
+
+
+def test_geometry_comes_from_the_checkpoint(folder, tmp_path):
+    state = torch.load(folder / "best.pt", weights_only=True)
+    state["config"]["model"] = NANO | {"image_size": 128, "automatic": NANO["automatic"] | {"points_per_side": 5}}
+    save_checkpoint(tmp_path / "best.pt", state)
+    assert choose_model(tmp_path / "best.pt", None, None)["image_size"] == 128
+    assert choose_model(tmp_path / "best.pt", None, NANO)["image_size"] == 128
+    assert choose_model(tmp_path / "best.pt", 192, None)["image_size"] == 192
+    assert choose_model(tmp_path / "best.pt", None, None)["automatic"]["points_per_side"] == 5
+    assert choose_model(None, None, None) == NANO
+    with pytest.raises(ValueError, match="is of model sam2_nano, not sam2.1_hiera_tiny; leave out model="):
+        choose_model(tmp_path / "best.pt", None, NANO | {"name": "sam2.1_hiera_tiny"})
+    save_checkpoint(tmp_path / "other.pt", {"model": {"weight": torch.zeros(3)}})
+    with pytest.raises(ValueError, match="of no SAM 2 model that this toolkit knows"):
+        choose_model(tmp_path / "other.pt", None, None)
+    with pytest.raises(FileNotFoundError, match=r"missing\.pt does not exist"):
+        choose_model(tmp_path / "missing.pt", None, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["input=missing.jpg"], "input missing.jpg does not exist"),
+        (["input=nothing_here"], "input nothing_here has no pictures"),
+        (["input=text.jpg"], "text.jpg cannot be decoded"),
+        (["mode=fast"], "mode is fast; must be one of automatic, region, prompts"),
+        (["points=[[1,2,1]]"], "points= is given but mode is automatic, which does not use it: add mode=prompts"),
+        (["region=region.png"], "region= is given but mode is automatic.*add mode=region"),
+        (["mode=region"], "mode=region needs region="),
+        (["mode=region", "region=missing.png"], "no file missing.png"),
+        (["mode=region", "region=small.png"], "region mask is 30 x 20 px, its picture 160 x 120; must be equal"),
+        (["mode=region", "region=empty.png"], "region mask is empty"),
+        (["mode=region", "region=region.png", "num_points=0"], "num_points is 0"),
+        (["mode=prompts"], "mode=prompts needs points=, boxes=, mask= or prompts_file="),
+        (["mode=prompts", "points=[[160,5,1]]"], r"point \[160, 5\] lies outside the picture of 160 x 120 px"),
+        (["mode=prompts", "points=[[5,-1,1]]"], r"point \[5, -1\] lies outside"),
+        (["mode=prompts", "points=[[5,6]]"], r"point is \[5, 6\]; must be \[x, y, label\]"),
+        (["mode=prompts", "points=[[5,6,2]]"], r"point is \[5, 6, 2\]; must be"),
+        (["mode=prompts", "points=[[5,6,0]]"], "needs a point with label 1, a box or a mask"),
+        (["mode=prompts", "boxes=[[50,10,20,40]]"], r"box is \[50, 10, 20, 40\]; must have x1 < x2"),
+        (["mode=prompts", "boxes=[[0,0,200,40]]"], "lie in the picture of 160 x 120 px"),
+        (["mode=prompts", "boxes=[[0,0,9]]"], r"box is \[0, 0, 9\]; must be"),
+        (["mode=prompts", "boxes=[[0,0,9,9],[0,0,5,5]]", "points=[[5,6,1]]"], "with 2 boxes"),
+        (["mode=prompts", "mask=small.png"], "mask small.png is 30 x 20 px"),
+        (["mode=prompts", "prompts_file=missing.json"], "prompts file missing.json does not exist"),
+        (["mode=prompts", "prompts_file=text.jpg"], "is not valid json"),
+        (["mode=prompts", "prompts_file=other.json"], "names the picture other.png, which is not in photo.png"),
+        (["mode=prompts", "prompts_file=typo.json"], "must have points, box or mask and nothing else"),
+        (["mode=prompts", "prompts_file=typo.json", "mask=region.png"], "put all prompts in the json file"),
+    ],
+)
+def test_bad_input_is_one_clear_line(folder, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    Path("nothing_here").mkdir(exist_ok=True)
+    Path("text.jpg").write_text("no picture")
+    write_image("small.png", np.full((20, 30), 255, np.uint8))
+    write_image("empty.png", np.zeros((120, 160), np.uint8))
+    Path("other.json").write_text('{"other.png": [{"box": [1, 2, 3, 4]}]}')
+    Path("typo.json").write_text('[{"boxes": [1, 2, 3, 4]}]')
+    if not any(one.startswith("input=") for one in arguments):
+        arguments = ["input=photo.png", *arguments]
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
+        run(folder, tmp_path / "run", *arguments)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_command_reports_bad_input_in_one_line(folder):
+    done = run_command("input=missing.jpg", "hydra.run.dir=bad", cwd=folder)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "error: input missing.jpg does not exist; give a picture or a folder of pictures"
+    ]
+
+
+def test_a_typo_names_the_key():
+    with pytest.raises(Exception, match="pred_iou_tresh"):
+        compose_config("input=a.png", "automatic.pred_iou_tresh=0.5")
+    with pytest.raises(Exception, match="sam2_huge"):
+        compose_config("input=a.png", "model=sam2_huge")
+    config = compose_config("input=a.png")
+    with pytest.raises(TypeError, match="modes"):
+        infer(config | {"modes": "automatic"}, Path("."))
+
+
+def test_pictures_are_listed_sorted_without_hidden_files(tmp_path):
+    for name in ("b.PNG", "a.jpg", ".hidden.png", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in list_images(tmp_path)] == ["a.jpg", "b.PNG"]

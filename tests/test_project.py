@@ -1,0 +1,222 @@
+"""The project's own rules: who imports whom, nothing happens at import, requirements, and configs/common.yaml."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(ROOT.glob("*.py"))
+UTILS = sorted((ROOT / "utils").glob("*.py"))
+TESTS = sorted((ROOT / "tests").glob("*.py"))
+SHARED_LEAVES = {"run", "checkpoint", "images", "frames"}  # what any utils file may import, and what imports no other
+PACKAGES = {"cv2": "opencv-python-headless", "hydra": "hydra-core", "omegaconf": "hydra-core", "PIL": "pillow"}
+PACKAGES |= {"skimage": "scikit-image"}
+
+
+def parse(path):
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports(tree) -> set[str]:
+    """List what a file imports, at its top or inside functions, as dotted names: `from a import b` gives a.b."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def utils_imports(path) -> set[str]:
+    return {name.split(".")[1] for name in imports(parse(path)) if name.startswith("utils.")}
+
+
+def test_there_is_something_to_check():
+    assert {"train_sam2", "infer_sam2"} <= {path.stem for path in SCRIPTS}
+    assert {"run", "checkpoint", "sam2_model"} <= {path.stem for path in UTILS}
+
+
+@pytest.mark.parametrize("path", SCRIPTS + UTILS, ids=lambda path: path.stem)
+def test_imports_go_from_scripts_to_utils_to_libraries(path):
+    tops = {name.split(".")[0] for name in imports(parse(path))}
+    assert not tops & ({script.stem for script in SCRIPTS} | {"tests", "benchmarks"})
+
+
+def test_shared_utils_import_no_task_file():
+    for path in UTILS:
+        if path.stem in SHARED_LEAVES:
+            assert utils_imports(path) <= SHARED_LEAVES, path
+
+
+def test_no_import_cycles_in_utils():
+    waiting = {path.stem: utils_imports(path) for path in UTILS}
+    while waiting:
+        free = {name for name, needs in waiting.items() if not needs & set(waiting)}
+        assert free, f"these import each other: {sorted(waiting)}"
+        for name in free:
+            del waiting[name]
+
+
+def test_sam2_and_instantiate_stand_in_one_file_and_not_at_its_top():
+    for path in SCRIPTS + UTILS:
+        tree = parse(path)
+        found = {name for name in imports(tree) if name.split(".")[0] == "sam2" or name == "hydra.utils.instantiate"}
+        attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        found |= attributes & {"instantiate"}
+        if path != ROOT / "utils" / "sam2_model.py":
+            assert not found, path
+            continue
+        top = ast.Module([node for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))], [])
+        assert not {name for name in imports(top) if name.split(".")[0] in ("sam2", "hydra")}, path
+
+
+def test_no_bare_except_no_warnings_no_defaults_for_config_keys():
+    for path in SCRIPTS + UTILS:
+        for node in ast.walk(parse(path)):
+            place = f"{path.name}:{getattr(node, 'lineno', 0)}"
+            assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"{place}: bare except"
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert (node.value.id, node.attr) != ("warnings", "warn"), f"{place}: raise, or print, instead"
+                is_config = node.value.id in ("cfg", "config", "settings")
+                assert not (is_config and node.attr == "get"), f"{place}: a missing key must be an error"
+
+
+IMPORT_ALL = """
+import contextlib, io, json, sys
+import torch
+state = torch.get_rng_state()
+for name in sys.argv[1:]:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        __import__(name)
+    assert printed.getvalue() == "", f"importing {name} prints {printed.getvalue()!r}"
+    assert "sam2" not in sys.modules, f"importing {name} imports sam2"
+    if "hydra" in sys.modules:
+        from hydra.core.global_hydra import GlobalHydra
+        assert not GlobalHydra.instance().is_initialized(), f"importing {name} starts Hydra"
+    assert not torch.cuda.is_initialized(), f"importing {name} touches the GPU"
+    assert torch.equal(torch.get_rng_state(), state), f"importing {name} draws random numbers"
+    for slow in ("matplotlib.pyplot", "tensorboard"):
+        assert slow not in sys.modules, f"importing {name} imports {slow}"
+"""
+
+
+def test_importing_any_file_prints_writes_and_starts_nothing(tmp_path):
+    def files():
+        folders = [ROOT / name for name in ("configs", "data", "checkpoints", "outputs", "utils")]
+        found = list(ROOT.glob("*")) + [path for folder in folders for path in folder.rglob("*")]
+        return {path for path in found if "cache" not in path.as_posix()}
+
+    before = files()
+    names = [f"utils.{path.stem}" for path in UTILS] + [path.stem for path in SCRIPTS]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, *names], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout + done.stderr == "", done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert files() == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# requirements
+
+
+def required(name: str) -> set[str]:
+    """List the packages of a requirements file."""
+    packages = set()
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+        line = line.split("#")[0].strip()
+        if line.startswith("-r "):
+            packages |= required(line[3:])
+        elif line:
+            packages.add(re.match(r"[A-Za-z0-9_.-]+", line).group().lower())
+    return packages
+
+
+def third_party(paths) -> set[str]:
+    own = {path.stem for path in SCRIPTS} | {"utils", "tests", "benchmarks", "conftest"}
+    names = {name for path in paths for name in imports(parse(path))}
+    tops = {"tensorboard" if name.startswith("torch.utils.tensorboard") else name.split(".")[0] for name in names}
+    return {PACKAGES.get(top, top) for top in tops - own - set(sys.stdlib_module_names)}
+
+
+def test_requirements_list_what_is_used_and_nothing_else():
+    assert third_party(SCRIPTS + UTILS) == required("requirements.txt")
+    assert third_party(TESTS) <= required("requirements-test.txt")
+    assert required("requirements-test.txt") <= third_party(SCRIPTS + UTILS + TESTS) | {"ruff"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# configs/common.yaml, in a script of five lines
+
+SCRIPT = """
+import os
+import hydra
+from omegaconf import OmegaConf
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="small")
+def main(cfg):
+    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    print(os.getcwd(), hydra.core.hydra_config.HydraConfig.get().runtime.output_dir, config, sep="|")
+
+main()
+"""
+
+
+@pytest.fixture
+def run_small(tmp_path):
+    """Make a script that uses common.yaml, and return the function that runs it: arguments -> (process, its rows)."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "common.yaml").write_bytes((ROOT / "configs" / "common.yaml").read_bytes())
+    (tmp_path / "configs" / "small.yaml").write_text("defaults: [common, _self_]\n")
+    (tmp_path / "small.py").write_text(SCRIPT)
+    environment = {name: value for name, value in os.environ.items() if name != "DATA_ROOT"}
+
+    def run_small(*arguments, **variables):
+        command = [sys.executable, "small.py", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment | variables, capture_output=True, text=True)
+        rows = [line.split("|") for line in done.stdout.splitlines() if "|" in line]
+        return done, rows
+
+    return run_small
+
+
+def test_common_config_and_run_folder(tmp_path, run_small):
+    done, [[working_dir, run_dir, config]] = run_small()
+    assert done.returncode == 0, done.stderr
+    assert ast.literal_eval(config) == {
+        "seed": 0, "device": "auto", "precision": "auto", "num_workers": "auto", "resume": None, "data_root": "data",
+    }  # fmt: skip
+    assert Path(working_dir) == tmp_path  # paths of the user stay relative to where the user stands
+    folder = Path(run_dir).relative_to(tmp_path)
+    assert re.fullmatch(r"outputs/small/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-\d{6}", folder.as_posix())
+    assert (tmp_path / folder / ".hydra" / "config.yaml").exists() and (tmp_path / folder / "small.log").exists()
+
+    done, [[_, other_dir, config]] = run_small("seed=3", DATA_ROOT="/somewhere/else")
+    assert ast.literal_eval(config)["data_root"] == "/somewhere/else" and ast.literal_eval(config)["seed"] == 3
+    assert other_dir != run_dir
+    done, [[_, _, config]] = run_small("data_root=mine", DATA_ROOT="/somewhere/else")
+    assert ast.literal_eval(config)["data_root"] == "mine"
+
+
+def test_a_typo_on_the_command_line_fails_and_names_the_key(run_small):
+    done, rows = run_small("sead=1")
+    assert done.returncode != 0 and "sead" in done.stderr and not rows
+
+
+def test_multirun_gives_each_job_its_own_folder(tmp_path, run_small):
+    done, rows = run_small("--multirun", "seed=0,1")
+    assert done.returncode == 0, done.stderr
+    assert [Path(run_dir).name for _, run_dir, _ in rows] == ["0", "1"]
+    sweep = Path(rows[0][1]).parent
+    assert sweep.parent == tmp_path / "outputs" / "small" and (sweep / "multirun.yaml").exists()
+    assert json.dumps([ast.literal_eval(config)["seed"] for _, _, config in rows]) == "[0, 1]"

@@ -1,0 +1,810 @@
+"""Fine-tune SAM 2 on pictures with instance masks, read straight from disk.
+
+    python train_sam2.py                                        # default: generated glassware, the bundled nano, CPU is enough
+    python train_sam2.py model=sam2.1_hiera_small data=label_map data.root=/my/dataset
+    python train_sam2.py check=true data=coco data.root=/my/coco   # look at a dataset and stop
+    python train_sam2.py train.steps=0 model.checkpoint=best.pt    # evaluate and stop
+    python train_sam2.py resume=outputs/train_sam2/<run>           # continue a killed run, exactly
+    python train_sam2.py --cfg job                                 # print every knob with its value
+
+Reads   pictures and instance masks: data=labpics|label_map|masks_per_file|coco|sa1b|davis (data/README.md).
+Writes  outputs/train_sam2/<time>/: best.pt (loads in sam2.build_sam.build_sam2), last.pt (to resume), metrics.csv,
+        curves.png, samples/, tensorboard/, run.json.
+Metrics, each a mean over all validation objects at their picture's own size, of the mask with the highest predicted IoU:
+    val/iou_1_click          one click at the centre of the object (val/iou_<n>_clicks: n clicks, each in the largest error)
+    val/oracle_iou_1_click   best of the three masks after one click
+    val/iou_box              the object's exact box
+    train/loss, train/iou    running means over training steps (bias-corrected, 0.99)
+Sources: Ravi et al. 2024 (SAM 2) for prompts and losses; Kirillov et al. 2023 (SAM), appendix A and D.
+"""
+
+import math
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import hydra
+import numpy as np
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as transforms
+from tqdm import tqdm
+
+from utils.checkpoint import check_same_config, find_resume, load_checkpoint, save_checkpoint
+from utils.images import write_image
+from utils.instance_check import check_items, keep_usable, plot_statistics, report_lines
+from utils.instance_data import Item, object_ids, read_item, split_items
+from utils.mask_losses import cross_entropy_loss, dice_loss, focal_loss, shrink_masks
+from utils.mask_metrics import mask_iou
+from utils.run import (
+    MetricsLog,
+    SampleCounter,
+    autocast,
+    choose_device,
+    choose_num_workers,
+    choose_precision,
+    cosine_lr,
+    finish_run,
+    git_state,
+    plot_curves,
+    sample_rng,
+    seed_everything,
+    shuffled_item,
+    start_run,
+)
+from utils.sample_data import write_samples
+from utils.sam2_model import build_sam2, decode, encode, freeze_except, preprocess, scale_points, upscale_masks
+from utils.sam2_prompts import center_point, mask_box, noised_box, random_correction_points, random_point
+
+RUNNING_MEAN_DECAY = 0.99
+LOGIT_LIMIT = 32.0  # of logits that are fed back as a mask prompt, as SAM 2's predictor limits them
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Knobs of the training loop (`train:` in configs/train_sam2.yaml, which explains each)."""
+
+    steps: int
+    batch_size: int  # images per forward
+    accumulate: int  # forwards per step
+    objects_per_image: int
+    trainable: list
+    loss_size: int | None  # px; None: image_size / 4
+    clip_norm: float
+    channels_last: bool
+    compile: bool
+    log_every: int  # steps
+    eval_every: int  # steps
+    save_every: int  # steps
+    eval_images: int | None
+    eval_clicks: list
+    select_by: str
+    early_stop_evals: int | None
+    picture_images: int
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Which objects are used, and how training pictures are varied (in `data:`)."""
+
+    min_area_px: int
+    hflip: bool
+    color_jitter: float
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """How a user is simulated (`prompts:`, configs/prompts/*.yaml)."""
+
+    box_share: float  # of objects; the others start with one point
+    repeat_objects: bool  # prompt objects again, anew, where a picture has fewer than objects_per_image
+    min_corrections: int  # further clicks, drawn per object from this range
+    max_corrections: int
+    truth_click_share: float  # of further clicks, drawn from the whole object rather than from the error
+    mask_only_rounds: int  # 0 to 2 rounds without a new click: one last, one at a random place before
+    detach: bool  # no gradient through the logits that are fed back
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Weights of the loss (`loss:`, configs/loss/*.yaml)."""
+
+    focal: float
+    dice: float
+    cross_entropy: float
+    foreground_balance: float  # 0: every pixel counts the same; 1: foreground and background count the same
+    iou: float  # L1 between predicted and actual IoU
+    objectness: float
+    masks: str  # best: the best of three trains, and all three predict their IoU; first: the first alone
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """AdamW and its schedule (`optim:`, configs/optim/*.yaml)."""
+
+    lr: float  # highest
+    encoder_lr_factor: float  # of the image encoder's parameters
+    betas: list
+    weight_decay: float  # 0 for biases, norms and embeddings
+    warmup_steps: int
+    min_lr_factor: float  # the rate at the last step, as a share of lr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# disk -> tensors
+
+
+def kept_objects(layers: np.ndarray, min_area_px: int) -> list[tuple[int, int]]:
+    """List (layer, id) of the objects of one picture that are large enough to be used."""
+    return [(layer, object_id) for layer, object_id, area in object_ids(layers) if area >= min_area_px]
+
+
+class PromptedMasks(Dataset):
+    """Training samples: one picture, up to `objects_per_image` of its objects, and everything random about their prompts.
+
+    A sample is a function of (seed, sample_index) alone.
+    """
+
+    def __init__(
+        self,
+        items: list[Item],
+        seed: int,
+        image_size: int,
+        objects_per_image: int,
+        augmentation: Augmentation,
+        prompts: PromptSettings,
+    ):
+        self.items, self.seed, self.image_size = items, seed, image_size
+        self.objects_per_image, self.augmentation, self.prompts = objects_per_image, augmentation, prompts
+
+    def __getitem__(self, sample_index: int) -> dict:
+        """Read a picture and draw its prompts: N objects, S = image_size, R = most correction rounds, all in the S x S frame.
+
+        Returns:
+            image float (3, S, S); masks bool (N, S, S); point_coords float (N, 2, 2) and point_labels int32 (N, 2): the
+            first prompt, a box or one point and padding; num_points int64 (N,): 2 or 1; num_rounds int64 (N,), 1 to R + 1;
+            is_click bool (N, R), is_truth_click bool (N, R), uniform float (N, R) in [0, 1): the correction rounds' draws;
+            name: the picture's file.
+        """
+        _, item_number = shuffled_item(self.seed, sample_index, len(self.items))
+        item = self.items[item_number]
+        rng = sample_rng(self.seed, sample_index)
+        image_rgb, layers = read_item(item)  # (H, W, 3), (L, H, W)
+        if self.augmentation.hflip and rng.random() < 0.5:
+            image_rgb, layers = image_rgb[:, ::-1], layers[:, :, ::-1]
+        objects = kept_objects(layers, self.augmentation.min_area_px)
+        chosen = rng.permutation(len(objects))[: self.objects_per_image]
+        if self.prompts.repeat_objects:
+            chosen = np.resize(chosen, self.objects_per_image)
+        num_boxes = int(len(chosen) * self.prompts.box_share + rng.random())  # the share exactly, on average
+
+        height, width = image_rgb.shape[:2]
+        side = self.image_size
+        rows = ((np.arange(side) + 0.5) * height / side).astype(np.int64)  # nearest pixel of the original
+        columns = ((np.arange(side) + 0.5) * width / side).astype(np.int64)
+        small_layers = layers[:, rows[:, None], columns]  # (L, S, S)
+        max_noise_xy = (20 * width / 1024, 20 * height / 1024)  # 20 px of a 1024 px input, in pixels of this picture
+
+        masks, point_coords, point_labels = [], [], []
+        for place, number in enumerate(chosen):
+            layer, object_id = objects[number]
+            mask = layers[layer] == object_id  # (H, W)
+            point = random_point(mask, rng)
+            small_mask = small_layers[layer] == object_id  # (S, S)
+            if not small_mask.any():  # thinner than a pixel of the S x S frame: keep the one under the point
+                small_mask[int(point[1] * side / height), int(point[0] * side / width)] = True
+            masks.append(small_mask)
+            if place < num_boxes:
+                point_coords.append(noised_box(mask, rng, max_noise_xy).reshape(2, 2))
+                point_labels.append([2, 3])
+            else:
+                point_coords.append([point, (0, 0)])
+                point_labels.append([1, -1])
+
+        num_objects, num_rounds = len(masks), self.prompts.max_corrections + self.prompts.mask_only_rounds
+        is_click = np.ones((num_objects, num_rounds), bool)
+        if self.prompts.mask_only_rounds > 0:
+            is_click[:, -1] = False
+        if self.prompts.mask_only_rounds > 1:
+            is_click[np.arange(num_objects), rng.integers(0, num_rounds - 1, num_objects)] = False
+        corrections = rng.integers(self.prompts.min_corrections, self.prompts.max_corrections + 1, num_objects)
+        point_labels = np.array(point_labels, np.int32).reshape(-1, 2)
+        image = preprocess(image_rgb, side)
+        return {
+            "image": self._jitter(image_rgb, rng) if self.augmentation.color_jitter > 0 else image,
+            "masks": torch.from_numpy(np.array(masks, bool).reshape(-1, side, side)),
+            "point_coords": torch.from_numpy(
+                scale_points(np.array(point_coords, np.float32).reshape(-1, 2, 2), (height, width), side)
+            ),
+            "point_labels": torch.from_numpy(point_labels),
+            "num_points": torch.from_numpy((point_labels != -1).sum(1)),
+            "num_rounds": torch.from_numpy(1 + corrections + self.prompts.mask_only_rounds),
+            "is_click": torch.from_numpy(is_click),
+            "is_truth_click": torch.from_numpy(rng.random((num_objects, num_rounds)) < self.prompts.truth_click_share),
+            "uniform": torch.from_numpy(rng.random((num_objects, num_rounds), np.float32)),
+            "name": str(item.image_path),
+        }
+
+    def _jitter(self, image_rgb: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+        """Change brightness, contrast and saturation by up to the set share, and preprocess: float (3, S, S)."""
+        picture = torch.from_numpy(image_rgb.copy()).permute(2, 0, 1)
+        amount = self.augmentation.color_jitter
+        for adjust in (transforms.adjust_brightness, transforms.adjust_contrast, transforms.adjust_saturation):
+            picture = adjust(picture, 1 + amount * rng.uniform(-1, 1))
+        return preprocess(picture.permute(1, 2, 0).numpy(), self.image_size)
+
+
+def collate(samples: list[dict]) -> dict:
+    """Join samples: pictures in one axis B, objects of all pictures in one axis O with `image_index` (O,)."""
+    batch = {"images": torch.stack([sample["image"] for sample in samples])}
+    for key in ("masks", "point_coords", "point_labels", "num_points", "num_rounds", "is_click", "is_truth_click", "uniform"):
+        batch[key] = torch.cat([sample[key] for sample in samples])
+    counts = torch.tensor([len(sample["masks"]) for sample in samples])
+    batch["image_index"] = torch.arange(len(samples)).repeat_interleave(counts)  # (O,)
+    batch["object_weight"] = (1 / counts.float())[batch["image_index"]] / len(samples)  # mean over images of means
+    batch["names"] = [sample["name"] for sample in samples]
+    return batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loss of one decode, and of all rounds of prompting
+
+
+def mask_prediction_loss(
+    low_res_masks: torch.Tensor,
+    iou_predictions: torch.Tensor,
+    object_score_logits: torch.Tensor,
+    masks: torch.Tensor,
+    loss: LossSettings,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the loss of one prediction of O objects with M masks each, in fp32.
+
+    Args:
+        low_res_masks: (O, M, h, w) logits.
+        iou_predictions: (O, M).
+        object_score_logits: (O, 1).
+        masks: (O, s, s) truth, 0 or 1; logits are brought to s x s where that differs from h x w.
+    Returns:
+        loss (O,); iou (O, M) of the thresholded masks, without gradient.
+    Source: SAM 2's training: of three masks the one with the lowest mask loss trains, all three learn their IoU.
+    """
+    logits = low_res_masks.float()
+    if logits.shape[-1] != masks.shape[-1]:
+        logits = upscale_masks(logits, masks.shape[-2:])
+    if loss.masks == "first":
+        logits, iou_predictions = logits[:, :1], iou_predictions[:, :1]
+    truth = masks[:, None].float().expand_as(logits)  # (O, M, s, s)
+    mask_loss = torch.zeros(logits.shape[:2], device=logits.device)  # (O, M)
+    if loss.focal > 0:
+        mask_loss = mask_loss + loss.focal * focal_loss(logits, truth)
+    if loss.dice > 0:
+        mask_loss = mask_loss + loss.dice * dice_loss(logits, truth)
+    if loss.cross_entropy > 0:
+        mask_loss = mask_loss + loss.cross_entropy * cross_entropy_loss(logits, truth, loss.foreground_balance)
+    iou = mask_iou(logits.detach() > 0, truth > 0.5)  # (O, M)
+    iou_loss = (iou_predictions.float() - iou).abs().mean(1)  # (O,)
+    objectness_loss = torch.nn.functional.softplus(-object_score_logits.float()).squeeze(1)  # every object is there
+    return mask_loss.amin(1) + loss.iou * iou_loss + loss.objectness * objectness_loss, iou
+
+
+def prompted_loss(
+    model: torch.nn.Module, batch: dict, prompts: PromptSettings, loss: LossSettings, loss_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompt every object of a batch, correct its mask round by round, and compute the loss of every round.
+
+    Args:
+        batch: from `collate`, on the model's device.
+        loss_size: side of the square on which the loss is computed, pixels.
+    Returns:
+        loss (O,): mean over the object's rounds; iou (O,): of the mask of highest predicted IoU, mean over rounds.
+    """
+    embeddings = encode(model, batch["images"])
+    masks = batch["masks"]  # (O, S, S)
+    truth = shrink_masks(masks, loss_size)  # (O, s, s)
+    num_objects, num_rounds = len(masks), batch["num_rounds"].cpu()
+    num_corrections = batch["is_click"].shape[1]
+    point_coords = torch.nn.functional.pad(batch["point_coords"], (0, 0, 0, num_corrections))  # (O, 2 + R, 2)
+    point_labels = torch.nn.functional.pad(batch["point_labels"], (0, num_corrections), value=-1)  # (O, 2 + R)
+    num_points = batch["num_points"].cpu().clone()  # (O,)
+    mask_inputs = masks.new_zeros((num_objects, 1, model.image_size // 4, model.image_size // 4), dtype=torch.float32)
+    total_loss = mask_inputs.new_zeros(num_objects)
+    total_iou = mask_inputs.new_zeros(num_objects)
+
+    for round_number in range(int(num_rounds.max())):
+        # objects with the same number of points go through the decoder together: padding points would move the logits
+        for count in num_points[num_rounds > round_number].unique().tolist():
+            chosen = ((num_points == count) & (num_rounds > round_number)).nonzero().squeeze(1).to(masks.device)
+            low_res_masks, iou_predictions, object_score_logits = decode(
+                model,
+                embeddings,
+                batch["image_index"][chosen],
+                point_coords[chosen, :count],
+                point_labels[chosen, :count],
+                mask_inputs[chosen] if round_number > 0 else None,
+                multimask_output=count == 1,
+            )
+            object_loss, iou = mask_prediction_loss(
+                low_res_masks, iou_predictions, object_score_logits, truth[chosen], loss
+            )
+            best = iou_predictions[:, : iou.shape[1]].argmax(1, keepdim=True)
+            total_loss = total_loss.index_add(0, chosen, object_loss)
+            total_iou = total_iou.index_add(0, chosen, iou.gather(1, best).squeeze(1))
+            fed_back = pick_mask(low_res_masks, iou_predictions)
+            mask_inputs = mask_inputs.index_copy(0, chosen, fed_back.detach() if prompts.detach else fed_back)
+        if round_number == num_corrections:
+            break
+        # the next click: uniform in the error, or now and then in the object
+        clicking = (num_rounds > round_number + 1) & batch["is_click"][:, round_number].cpu()
+        chosen = clicking.nonzero().squeeze(1).to(masks.device)
+        if len(chosen) == 0:
+            continue
+        with torch.no_grad():
+            pred_masks = upscale_masks(mask_inputs[chosen], masks.shape[-2:]).squeeze(1) > 0  # (O', S, S)
+            pred_masks &= ~batch["is_truth_click"][chosen, round_number, None, None]  # as if nothing had been found
+            coords, labels = random_correction_points(masks[chosen], pred_masks, batch["uniform"][chosen, round_number])
+            place = num_points[clicking].to(masks.device)
+            point_coords[chosen, place] = coords.squeeze(1)
+            point_labels[chosen, place] = labels.squeeze(1)
+        num_points[clicking] += 1
+    rounds = batch["num_rounds"].to(total_loss)
+    return total_loss / rounds, (total_iou / rounds).detach()
+
+
+def pick_mask(low_res_masks: torch.Tensor, iou_predictions: torch.Tensor) -> torch.Tensor:
+    """Take the mask of highest predicted IoU as the next mask prompt: (O, M, h, w), (O, M) -> fp32 (O, 1, h, w)."""
+    best = iou_predictions.argmax(1)
+    return low_res_masks[torch.arange(len(best), device=best.device), best][:, None].float().clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module,
+    items: list[Item],
+    augmentation: Augmentation,
+    clicks: list[int],
+    device: torch.device,
+    precision: str,
+    samples_dir: Path | None,
+    picture_images: int,
+) -> dict[str, float]:
+    """Measure a model on every object of the items, at each picture's own size.
+
+    Args:
+        clicks: numbers of clicks to report, such as [1, 2, 3, 5, 9].
+        samples_dir: where to put pictures (image with prompts, prediction, truth) of the first `picture_images` items.
+    Returns:
+        {"val/iou_1_click": mean over objects, ...} and "val/num_images", "val/num_objects".
+    """
+    model.eval()
+    names = {count: f"val/iou_{count}_click" + ("s" if count > 1 else "") for count in clicks}
+    ious: dict[str, list[torch.Tensor]] = {name: [] for name in [*names.values(), "val/oracle_iou_1_click", "val/iou_box"]}
+    num_objects = 0
+    for number, item in enumerate(tqdm(items, desc="evaluate", leave=False, disable=None)):
+        image_rgb, layers = read_item(item)
+        orig_hw = image_rgb.shape[:2]
+        objects = kept_objects(layers, augmentation.min_area_px)
+        num_objects += len(objects)
+        with autocast(device, precision):
+            embeddings = encode(model, preprocess(image_rgb, model.image_size)[None].to(device))
+        pictured = []  # (prompt point, predicted mask) of this picture's objects
+        chunk_size = max(1, min(64, 2**26 // (orig_hw[0] * orig_hw[1])))  # bounds the full-size logits
+        for start in range(0, len(objects), chunk_size):
+            masks = np.stack([layers[layer] == object_id for layer, object_id in objects[start : start + chunk_size]])
+            truth = torch.from_numpy(masks).to(device)  # (O, H, W)
+            image_index = torch.zeros(len(masks), dtype=torch.long, device=device)
+
+            def predict(point_coords, point_labels, mask_inputs, image_index=image_index, embeddings=embeddings):
+                """Decode prompts given in the picture's frame: low_res_masks, iou_predictions, masks bool (O, M, H, W)."""
+                coords = scale_points(torch.from_numpy(point_coords), orig_hw, model.image_size).to(device)
+                with autocast(device, precision):
+                    low_res_masks, iou_predictions, _ = decode(
+                        model,
+                        embeddings,
+                        image_index,
+                        coords,
+                        torch.from_numpy(point_labels).to(device),
+                        mask_inputs,
+                        multimask_output=coords.shape[1] == 1,
+                    )
+                return low_res_masks, iou_predictions, upscale_masks(low_res_masks, orig_hw) > 0
+
+            boxes = np.stack([mask_box(mask) for mask in masks]).reshape(-1, 2, 2)
+            _, _, pred_masks = predict(boxes, np.full((len(masks), 2), [2, 3], np.int32), None)
+            ious["val/iou_box"].append(mask_iou(pred_masks[:, 0], truth))
+
+            point_coords = np.zeros((len(masks), 0, 2), np.float32)
+            point_labels = np.zeros((len(masks), 0), np.int32)
+            pred_mask, mask_inputs = np.zeros_like(masks), None
+            for count in range(1, max(clicks) + 1):
+                points, labels = zip(*map(center_point, masks, pred_mask), strict=True)
+                point_coords = np.concatenate([point_coords, np.stack(points)[:, None]], 1)
+                point_labels = np.concatenate([point_labels, np.array(labels, np.int32)[:, None]], 1)
+                low_res_masks, iou_predictions, pred_masks = predict(point_coords, point_labels, mask_inputs)
+                mask_inputs = pick_mask(low_res_masks, iou_predictions)
+                best = iou_predictions.argmax(1)
+                best_masks = pred_masks[torch.arange(len(best)), best]  # (O, H, W)
+                pred_mask = best_masks.cpu().numpy()
+                if count in names:
+                    ious[names[count]].append(mask_iou(best_masks, truth))
+                if count == 1:
+                    ious["val/oracle_iou_1_click"].append(mask_iou(pred_masks, truth[:, None]).amax(1))
+                    pictured += list(zip(points, pred_mask, strict=True))
+        if samples_dir is not None and number < picture_images:
+            truth_masks = [layers[layer] == object_id for layer, object_id in objects]
+            picture = draw_sample(image_rgb, [p for p, _ in pictured], [m for _, m in pictured], truth_masks)
+            write_image(samples_dir / f"{item.image_path.stem}.png", picture)
+    values = {name: torch.cat(parts).mean().item() for name, parts in ious.items()}
+    return values | {"val/num_images": len(items), "val/num_objects": num_objects}
+
+
+def draw_sample(
+    image_rgb: np.ndarray, points: list[np.ndarray], pred_masks: list[np.ndarray], masks: list[np.ndarray]
+) -> np.ndarray:
+    """Draw picture with clicks, predicted masks and true masks side by side, one colour per object: uint8, side 384 px each."""
+    rng = np.random.default_rng(0)
+    panels = [image_rgb.astype(np.float32)]
+    colors = rng.integers(40, 256, (len(masks), 3)).astype(np.float32)
+    for shown in (pred_masks, masks):
+        panel = image_rgb.astype(np.float32)
+        for mask, color in zip(shown, colors, strict=True):
+            panel[mask] = 0.45 * panel[mask] + 0.55 * color
+        panels.append(panel)
+    scale = 384 / max(image_rgb.shape[:2])
+    size_wh = (max(1, round(image_rgb.shape[1] * scale)), max(1, round(image_rgb.shape[0] * scale)))
+    panels = [cv2.resize(panel.astype(np.uint8), size_wh, interpolation=cv2.INTER_AREA) for panel in panels]
+    for x, y in points:
+        center = (round((x + 0.5) * scale), round((y + 0.5) * scale))
+        cv2.circle(panels[0], center, 3, (0, 0, 0), -1)
+        cv2.circle(panels[0], center, 2, (80, 255, 80), -1)
+    return np.concatenate(panels, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run
+
+
+def check_settings(settings: Settings, prompts: PromptSettings, loss: LossSettings) -> None:
+    """Raise a ValueError for values that make no sense, naming the key, the value and what it must be."""
+    known = [f"val/iou_{count}_click" + ("s" if count > 1 else "") for count in settings.eval_clicks]
+    known += ["val/oracle_iou_1_click", "val/iou_box"]
+    positive = ("batch_size", "accumulate", "objects_per_image", "log_every", "eval_every", "save_every")
+    rules = [(f"train.{name}", getattr(settings, name), getattr(settings, name) >= 1, "1 or more") for name in positive]
+    rules += [
+        ("train.steps", settings.steps, settings.steps >= 0, "0 or more"),
+        ("train.eval_clicks", settings.eval_clicks, 1 in settings.eval_clicks, "a list of counts with 1 in it"),
+        ("train.select_by", settings.select_by, settings.select_by in known, "one of " + ", ".join(known)),
+        ("prompts.box_share", prompts.box_share, 0 <= prompts.box_share <= 1, "between 0 and 1"),
+        (
+            "prompts.max_corrections",
+            prompts.max_corrections,
+            0 <= prompts.min_corrections <= prompts.max_corrections,
+            f"at least prompts.min_corrections ({prompts.min_corrections})",
+        ),
+        ("prompts.mask_only_rounds", prompts.mask_only_rounds, prompts.mask_only_rounds in (0, 1, 2), "0, 1 or 2"),
+        ("loss.masks", loss.masks, loss.masks in ("best", "first"), "best or first"),
+    ]
+    for name, value, is_good, remedy in rules:
+        if not is_good:
+            raise ValueError(f"{name} is {value}; must be {remedy}")
+
+
+def check_data(
+    train_items: list[Item], val_items: list[Item], augmentation: Augmentation, on_bad: str, run_dir: Path
+) -> tuple[list[Item], list[Item], dict[str, int]]:
+    """Check a dataset, print what was found, draw its statistics, and leave out what cannot be used.
+
+    Returns:
+        the usable train and validation items, with at least one object of min_area_px each, and the counts for run.json.
+    Raises:
+        ValueError: for faulty files where on_bad is "stop".
+    """
+    report = check_items(train_items + val_items)
+    print("\n".join(report_lines(report)))
+    plot_statistics(report, run_dir / "dataset.png")
+    largest_px = {item.name: item.areas_px.max(initial=0) for item in report.items}
+    kept = []
+    for items in (train_items, val_items):
+        usable = keep_usable(items, report, on_bad)
+        kept.append([item for item in usable if largest_px[item.name] >= augmentation.min_area_px])
+    num_small = sum(int((item.areas_px < augmentation.min_area_px).sum()) for item in report.items)
+    counts = report.counts | {"train_images": len(kept[0]), "val_images": len(kept[1]), "num_small_objects_left_out": num_small}
+    print(
+        f"train on {len(kept[0])} images, validate on {len(kept[1])}; {num_small} objects below "
+        f"data.min_area_px={augmentation.min_area_px} left out; statistics in {run_dir / 'dataset.png'}"
+    )
+    return kept[0], kept[1], counts
+
+
+def parameter_groups(trainable: list[tuple[str, torch.nn.Parameter]], optim: OptimSettings) -> list[dict]:
+    """Group parameters by learning-rate factor (encoder or not) and weight decay (none for biases, norms, embeddings)."""
+    groups = {}
+    for name, parameter in trainable:
+        lr_factor = optim.encoder_lr_factor if name.startswith("image_encoder.") else 1.0
+        is_embedding = "embed" in name or "_token" in name
+        weight_decay = 0.0 if parameter.ndim <= 1 or is_embedding else optim.weight_decay
+        group = groups.setdefault((lr_factor, weight_decay), {"params": [], "lr_factor": lr_factor, "weight_decay": weight_decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def values_of_step(rows: list[dict], step: int) -> dict[str, float]:
+    """Collect the validation values that were logged at a step."""
+    return {name: value for row in rows if row["step"] == step for name, value in row.items() if name.startswith("val/")}
+
+
+def print_table(start: dict[str, float], best: dict[str, float], last: dict[str, float]) -> None:
+    """Print one row per validation metric: before, best checkpoint, last."""
+    print(f"\n{'metric':<26}{'step 0':>9}{'best':>9}{'change':>9}{'last':>9}")
+    for name in start:
+        if "iou" in name:
+            print(f"{name:<26}{start[name]:>9.3f}{best[name]:>9.3f}{best[name] - start[name]:>+9.3f}{last[name]:>9.3f}")
+    print(f"best checkpoint: step {best['step']}; {best['val/num_objects']} objects in {best['val/num_images']} images")
+
+
+def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
+    """Train as configured and return the best value of `train.select_by`.
+
+    Args:
+        config: the whole resolved config; of a resumed run, the stored one.
+        run_dir: a new folder.
+        resume_path: the last.pt to continue from, or None.
+    """
+    settings, prompts, loss = Settings(**config["train"]), PromptSettings(**config["prompts"]), LossSettings(**config["loss"])
+    augmentation_keys = Augmentation.__dataclass_fields__.keys()
+    augmentation = Augmentation(**{key: config["data"][key] for key in augmentation_keys})
+    check_settings(settings, prompts, loss)
+    device = choose_device(config["device"])
+    precision = choose_precision(config["precision"], device)
+    seed_everything(config["seed"])
+
+    # data: list, check, leave out what cannot be used
+    reader_keys = {key: value for key, value in config["data"].items() if key not in augmentation_keys}
+    generate, root = reader_keys.pop("generate", None), reader_keys["root"]
+    if generate is not None:
+        reader_keys["root"] = write_samples(generate, root)
+    train_items, val_items = split_items(**reader_keys)
+    train_items, val_items, counts = check_data(train_items, val_items, augmentation, config["data"]["on_bad"], run_dir)
+    if config["check"]:
+        return float("nan")
+    val_items = val_items[: settings.eval_images]
+    if settings.steps > 0 and not train_items:
+        raise ValueError(f"data.root {reader_keys['root']} has no training picture with objects")
+    if not val_items:
+        raise ValueError(f"data.root {reader_keys['root']} has no validation picture with objects: see data.val_fraction")
+
+    # model and optimizer
+    model = build_sam2(**config["model"], device=device)
+    trainable = freeze_except(model, settings.trainable)
+    if settings.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    num_trainable, num_all = sum(p.numel() for _, p in trainable), sum(p.numel() for p in model.parameters())
+    print(f"{config['model']['name']}: {num_trainable:,} parameters trained, {num_all - num_trainable:,} frozen; {device}, {precision}")
+    optim = OptimSettings(**config["optim"])
+    optimizer = torch.optim.AdamW(parameter_groups(trainable, optim), lr=optim.lr, betas=tuple(optim.betas))
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    if settings.compile:
+        model.image_encoder.forward = torch.compile(model.image_encoder.forward)
+    loss_size = settings.loss_size or model.image_size // 4
+
+    # what a resumed run takes over
+    start_step, evaluated_step, bad_evals, num_skipped = 0, -1, 0, 0
+    best: dict[str, float] = {}
+    start_metrics: dict[str, float] = {}
+    running = {"loss": 0.0, "iou": 0.0, "updates": 0}
+    rows = []
+    if resume_path is not None:
+        state = load_checkpoint(resume_path, map_location=device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["torch_rng"].cpu())
+        start_step, evaluated_step, bad_evals = state["step"], state["evaluated_step"], state["bad_evals"]
+        num_skipped, best, start_metrics = state["num_skipped"], state["best"], state["start_metrics"]
+        running, rows = state["running"], state["metrics"]
+        if (resume_path.parent / "best.pt").exists():
+            shutil.copyfile(resume_path.parent / "best.pt", run_dir / "best.pt")
+        print(f"resumed from {resume_path} at step {start_step}")
+    start_run(run_dir, config, counts)
+    log = MetricsLog(run_dir, rows)
+
+    dataset = PromptedMasks(
+        train_items, config["seed"], model.image_size, settings.objects_per_image, augmentation, prompts
+    )
+    images_per_step = settings.batch_size * settings.accumulate
+    num_workers = choose_num_workers(config["num_workers"])
+    loader = DataLoader(
+        dataset,
+        batch_size=settings.batch_size,
+        sampler=SampleCounter(start_step * images_per_step, settings.steps * images_per_step),
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        persistent_workers=num_workers > 0,
+    )
+    batches = iter(loader)
+    progress = tqdm(total=settings.steps, initial=start_step, desc="train", disable=None)
+    wait_s, window_start, window_step = 0.0, time.perf_counter(), start_step
+
+    def save_last(step: int) -> None:
+        save_checkpoint(
+            run_dir / "last.pt",
+            {
+                "format": 1,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "torch_rng": torch.get_rng_state(),
+                "step": step,
+                "evaluated_step": evaluated_step,
+                "bad_evals": bad_evals,
+                "num_skipped": num_skipped,
+                "best": best,
+                "start_metrics": start_metrics,
+                "running": running,
+                "metrics": log.rows,
+                "config": config,
+                "git": git_state(),
+            },
+        )
+
+    step = start_step
+    while True:
+        # 1. evaluate and save
+        is_last = step >= settings.steps
+        if (step % settings.eval_every == 0 or is_last) and step > evaluated_step:
+            samples_dir = run_dir / "samples" / f"step_{step:06d}"
+            samples_dir.mkdir(parents=True, exist_ok=True)
+            eval_start = time.perf_counter()
+            values = evaluate(
+                model, val_items, augmentation, settings.eval_clicks, device, precision, samples_dir, settings.picture_images
+            )
+            tqdm.write(f"step {step}: " + "  ".join(f"{name[4:]} {value:.3f}" for name, value in values.items() if "iou" in name))
+            log.log(step, values)
+            plot_curves(log.rows, run_dir / "curves.png")
+            evaluated_step = step
+            start_metrics = start_metrics or {"step": step, **values}
+            if not best or values[settings.select_by] > best[settings.select_by]:
+                best, bad_evals = {"step": step, **values}, 0
+                save_checkpoint(
+                    run_dir / "best.pt",
+                    {"format": 1, "model": model.state_dict(), "config": config, "metrics": best, "git": git_state()},
+                )
+            else:
+                bad_evals += 1
+            if step > start_step or resume_path is None:
+                save_last(step)
+            window_start += time.perf_counter() - eval_start  # speed is that of training alone
+            if settings.early_stop_evals is not None and bad_evals >= settings.early_stop_evals:
+                tqdm.write(f"early stop: {settings.select_by} has not risen in {bad_evals} evaluations")
+                break
+        elif step > start_step and step % settings.save_every == 0:
+            save_last(step)
+        if is_last:
+            break
+        model.train()
+
+        # 2. learning rate
+        lr = cosine_lr(step, settings.steps, optim.lr, optim.warmup_steps, optim.min_lr_factor)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+
+        step_loss, step_iou = 0.0, 0.0
+        for _ in range(settings.accumulate):
+            wait_start = time.perf_counter()
+            batch = next(batches)
+            wait_s += time.perf_counter() - wait_start
+            batch = {
+                key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+                for key, value in batch.items()
+            }
+            if settings.channels_last:
+                batch["images"] = batch["images"].to(memory_format=torch.channels_last)
+
+            # 3. forward
+            with autocast(device, precision):
+                object_loss, object_iou = prompted_loss(model, batch, prompts, loss, loss_size)
+            weight = batch["object_weight"] / settings.accumulate
+            micro_loss = (object_loss * weight).sum()
+            if not math.isfinite(loss_value := micro_loss.item()):
+                raise FloatingPointError(f"loss is {loss_value} at step {step}, pictures {', '.join(batch['names'])}")
+            step_loss += loss_value
+            step_iou += (object_iou * weight).sum().item()
+
+            # 4. backward and clip
+            scaler.scale(micro_loss).backward()
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_([p for _, p in trainable], settings.clip_norm).item()
+        if not math.isfinite(grad_norm) and not scaler.is_enabled():
+            raise FloatingPointError(f"gradient norm is {grad_norm} at step {step}, pictures {', '.join(batch['names'])}")
+
+        # 5. update (the scaler leaves out a step whose fp16 gradients overflowed)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        num_skipped += not math.isfinite(grad_norm)
+        step += 1
+
+        # 6. log
+        running["loss"] = RUNNING_MEAN_DECAY * running["loss"] + (1 - RUNNING_MEAN_DECAY) * step_loss
+        running["iou"] = RUNNING_MEAN_DECAY * running["iou"] + (1 - RUNNING_MEAN_DECAY) * step_iou
+        running["updates"] += 1
+        correction = 1 - RUNNING_MEAN_DECAY ** running["updates"]
+        progress.update()
+        if step % settings.log_every == 0 or step == settings.steps:
+            elapsed_s = time.perf_counter() - window_start
+            images_per_s = (step - window_step) * images_per_step / elapsed_s
+            values = {
+                "train/loss": running["loss"] / correction,
+                "train/iou": running["iou"] / correction,
+                "train/grad_norm": grad_norm,
+                "lr": lr,
+                "skipped_steps": num_skipped,
+                "images_per_s": images_per_s,
+                "data_wait_share": wait_s / elapsed_s,
+            }
+            log.log(step, values)
+            progress.set_postfix_str(
+                f"loss {values['train/loss']:.3f}, iou {values['train/iou']:.3f}, {images_per_s:.1f} images/s, "
+                f"waits for data {values['data_wait_share']:.0%}"
+            )
+            wait_s, window_start, window_step = 0.0, time.perf_counter(), step
+
+    progress.close()
+    last = {"step": step, **values_of_step(log.rows, evaluated_step)}
+    plot_curves(log.rows, run_dir / "curves.png")
+    log.close()
+    finish_run(run_dir, {"start": start_metrics, "best": best, "last": last})
+    print_table(start_metrics, best, last)
+    print(f"\nWritten to {run_dir}. Next, segment a picture with it:")
+    example = val_items[0].image_path
+    print(f"  python infer_sam2.py {shlex.quote(f'checkpoint={run_dir}/best.pt')} {shlex.quote(f'input={example}')}")
+    return best[settings.select_by]
+
+
+RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data_root", "data.root", "data.train_list", "data.val_list")
+
+
+def resumed_config(stored: dict, current: dict, overrides: list[str]) -> dict:
+    """Take a stored config, with what the command line may change of it.
+
+    Args:
+        stored: from last.pt.
+        current: composed from this command line.
+        overrides: the command line's own, such as ["resume=...", "train.steps=400"].
+    Raises:
+        ValueError: listing the differences that may not be.
+    """
+    given = [override.split("=")[0].lstrip("+~").split("@")[0] for override in overrides]
+    wanted = OmegaConf.create(current if "experiment" in given else stored)
+    for key in given:
+        if key != "experiment":
+            OmegaConf.update(wanted, key, OmegaConf.select(OmegaConf.create(current), key), force_add=True)
+    wanted = OmegaConf.to_container(wanted)
+    check_same_config(stored, wanted, RESUMABLE)
+    return wanted
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train_sam2")
+def main(cfg) -> float:
+    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    hydra_config = HydraConfig.get()
+    run_dir = Path(hydra_config.runtime.output_dir)
+    resume_path = None
+    if config["resume"] is not None:
+        resume_path = find_resume(config["resume"])
+        config = resumed_config(load_checkpoint(resume_path)["config"], config, list(hydra_config.overrides.task))
+    return train(config, run_dir, resume_path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Save checkpoints atomically, load them safely, and resume from them."""
+
+import os
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+
+PLAIN_TYPES = (int, float, str, bool, type(None))  # exact types: numpy's float64 is a float, but not a plain one
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write a checkpoint whole or not at all: a run killed while saving leaves the previous file as it was.
+
+    Args:
+        path: the file; its folder must exist. `<path>.tmp` beside it is used on the way.
+        state: nested dict (keys str or int), list and tuple of tensors, int, float, str, bool and None.
+    Raises:
+        ValueError: for a tensor with nan or infinity, naming it; nothing is written.
+        TypeError: for another type, naming where it sits; nothing is written.
+    """
+    path = Path(path)
+    _check_plain(state, "")
+    partial = path.with_name(path.name + ".tmp")  # one left by a killed run is overwritten
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # the bytes must be on disk before the name points at them
+    except BaseException:  # a full disk or Ctrl-C: leave no half file behind
+        partial.unlink(missing_ok=True)
+        raise
+    os.replace(partial, path)
+
+
+def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dict:
+    """Read a checkpoint without running any code that it may carry (weights_only).
+
+    Args:
+        map_location: the device to put tensors on.
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: for a folder, or a file that is damaged, no checkpoint, or holds more than plain types and tensors.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint {path} does not exist; give the path of a .pt file")
+    if path.is_dir():
+        raise ValueError(f"checkpoint {path} is a folder; give the file in it, such as {path / 'best.pt'}")
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"checkpoint {path} cannot be read: damaged, not a PyTorch checkpoint, or holds more than tensors and "
+            f"plain types; give another file, or copy it again"
+        ) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"checkpoint {path} holds a {type(state).__name__}; must be a dict")
+    return state
+
+
+def find_resume(path: Path) -> Path:
+    """Find the last.pt to resume from.
+
+    Args:
+        path: a run folder, or its last.pt.
+    Raises:
+        FileNotFoundError: where neither is there.
+        ValueError: for a best.pt, which holds the weights but not the optimizer.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "last.pt").exists():
+            raise FileNotFoundError(f"resume is {path}; it has no last.pt: no run folder, or stopped before it saved")
+        return path / "last.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"resume is {path}, which does not exist; give a run folder or its last.pt")
+    if path.name == "best.pt":
+        raise ValueError(f"resume is {path}; only last.pt can be resumed from: best.pt has no optimizer state")
+    return path
+
+
+def check_same_config(stored: dict, current: dict, allowed: tuple[str, ...] = ()) -> None:
+    """Stop a resume whose config is not that of the run it continues.
+
+    Args:
+        stored: config from the checkpoint.
+        current: config of this command.
+        allowed: dotted keys that may differ, such as ("train.steps", "device"); a key covers all below it.
+    Raises:
+        ValueError: listing each other difference with both values.
+    """
+    stored_values, current_values = _flatten(stored), _flatten(current)
+    differences = []
+    for key in sorted(stored_values | current_values):
+        if any(key == name or key.startswith(name + ".") for name in allowed):
+            continue
+        before, now = stored_values.get(key, "(absent)"), current_values.get(key, "(absent)")
+        if before != now or isinstance(before, bool) != isinstance(now, bool):  # True == 1 in Python
+            differences.append(f"  {key}: stored {before}, now {now}")
+    if differences:
+        raise ValueError(
+            "the config differs from that of the run to resume; set these back, or start a new run:\n"
+            + "\n".join(differences)
+            + f"\n(may differ: {', '.join(allowed) or 'nothing'})"
+        )
+
+
+def _check_plain(value, name: str) -> None:
+    """Raise unless value is made of tensors and plain types; name is its place, as model.trunk.weight."""
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            if type(key) not in (str, int):
+                raise TypeError(f"checkpoint entry {name or '(top)'} has the key {key!r}; keys must be str or int")
+            _check_plain(item, f"{name}.{key}" if name else str(key))
+    elif type(value) in (list, tuple):
+        for i, item in enumerate(value):
+            _check_plain(item, f"{name}[{i}]")
+    elif type(value) in (torch.Tensor, torch.nn.Parameter):
+        if not torch.isfinite(value).all():
+            raise ValueError(f"checkpoint tensor {name} has nan or infinite values; nothing was saved")
+    elif type(value) not in PLAIN_TYPES:
+        raise TypeError(
+            f"checkpoint entry {name or '(top)'} is a {type(value).__module__}.{type(value).__qualname__}; must be a "
+            f"tensor, dict, list, tuple, int, float, str, bool or None"
+        )
+
+
+def _flatten(config: dict, prefix: str = "") -> dict:
+    """Flatten nested dicts to {dotted key: value}; an empty dict stays a value."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,99 @@
+"""Simulated user prompts: first click, noised box, correction clicks for training, centre clicks for evaluation.
+
+Points are (x, y) pixels, 0-based, of the frame their mask lies in; labels are 1 foreground, 0 background, 2 and 3 the
+corners of a box.
+"""
+
+import cv2
+import numpy as np
+import torch
+
+BOX_NOISE = 0.1  # of the box's side (SAM paper, appendix A)
+BOX_NOISE_MAX_PX = 20.0  # at image_size 1024; scaled with the image size
+
+
+def random_point(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw one uniform point of a mask.
+
+    Args:
+        mask: bool (H, W), not empty.
+        rng: the sample's own generator.
+    Returns:
+        float32 (2,), (x, y) pixels of the mask's frame.
+    """
+    flat_index = np.flatnonzero(mask)
+    y, x = divmod(int(flat_index[rng.integers(len(flat_index))]), mask.shape[1])
+    return np.array([x, y], np.float32)
+
+
+def mask_box(mask: np.ndarray) -> np.ndarray:
+    """Return the tight box of a mask that is not empty: float32 (4,) x1, y1, x2, y2 of its outermost pixels."""
+    xs, ys = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+    return np.array([xs[0], ys[0], xs[-1], ys[-1]], np.float32)
+
+
+def noised_box(mask: np.ndarray, rng: np.random.Generator, max_noise_xy: tuple[float, float]) -> np.ndarray:
+    """Draw a user's box: each side moved uniformly by up to 10 % of the box's side, at most `max_noise_xy`.
+
+    Args:
+        mask: bool (H, W), not empty.
+        rng: the sample's own generator.
+        max_noise_xy: largest shift along x and y, pixels of the mask's frame (20 px of a 1024 px input, scaled).
+    Returns:
+        float32 (4,), x1, y1, x2, y2, inside the picture.
+    Source: SAM paper, appendix A; SAM 2's training (uniform rather than Gaussian noise).
+    """
+    x1, y1, x2, y2 = box = mask_box(mask)
+    limit_x = min((x2 - x1 + 1) * BOX_NOISE, max_noise_xy[0])
+    limit_y = min((y2 - y1 + 1) * BOX_NOISE, max_noise_xy[1])
+    box = box + rng.uniform(-1, 1, 4) * [limit_x, limit_y, limit_x, limit_y]
+    height, width = mask.shape
+    return box.clip(0, [width - 1, height - 1, width - 1, height - 1]).astype(np.float32)
+
+
+def random_correction_points(
+    masks: torch.Tensor, pred_masks: torch.Tensor, uniform: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one click per object, uniform over its error region: positive where missed, negative where overpainted.
+
+    A perfect prediction gets a negative click in the background, as SAM 2's training does; where the object also fills
+    the whole frame, a positive click.
+
+    Args:
+        masks: bool (O, H, W), truth.
+        pred_masks: bool (O, H, W).
+        uniform: (O,) in [0, 1), one random number per object: the draw is a function of it.
+    Returns:
+        point_coords float32 (O, 1, 2) in the masks' frame, point_labels int32 (O, 1).
+    """
+    width = masks.shape[-1]
+    region = (masks ^ pred_masks).flatten(1)  # (O, H*W)
+    region = torch.where(region.any(1, keepdim=True), region, ~masks.flatten(1))
+    region = torch.where(region.any(1, keepdim=True), region, True)
+    counts = region.cumsum(1)  # (O, H*W), how many region pixels up to and with this one
+    rank = (uniform.to(counts.device) * counts[:, -1]).long().clamp(max=counts[:, -1] - 1) + 1  # (O,) in 1..number of pixels
+    flat_index = torch.searchsorted(counts, rank[:, None]).squeeze(1)  # first pixel with that count
+    point_coords = torch.stack([flat_index % width, flat_index // width], dim=1).float()
+    is_positive = masks.flatten(1).gather(1, flat_index[:, None])  # missed pixels are foreground by definition
+    return point_coords[:, None], is_positive.int()
+
+
+def center_point(mask: np.ndarray, pred_mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """Find the evaluation click: the point of the larger error region farthest from that region's border.
+
+    Args:
+        mask: bool (H, W), truth.
+        pred_mask: bool (H, W); all False for the first click.
+    Returns:
+        (x, y) float32 (2,) in the mask's frame, and its label: 1 where foreground was missed, 0 where overpainted.
+    Source: RITM (Sofiiuk et al. 2021); SAM 2's `sample_one_point_from_error_center`.
+    """
+    depths = [
+        cv2.distanceTransform(np.pad(region, 1).astype(np.uint8), cv2.DIST_L2, 0)[1:-1, 1:-1]
+        for region in (mask & ~pred_mask, pred_mask & ~mask)
+    ]
+    missed_depth, overpainted_depth = depths
+    label = int(missed_depth.max() > overpainted_depth.max())
+    depth = missed_depth if label else overpainted_depth
+    y, x = np.unravel_index(depth.argmax(), depth.shape)
+    return np.array([x, y], np.float32), label

@@ -1,0 +1,411 @@
+"""Generated datasets: small, deterministic, written to disk in the layouts of real datasets.
+
+`draw_scene` draws what `sam2_nano` is pre-trained on: textured shapes that cover one another, parts on parts, crowds of
+small blobs, thin strokes. `draw_glassware` draws vessels with materials inside, for the default run of train_sam2.py.
+Every picture is a function of its seed and index alone.
+"""
+
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from utils.images import write_image, write_label_map
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# ---------------------------------------------------------------------------------------------------------------------
+# textures and shapes
+
+
+def _smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
+    """Draw smooth noise: float32 (size, size), about 0..1, with `cells` bumps along a side."""
+    coarse = rng.random((cells, cells), np.float32)
+    return cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def _random_color(rng: np.random.Generator) -> np.ndarray:
+    """Draw an RGB colour, float32 (3,) in 0..255; one in three is nearly grey."""
+    color = rng.uniform(0, 255, 3)
+    if rng.random() < 0.35:
+        color = color.mean() + rng.uniform(-12, 12, 3)
+    return color.astype(np.float32)
+
+
+def _texture(rng: np.random.Generator, size: int, color: np.ndarray) -> np.ndarray:
+    """Draw a texture around a colour: float32 (size, size, 3) in about 0..255."""
+    other = np.clip(color + rng.normal(0, 1, 3) * rng.choice([10, 30, 70]), 0, 255).astype(np.float32)
+    kind = rng.integers(6)
+    if kind == 0:  # flat
+        weight = np.zeros((size, size), np.float32)
+    elif kind == 1:  # gradient
+        angle = rng.uniform(0, 2 * np.pi)
+        ramp = np.linspace(-0.5, 0.5, size, dtype=np.float32)
+        weight = np.cos(angle) * ramp[None] + np.sin(angle) * ramp[:, None] + 0.5
+    elif kind == 2:  # clouds
+        weight = 0.6 * _smooth_noise(rng, size, int(rng.integers(3, 8)))
+        weight += 0.4 * _smooth_noise(rng, size, int(rng.integers(10, 40)))
+    elif kind == 3:  # stripes, bent a little
+        angle, period = rng.uniform(0, np.pi), rng.uniform(4, 40) * size / 256
+        ramp = np.arange(size, dtype=np.float32)
+        phase = np.cos(angle) * ramp[None] + np.sin(angle) * ramp[:, None]
+        phase = phase + rng.choice([0, 15]) * _smooth_noise(rng, size, 5)
+        weight = 0.5 + 0.5 * np.sin(phase * np.float32(2 * np.pi / period))
+        if rng.random() < 0.5:
+            weight = (weight > 0.5).astype(np.float32)
+    elif kind == 4:  # spots
+        weight = (_smooth_noise(rng, size, int(rng.integers(12, 60))) > rng.uniform(0.4, 0.75)).astype(np.float32)
+    else:  # grain
+        weight = rng.random((size, size), np.float32)
+        if rng.random() < 0.5:
+            weight = cv2.blur(weight, (3, 3))
+    return color + weight[..., None] * (other - color)
+
+
+def _outline(rng: np.random.Generator, center_xy: tuple[float, float], radius: float, kind: int) -> np.ndarray:
+    """Draw the outline of one shape: float (K, 2) points (x, y) px. Kinds: ellipse, blob, polygon, rectangle, star."""
+    aspect = rng.uniform(0.45, 1.0)
+    turn = rng.uniform(0, 2 * np.pi)
+    if kind == 3:
+        points = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], float) * [1, aspect] * 0.85
+    else:
+        num = {0: 40, 1: 48, 2: int(rng.integers(3, 8)), 4: 2 * int(rng.integers(4, 9))}[kind]
+        angles = np.linspace(0, 2 * np.pi, num, endpoint=False)
+        radii = np.ones(num)
+        if kind == 1:
+            for harmonic in range(2, 6):
+                radii += rng.normal(0, 0.28 / harmonic) * np.cos(harmonic * angles + rng.uniform(0, 2 * np.pi))
+        elif kind == 2:
+            angles = np.sort(angles + rng.uniform(-0.35, 0.35, num) * 2 * np.pi / num)
+        elif kind == 4:
+            radii[1::2] = rng.uniform(0.4, 0.75)
+        points = np.stack([np.cos(angles) * radii, np.sin(angles) * radii * aspect], 1)
+    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    return points @ rotation.T * radius + np.asarray(center_xy)
+
+
+def _fill(size: int, outline: np.ndarray) -> np.ndarray:
+    """Fill an outline: bool (size, size)."""
+    mask = np.zeros((size, size), np.uint8)
+    cv2.fillPoly(mask, [np.round(outline).astype(np.int32)], 1)
+    return mask.astype(bool)
+
+
+def _random_shape(rng: np.random.Generator, size: int, radius: float) -> np.ndarray:
+    """Draw one filled shape or thin stroke somewhere in the frame: bool (size, size)."""
+    center = rng.uniform(0.02 * size, 0.98 * size, 2)
+    kind = int(rng.choice(8, p=[0.2, 0.26, 0.12, 0.14, 0.06, 0.08, 0.08, 0.06]))
+    if kind < 5:
+        return _fill(size, _outline(rng, center, radius, kind))
+    mask = np.zeros((size, size), np.uint8)
+    thickness = max(2, int(round(radius * rng.uniform(0.08, 0.3))))
+    if kind == 5:  # bent stroke
+        steps = np.cumsum(rng.normal(0, 0.45, (12, 1)), 0) + rng.uniform(0, 2 * np.pi)
+        path = np.cumsum(np.concatenate([np.cos(steps), np.sin(steps)], 1) * radius * 0.4, 0)
+        path = path - path.mean(0) + center
+        cv2.polylines(mask, [np.round(path).astype(np.int32)], False, 1, thickness)
+    elif kind == 6:  # ring
+        outline = np.round(_outline(rng, center, radius, int(rng.integers(2)))).astype(np.int32)
+        cv2.polylines(mask, [outline], True, 1, thickness)
+    else:  # two shapes grown together
+        for _ in range(2):
+            shifted = center + rng.normal(0, 0.6, 2) * radius
+            mask |= _fill(size, _outline(rng, shifted, radius * 0.7, int(rng.integers(4)))).astype(np.uint8)
+    return mask.astype(bool)
+
+
+def _paint(
+    rng: np.random.Generator, picture: np.ndarray, mask: np.ndarray, color: np.ndarray, edge: bool
+) -> None:
+    """Paint a textured shape into a float picture, in place, shaded across its extent; `edge` adds an outline."""
+    ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    y, x, side = ys[0], xs[0], int(max(ys[-1] - ys[0], xs[-1] - xs[0]) + 1)
+    window = (slice(y, ys[-1] + 1), slice(x, xs[-1] + 1))
+    inside = mask[window]
+    height, width = inside.shape
+    texture = _texture(rng, side, color)[:height, :width]
+    ramp_xy = rng.normal(0, 0.25, 2)
+    shade = 1 + ramp_xy[0] * np.linspace(-1, 1, width)[None] + ramp_xy[1] * np.linspace(-1, 1, height)[:, None]
+    texture = texture * shade[..., None].astype(np.float32)
+    picture[window][inside] = texture[inside]
+    if edge:
+        padded = np.pad(inside.astype(np.uint8), 1)
+        rim = inside & ~cv2.erode(padded, np.ones((3, 3), np.uint8))[1:-1, 1:-1].astype(bool)
+        picture[window][rim] = picture[window][rim] * rng.uniform(0.2, 1.6) + rng.uniform(-30, 60)
+
+
+def _finish_picture(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
+    """Give a float picture a camera: blur, uneven light, grain, sometimes grey. Returns uint8 of the same shape."""
+    size = picture.shape[0]
+    if rng.random() < 0.7:
+        picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.3, 1.4))
+    if rng.random() < 0.4:
+        light = 1 + rng.uniform(0.1, 0.6) * (_smooth_noise(rng, size, 3) - 0.5)
+        picture = picture * light[..., None]
+    if rng.random() < 0.2:
+        picture = np.repeat(picture.mean(2, keepdims=True), 3, 2)
+    if rng.random() < 0.6:
+        picture = picture + rng.standard_normal((size, size, 1), np.float32) * np.float32(rng.uniform(1, 14))
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scenes for pre-training
+
+
+def draw_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw one scene: large objects with parts, a medium clutter, or a crowd of small blobs.
+
+    Args:
+        rng: the scene's own generator.
+        size: side, pixels.
+    Returns:
+        image_rgb uint8 (size, size, 3); ids int32 (size, size) of the visible instances, 0 is background.
+    """
+    kind = rng.choice(["objects", "clutter", "crowd"], p=[0.35, 0.25, 0.4])
+    picture = _texture(rng, size, _random_color(rng))
+    ids = np.zeros((size, size), np.int32)
+    next_id = 1
+    if kind == "crowd":
+        picture, ids = _draw_crowd(rng, size)
+    else:
+        num_objects = int(rng.integers(2, 9) if kind == "objects" else rng.integers(8, 28))
+        low, high = (0.08, 0.34) if kind == "objects" else (0.025, 0.13)
+        for _ in range(num_objects):
+            radius = size * np.exp(rng.uniform(np.log(low), np.log(high)))
+            mask = _random_shape(rng, size, radius)
+            if not mask.any():
+                continue
+            color = _random_color(rng)
+            _paint(rng, picture, mask, color, edge=rng.random() < 0.3)
+            ids[mask] = next_id
+            next_id += 1
+            if rng.random() < 0.25:  # a part: a smaller shape that lies on the object, an instance of its own
+                y, x = np.argwhere(mask)[rng.integers(mask.sum())]
+                part = _fill(size, _outline(rng, (x, y), radius * rng.uniform(0.25, 0.6), int(rng.integers(4)))) & mask
+                if part.sum() > 12:
+                    _paint(rng, picture, part, _random_color(rng), edge=rng.random() < 0.3)
+                    ids[part] = next_id
+                    next_id += 1
+    return _finish_picture(rng, picture), ids
+
+
+def _draw_crowd(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw many small blobs of one family on a dark, light or coloured ground: float picture, int32 ids."""
+    ground_level = rng.choice([rng.uniform(0, 40), rng.uniform(190, 250), rng.uniform(40, 190)], p=[0.5, 0.25, 0.25])
+    ground = np.clip(ground_level + rng.normal(0, rng.choice([2, 25]), 3), 0, 255).astype(np.float32)
+    grey = rng.random() < 0.5
+    if grey:
+        ground[:] = ground.mean()
+    picture = np.repeat(ground[None, None], size, 0).repeat(size, 1)
+    picture += (rng.uniform(0, 25) * (_smooth_noise(rng, size, int(rng.integers(3, 12))) - 0.5))[..., None]
+    ids = np.zeros((size, size), np.int32)
+    radius = size * np.exp(rng.uniform(np.log(0.014), np.log(0.075)))  # of the family
+    num_blobs = int(min(120, rng.uniform(0.08, 0.5) * size * size / (np.pi * radius * radius)))
+    contrast = rng.uniform(18, 160) * (-1 if ground.mean() > 128 else 1)
+    tint = np.ones(3) if grey else rng.uniform(0.5, 1.5, 3)
+    spread = rng.choice([0.1, 0.45])  # how much the blobs differ in brightness
+    overlap_allowed = rng.choice([0.05, 0.3])
+    outlined = rng.random() < 0.15
+    clusters = rng.uniform(0, size, (int(rng.integers(1, 6)), 2)) if rng.random() < 0.4 else None
+    kinds = [0, 1] if rng.random() < 0.8 else [0, 1, 2, 3]
+    texture_gain = rng.choice([0, 0.15, 0.4])
+    for index in range(1, max(num_blobs, 3) + 1):
+        center = rng.uniform(0, size, 2)
+        if clusters is not None:
+            center = clusters[rng.integers(len(clusters))] + rng.normal(0, size * 0.14, 2)
+        own_radius = radius * np.exp(rng.normal(0, 0.22))
+        mask = _fill(size, _outline(rng, center, own_radius, int(rng.choice(kinds))))
+        area = mask.sum()
+        if area < 8 or (mask & (ids > 0)).sum() > overlap_allowed * area:
+            continue
+        color = np.clip(ground + contrast * tint * np.exp(rng.normal(0, spread)), 0, 255)
+        ys, xs = np.nonzero(mask)
+        level = np.ones(len(ys), np.float32)
+        if texture_gain > 0:
+            level += texture_gain * (_smooth_noise(rng, 32, 6)[ys % 32, xs % 32] - 0.5)
+        distance = np.hypot(xs - center[0], ys - center[1]) / (2 * own_radius)
+        level -= rng.choice([0, 0.35]) * distance.astype(np.float32)  # some fade towards their rim
+        picture[ys, xs] = ground + (color - ground) * level[:, None]
+        if outlined:
+            rim = mask & ~cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
+            picture[rim] *= 0.6
+        ids[mask] = index
+    return picture.astype(np.float32), ids
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# glassware: the default dataset of train_sam2.py
+
+
+def draw_glassware(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw vessels of glass on a table, most with one or two materials inside.
+
+    Args:
+        rng: the picture's own generator.
+    Returns:
+        image_rgb uint8 (H, W, 3); vessel_ids and material_ids uint8 (H, W): 0 is none, ids start above 15. A vessel's
+        ids cover its materials too, as in LabPics.
+    """
+    size = max(height, width)
+    picture = _texture(rng, size, _random_color(rng))[:height, :width].copy()
+    table_y = int(height * rng.uniform(0.6, 0.85))
+    picture[table_y:] = _texture(rng, size, _random_color(rng))[: height - table_y, :width]
+    vessel_ids, material_ids = np.zeros((height, width), np.uint8), np.zeros((height, width), np.uint8)
+    ids = rng.permutation(np.arange(16, 256))  # no two objects of a picture share one
+    num_vessels = int(rng.integers(1, 4))
+    slots = rng.permutation(num_vessels)
+    for index in range(num_vessels):
+        tall = height * rng.uniform(0.4, 0.8)
+        wide = min(tall * rng.uniform(0.45, 0.9), 0.9 * width / num_vessels)
+        center_x = width * (slots[index] + rng.uniform(0.4, 0.6)) / num_vessels
+        bottom_y = min(height - 3, table_y + rng.uniform(0.02, 0.15) * height)
+        outline = _vessel_outline(rng, center_x, bottom_y, wide, tall)
+        mask = np.zeros((height, width), np.uint8)
+        cv2.fillPoly(mask, [np.round(outline).astype(np.int32)], 1)
+        vessel = mask.astype(bool) & (vessel_ids == 0)
+        if vessel.sum() < 100:
+            continue
+        vessel_ids[vessel] = ids[2 * index]
+        inner = cv2.erode(mask, np.ones((3, 3), np.uint8), iterations=max(1, size // 128)).astype(bool) & vessel
+        _draw_materials(rng, picture, material_ids, inner, bottom_y, tall, ids[20 + 3 * index : 23 + 3 * index])
+        _draw_glass(rng, picture, vessel, outline)
+    picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.4, 1.0))
+    picture = picture + rng.standard_normal((height, width, 1), np.float32) * np.float32(rng.uniform(1, 6))
+    return np.clip(picture, 0, 255).astype(np.uint8), vessel_ids, material_ids
+
+
+def _vessel_outline(
+    rng: np.random.Generator, center_x: float, bottom_y: float, wide: float, tall: float
+) -> np.ndarray:
+    """Draw half a vessel's profile and mirror it: float (K, 2) points (x, y) px. Beaker, flask, round flask or tube."""
+    kind = rng.integers(4)
+    heights = np.linspace(0, 1, 24)  # 0 bottom, 1 top
+    if kind == 0:  # beaker, a little wider at the top
+        radii = 0.46 + 0.04 * heights
+    elif kind == 1:  # Erlenmeyer flask
+        radii = np.where(heights < 0.7, 0.5 - 0.5 * heights, 0.15)
+    elif kind == 2:  # round flask with a neck
+        ball = np.sqrt(np.clip(0.25 - (heights * 1.6 - 0.5) ** 2, 0, None))
+        radii = np.where(heights < 0.6, np.maximum(ball, 0.12), 0.12)
+    else:  # tube
+        radii = np.full(24, 0.2)
+    radii = radii * np.clip(heights * 8 + 0.6, 0, 1)  # a rounded bottom
+    ys = bottom_y - heights * tall
+    right = np.stack([center_x + radii * wide, ys], 1)
+    left = np.stack([center_x - radii * wide, ys], 1)
+    return np.concatenate([right, left[::-1]])
+
+
+def _draw_materials(
+    rng: np.random.Generator,
+    picture: np.ndarray,
+    material_ids: np.ndarray,
+    inner: np.ndarray,
+    bottom_y: float,
+    tall: float,
+    ids: np.ndarray,
+) -> None:
+    """Fill the inside of a vessel with up to two layers of liquid or powder, in place."""
+    rows = np.arange(inner.shape[0])[:, None]
+    level = bottom_y
+    for material_id in ids[: rng.choice(3, p=[0.1, 0.5, 0.4])]:
+        top = level - tall * rng.uniform(0.15, 0.38)
+        material = inner & (rows <= level) & (rows > top)
+        if material.sum() < 40:
+            return
+        color = _random_color(rng)
+        opacity = rng.uniform(0.55, 1.0)
+        if rng.random() < 0.3:  # powder
+            painted, opacity = _texture(rng, max(inner.shape), color)[: inner.shape[0], : inner.shape[1]], 1.0
+        else:
+            painted = np.broadcast_to(color, picture.shape)
+        picture[material] = (1 - opacity) * picture[material] + opacity * painted[material]
+        material_ids[material] = material_id
+        level = top
+
+
+def _draw_glass(rng: np.random.Generator, picture: np.ndarray, vessel: np.ndarray, outline: np.ndarray) -> None:
+    """Lay glass over a vessel, in place: a faint tint, rims that catch light, a highlight along one side."""
+    tint, strength = rng.uniform(170, 255), rng.uniform(0.06, 0.2)
+    picture[vessel] = (1 - strength) * picture[vessel] + strength * tint
+    rim = np.zeros(vessel.shape, np.uint8)
+    cv2.polylines(rim, [np.round(outline).astype(np.int32)], True, 1, max(1, vessel.shape[0] // 120))
+    on_rim = (rim > 0) & vessel
+    picture[on_rim] = 0.4 * picture[on_rim] + 0.6 * rng.choice([30, 120, 245])
+    highlight = np.zeros(vessel.shape, np.uint8)
+    shifted = 0.72 * (outline[2:20] - outline.mean(0)) + outline.mean(0)
+    cv2.polylines(highlight, [np.round(shifted).astype(np.int32)], False, 1, max(1, vessel.shape[0] // 90))
+    picture[(highlight > 0) & vessel] = picture[(highlight > 0) & vessel] * 0.5 + 125
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# on disk
+
+SCENE_SIZE = 256  # px
+NUM_SCENES = 16000
+NUM_GLASSWARE = {"Train": 40, "Test": 16}
+
+
+def write_samples(kind: str, root: str) -> Path:
+    """Write a generated dataset to the repository, unless it is there already.
+
+    Args:
+        kind: "glassware" (LabPics V1 layout) or "scenes" (pictures and label maps).
+        root: the dataset's folder below the repository.
+    Returns:
+        the folder's path.
+    Raises:
+        ValueError: for another kind.
+    """
+    writers = {"glassware": _write_glassware, "scenes": _write_scenes}
+    if kind not in writers:
+        raise ValueError(f"data.generate is {kind!r}; must be one of {', '.join(writers)}")
+    folder = REPOSITORY / root
+    if not folder.is_dir():
+        partial = folder.with_name(folder.name + ".tmp")  # renamed when whole: a killed run leaves nothing half made
+        shutil.rmtree(partial, ignore_errors=True)
+        print(f"writing generated {kind} to {folder}")
+        writers[kind](partial)
+        partial.rename(folder)
+    return folder
+
+
+def _write_glassware(folder: Path) -> None:
+    """Write the glassware sample: <folder>/Simple/{Train,Test}/{Image,Instance}/<name>, R vessels and B materials.
+
+    The third training picture has no background, and the fourth no annotation.
+    """
+    for split, num_pictures in NUM_GLASSWARE.items():
+        for part in ("Image", "Instance"):
+            (folder / "Simple" / split / part).mkdir(parents=True)
+        for index in range(num_pictures):
+            rng = np.random.default_rng([1 if split == "Test" else 0, index])
+            height, width = [(240, 320), (320, 240), (288, 288)][index % 3]
+            image_rgb, vessel_ids, material_ids = draw_glassware(rng, height, width)
+            if split == "Train" and index == 2:  # the glass fills the frame
+                vessel_ids[vessel_ids == 0] = vessel_ids.max() if vessel_ids.max() > 0 else 16
+            if split == "Train" and index == 3:
+                vessel_ids[:], material_ids[:] = 0, 0
+            ids_rgb = np.stack([vessel_ids, np.zeros_like(vessel_ids), material_ids], 2)
+            write_image(folder / "Simple" / split / "Image" / f"Glass_{index:03d}.jpg", image_rgb)
+            write_image(folder / "Simple" / split / "Instance" / f"Glass_{index:03d}.png", ids_rgb)
+
+
+def _write_scenes(folder: Path) -> None:
+    """Write the scenes: <folder>/images/<number>.jpg and <folder>/labels/<number>.png."""
+    for part in ("images", "labels"):
+        (folder / part).mkdir(parents=True)
+    with ProcessPoolExecutor() as executor:
+        chunks = executor.map(_write_scene, [folder] * NUM_SCENES, range(NUM_SCENES), chunksize=50)
+        for _ in tqdm(chunks, total=NUM_SCENES, unit=" scenes"):
+            pass
+
+
+def _write_scene(folder: Path, index: int) -> None:
+    image_rgb, ids = draw_scene(np.random.default_rng([0, index]), SCENE_SIZE)
+    write_image(folder / "images" / f"{index:05d}.jpg", image_rgb)
+    write_label_map(folder / "labels" / f"{index:05d}.png", ids)
