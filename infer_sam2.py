@@ -32,6 +32,7 @@ import logging
 import math
 import os
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -125,7 +126,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     model = build_sam2(**model_config, device=device)
     start_run(run_dir, config | {"model": model_config, "automatic": asdict(automatic)}, {"images": len(image_paths)})
 
-    is_folder = Path(settings.input).is_dir()
+    is_folder, names = Path(settings.input).is_dir(), output_names(image_paths)
     failures, num_done, num_masks = [], 0, 0
     with (run_dir / "summary.csv").open("w", encoding="utf-8", newline="") as summary_file:
         summary = csv.writer(summary_file)
@@ -156,9 +157,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
                 orig_hw,
                 settings.max_overlap,
             )
-            write_results(
-                run_dir, output_name(path, image_paths), path.name, image_rgb, label_map, ids, found, image_index
-            )
+            write_results(run_dir, names[image_index], path.name, image_rgb, label_map, ids, found, image_index)
             ms_per_prompt = found.prompts_ms / found.num_prompts
             num_objects = int(np.count_nonzero(ids))
             summary.writerow([path.name, len(ids), num_objects, f"{found.encode_ms:.1f}", f"{ms_per_prompt:.3f}"])
@@ -182,7 +181,7 @@ def check_mode(settings: Settings) -> None:
     """Refuse an unknown mode, a mode without its input, and input that the mode would not use."""
     if settings.mode not in MODES:
         raise ValueError(f"mode is {settings.mode}; must be one of {', '.join(MODES)}")
-    mode_of = {"region": "region", "points": "prompts", "boxes": "prompts", "mask": "prompts", "prompts_file": "prompts"}
+    mode_of = {"region": "region"} | dict.fromkeys(("points", "boxes", "mask", "prompts_file"), "prompts")
     given = [key for key in mode_of if getattr(settings, key)]
     for key in given:
         if mode_of[key] != settings.mode:
@@ -215,10 +214,10 @@ def list_images(path: Path) -> list[Path]:
     return image_paths
 
 
-def output_name(path: Path, image_paths: list[Path]) -> str:
-    """Name a picture's results: its stem, with its suffix where the stem alone would overwrite another file."""
-    is_shared = sum(one.stem.lower() == path.stem.lower() for one in image_paths) > 1
-    return f"{path.stem}_{path.suffix[1:]}" if is_shared or path.stem.lower() == "run" else path.stem  # run.json
+def output_names(image_paths: list[Path]) -> list[str]:
+    """Name each picture's results: its stem, with its suffix where the stem alone would overwrite another file."""
+    uses = Counter(path.stem.lower() for path in image_paths) + Counter(["run"])  # run.json
+    return [path.stem if uses[path.stem.lower()] == 1 else f"{path.stem}_{path.suffix[1:]}" for path in image_paths]
 
 
 def choose_model(checkpoint: str | None, image_size: int | None, model: dict | None) -> dict:
@@ -277,7 +276,7 @@ def read_prompts(settings: Settings, image_paths: list[Path]) -> dict[str, list[
         boxes = settings.boxes or []
         if len(boxes) > 1 and (settings.points or settings.mask):
             raise ValueError(
-                f"points= or mask= is given with {len(boxes)} boxes; say in prompts_file=<json file> which belong together"
+                f"points= or mask= is given with {len(boxes)} boxes; say in a prompts_file= which belong together"
             )
         shared = {key: getattr(settings, key) for key in ("points", "mask") if getattr(settings, key)}
         return {name: [shared | {"box": box} for box in boxes] or [shared] for name in names}

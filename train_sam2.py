@@ -1,6 +1,6 @@
 """Fine-tune SAM 2 on pictures with instance masks, read straight from disk.
 
-    python train_sam2.py                                        # default: generated glassware, the bundled nano, CPU is enough
+    python train_sam2.py                                           # generated glassware, the bundled nano, on a CPU
     python train_sam2.py model=sam2.1_hiera_small data=label_map data.root=/my/dataset
     python train_sam2.py check=true data=coco data.root=/my/coco   # look at a dataset and stop
     python train_sam2.py train.steps=0 model.checkpoint=best.pt    # evaluate and stop
@@ -10,14 +10,15 @@
 Reads   pictures and instance masks: data=labpics|label_map|masks_per_file|coco|sa1b|davis (data/README.md).
 Writes  outputs/train_sam2/<time>/: best.pt (loads in sam2.build_sam.build_sam2), last.pt (to resume), metrics.csv,
         curves.png, samples/, tensorboard/, run.json.
-Metrics, each a mean over all validation objects at their picture's own size, of the mask with the highest predicted IoU:
-    val/iou_1_click          one click at the centre of the object (val/iou_<n>_clicks: n clicks, each in the largest error)
+Metrics, each a mean over all validation objects, at their picture's own size, of the mask of highest predicted IoU:
+    val/iou_1_click          one click at the object's centre (val/iou_<n>_clicks: n clicks, each in the largest error)
     val/oracle_iou_1_click   best of the three masks after one click
     val/iou_box              the object's exact box
     train/loss, train/iou    running means over training steps (bias-corrected, 0.99)
 Sources: Ravi et al. 2024 (SAM 2) for prompts and losses; Kirillov et al. 2023 (SAM), appendix A and D.
 """
 
+import logging
 import math
 import shlex
 import shutil
@@ -38,7 +39,7 @@ from tqdm import tqdm
 
 from utils.checkpoint import check_same_config, find_resume, load_checkpoint, save_checkpoint
 from utils.images import write_image
-from utils.instance_check import check_items, keep_usable, plot_statistics, report_lines
+from utils.instance_check import MAX_LISTED, check_items, keep_usable, plot_statistics, report_lines
 from utils.instance_data import Item, object_ids, read_item, split_items
 from utils.mask_losses import cross_entropy_loss, dice_loss, focal_loss, shrink_masks
 from utils.mask_metrics import mask_iou
@@ -58,11 +59,24 @@ from utils.run import (
     shuffled_item,
     start_run,
 )
-from utils.sample_data import write_samples
-from utils.sam2_model import build_sam2, decode, encode, freeze_except, preprocess, scale_points, upscale_masks
+from utils.sam2_model import (
+    Embeddings,
+    build_sam2,
+    decode,
+    encode,
+    freeze_except,
+    preprocess,
+    scale_points,
+    upscale_masks,
+)
 from utils.sam2_prompts import center_point, mask_box, noised_box, random_correction_points, random_point
+from utils.sample_data import write_samples
 
 RUNNING_MEAN_DECAY = 0.99
+TOP_LEVEL_KEYS = (
+    "seed", "device", "precision", "num_workers", "resume", "data_root", "check",
+    "model", "data", "prompts", "loss", "optim", "train",
+)  # fmt: skip
 LOGIT_LIMIT = 32.0  # of logits that are fed back as a mask prompt, as SAM 2's predictor limits them
 
 
@@ -121,6 +135,7 @@ class LossSettings:
     foreground_balance: float  # 0: every pixel counts the same; 1: foreground and background count the same
     iou: float  # L1 between predicted and actual IoU
     objectness: float
+    click_similarity: float  # of an auxiliary loss for training from scratch, see click_similarity
     masks: str  # best: the best of three trains, and all three predict their IoU; first: the first alone
 
 
@@ -146,7 +161,7 @@ def kept_objects(layers: np.ndarray, min_area_px: int) -> list[tuple[int, int]]:
 
 
 class PromptedMasks(Dataset):
-    """Training samples: one picture, up to `objects_per_image` of its objects, and everything random about their prompts.
+    """Training samples: a picture, up to `objects_per_image` of its objects, and all that is random in their prompts.
 
     A sample is a function of (seed, sample_index) alone.
     """
@@ -164,12 +179,12 @@ class PromptedMasks(Dataset):
         self.objects_per_image, self.augmentation, self.prompts = objects_per_image, augmentation, prompts
 
     def __getitem__(self, sample_index: int) -> dict:
-        """Read a picture and draw its prompts: N objects, S = image_size, R = most correction rounds, all in the S x S frame.
+        """Read a picture and draw its prompts: N objects, S = image_size, R correction rounds, all in the S x S frame.
 
         Returns:
             image float (3, S, S); masks bool (N, S, S); point_coords float (N, 2, 2) and point_labels int32 (N, 2): the
-            first prompt, a box or one point and padding; num_points int64 (N,): 2 or 1; num_rounds int64 (N,), 1 to R + 1;
-            is_click bool (N, R), is_truth_click bool (N, R), uniform float (N, R) in [0, 1): the correction rounds' draws;
+            first prompt, a box or one point and padding; num_points int64 (N,): 2 or 1; num_rounds int64 (N,): 1 to
+            R + 1; is_click bool (N, R), is_truth_click bool (N, R), uniform float (N, R) in [0, 1): the rounds' draws;
             name: the picture's file.
         """
         _, item_number = shuffled_item(self.seed, sample_index, len(self.items))
@@ -208,12 +223,13 @@ class PromptedMasks(Dataset):
                 point_labels.append([1, -1])
 
         num_objects, num_rounds = len(masks), self.prompts.max_corrections + self.prompts.mask_only_rounds
+        corrections = rng.integers(self.prompts.min_corrections, self.prompts.max_corrections + 1, num_objects)
+        last_round = corrections + self.prompts.mask_only_rounds - 1  # of each object; -1: it has none
         is_click = np.ones((num_objects, num_rounds), bool)
         if self.prompts.mask_only_rounds > 0:
-            is_click[:, -1] = False
+            is_click[np.arange(num_objects), last_round] = False
         if self.prompts.mask_only_rounds > 1:
-            is_click[np.arange(num_objects), rng.integers(0, num_rounds - 1, num_objects)] = False
-        corrections = rng.integers(self.prompts.min_corrections, self.prompts.max_corrections + 1, num_objects)
+            is_click[np.arange(num_objects), rng.integers(0, last_round)] = False
         point_labels = np.array(point_labels, np.int32).reshape(-1, 2)
         image = preprocess(image_rgb, side)
         return {
@@ -243,7 +259,16 @@ class PromptedMasks(Dataset):
 def collate(samples: list[dict]) -> dict:
     """Join samples: pictures in one axis B, objects of all pictures in one axis O with `image_index` (O,)."""
     batch = {"images": torch.stack([sample["image"] for sample in samples])}
-    for key in ("masks", "point_coords", "point_labels", "num_points", "num_rounds", "is_click", "is_truth_click", "uniform"):
+    for key in (
+        "masks",
+        "point_coords",
+        "point_labels",
+        "num_points",
+        "num_rounds",
+        "is_click",
+        "is_truth_click",
+        "uniform",
+    ):
         batch[key] = torch.cat([sample[key] for sample in samples])
     counts = torch.tensor([len(sample["masks"]) for sample in samples])
     batch["image_index"] = torch.arange(len(samples)).repeat_interleave(counts)  # (O,)
@@ -254,6 +279,42 @@ def collate(samples: list[dict]) -> dict:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loss of one decode, and of all rounds of prompting
+
+
+def mask_shape_loss(logits: torch.Tensor, truth: torch.Tensor, loss: LossSettings) -> torch.Tensor:
+    """Sum the weighted pixel losses of each mask: logits and truth (O, M, s, s) -> (O, M)."""
+    total = torch.zeros(logits.shape[:2], device=logits.device)
+    if loss.focal > 0:
+        total = total + loss.focal * focal_loss(logits, truth)
+    if loss.dice > 0:
+        total = total + loss.dice * dice_loss(logits, truth)
+    if loss.cross_entropy > 0:
+        total = total + loss.cross_entropy * cross_entropy_loss(logits, truth, loss.foreground_balance)
+    return total
+
+
+def click_similarity(
+    embeddings: Embeddings, image_index: torch.Tensor, point_coords: torch.Tensor, image_size: int
+) -> torch.Tensor:
+    """Compare the encoder's feature under a click with those everywhere: a mask without the decoder.
+
+    A decoder with random weights learns little until the features below it tell objects apart. This gives the encoder a
+    direct reason to; it has no parameters and is left out once the decoder works.
+
+    Args:
+        image_index: int64 (O,).
+        point_coords: (O, 2), (x, y) pixels of the S x S frame, S = image_size.
+    Returns:
+        (O, 1, S/4, S/4) float32 logits: the scaled dot products of the three feature levels, added up, minus 1.
+    """
+    logits = -1.0
+    for features in (embeddings.image_embeddings, *embeddings.high_res_features):
+        stride = image_size // features.shape[-1]
+        cell_x, cell_y = (point_coords / stride).long().clamp(0, features.shape[-1] - 1).T
+        clicked = features[image_index, :, cell_y, cell_x].float()  # (O, C)
+        similarity = torch.einsum("oc,ochw->ohw", clicked, features[image_index].float()) / clicked.shape[1] ** 0.5
+        logits = logits + upscale_masks(similarity[:, None], (image_size // 4, image_size // 4))
+    return logits
 
 
 def mask_prediction_loss(
@@ -280,13 +341,7 @@ def mask_prediction_loss(
     if loss.masks == "first":
         logits, iou_predictions = logits[:, :1], iou_predictions[:, :1]
     truth = masks[:, None].float().expand_as(logits)  # (O, M, s, s)
-    mask_loss = torch.zeros(logits.shape[:2], device=logits.device)  # (O, M)
-    if loss.focal > 0:
-        mask_loss = mask_loss + loss.focal * focal_loss(logits, truth)
-    if loss.dice > 0:
-        mask_loss = mask_loss + loss.dice * dice_loss(logits, truth)
-    if loss.cross_entropy > 0:
-        mask_loss = mask_loss + loss.cross_entropy * cross_entropy_loss(logits, truth, loss.foreground_balance)
+    mask_loss = mask_shape_loss(logits, truth, loss)  # (O, M)
     iou = mask_iou(logits.detach() > 0, truth > 0.5)  # (O, M)
     iou_loss = (iou_predictions.float() - iou).abs().mean(1)  # (O,)
     objectness_loss = torch.nn.functional.softplus(-object_score_logits.float()).squeeze(1)  # every object is there
@@ -315,6 +370,14 @@ def prompted_loss(
     mask_inputs = masks.new_zeros((num_objects, 1, model.image_size // 4, model.image_size // 4), dtype=torch.float32)
     total_loss = mask_inputs.new_zeros(num_objects)
     total_iou = mask_inputs.new_zeros(num_objects)
+    extra_loss = mask_inputs.new_zeros(num_objects)
+    if loss.click_similarity > 0:
+        clicked = (num_points == 1).nonzero().squeeze(1).to(masks.device)  # not the boxes
+        logits = click_similarity(embeddings, batch["image_index"][clicked], point_coords[clicked, 0], model.image_size)
+        similarity_loss = mask_shape_loss(upscale_masks(logits, truth.shape[-2:]), truth[clicked, None], loss).squeeze(
+            1
+        )
+        extra_loss = extra_loss.index_add(0, clicked, loss.click_similarity * similarity_loss)
 
     for round_number in range(int(num_rounds.max())):
         # objects with the same number of points go through the decoder together: padding points would move the logits
@@ -353,17 +416,50 @@ def prompted_loss(
             point_labels[chosen, place] = labels.squeeze(1)
         num_points[clicking] += 1
     rounds = batch["num_rounds"].to(total_loss)
-    return total_loss / rounds, (total_iou / rounds).detach()
+    return total_loss / rounds + extra_loss, (total_iou / rounds).detach()
 
 
 def pick_mask(low_res_masks: torch.Tensor, iou_predictions: torch.Tensor) -> torch.Tensor:
     """Take the mask of highest predicted IoU as the next mask prompt: (O, M, h, w), (O, M) -> fp32 (O, 1, h, w)."""
     best = iou_predictions.argmax(1)
-    return low_res_masks[torch.arange(len(best), device=best.device), best][:, None].float().clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+    return (
+        low_res_masks[torch.arange(len(best), device=best.device), best][:, None]
+        .float()
+        .clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # evaluation
+
+
+def predict_masks(
+    model: torch.nn.Module,
+    embeddings: Embeddings,
+    point_coords: np.ndarray,
+    point_labels: np.ndarray,
+    mask_inputs: torch.Tensor | None,
+    orig_hw: tuple[int, int],
+    device: torch.device,
+    precision: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Predict the masks of O objects of one picture, prompted in the picture's own frame.
+
+    Args:
+        embeddings: of this picture alone.
+        point_coords: float32 (O, P, 2), pixels of the picture.
+        point_labels: int32 (O, P).
+    Returns:
+        low_res_masks (O, M, S/4, S/4) logits, iou_predictions (O, M), masks bool (O, M, H, W).
+    """
+    coords = scale_points(torch.from_numpy(point_coords), orig_hw, model.image_size).to(device)
+    labels = torch.from_numpy(point_labels).to(device)
+    image_index = torch.zeros(len(coords), dtype=torch.long, device=device)
+    with autocast(device, precision):
+        low_res_masks, iou_predictions, _ = decode(
+            model, embeddings, image_index, coords, labels, mask_inputs, multimask_output=coords.shape[1] == 1
+        )
+    return low_res_masks, iou_predictions, upscale_masks(low_res_masks, orig_hw) > 0
 
 
 @torch.no_grad()
@@ -387,7 +483,9 @@ def evaluate(
     """
     model.eval()
     names = {count: f"val/iou_{count}_click" + ("s" if count > 1 else "") for count in clicks}
-    ious: dict[str, list[torch.Tensor]] = {name: [] for name in [*names.values(), "val/oracle_iou_1_click", "val/iou_box"]}
+    ious: dict[str, list[torch.Tensor]] = {
+        name: [] for name in [*names.values(), "val/oracle_iou_1_click", "val/iou_box"]
+    }
     num_objects = 0
     for number, item in enumerate(tqdm(items, desc="evaluate", leave=False, disable=None)):
         image_rgb, layers = read_item(item)
@@ -401,25 +499,9 @@ def evaluate(
         for start in range(0, len(objects), chunk_size):
             masks = np.stack([layers[layer] == object_id for layer, object_id in objects[start : start + chunk_size]])
             truth = torch.from_numpy(masks).to(device)  # (O, H, W)
-            image_index = torch.zeros(len(masks), dtype=torch.long, device=device)
-
-            def predict(point_coords, point_labels, mask_inputs, image_index=image_index, embeddings=embeddings):
-                """Decode prompts given in the picture's frame: low_res_masks, iou_predictions, masks bool (O, M, H, W)."""
-                coords = scale_points(torch.from_numpy(point_coords), orig_hw, model.image_size).to(device)
-                with autocast(device, precision):
-                    low_res_masks, iou_predictions, _ = decode(
-                        model,
-                        embeddings,
-                        image_index,
-                        coords,
-                        torch.from_numpy(point_labels).to(device),
-                        mask_inputs,
-                        multimask_output=coords.shape[1] == 1,
-                    )
-                return low_res_masks, iou_predictions, upscale_masks(low_res_masks, orig_hw) > 0
-
             boxes = np.stack([mask_box(mask) for mask in masks]).reshape(-1, 2, 2)
-            _, _, pred_masks = predict(boxes, np.full((len(masks), 2), [2, 3], np.int32), None)
+            box_labels = np.full((len(masks), 2), [2, 3], np.int32)
+            _, _, pred_masks = predict_masks(model, embeddings, boxes, box_labels, None, orig_hw, device, precision)
             ious["val/iou_box"].append(mask_iou(pred_masks[:, 0], truth))
 
             point_coords = np.zeros((len(masks), 0, 2), np.float32)
@@ -429,7 +511,9 @@ def evaluate(
                 points, labels = zip(*map(center_point, masks, pred_mask), strict=True)
                 point_coords = np.concatenate([point_coords, np.stack(points)[:, None]], 1)
                 point_labels = np.concatenate([point_labels, np.array(labels, np.int32)[:, None]], 1)
-                low_res_masks, iou_predictions, pred_masks = predict(point_coords, point_labels, mask_inputs)
+                low_res_masks, iou_predictions, pred_masks = predict_masks(
+                    model, embeddings, point_coords, point_labels, mask_inputs, orig_hw, device, precision
+                )
                 mask_inputs = pick_mask(low_res_masks, iou_predictions)
                 best = iou_predictions.argmax(1)
                 best_masks = pred_masks[torch.arange(len(best)), best]  # (O, H, W)
@@ -442,7 +526,7 @@ def evaluate(
         if samples_dir is not None and number < picture_images:
             truth_masks = [layers[layer] == object_id for layer, object_id in objects]
             picture = draw_sample(image_rgb, [p for p, _ in pictured], [m for _, m in pictured], truth_masks)
-            write_image(samples_dir / f"{item.image_path.stem}.png", picture)
+            write_image(samples_dir / f"{item.name.replace('/', '_')}.png", picture)  # stems repeat across folders
     values = {name: torch.cat(parts).mean().item() for name, parts in ious.items()}
     return values | {"val/num_images": len(items), "val/num_objects": num_objects}
 
@@ -450,7 +534,7 @@ def evaluate(
 def draw_sample(
     image_rgb: np.ndarray, points: list[np.ndarray], pred_masks: list[np.ndarray], masks: list[np.ndarray]
 ) -> np.ndarray:
-    """Draw picture with clicks, predicted masks and true masks side by side, one colour per object: uint8, side 384 px each."""
+    """Draw clicks, predicted masks and true masks side by side, one colour per object: uint8, 384 px a side each."""
     rng = np.random.default_rng(0)
     panels = [image_rgb.astype(np.float32)]
     colors = rng.integers(40, 256, (len(masks), 3)).astype(np.float32)
@@ -481,7 +565,37 @@ def check_settings(settings: Settings, prompts: PromptSettings, loss: LossSettin
     rules = [(f"train.{name}", getattr(settings, name), getattr(settings, name) >= 1, "1 or more") for name in positive]
     rules += [
         ("train.steps", settings.steps, settings.steps >= 0, "0 or more"),
-        ("train.eval_clicks", settings.eval_clicks, 1 in settings.eval_clicks, "a list of counts with 1 in it"),
+        (
+            "train.trainable",
+            settings.trainable,
+            isinstance(settings.trainable, list) and settings.trainable,
+            "a list of parts",
+        ),
+        (
+            "train.loss_size",
+            settings.loss_size,
+            settings.loss_size is None or settings.loss_size >= 1,
+            "null, or 1 or more",
+        ),
+        ("train.clip_norm", settings.clip_norm, settings.clip_norm > 0, "above 0"),
+        (
+            "train.eval_images",
+            settings.eval_images,
+            settings.eval_images is None or settings.eval_images >= 1,
+            "null, or 1 or more",
+        ),
+        (
+            "train.early_stop_evals",
+            settings.early_stop_evals,
+            settings.early_stop_evals is None or settings.early_stop_evals >= 1,
+            "null, or 1 or more",
+        ),
+        (
+            "train.eval_clicks",
+            settings.eval_clicks,
+            1 in settings.eval_clicks and min(settings.eval_clicks) >= 1,
+            "a list of counts with 1 in it",
+        ),
         ("train.select_by", settings.select_by, settings.select_by in known, "one of " + ", ".join(known)),
         ("prompts.box_share", prompts.box_share, 0 <= prompts.box_share <= 1, "between 0 and 1"),
         (
@@ -499,17 +613,25 @@ def check_settings(settings: Settings, prompts: PromptSettings, loss: LossSettin
 
 
 def check_data(
-    train_items: list[Item], val_items: list[Item], augmentation: Augmentation, on_bad: str, run_dir: Path
+    train_items: list[Item],
+    val_items: list[Item],
+    augmentation: Augmentation,
+    on_bad: str,
+    run_dir: Path,
+    max_listed: int | None,
 ) -> tuple[list[Item], list[Item], dict[str, int]]:
     """Check a dataset, print what was found, draw its statistics, and leave out what cannot be used.
 
+    Args:
+        on_bad: "stop" or "skip", what to do about faulty files.
+        max_listed: examples printed for each kind of finding; None: all.
     Returns:
-        the usable train and validation items, with at least one object of min_area_px each, and the counts for run.json.
+        the usable train and validation items, each with an object of at least min_area_px; the counts for run.json.
     Raises:
         ValueError: for faulty files where on_bad is "stop".
     """
     report = check_items(train_items + val_items)
-    print("\n".join(report_lines(report)))
+    print("\n".join(report_lines(report, max_listed)))
     plot_statistics(report, run_dir / "dataset.png")
     largest_px = {item.name: item.areas_px.max(initial=0) for item in report.items}
     kept = []
@@ -517,7 +639,11 @@ def check_data(
         usable = keep_usable(items, report, on_bad)
         kept.append([item for item in usable if largest_px[item.name] >= augmentation.min_area_px])
     num_small = sum(int((item.areas_px < augmentation.min_area_px).sum()) for item in report.items)
-    counts = report.counts | {"train_images": len(kept[0]), "val_images": len(kept[1]), "num_small_objects_left_out": num_small}
+    counts = report.counts | {
+        "train_images": len(kept[0]),
+        "val_images": len(kept[1]),
+        "num_small_objects_left_out": num_small,
+    }
     print(
         f"train on {len(kept[0])} images, validate on {len(kept[1])}; {num_small} objects below "
         f"data.min_area_px={augmentation.min_area_px} left out; statistics in {run_dir / 'dataset.png'}"
@@ -526,20 +652,24 @@ def check_data(
 
 
 def parameter_groups(trainable: list[tuple[str, torch.nn.Parameter]], optim: OptimSettings) -> list[dict]:
-    """Group parameters by learning-rate factor (encoder or not) and weight decay (none for biases, norms, embeddings)."""
+    """Group parameters by learning-rate factor (encoder or not) and weight decay (not of biases, norms, embeddings)."""
     groups = {}
     for name, parameter in trainable:
         lr_factor = optim.encoder_lr_factor if name.startswith("image_encoder.") else 1.0
         is_embedding = "embed" in name or "_token" in name
         weight_decay = 0.0 if parameter.ndim <= 1 or is_embedding else optim.weight_decay
-        group = groups.setdefault((lr_factor, weight_decay), {"params": [], "lr_factor": lr_factor, "weight_decay": weight_decay})
+        group = groups.setdefault(
+            (lr_factor, weight_decay), {"params": [], "lr_factor": lr_factor, "weight_decay": weight_decay}
+        )
         group["params"].append(parameter)
     return list(groups.values())
 
 
 def values_of_step(rows: list[dict], step: int) -> dict[str, float]:
     """Collect the validation values that were logged at a step."""
-    return {name: value for row in rows if row["step"] == step for name, value in row.items() if name.startswith("val/")}
+    return {
+        name: value for row in rows if row["step"] == step for name, value in row.items() if name.startswith("val/")
+    }
 
 
 def print_table(start: dict[str, float], best: dict[str, float], last: dict[str, float]) -> None:
@@ -559,7 +689,13 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         run_dir: a new folder.
         resume_path: the last.pt to continue from, or None.
     """
-    settings, prompts, loss = Settings(**config["train"]), PromptSettings(**config["prompts"]), LossSettings(**config["loss"])
+    if unknown := sorted(config.keys() - set(TOP_LEVEL_KEYS)):  # a preset can add keys, Hydra does not mind
+        raise ValueError(f"unknown key {', '.join(unknown)} in the config; must be among {', '.join(TOP_LEVEL_KEYS)}")
+    settings, prompts, loss = (
+        Settings(**config["train"]),
+        PromptSettings(**config["prompts"]),
+        LossSettings(**config["loss"]),
+    )
     augmentation_keys = Augmentation.__dataclass_fields__.keys()
     augmentation = Augmentation(**{key: config["data"][key] for key in augmentation_keys})
     check_settings(settings, prompts, loss)
@@ -572,15 +708,23 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     generate, root = reader_keys.pop("generate", None), reader_keys["root"]
     if generate is not None:
         reader_keys["root"] = write_samples(generate, root)
+    on_bad = reader_keys["on_bad"]
+    if config["check"]:
+        reader_keys["on_bad"] = "skip"  # so that pairs that lack a file are listed with all other faults
+    max_listed = None if config["check"] else MAX_LISTED
     train_items, val_items = split_items(**reader_keys)
-    train_items, val_items, counts = check_data(train_items, val_items, augmentation, config["data"]["on_bad"], run_dir)
+    train_items, val_items, counts = check_data(train_items, val_items, augmentation, on_bad, run_dir, max_listed)
     if config["check"]:
         return float("nan")
     val_items = val_items[: settings.eval_images]
     if settings.steps > 0 and not train_items:
         raise ValueError(f"data.root {reader_keys['root']} has no training picture with objects")
     if not val_items:
-        raise ValueError(f"data.root {reader_keys['root']} has no validation picture with objects: see data.val_fraction")
+        raise ValueError(
+            f"data.root {reader_keys['root']} has no validation picture with objects: see data.val_fraction"
+        )
+
+    start_run(run_dir, config, counts)
 
     # model and optimizer
     model = build_sam2(**config["model"], device=device)
@@ -588,7 +732,10 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
     num_trainable, num_all = sum(p.numel() for _, p in trainable), sum(p.numel() for p in model.parameters())
-    print(f"{config['model']['name']}: {num_trainable:,} parameters trained, {num_all - num_trainable:,} frozen; {device}, {precision}")
+    print(
+        f"{config['model']['name']}: {num_trainable:,} parameters trained, {num_all - num_trainable:,} frozen; "
+        f"{device}, {precision}"
+    )
     optim = OptimSettings(**config["optim"])
     optimizer = torch.optim.AdamW(parameter_groups(trainable, optim), lr=optim.lr, betas=tuple(optim.betas))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -614,7 +761,6 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         if (resume_path.parent / "best.pt").exists():
             shutil.copyfile(resume_path.parent / "best.pt", run_dir / "best.pt")
         print(f"resumed from {resume_path} at step {start_step}")
-    start_run(run_dir, config, counts)
     log = MetricsLog(run_dir, rows)
 
     dataset = PromptedMasks(
@@ -628,6 +774,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         sampler=SampleCounter(start_step * images_per_step, settings.steps * images_per_step),
         num_workers=num_workers,
         collate_fn=collate,
+        generator=torch.Generator(),  # its own: torch's stream, which a resumed run restores, must not be drawn from
         pin_memory=device.type == "cuda",
         persistent_workers=num_workers > 0,
     )
@@ -657,6 +804,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             },
         )
 
+    if resume_path is not None:
+        save_last(start_step)  # from now on this folder can be resumed too
     step = start_step
     while True:
         # 1. evaluate and save
@@ -666,9 +815,19 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             samples_dir.mkdir(parents=True, exist_ok=True)
             eval_start = time.perf_counter()
             values = evaluate(
-                model, val_items, augmentation, settings.eval_clicks, device, precision, samples_dir, settings.picture_images
+                model,
+                val_items,
+                augmentation,
+                settings.eval_clicks,
+                device,
+                precision,
+                samples_dir,
+                settings.picture_images,
             )
-            tqdm.write(f"step {step}: " + "  ".join(f"{name[4:]} {value:.3f}" for name, value in values.items() if "iou" in name))
+            tqdm.write(
+                f"step {step}: "
+                + "  ".join(f"{name[4:]} {value:.3f}" for name, value in values.items() if "iou" in name)
+            )
             log.log(step, values)
             plot_curves(log.rows, run_dir / "curves.png")
             evaluated_step = step
@@ -681,14 +840,13 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
                 )
             else:
                 bad_evals += 1
-            if step > start_step or resume_path is None:
-                save_last(step)
+            save_last(step)
             window_start += time.perf_counter() - eval_start  # speed is that of training alone
-            if settings.early_stop_evals is not None and bad_evals >= settings.early_stop_evals:
-                tqdm.write(f"early stop: {settings.select_by} has not risen in {bad_evals} evaluations")
-                break
         elif step > start_step and step % settings.save_every == 0:
             save_last(step)
+        if settings.early_stop_evals is not None and bad_evals >= settings.early_stop_evals:
+            tqdm.write(f"early stop: {settings.select_by} has not risen in {bad_evals} evaluations")
+            break
         if is_last:
             break
         model.train()
@@ -698,11 +856,12 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
 
-        step_loss, step_iou = 0.0, 0.0
+        step_loss, step_iou, step_names = 0.0, 0.0, []
         for _ in range(settings.accumulate):
             wait_start = time.perf_counter()
             batch = next(batches)
             wait_s += time.perf_counter() - wait_start
+            step_names += batch["names"]
             batch = {
                 key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
                 for key, value in batch.items()
@@ -725,7 +884,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_([p for _, p in trainable], settings.clip_norm).item()
         if not math.isfinite(grad_norm) and not scaler.is_enabled():
-            raise FloatingPointError(f"gradient norm is {grad_norm} at step {step}, pictures {', '.join(batch['names'])}")
+            raise FloatingPointError(f"gradient norm is {grad_norm} at step {step}, pictures {', '.join(step_names)}")
 
         # 5. update (the scaler leaves out a step whose fp16 gradients overflowed)
         scaler.step(optimizer)
@@ -771,7 +930,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     return best[settings.select_by]
 
 
-RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data_root", "data.root", "data.train_list", "data.val_list")
+RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data.root", "data.train_list", "data.val_list")
 
 
 def resumed_config(stored: dict, current: dict, overrides: list[str]) -> dict:
@@ -796,14 +955,19 @@ def resumed_config(stored: dict, current: dict, overrides: list[str]) -> dict:
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train_sam2")
 def main(cfg) -> float:
-    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    hydra_config = HydraConfig.get()
-    run_dir = Path(hydra_config.runtime.output_dir)
-    resume_path = None
-    if config["resume"] is not None:
-        resume_path = find_resume(config["resume"])
-        config = resumed_config(load_checkpoint(resume_path)["config"], config, list(hydra_config.overrides.task))
-    return train(config, run_dir, resume_path)
+    """Read the config, train, and end with one line on what went wrong and status 1, if anything did."""
+    try:
+        config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        hydra_config = HydraConfig.get()
+        run_dir = Path(hydra_config.runtime.output_dir)
+        resume_path = None
+        if config["resume"] is not None:
+            resume_path = find_resume(config["resume"])
+            config = resumed_config(load_checkpoint(resume_path)["config"], config, list(hydra_config.overrides.task))
+        return train(config, run_dir, resume_path)
+    except (ValueError, FileNotFoundError, FileExistsError, ConnectionError, FloatingPointError) as error:
+        logging.getLogger("train_sam2").debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

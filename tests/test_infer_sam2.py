@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from pycocotools import mask as coco_mask
 
-from infer_sam2 import choose_model, infer, list_images, output_name
+from infer_sam2 import choose_model, infer, list_images, output_names
 from utils.checkpoint import save_checkpoint
 from utils.images import overlay_label_map, read_image, write_image
 from utils.instance_data import Item, read_instances
@@ -209,9 +209,10 @@ def test_automatic_masks_and_their_files(folder, tmp_path):
     records, labels, _ = run(folder, tmp_path / "run", f"input={folder / 'photo.png'}", *MANY_MASKS, "max_overlap=0.9")
     record, label_map = records["photo"], labels["photo"]
     assert record["image"] == {"image_id": 1, "width": 160, "height": 120, "file_name": "photo.png"}
-    assert len(record["annotations"]) == 3 * 6 * 6
+    count = len(record["annotations"])
+    assert 50 < count <= 3 * 6 * 6
     assert label_map.dtype == np.uint16 and label_map.max() >= 2
-    assert [one["id"] for one in record["annotations"]] == list(range(1, 109))
+    assert [one["id"] for one in record["annotations"]] == list(range(1, count + 1))
     taken = np.zeros(label_map.shape, bool)
     for annotation, mask in zip(record["annotations"], masks_of(record), strict=True):
         ys, xs = np.nonzero(mask)
@@ -228,11 +229,11 @@ def test_automatic_masks_and_their_files(folder, tmp_path):
         overlay, overlay_label_map(read_image(folder / "photo.png"), label_map.astype(np.int32))
     )
     run_record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert run_record["end"] and run_record["metrics"]["last"]["num_masks"] == 108
+    assert run_record["end"] and run_record["metrics"]["last"]["num_masks"] == count
     assert run_record["config"]["automatic"]["points_per_side"] == 6
 
     layers = read_instances(Item("photo", "sa1b", folder / "photo.png", tmp_path / "run" / "photo.json"))
-    assert len(np.unique(layers[layers > 0])) == 108  # our own reader, for data=sa1b
+    assert len(np.unique(layers[layers > 0])) == count  # our own reader, for data=sa1b
 
     again = run(folder, tmp_path / "again", f"input={folder / 'photo.png'}", *MANY_MASKS, "max_overlap=0.9")
     assert again[0] == records
@@ -286,7 +287,7 @@ def test_prompts_of_a_folder(folder, tmp_path):
 
 def test_names_that_would_overwrite_another_file_get_their_suffix():
     paths = [Path("a.png"), Path("B.jpg"), Path("b.png"), Path("run.png")]
-    assert [output_name(path, paths) for path in paths] == ["a", "B_jpg", "b_png", "run_png"]
+    assert output_names(paths) == ["a", "B_jpg", "b_png", "run_png"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,6 +334,7 @@ def test_geometry_comes_from_the_checkpoint(folder, tmp_path):
         (["mode=fast"], "mode is fast; must be one of automatic, region, prompts"),
         (["points=[[1,2,1]]"], "points= is given but mode is automatic, which does not use it: add mode=prompts"),
         (["region=region.png"], "region= is given but mode is automatic.*add mode=region"),
+        (["automatic.points_per_side=0"], "points_per_side is 0; must be at least 1"),
         (["mode=region"], "mode=region needs region="),
         (["mode=region", "region=missing.png"], "no file missing.png"),
         (["mode=region", "region=small.png"], "region mask is 30 x 20 px, its picture 160 x 120; must be equal"),

@@ -287,6 +287,18 @@ def test_masks_per_file_keeps_overlapping_masks_whole(tmp_path):
     assert 2 <= len(layers) <= 8
 
 
+def test_masks_that_interlock_without_overlap_share_a_layer(tmp_path):
+    write_picture(tmp_path / "x" / "images" / "x.png")
+    ring = np.ones((8, 10), np.uint8)
+    ring[2:6, 2:8] = 0
+    for index, mask in enumerate([1 - ring, ring]):
+        write_png(tmp_path / "x" / "masks" / f"{index}.png", mask)
+    (item,) = list_all("masks_per_file", tmp_path, val_fraction=0)
+    layers = read_instances(item)
+    assert len(layers) == 1
+    assert_layers_hold(layers, [ring == 0, ring > 0])
+
+
 def test_masks_per_file_without_masks_has_no_objects(tmp_path):
     write_picture(tmp_path / "x" / "images" / "x.png")
     (tmp_path / "x" / "masks").mkdir()
@@ -366,6 +378,14 @@ def test_json_that_is_not_coco_is_named(tmp_path):
         list_all("coco", tmp_path, **COCO)
     (tmp_path / "instances.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"instances\.json holds a json list"):
+        list_all("coco", tmp_path, **COCO)
+
+
+def test_a_picture_listed_twice_is_refused(tmp_path):
+    write_picture(tmp_path / "pictures" / "one.jpg")
+    images = [{"id": index, "file_name": "one.jpg", "height": 8, "width": 10} for index in range(2)]
+    (tmp_path / "instances.json").write_text(json.dumps({"images": images, "annotations": []}))
+    with pytest.raises(ValueError, match=r"lists pictures/one\.jpg 2 times; names must be unique"):
         list_all("coco", tmp_path, **COCO)
 
 

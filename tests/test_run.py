@@ -334,9 +334,11 @@ def test_curves_show_sparse_columns_and_survive_nan(tmp_path):
     dense_image, sparse_image = (cv2.imread(str(tmp_path / name)) for name in ("dense.png", "sparse.png"))
     assert dense_image.shape == sparse_image.shape  # train/loss and val/loss share one panel
     assert not np.array_equal(dense_image, sparse_image)
-    many = [{"step": 0, **{f"val/metric_{i}": float(i) for i in range(5)}, "only_nan": float("nan")}]
-    run.plot_curves(many, tmp_path / "many.png")
-    assert cv2.imread(str(tmp_path / "many.png")).shape == (2 * dense_image.shape[0], 4 * dense_image.shape[1], 3)
+    for num_metrics, num_rows in ((4, 1), (5, 2)):  # four panels a row, and none for a metric without a finite value
+        metrics = {f"val/metric_{i}": float(i) for i in range(num_metrics)}
+        run.plot_curves([{"step": 0, **metrics, "only_nan": float("nan")}], tmp_path / "many.png")
+        height, width = dense_image.shape[:2]
+        assert cv2.imread(str(tmp_path / "many.png")).shape == (num_rows * height, 4 * width, 3)
     run.plot_curves([], tmp_path / "none.png")
     assert cv2.imread(str(tmp_path / "none.png")) is not None
     assert not list(tmp_path.glob("*.tmp"))

@@ -80,7 +80,7 @@ def check_items(items: list[Item], num_threads: int | None = None) -> CheckRepor
     """
     with ThreadPoolExecutor(num_threads or min(16, os.cpu_count() or 1)) as executor:
         return CheckReport(
-            tuple(tqdm(executor.map(check_item, items), "check", len(items), leave=False, unit=" images"))
+            tuple(tqdm(executor.map(check_item, items), "check", len(items), leave=False, unit=" images", disable=None))
         )
 
 

@@ -75,8 +75,12 @@ def generate_masks(model: torch.nn.Module, image_rgb: np.ndarray, settings: Auto
         image_rgb: uint8 (H, W, 3).
     Returns:
         GeneratedMasks; no mask is empty.
+    Raises:
+        ValueError: without points.
     Source: sam2.automatic_mask_generator, whose filters these are, in its order.
     """
+    if settings.points_per_side < 1:
+        raise ValueError(f"automatic.points_per_side is {settings.points_per_side}; must be at least 1")
     orig_hw = image_rgb.shape[:2]
     crops = make_crops(orig_hw, settings.crop_n_layers, settings.crop_overlap_ratio)
     annotations, crop_areas, num_prompts, encode_s = [], [], 0, 0.0
@@ -89,7 +93,7 @@ def generate_masks(model: torch.nn.Module, image_rgb: np.ndarray, settings: Auto
         embeddings = encode(model, images)
         encode_s += now_s(model.device) - encode_start
 
-        points_per_side = int(settings.points_per_side / settings.crop_n_points_downscale_factor**layer)
+        points_per_side = max(1, int(settings.points_per_side / settings.crop_n_points_downscale_factor**layer))
         point_coords = make_point_grid(points_per_side, crop_hw)  # (P, 2)
         num_prompts += len(point_coords)
         candidates = find_candidates(model, embeddings, point_coords, crop_hw, settings)

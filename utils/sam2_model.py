@@ -6,6 +6,7 @@ train/eval mode: callers do. `sam2` and `hydra.utils.instantiate` appear in this
 """
 
 import contextlib
+import http.client
 import importlib.resources
 import os
 import urllib.error
@@ -248,7 +249,7 @@ def find_checkpoint(name: str, url: str | None, checkpoint: str) -> Path:
     Args, Raises: as for `build_sam2`.
     """
     if checkpoint != "auto":
-        path = Path(checkpoint)
+        path = Path(str(checkpoint))
         if not path.is_file():
             raise FileNotFoundError(
                 f"model.checkpoint {path} is not a file (seen from {Path.cwd()}); "
@@ -277,10 +278,13 @@ def _download(url: str, path: Path) -> None:
                     progress.update(len(block))
             if num_bytes and file.tell() != num_bytes:
                 raise ConnectionError(f"it ended after {file.tell()} of {num_bytes} bytes")
-    except OSError as error:  # URLError, timeouts and ConnectionError are OSErrors
-        partial.unlink(missing_ok=True)
-        raise ConnectionError(f"could not download {url} ({error}); download it elsewhere and put it at {path}") from None
-    os.replace(partial, path)
+        os.replace(partial, path)
+    except (OSError, http.client.HTTPException) as error:  # URLError, timeouts and ConnectionError are OSErrors
+        raise ConnectionError(
+            f"could not download {url} ({error}); download it elsewhere and put it at {path}"
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)  # also after Ctrl-C
 
 
 @contextlib.contextmanager
@@ -319,12 +323,15 @@ def _load_weights(model: nn.Module, state_dict: dict, name: str, path: Path) -> 
     other_shape = [key for key in expected.keys() & state_dict.keys() if expected[key].shape != state_dict[key].shape]
     if missing or extra or other_shape:
         found = recognise_weights(state_dict)
+        if found == name:
+            problem = f"looks like {name} but does not fit it; give another checkpoint"
+        elif found:
+            problem = f"holds weights of {found}, but model is {name}; use model={found}"
+        else:
+            problem = f"holds weights of no SAM 2 model that this toolkit knows; give a checkpoint of {name}"
         raise ValueError(
-            f"checkpoint {path} holds weights of {found or 'no SAM 2 model that this toolkit knows'}, "
-            f"but model is {name}; "
-            + (f"use model={found}" if found and found != name else "give another checkpoint")
-            + f" ({len(missing)} entries missing, {len(extra)} too many, {len(other_shape)} of another shape"
-            + f", such as {sorted([*missing, *extra, *other_shape])[0]})"
+            f"checkpoint {path} {problem} ({len(missing)} entries missing, {len(extra)} too many, "
+            f"{len(other_shape)} of another shape, such as {sorted([*missing, *extra, *other_shape])[0]})"
         )
     model.load_state_dict(state_dict)
 
@@ -357,8 +364,10 @@ def freeze_except(model: nn.Module, trainable: list) -> list[tuple[str, nn.Param
     Returns:
         (name, parameter) of every trainable parameter; all others have requires_grad False.
     Raises:
-        ValueError: for an unknown part, for "memory", and for more blocks than there are.
+        ValueError: for no part, an unknown part, "memory", and for more blocks than there are.
     """
+    if not isinstance(trainable, list) or not trainable:
+        raise ValueError(f"train.trainable is {trainable!r}; must be a list such as [prompt_encoder, mask_decoder]")
     prefixes = []
     for part in trainable:
         if part == "prompt_encoder":
@@ -391,6 +400,8 @@ def _last_blocks(model: nn.Module, num_last: int) -> list[str]:
     trunk = model.image_encoder.trunk
     blocks = list(trunk.blocks) if hasattr(trunk, "blocks") else [block for stage in trunk.stages for block in stage]
     if type(num_last) is not int or not 1 <= num_last <= len(blocks):
-        raise ValueError(f"train.trainable has trunk_last_n: {num_last}; must be 1 to {len(blocks)}, the trunk's blocks")
+        raise ValueError(
+            f"train.trainable has trunk_last_n: {num_last}; must be 1 to {len(blocks)}, the trunk's blocks"
+        )
     names = {id(module): name for name, module in model.named_modules()}
     return [names[id(block)] + "." for block in blocks[-num_last:]]

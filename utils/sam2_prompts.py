@@ -44,8 +44,8 @@ def noised_box(mask: np.ndarray, rng: np.random.Generator, max_noise_xy: tuple[f
     Source: SAM paper, appendix A; SAM 2's training (uniform rather than Gaussian noise).
     """
     x1, y1, x2, y2 = box = mask_box(mask)
-    limit_x = min((x2 - x1 + 1) * BOX_NOISE, max_noise_xy[0])
-    limit_y = min((y2 - y1 + 1) * BOX_NOISE, max_noise_xy[1])
+    limit_x = min((x2 - x1) * BOX_NOISE, max_noise_xy[0])  # none for one pixel, whose corners would change places
+    limit_y = min((y2 - y1) * BOX_NOISE, max_noise_xy[1])
     box = box + rng.uniform(-1, 1, 4) * [limit_x, limit_y, limit_x, limit_y]
     height, width = mask.shape
     return box.clip(0, [width - 1, height - 1, width - 1, height - 1]).astype(np.float32)
@@ -71,7 +71,9 @@ def random_correction_points(
     region = torch.where(region.any(1, keepdim=True), region, ~masks.flatten(1))
     region = torch.where(region.any(1, keepdim=True), region, True)
     counts = region.cumsum(1)  # (O, H*W), how many region pixels up to and with this one
-    rank = (uniform.to(counts.device) * counts[:, -1]).long().clamp(max=counts[:, -1] - 1) + 1  # (O,) in 1..number of pixels
+    rank = (uniform.to(counts.device) * counts[:, -1]).long().clamp(
+        max=counts[:, -1] - 1
+    ) + 1  # (O,) in 1..number of pixels
     flat_index = torch.searchsorted(counts, rank[:, None]).squeeze(1)  # first pixel with that count
     point_coords = torch.stack([flat_index % width, flat_index // width], dim=1).float()
     is_positive = masks.flatten(1).gather(1, flat_index[:, None])  # missed pixels are foreground by definition

@@ -117,9 +117,7 @@ def _random_shape(rng: np.random.Generator, size: int, radius: float) -> np.ndar
     return mask.astype(bool)
 
 
-def _paint(
-    rng: np.random.Generator, picture: np.ndarray, mask: np.ndarray, color: np.ndarray, edge: bool
-) -> None:
+def _paint(rng: np.random.Generator, picture: np.ndarray, mask: np.ndarray, color: np.ndarray, edge: bool) -> None:
     """Paint a textured shape into a float picture, in place, shaded across its extent; `edge` adds an outline."""
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     y, x, side = ys[0], xs[0], int(max(ys[-1] - ys[0], xs[-1] - xs[0]) + 1)
@@ -278,9 +276,7 @@ def draw_glassware(rng: np.random.Generator, height: int, width: int) -> tuple[n
     return np.clip(picture, 0, 255).astype(np.uint8), vessel_ids, material_ids
 
 
-def _vessel_outline(
-    rng: np.random.Generator, center_x: float, bottom_y: float, wide: float, tall: float
-) -> np.ndarray:
+def _vessel_outline(rng: np.random.Generator, center_x: float, bottom_y: float, wide: float, tall: float) -> np.ndarray:
     """Draw half a vessel's profile and mirror it: float (K, 2) points (x, y) px. Beaker, flask, round flask or tube."""
     kind = rng.integers(4)
     heights = np.linspace(0, 1, 24)  # 0 bottom, 1 top

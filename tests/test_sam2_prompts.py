@@ -1,0 +1,193 @@
+"""utils/sam2_prompts.py: simulated clicks and boxes, against SAM 2's samplers and exact counts."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from utils.sam2_model import _sam2_without_hydra
+from utils.sam2_prompts import center_point, mask_box, noised_box, random_correction_points, random_point
+
+
+def blobs(rng: np.random.Generator, height: int, width: int, level: float = 0.5) -> np.ndarray:
+    """Draw a mask of a few smooth blobs."""
+    noise = cv2.resize(rng.random((5, 6)).astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+    return noise > level
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation clicks
+
+
+def test_center_clicks_are_those_of_sam2():
+    with _sam2_without_hydra():
+        from sam2.modeling.sam2_utils import sample_one_point_from_error_center
+
+    rng = np.random.default_rng(0)
+    labels_seen = []
+    for number in range(80):
+        height, width = rng.integers(3, 90, 2)
+        mask, pred_mask = blobs(rng, height, width), blobs(rng, height, width, rng.uniform(0.2, 0.8))
+        if number % 4 == 0:  # ragged
+            mask, pred_mask = mask ^ (rng.random(mask.shape) < 0.1), pred_mask ^ (rng.random(mask.shape) < 0.1)
+        if number % 8 == 1:  # the first click
+            pred_mask[:] = False
+        if number == 2:
+            pred_mask = mask.copy()
+        if number == 3:
+            mask[:], pred_mask[:] = True, False
+        if number == 6:
+            mask[:], pred_mask[:] = False, True
+        point, label = center_point(mask, pred_mask)
+        expected_point, expected_label = sample_one_point_from_error_center(
+            torch.from_numpy(mask)[None, None], torch.from_numpy(pred_mask)[None, None]
+        )
+        assert point.tolist() == expected_point[0, 0].tolist() and label == expected_label.item(), number
+        assert point.dtype == np.float32 and point.shape == (2,)
+        labels_seen.append(label)
+    assert 10 < sum(labels_seen) < 70  # both kinds were compared
+
+
+def test_center_click_lies_in_the_middle_of_the_larger_error():
+    mask, pred_mask = np.zeros((2, 40, 60), bool)
+    mask[10:21, 30:51] = True  # centre row 15, a ridge of columns 35..45
+    pred_mask[30:35, 2:7] = True  # smaller
+    point, label = center_point(mask, pred_mask)
+    assert label == 1 and point[1] == 15 and 35 <= point[0] <= 45
+    point, label = center_point(mask, mask | pred_mask)
+    assert label == 0 and point.tolist() == [4, 32]
+    assert center_point(np.ones((9, 9), bool), np.zeros((9, 9), bool))[0].tolist() == [4, 4]  # the frame is a border
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training clicks
+
+
+def error_pixels(mask: np.ndarray, pred_mask: np.ndarray) -> list[tuple[int, int, int]]:
+    """List (x, y, label) of the pixels that may be clicked, row by row, by a naive loop."""
+    height, width = mask.shape
+    every = [(x, y) for y in range(height) for x in range(width)]
+    wrong = [(x, y, int(mask[y, x])) for x, y in every if mask[y, x] != pred_mask[y, x]]
+    background = [(x, y, 0) for x, y in every if not mask[y, x]]
+    return wrong or background or [(x, y, 1) for x, y in every]
+
+
+def correction_cases() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    rng = np.random.default_rng(1)
+    some, other = rng.random((2, 7, 11)) < 0.4
+    empty, full = np.zeros((7, 11), bool), np.ones((7, 11), bool)
+    one_missed = some.copy()
+    one_missed[tuple(np.argwhere(some)[-1])] = False
+    return {
+        "missed and overpainted": (some, other),
+        "missed alone": (some, empty),
+        "overpainted alone": (some, full),
+        "one pixel": (some, one_missed),
+        "perfect: background": (some, some),
+        "perfect, full frame": (full, full),
+        "empty, perfect": (empty, empty),
+        "full frame missed": (full, empty),
+    }
+
+
+@pytest.mark.parametrize("name", correction_cases())
+def test_corrections_reach_every_error_pixel_once_as_uniform_runs_through_0_to_1(name):
+    mask, pred_mask = correction_cases()[name]
+    expected = error_pixels(mask, pred_mask)
+    count = len(expected)
+    uniform = (torch.arange(count) + 0.5) / count
+    masks = torch.from_numpy(mask).expand(count, -1, -1)
+    pred_masks = torch.from_numpy(pred_mask).expand(count, -1, -1)
+    point_coords, point_labels = random_correction_points(masks, pred_masks, uniform)
+    assert point_coords.shape == (count, 1, 2) and point_coords.dtype == torch.float32
+    assert point_labels.shape == (count, 1) and point_labels.dtype == torch.int32
+    clicks = [(*xy, label) for xy, label in zip(point_coords[:, 0].int().tolist(), point_labels[:, 0].tolist(), strict=True)]
+    assert clicks == expected
+    ends = torch.tensor([0.0, float(np.nextafter(np.float32(1), np.float32(0)))])
+    at_ends, _ = random_correction_points(masks[:1].expand(2, -1, -1), pred_masks[:1].expand(2, -1, -1), ends)
+    assert at_ends[:, 0].int().tolist() == [list(expected[0][:2]), list(expected[-1][:2])]
+
+
+def test_corrections_of_different_objects_do_not_mix():
+    cases = list(correction_cases().values())
+    masks = torch.from_numpy(np.stack([mask for mask, _ in cases]))
+    pred_masks = torch.from_numpy(np.stack([pred_mask for _, pred_mask in cases]))
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        uniform = torch.from_numpy(rng.random(len(cases), np.float32))
+        point_coords, point_labels = random_correction_points(masks, pred_masks, uniform)
+        for number, (mask, pred_mask) in enumerate(cases):
+            pixels = error_pixels(mask, pred_mask)
+            click = (*point_coords[number, 0].int().tolist(), point_labels[number, 0].item())
+            assert click == pixels[int(uniform[number].item() * len(pixels))]
+
+
+def test_corrections_in_a_whole_large_frame_and_of_no_objects():
+    masks, pred_masks = torch.ones(3, 1024, 1024, dtype=torch.bool), torch.zeros(3, 1024, 1024, dtype=torch.bool)
+    uniform = torch.tensor([0.0, 0.5, float(np.nextafter(np.float32(1), np.float32(0)))])
+    point_coords, point_labels = random_correction_points(masks, pred_masks, uniform)
+    assert point_coords[:, 0].tolist() == [[0, 0], [0, 512], [1023, 1023]] and point_labels.tolist() == [[1]] * 3
+    point_coords, point_labels = random_correction_points(masks[:0], pred_masks[:0], uniform[:0])
+    assert point_coords.shape == (0, 1, 2) and point_labels.shape == (0, 1)
+
+
+def test_random_points_are_uniform_over_the_mask():
+    rng = np.random.default_rng(3)
+    mask = rng.random((6, 9)) < 0.5
+    counts = np.zeros(mask.shape, int)
+    for _ in range(200 * mask.sum()):
+        x, y = random_point(mask, rng)
+        counts[int(y), int(x)] += 1
+    assert (counts[~mask] == 0).all()
+    assert stats.chisquare(counts[mask]).pvalue > 1e-4
+    assert random_point(mask, rng).dtype == np.float32 and random_point(mask, rng).shape == (2,)
+    again = [random_point(mask, np.random.default_rng(5)).tolist() for _ in range(2)]
+    assert again[0] == again[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# boxes
+
+
+def test_mask_box_is_sam2s():
+    with _sam2_without_hydra():
+        from sam2.utils.amg import batched_mask_to_box
+
+    rng = np.random.default_rng(4)
+    for _ in range(20):
+        mask = rng.random((30, 50)) < 0.002
+        mask[rng.integers(30), rng.integers(50)] = True
+        assert mask_box(mask).tolist() == batched_mask_to_box(torch.from_numpy(mask)[None])[0].tolist()
+    assert mask_box(mask).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "max_noise_xy, expected_xy", [((20, 20), (6, 3)), ((4, 20), (4, 3)), ((20, 1.5), (6, 1.5)), ((0, 0), (0, 0))]
+)
+def test_box_noise_is_uniform_within_a_tenth_of_the_side_and_the_cap(max_noise_xy, expected_xy):
+    mask = np.zeros((100, 200), bool)
+    mask[40:71, 80:141] = True  # corners (80, 40) and (140, 70): 60 by 30 px between them
+    rng = np.random.default_rng(6)
+    noise = np.array([noised_box(mask, rng, max_noise_xy) for _ in range(1500)]) - [80, 40, 140, 70]
+    limits = np.array([*expected_xy, *expected_xy])
+    assert (np.abs(noise) <= limits + 1e-4).all()
+    if limits.any():
+        for side in range(4):
+            assert stats.kstest(noise[:, side] / limits[side], stats.uniform(-1, 2).cdf).pvalue > 1e-4
+        assert np.abs(np.corrcoef(noise.T) - np.eye(4)).max() < 0.12  # each side by itself
+
+
+def test_noised_boxes_stay_in_the_picture_and_keep_their_corners_in_order():
+    rng = np.random.default_rng(7)
+    at_corner = np.zeros((50, 60), bool)
+    at_corner[:30, 20:] = True
+    thin, one_pixel = np.zeros((2, 50, 60), bool)
+    thin[10, 5:55] = True
+    one_pixel[20, 30] = True
+    for mask in (at_corner, thin, one_pixel, np.ones((50, 60), bool)):
+        for _ in range(200):
+            x1, y1, x2, y2 = box = noised_box(mask, rng, (20, 20))
+            assert 0 <= x1 <= x2 <= 59 and 0 <= y1 <= y2 <= 49
+            assert box.dtype == np.float32
+    assert noised_box(one_pixel, rng, (20, 20)).tolist() == [30, 20, 30, 20]

@@ -1,0 +1,936 @@
+"""train_sam2.py on tiny pictures: the real command, what it trains, its losses and prompts, its metrics, and bad input."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException
+from omegaconf import OmegaConf
+from tiny_training import (
+    COLORS,
+    ROOT,
+    compose_config,
+    differences,
+    list_training_items,
+    make_dataset,
+    make_runs_quick,
+    run_main,
+    script_evaluation,
+    tiny_overrides,
+    train_in,
+    write_dataset,
+)
+
+import train_sam2
+from train_sam2 import LossSettings, PromptSettings, collate, evaluate, mask_prediction_loss, prompted_loss
+from utils.images import read_image, write_image, write_label_map
+from utils.instance_data import Item, read_item
+from utils.run import seed_everything
+from utils.sam2_model import Embeddings, build_sam2
+
+SAM_LOSS = LossSettings(**OmegaConf.load(ROOT / "configs" / "loss" / "sam.yaml"))
+TUTORIAL_LOSS = LossSettings(**OmegaConf.load(ROOT / "configs" / "loss" / "tutorial.yaml"))
+AUGMENTATION = train_sam2.Augmentation(min_area_px=1, hflip=True, color_jitter=0.0)
+PRESETS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("tiny") / "data")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    make_runs_quick(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def model(root):
+    """A nano at 64 px with random weights that answer to the prompt, in train mode."""
+    torch.manual_seed(0)
+    model = build_sam2(**compose_config(*tiny_overrides(root))["model"], device="cpu")
+    with torch.no_grad():
+        for name, values in model.named_parameters():
+            if ("transformer" in name and values.dim() > 1) or "point_embeddings" in name:
+                values.mul_(4)
+    return model.train()
+
+
+def make_batch(root, sample_indices, *overrides):
+    """A training batch, and the prompt settings that go with it."""
+    config = compose_config(*tiny_overrides(root), *overrides)
+    dataset = make_dataset(config)
+    return collate([dataset[index] for index in sample_indices]), PromptSettings(**config["prompts"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the real command
+
+
+@pytest.fixture(scope="module")
+def overfitted(root, tmp_path_factory):
+    """The folder and the output of a run that sees the same four pictures over and over."""
+    run_dir = tmp_path_factory.mktemp("overfitted") / "run"
+    command = [
+        sys.executable, str(ROOT / "train_sam2.py"), *tiny_overrides(root), f"hydra.run.dir={run_dir}", "loss=balanced",
+        "data.hflip=false", "train.steps=60", "train.batch_size=4", "train.objects_per_image=4", "train.eval_every=30",
+        "train.trainable=[prompt_encoder,mask_decoder,image_encoder]", "train.clip_norm=1.0", "prompts=point",
+        "optim.lr=1e-3", "optim.encoder_lr_factor=1.0", "optim.weight_decay=0.0", "train.eval_clicks=[1,2]",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path_factory.mktemp("elsewhere"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run_dir, done.stdout + done.stderr
+
+
+def read_rows(run_dir):
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def test_command_writes_the_promised_files(overfitted):
+    run_dir, output = overfitted
+    for name in ("best.pt", "last.pt", "metrics.csv", "curves.png", "dataset.png", "run.json", ".hydra/config.yaml"):
+        assert (run_dir / name).stat().st_size > 0, name
+    assert list((run_dir / "tensorboard").glob("events*"))
+    pictures = sorted(path.relative_to(run_dir / "samples").as_posix() for path in (run_dir / "samples").glob("*/*"))
+    assert pictures == ["step_000000/101.png", "step_000030/101.png", "step_000060/101.png"]
+    assert read_image(run_dir / "samples" / "step_000060" / "101.png").shape == (288, 3 * 384, 3)
+    assert not list(run_dir.rglob("*.tmp"))
+    assert f"checkpoint={run_dir}/best.pt" in output and "python infer_sam2.py" in output
+
+
+def test_run_record_tells_start_best_and_last(overfitted):
+    run_dir, output = overfitted
+    record, rows = json.loads((run_dir / "run.json").read_text()), read_rows(run_dir)
+    measured = {row["step"]: row for row in rows if "val/iou_1_click" in row}
+    assert sorted(measured) == [0, 30, 60]
+    metrics = record["metrics"]
+    assert metrics["start"]["step"] == 0 and metrics["last"]["step"] == 60 and "end" in record
+    assert metrics["best"]["step"] == max(measured, key=lambda step: measured[step]["val/iou_1_click"])
+    names = {"val/iou_1_click", "val/iou_2_clicks", "val/oracle_iou_1_click", "val/iou_box"}
+    for part in metrics.values():
+        assert part.keys() == names | {"step", "val/num_images", "val/num_objects"}
+        assert all(part[name] == pytest.approx(measured[part["step"]][name]) for name in names)
+    assert (metrics["last"]["val/num_images"], metrics["last"]["val/num_objects"]) == (4, 13)  # no validation picture lost
+    assert record["data"]["train_images"] == 4 and record["data"]["num_without_objects"] == 1
+    assert "1 without objects" in output and "000.png" in output
+
+
+def test_tiny_data_is_overfitted(overfitted):
+    """Four pictures of known objects: far above what any mask that ignores picture and click can reach."""
+    run_dir, _ = overfitted
+    metrics = json.loads((run_dir / "run.json").read_text())["metrics"]
+    assert metrics["start"]["val/iou_1_click"] < 0.3
+    assert metrics["last"]["val/iou_1_click"] > 0.6
+    assert read_rows(run_dir)[-2]["train/iou"] > 0.35  # a running mean over all 60 steps
+
+
+def test_best_checkpoint_is_plain_and_evaluates_to_its_metrics(overfitted, root, tmp_path, quick):
+    run_dir, _ = overfitted
+    best = torch.load(run_dir / "best.pt", map_location="cpu", weights_only=True)
+    assert best.keys() == {"format", "model", "config", "metrics", "git"} and best["format"] == 1
+    assert json.loads(json.dumps([best["config"], best["metrics"], best["git"]])) == [
+        best["config"], best["metrics"], best["git"],
+    ]  # fmt: skip
+    again = train_in(
+        tmp_path / "run",
+        compose_config(
+            *tiny_overrides(root), f"model.checkpoint={run_dir / 'best.pt'}", "train.steps=0", "train.eval_clicks=[1,2]"
+        ),
+    )
+    assert again["best"] == best["metrics"] | {"step": 0}
+
+
+def test_only_a_better_one_replaces_the_best_checkpoint(root, tmp_path, quick, monkeypatch):
+    script_evaluation(monkeypatch, [0.5, 0.7, 0.6, 0.7, 0.9])
+    config = compose_config(
+        *tiny_overrides(root), "train.steps=4", "train.eval_every=1", "train.early_stop_evals=2", "prompts=point"
+    )
+    last = train_in(tmp_path / "run", config)
+    assert (last["step"], last["evaluated_step"]) == (3, 3)  # two evaluations without a rise: stopped before 0.9
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert (best["metrics"]["step"], best["metrics"]["val/iou_1_click"]) == (1, 0.7)
+    assert differences(best["model"], last["model"])
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [record["metrics"][part]["step"] for part in ("start", "best", "last")] == [0, 1, 3]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is trained
+
+
+def train_parts(root, run_dir, trainable, *overrides):
+    """Train 4 steps; the names of the parameters that moved and of those that did not."""
+    config = compose_config(
+        *tiny_overrides(root), f"train.trainable={trainable}", "train.steps=4", "train.batch_size=4", "seed=3",
+        "train.objects_per_image=8", "prompts.repeat_objects=true", "optim.weight_decay=0.0", "optim.encoder_lr_factor=1",
+        "train.save_every=4", *overrides,
+    )  # fmt: skip
+    trained = train_in(run_dir, config)["model"]
+    seed_everything(config["seed"])  # the weights that the run started from
+    before = build_sam2(**config["model"], device="cpu")
+    parameters = {name for name, _ in before.named_parameters()}
+    moved = {name for name, values in before.state_dict().items() if not torch.equal(values, trained[name])}
+    return moved, parameters - moved
+
+
+@pytest.mark.parametrize(
+    "trainable, prefixes",
+    [
+        ("[prompt_encoder]", ("sam_prompt_encoder.",)),
+        ("[mask_decoder]", ("sam_mask_decoder.", "no_mem_embed")),
+        ("[neck]", ("image_encoder.neck.",)),
+        ("[{trunk_last_n:2}]", ("image_encoder.trunk.stages.2.2.", "image_encoder.trunk.stages.3.0.")),
+        (
+            "[prompt_encoder,mask_decoder,image_encoder]",
+            ("sam_prompt_encoder.", "sam_mask_decoder.", "no_mem_embed", "image_encoder."),
+        ),
+    ],
+)
+def test_trainable_parameters_move_and_frozen_ones_do_not(trainable, prefixes, root, tmp_path, quick, monkeypatch):
+    """With the default loss and prompts; without weight decay, which would move a parameter that gets no gradient."""
+    script_evaluation(monkeypatch)
+    moved, still = train_parts(root, tmp_path / "run", trainable)
+    assert not [name for name in moved if not name.startswith(prefixes)]
+    # the model's scalp drops the coarsest level: its lateral convolution is never used
+    unused = ("no_mem_pos_enc", "mask_downsample", "image_encoder.neck.convs.0.", "image_encoder.trunk.stages.3.",
+              "image_encoder.trunk.downsamples.2.")  # fmt: skip
+    assert not [name for name in still if name.startswith(prefixes) and not name.startswith(unused)]
+
+
+def test_encoding_without_gradient_would_leave_three_parts_untrained(root, tmp_path, quick, monkeypatch):
+    """The tutorial's way (D1): the predictor's set_image runs conv_s0, conv_s1 and no_mem_embed under no_grad."""
+    script_evaluation(monkeypatch)
+    monkeypatch.setattr(train_sam2, "encode", torch.no_grad()(train_sam2.encode))
+    _, still = train_parts(root, tmp_path / "run", "[mask_decoder]")
+    untrained = {name for name in still if name.startswith(("sam_mask_decoder.", "no_mem_embed"))}
+    assert untrained == {f"sam_mask_decoder.conv_s{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")} | {"no_mem_embed"}
+
+
+def test_loss_tutorial_trains_one_of_four_mask_tokens(root, tmp_path, quick, monkeypatch):
+    """The tutorial's way (D3), kept to compare with; the default moves all four (the test above)."""
+    script_evaluation(monkeypatch)
+    moved, _ = train_parts(root, tmp_path / "run", "[mask_decoder]", "loss=tutorial", "prompts=point")
+    hypernetworks = {name.split(".")[2] for name in moved if "output_hypernetworks_mlps" in name}
+    assert hypernetworks == {"1"}
+
+
+def test_groups_of_parameters(model):
+    """No decay on biases, norms and embeddings (D6); the encoder has its own rate."""
+    optim = train_sam2.OptimSettings(1e-3, 0.1, [0.9, 0.999], 0.2, 0, 0.1)
+    named = list(model.named_parameters())
+    names = {id(parameter): name for name, parameter in named}
+    found = {}
+    for group in train_sam2.parameter_groups(named, optim):
+        for parameter in group["params"]:
+            assert names[id(parameter)] not in found
+            found[names[id(parameter)]] = (group["lr_factor"], group["weight_decay"])
+    assert found.keys() == set(names.values())
+    assert found["image_encoder.trunk.stages.0.0.conv1.weight"] == (0.1, 0.2)
+    assert found["image_encoder.trunk.stages.0.0.norm.weight"] == (0.1, 0.0)
+    assert found["sam_mask_decoder.conv_s0.weight"] == (1.0, 0.2)
+    for name in ("sam_mask_decoder.conv_s0.bias", "sam_mask_decoder.mask_tokens.weight", "no_mem_embed",
+                 "sam_prompt_encoder.point_embeddings.0.weight", "sam_mask_decoder.transformer.norm_final_attn.weight"):  # fmt: skip
+        assert found[name] == (1.0, 0.0), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batches and gradients
+
+
+def compute_gradients(model, batches, prompts):
+    """Loss of every object, and the gradients of the mean over the batches of their weighted loss."""
+    model.zero_grad(set_to_none=True)
+    object_losses = []
+    for batch in batches:
+        object_loss, _ = prompted_loss(model, batch, prompts, SAM_LOSS, 16)
+        ((object_loss * batch["object_weight"]).sum() / len(batches)).backward()
+        object_losses.append(object_loss.detach())
+    gradients = {name: values.grad.clone() for name, values in model.named_parameters() if values.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return torch.cat(object_losses), gradients
+
+
+def test_batch_equals_one_picture_at_a_time(root, model):
+    batch, prompts = make_batch(root, range(4), "train.objects_per_image=4")
+    singles = [make_batch(root, [index], "train.objects_per_image=4")[0] for index in range(4)]
+    assert {len(single["masks"]) for single in singles} == {3, 4}  # pictures with different numbers of objects
+    losses, gradients = compute_gradients(model, [batch], prompts)
+    single_losses, single_gradients = compute_gradients(model, singles, prompts)
+    torch.testing.assert_close(losses, single_losses, atol=1e-4, rtol=0)
+    assert gradients.keys() == single_gradients.keys() and len(gradients) > 150
+    for name, gradient in gradients.items():
+        limit = 1e-5 * max(1.0, gradient.abs().max().item())
+        torch.testing.assert_close(gradient, single_gradients[name], atol=limit, rtol=0, msg=name)
+
+
+def test_features_of_the_last_picture_would_change_the_others(root, model, monkeypatch):
+    """The tutorial's batch script (D2) decodes all pictures with the last one's high-resolution features."""
+    batch, prompts = make_batch(root, range(3), "prompts=point")
+    losses, _ = compute_gradients(model, [batch], prompts)
+    real_encode = train_sam2.encode
+
+    def encode_as_tutorial(model, images):
+        image_embeddings, features = real_encode(model, images)
+        return Embeddings(image_embeddings, [level[-1:].expand_as(level) for level in features])
+
+    monkeypatch.setattr(train_sam2, "encode", encode_as_tutorial)
+    buggy_losses, _ = compute_gradients(model, [batch], prompts)
+    is_last = batch["image_index"] == 2
+    torch.testing.assert_close(losses[is_last], buggy_losses[is_last], atol=1e-4, rtol=0)
+    assert (losses - buggy_losses)[~is_last].abs().max() > 1e-3
+
+
+def test_accumulation_equals_a_larger_batch(root, tmp_path, quick, monkeypatch):
+    """2 x B=2 against B=4: Adam's first moment after one step is a tenth of the gradient."""
+    script_evaluation(monkeypatch)
+    moments, rows = [], []
+    for batch_size, accumulate in ((4, 1), (2, 2)):
+        config = compose_config(
+            *tiny_overrides(root), f"train.batch_size={batch_size}", f"train.accumulate={accumulate}", "train.steps=1",
+            "train.clip_norm=1e9", "train.objects_per_image=4",
+        )  # fmt: skip
+        last = train_in(tmp_path / str(batch_size), config)
+        moments.append([state["exp_avg"] for state in last["optimizer"]["state"].values()])
+        rows.append(last["metrics"][1])
+    assert len(moments[0]) > 100
+    for one, other in zip(*moments, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6 * max(1.0, 10 * one.abs().max().item()), rtol=0)
+    assert rows[0]["train/loss"] == pytest.approx(rows[1]["train/loss"], abs=1e-4)
+    assert rows[0]["train/grad_norm"] == pytest.approx(rows[1]["train/grad_norm"], rel=1e-4)
+
+
+def test_running_mean_is_bias_corrected_and_weighs_pictures_equally(root, tmp_path, quick, monkeypatch):
+    """Step's loss: mean over pictures of the mean over their objects. The tutorial's mean starts at 0 (D13)."""
+    script_evaluation(monkeypatch)
+    step_losses, step_ious = [], []
+    real_loss = train_sam2.prompted_loss
+
+    def record(model, batch, *rest):
+        object_loss, object_iou = real_loss(model, batch, *rest)
+        for found, values in ((step_losses, object_loss), (step_ious, object_iou)):
+            means = [values[batch["image_index"] == image].mean().item() for image in range(len(batch["images"]))]
+            found.append(sum(means) / len(means))
+        return object_loss, object_iou
+
+    monkeypatch.setattr(train_sam2, "prompted_loss", record)
+    config = compose_config(*tiny_overrides(root), "train.steps=3", "train.batch_size=3", "train.objects_per_image=4")
+    rows = [row for row in train_in(tmp_path / "run", config)["metrics"] if "train/loss" in row]
+    weights = 0.99 ** np.arange(3)[::-1]
+    for name, values in (("train/loss", step_losses), ("train/iou", step_ious)):
+        expected = [np.average(values[: n + 1], weights=weights[2 - n :]) for n in range(3)]
+        assert [row[name] for row in rows] == pytest.approx(expected, rel=1e-5)
+        assert rows[0][name] > 10 * 0.01 * values[0]  # the tutorial's first value: 0.99 * 0 + 0.01 * value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# precision, and numbers that are not finite
+
+
+@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_low_precision_runs_the_same_lines_on_a_cpu(precision, dtype, root, tmp_path, quick, monkeypatch):
+    dtypes = []
+    real_decode = train_sam2.decode
+
+    def record(*arguments, **keywords):
+        outputs = real_decode(*arguments, **keywords)
+        dtypes.append(outputs[0].dtype)
+        return outputs
+
+    monkeypatch.setattr(train_sam2, "decode", record)
+    config = compose_config(*tiny_overrides(root), f"precision={precision}", "train.steps=2")
+    last = train_in(tmp_path / "run", config)
+    assert set(dtypes) == {dtype}
+    assert last["metrics"][-1]["val/num_images"] == 4 and last["num_skipped"] == 0
+    assert len(last["optimizer"]["state"]) > 100 and {values.dtype for values in last["model"].values()} == {torch.float32}
+    assert ("scale" in last["scaler"]) == (precision == "fp16")
+
+
+def test_fp16_overflow_is_a_skipped_step_that_is_counted(root, tmp_path, quick, monkeypatch):
+    script_evaluation(monkeypatch)
+    real_scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **keys: real_scaler(*args, init_scale=1e30, **keys))
+    config = compose_config(*tiny_overrides(root), "precision=fp16", "train.steps=2", "prompts=point")
+    last = train_in(tmp_path / "run", config)
+    assert (last["step"], last["num_skipped"]) == (2, 2)
+    assert [row["skipped_steps"] for row in last["metrics"] if "skipped_steps" in row] == [1, 2]
+    assert last["scaler"]["scale"] == pytest.approx(0.25e30) and last["optimizer"]["state"] == {}
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert not differences(best["model"], last["model"])  # nothing moved
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_loss_that_is_not_finite_stops_before_backward(accumulate, root, tmp_path, quick, monkeypatch):
+    script_evaluation(monkeypatch)
+    names, backward_calls = [], []
+    real_loss, real_backward = train_sam2.prompted_loss, torch.Tensor.backward
+
+    def spoil(model, batch, *rest):
+        names.append(batch["names"])
+        object_loss, object_iou = real_loss(model, batch, *rest)
+        return object_loss * (math.nan if len(names) == 2 * accumulate else 1.0), object_iou
+
+    monkeypatch.setattr(train_sam2, "prompted_loss", spoil)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *args: backward_calls.append(1) or real_backward(*args))
+    config = compose_config(
+        *tiny_overrides(root), "train.steps=3", "train.save_every=1", f"train.accumulate={accumulate}", "prompts=point"
+    )
+    with pytest.raises(FloatingPointError, match="loss is nan at step 1, pictures ") as error:
+        train_in(tmp_path / "run", config)
+    assert all(name in str(error.value) for name in names[-1]) and str(root) in str(error.value)
+    assert len(backward_calls) == 2 * accumulate - 1
+    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert last["step"] == 1 and all(values.isfinite().all() for values in last["model"].values())
+    assert "end" not in json.loads((tmp_path / "run" / "run.json").read_text())
+
+
+def test_gradient_that_is_not_finite_stops_before_the_update(root, tmp_path, quick, monkeypatch):
+    """A finite loss can have such a gradient: sqrt at 0."""
+    script_evaluation(monkeypatch)
+    names = []
+    real_loss = train_sam2.prompted_loss
+
+    def spoil(model, batch, *rest):
+        names.extend(batch["names"])
+        object_loss, object_iou = real_loss(model, batch, *rest)
+        return object_loss + (object_loss - object_loss.detach()).sqrt(), object_iou
+
+    monkeypatch.setattr(train_sam2, "prompted_loss", spoil)
+    config = compose_config(*tiny_overrides(root), "train.steps=3", "train.accumulate=2", "prompts=point")
+    with pytest.raises(FloatingPointError, match="gradient norm is (nan|inf) at step 0, pictures ") as error:
+        train_in(tmp_path / "run", config)
+    assert len(names) == 4 and all(name in str(error.value) for name in names)  # of both forwards of the step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# samples
+
+
+def test_sample_is_aligned_in_the_square_frame(root):
+    """Masks, points and boxes lie on their flat-coloured objects, mirrored or not, whatever the picture's shape (D9, D10)."""
+    config = compose_config(*tiny_overrides(root), "train.objects_per_image=4", "data.val_fraction=0")
+    dataset = make_dataset(config)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    shares, mirrored_shares, num_boxes, names = [], [], 0, set()
+    for sample_index in range(24):
+        sample = dataset[sample_index]
+        names.add(sample["name"].rsplit("/")[-1])
+        picture = (sample["image"].permute(1, 2, 0) * std + mean) * 255  # (S, S, 3)
+        for mask, coords, labels in zip(sample["masks"], sample["point_coords"], sample["point_labels"], strict=True):
+            color = picture[mask].median(0).values
+            distance = (picture - color).abs().amax(2)  # (S, S)
+            assert (color - torch.from_numpy(COLORS).float()).abs().amax(1).min() < 40
+            shares.append((distance[mask] < 50).float().mean().item())
+            mirrored_shares.append((distance[mask.flip(1)] < 50).float().mean().item())
+            if labels.tolist() == [1, -1]:
+                x, y = coords[0].tolist()
+                near = mask[max(0, int(y) - 1) : int(y) + 2, max(0, int(x) - 1) : int(x) + 2]
+                assert near.any() and coords[1].tolist() == [0, 0]
+            else:
+                num_boxes += 1
+                ys, xs = mask.nonzero(as_tuple=True)
+                box = torch.tensor([xs.min(), ys.min(), xs.max(), ys.max()]).float()
+                side = torch.tensor([box[2] - box[0] + 1, box[3] - box[1] + 1]).repeat(2)
+                limit = (0.1 * side).clamp(max=20 * 64 / 1024) + 1.5  # and rounding to pixels
+                assert labels.tolist() == [2, 3] and ((coords.flatten() - box).abs() <= limit).all()
+        assert sample["num_points"].tolist() == (sample["point_labels"] >= 0).sum(1).tolist()
+    assert names == {"001.png", "002.png", "003.jpeg", "004.png"} and num_boxes > 20
+    assert np.min(shares) > 0.5 and np.mean(shares) > 0.9
+    assert np.mean(mirrored_shares) < 0.75  # what a picture turned without its annotation would look like
+
+
+def test_sample_is_a_function_of_seed_and_index(root):
+    config = compose_config(*tiny_overrides(root), "data.color_jitter=0.3")
+    one, other = make_dataset(config), make_dataset(config)
+    assert not differences(one[5], [other[index] for index in (9, 5)][1])
+    assert differences(one[5], make_dataset(config | {"seed": 1})[5])
+
+
+def test_share_of_boxes_is_exact_on_average(root):
+    dataset = make_dataset(compose_config(*tiny_overrides(root), "prompts.box_share=0.3", "train.objects_per_image=2"))
+    is_box = torch.cat([dataset[index]["point_labels"][:, 0] == 2 for index in range(200)])
+    assert len(is_box) == 400 and abs(is_box.float().mean().item() - 0.3) < 0.06
+
+
+def test_picture_without_background_keeps_all_its_objects(root):
+    """The tutorial's np.unique(map)[1:] drops the smallest id, background or not (D8)."""
+    config = compose_config(*tiny_overrides(root), "train.objects_per_image=16")
+    item = list_training_items(config)[-1]
+    ids = read_item(item)[1]
+    assert len(make_dataset(config, [item])[0]["masks"]) == 4
+    assert len(np.unique(ids)[1:]) == 3  # the tutorial's
+
+
+def write_item(folder, ids):
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    write_image(folder / "image.png", rng.integers(0, 255, (*ids.shape, 3)).astype(np.uint8))
+    write_label_map(folder / "ids.png", ids)
+    return Item("one", "label_map", folder / "image.png", folder / "ids.png")
+
+
+def test_one_object(root, model, tmp_path):
+    ids = np.zeros((40, 50), np.int32)
+    ids[7:20, 9:33] = 300
+    config = compose_config(*tiny_overrides(root))
+    batch = collate([make_dataset(config, [write_item(tmp_path / "one", ids)])[0]])
+    loss, iou = prompted_loss(model, batch, PromptSettings(**config["prompts"]), SAM_LOSS, 16)
+    assert loss.shape == iou.shape == (1,) and loss.isfinite().all()
+
+
+def test_300_objects_are_capped_in_training_and_all_measured(root, model, tmp_path):
+    ids = (np.arange(60)[:, None] // 4 * 20 + np.arange(80)[None] // 4 + 1).astype(np.int32)  # 15 x 20 tiles, no background
+    assert len(np.unique(ids)) == 300
+    item = write_item(tmp_path / "many", ids)
+    config = compose_config(*tiny_overrides(root), "train.objects_per_image=7", "prompts=point")
+    dataset = make_dataset(config, [item])
+    batch = collate([dataset[0], dataset[1]])
+    assert len(batch["masks"]) == 14 and differences(dataset[0]["masks"], dataset[1]["masks"])  # drawn anew
+    torch.testing.assert_close(batch["object_weight"], torch.full((14,), 1 / 14))
+    values = evaluate(model, [item], AUGMENTATION, [1], torch.device("cpu"), "fp32", None, 0)
+    model.train()
+    assert (values["val/num_objects"], values["val/num_images"]) == (300, 1)
+
+
+def test_objects_that_vanish_at_image_size_keep_a_pixel(root, model, tmp_path):
+    ids = np.zeros((300, 400), np.int32)
+    rng = np.random.default_rng(0)
+    ids[rng.permutation(300)[:40], rng.permutation(400)[:40]] = np.arange(1, 41)  # one pixel each
+    config = compose_config(*tiny_overrides(root), "train.objects_per_image=40")
+    sample = make_dataset(config, [write_item(tmp_path / "dust", ids)])[0]
+    nearest = ids[(np.arange(64) + 0.5).astype(int) * 300 // 64][:, (np.arange(64) + 0.5).astype(int) * 400 // 64]
+    assert len(np.unique(nearest)) < 20  # most are gone in the S x S frame
+    assert (sample["masks"].flatten(1).sum(1) >= 1).all() and len(sample["masks"]) == 40
+    batch = collate([sample])
+    loss, _ = prompted_loss(model, batch, PromptSettings(**config["prompts"]), SAM_LOSS, 16)
+    assert loss.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rounds of prompting
+
+
+def record_rounds(root, model, monkeypatch, sample_index, *overrides):
+    """Decode calls of one object: number of points, prompt so far, mask prompt, and whether gradients reach it."""
+    batch, prompts = make_batch(root, [sample_index], "train.objects_per_image=1", *overrides)
+    rounds = []
+    real_decode = train_sam2.decode
+
+    def record(model, embeddings, image_index, point_coords, point_labels, mask_inputs, multimask_output):
+        outputs = real_decode(model, embeddings, image_index, point_coords, point_labels, mask_inputs, multimask_output)
+        rounds.append(
+            {
+                "count": point_coords.shape[1],
+                "coords": point_coords[0].clone(),
+                "labels": point_labels[0].tolist(),
+                "mask_inputs": mask_inputs,
+                "multimask": multimask_output,
+                "low_res_masks": outputs[0].detach()[0],
+                "iou_predictions": outputs[1].detach()[0],
+            }
+        )
+        return outputs
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_sam2, "decode", record)
+        prompted_loss(model, batch, prompts, SAM_LOSS, 16)
+    return rounds, batch
+
+
+@pytest.mark.parametrize(
+    "name, num_rounds, num_clicks, detach",
+    [("official", 8, 7, False), ("sam_paper", 11, 8, True), ("point", 1, 0, True)],
+)
+def test_rounds_of_prompting(name, num_rounds, num_clicks, detach, root, model, monkeypatch):
+    starts = set()
+    for sample_index in range(6):
+        rounds, _ = record_rounds(root, model, monkeypatch, sample_index, f"prompts={name}")
+        counts = [one["count"] for one in rounds]
+        starts.add(tuple(rounds[0]["labels"]))
+        assert len(rounds) == num_rounds and counts[-1] - counts[0] == num_clicks
+        assert set(np.diff(counts)) <= {0, 1}
+        assert [one["multimask"] for one in rounds] == [count == 1 for count in counts]
+        assert [one["mask_inputs"] is None for one in rounds] == [True] + [False] * (num_rounds - 1)
+        assert all(one["mask_inputs"].requires_grad != detach for one in rounds[1:])
+        if name == "sam_paper":
+            assert counts[-1] == counts[-2]  # the last round has no new click
+        for before, after in zip(rounds[:-1], rounds[1:], strict=True):  # of highest predicted IoU, limited
+            best = before["low_res_masks"][before["iou_predictions"].argmax()]
+            torch.testing.assert_close(after["mask_inputs"][0, 0].detach(), best.clamp(-32, 32))
+    assert starts == ({(1,)} if name == "point" else {(1,), (2, 3)})
+
+
+def test_correction_clicks_lie_in_the_error(root, model, monkeypatch):
+    labels = set()
+    for sample_index in range(4):
+        overrides = ("prompts=sam_paper", "prompts.mask_only_rounds=0")
+        rounds, batch = record_rounds(root, model, monkeypatch, sample_index, *overrides)
+        mask = batch["masks"][0]
+        for one in rounds[1:]:
+            logits = torch.nn.functional.interpolate(one["mask_inputs"], (64, 64), mode="bilinear", align_corners=False)
+            error = mask ^ (logits[0, 0] > 0)
+            x, y = one["coords"][-1].long().tolist()
+            assert error[y, x] or not error.any()
+            assert one["labels"][-1] == int(mask[y, x])
+            labels.add(one["labels"][-1])
+    assert labels == {0, 1}
+
+
+def test_last_round_has_no_click_for_objects_with_few_corrections(root, model, monkeypatch):
+    lengths = set()
+    for sample_index in range(8):
+        overrides = ("prompts=point", "prompts.max_corrections=3", "prompts.mask_only_rounds=2")
+        rounds, _ = record_rounds(root, model, monkeypatch, sample_index, *overrides)
+        counts = [one["count"] for one in rounds]
+        lengths.add(len(counts))
+        assert counts[-1] == counts[-2] == len(counts) - 2
+    assert len(lengths) > 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# losses
+
+
+def naive_loss(logits, iou_predictions, score_logit, mask):
+    """SAM's loss of one object with M masks, pixel by pixel in float64: 20 focal + dice of the best, IoU of all."""
+    mask_losses, iou_losses = [], []
+    for one, iou_prediction in zip(logits.double().numpy(), iou_predictions.double().numpy(), strict=True):
+        focal = overlap = sum_probs = sum_mask = intersection = union = 0.0
+        for logit, truth in zip(one.ravel(), mask.double().numpy().ravel(), strict=True):
+            prob = 1 / (1 + math.exp(-logit))
+            prob_of_truth = prob if truth == 1 else 1 - prob
+            focal += (0.25 if truth == 1 else 0.75) * (1 - prob_of_truth) ** 2 * -math.log(prob_of_truth)
+            overlap += prob * truth
+            sum_probs += prob
+            sum_mask += truth
+            intersection += (logit > 0) and (truth == 1)
+            union += (logit > 0) or (truth == 1)
+        dice = 1 - (2 * overlap + 1) / (sum_probs + sum_mask + 1)
+        mask_losses.append(20 * focal / one.size + dice)
+        iou_losses.append(abs(iou_prediction - intersection / union))
+    return min(mask_losses) + sum(iou_losses) / len(iou_losses) + math.log(1 + math.exp(-score_logit))
+
+
+@pytest.mark.parametrize("num_masks", [3, 1])
+def test_sam_loss_equals_the_formula(num_masks):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(4, num_masks, 6, 6, generator=generator)
+    iou_predictions, scores = torch.rand(4, num_masks, generator=generator), torch.randn(4, 1, generator=generator)
+    masks = (torch.rand(4, 6, 6, generator=generator) < 0.4).float()
+    loss, _ = mask_prediction_loss(logits, iou_predictions, scores, masks, SAM_LOSS)
+    expected = [naive_loss(logits[i], iou_predictions[i], scores[i].item(), masks[i]) for i in range(4)]
+    assert loss.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_all_three_masks_learn_their_iou_and_only_the_best_its_shape():
+    logits = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    iou_predictions = torch.full((1, 3), 0.9, requires_grad=True)
+    masks = (logits.detach()[:, 1] > 0).float()  # the second is right
+    loss, iou = mask_prediction_loss(logits, iou_predictions, torch.zeros(1, 1), masks, SAM_LOSS)
+    loss.sum().backward()
+    assert iou[0, 1] == 1 and (iou_predictions.grad != 0).all()
+    assert [(logits.grad[0, i] != 0).any().item() for i in range(3)] == [False, True, False]
+
+
+def test_tutorial_loss_on_logits_still_pulls_at_hopeless_pixels():
+    """The tutorial takes -log(sigmoid + 1e-5): at logit -20 on the object its gradient is 0.0002, at +20 outside 0 (D4)."""
+    logits = torch.full((1, 1, 1, 2), -20.0)
+    logits[..., 1] = 20.0
+    masks = torch.tensor([[[1.0, 0.0]]])
+    ours = logits.clone().requires_grad_()
+    loss, _ = mask_prediction_loss(ours, torch.zeros(1, 1), torch.zeros(1, 1), masks, TUTORIAL_LOSS)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(20, rel=1e-5)
+    assert ours.grad.flatten().tolist() == pytest.approx([-0.5, 0.5], rel=1e-4)
+
+    theirs = logits.clone().requires_grad_()
+    probs = torch.sigmoid(theirs[:, 0])
+    (-masks * torch.log(probs + 1e-5) - (1 - masks) * torch.log(1 - probs + 1e-5)).mean().backward()
+    assert theirs.grad.abs().max() < 1e-3
+
+
+def test_tutorial_loss_is_cross_entropy_and_a_twentieth_of_the_score():
+    logits = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(2))
+    masks = torch.zeros(2, 5, 5)
+    masks[:, 1:4, 2:] = 1
+    iou_predictions = torch.tensor([[0.2, 0.5, 0.9], [0.7, 0.1, 0.3]])
+    loss, iou = mask_prediction_loss(logits, iou_predictions, torch.zeros(2, 1), masks, TUTORIAL_LOSS)
+    probs = torch.sigmoid(logits[:, 0].double())
+    cross_entropy = -torch.where(masks > 0, probs.log(), (1 - probs).log()).mean((1, 2))
+    overlap, union = ((logits[:, 0] > 0) & (masks > 0)).sum((1, 2)), ((logits[:, 0] > 0) | (masks > 0)).sum((1, 2))
+    expected = cross_entropy + 0.05 * (iou_predictions[:, 0] - overlap / union).abs()
+    assert loss.tolist() == pytest.approx(expected.tolist(), rel=1e-5) and iou.shape == (2, 1)
+
+
+def test_loss_size_is_the_side_on_which_the_loss_is_computed(root, tmp_path, quick, monkeypatch):
+    script_evaluation(monkeypatch)
+    sizes = []
+    real_loss = train_sam2.mask_prediction_loss
+    monkeypatch.setattr(
+        train_sam2, "mask_prediction_loss", lambda *args: sizes.append(args[3].shape[-2:]) or real_loss(*args)
+    )
+    for loss_size in ("null", "64"):
+        overrides = ("train.steps=1", "prompts=point", f"train.loss_size={loss_size}", "loss=balanced")
+        train_in(tmp_path / loss_size, compose_config(*tiny_overrides(root), *overrides))
+    assert sizes == [(16, 16), (64, 64)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation
+
+
+@pytest.fixture(scope="module")
+def predictor(model):
+    """sam2's own predictor with the same model."""
+    was_running = GlobalHydra.instance().is_initialized()
+    from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+    if not was_running:
+        GlobalHydra.instance().clear()
+    with warnings.catch_warnings():  # torch.jit.script is deprecated
+        warnings.simplefilter("ignore")
+        predictor = SAM2ImagePredictor(model)
+    predictor._bb_feat_sizes = [(16, 16), (8, 8), (4, 4)]  # it hard-codes those of 1024 px
+    return predictor
+
+
+def measure_slowly(predictor, items, clicks):
+    """The metrics by sam2's predictor and click sampler, object by object; also of the first mask instead of the best."""
+    from sam2.modeling.sam2_utils import sample_one_point_from_error_center
+
+    found = {f"val/iou_{n}_click" + ("s" if n > 1 else ""): [] for n in clicks}
+    found |= {"val/oracle_iou_1_click": [], "val/iou_box": [], "first_mask": []}
+
+    def iou(pred_mask, mask):
+        return (pred_mask & mask).sum() / (pred_mask | mask).sum()
+
+    for item in items:
+        image_rgb, layers = read_item(item)
+        predictor.set_image(image_rgb)
+        for object_id in sorted(set(layers.flatten().tolist()) - {0}):
+            mask = (layers == object_id).any(0)
+            ys, xs = mask.nonzero()
+            pred_masks, _, _ = predictor.predict(
+                box=np.array([xs.min(), ys.min(), xs.max(), ys.max()]), multimask_output=False
+            )
+            found["val/iou_box"].append(iou(pred_masks[0] > 0, mask))
+            pred_mask, low_res_mask, coords, labels = np.zeros_like(mask), None, [], []
+            for count in range(1, max(clicks) + 1):
+                point, label = sample_one_point_from_error_center(
+                    torch.from_numpy(mask)[None, None], torch.from_numpy(pred_mask)[None, None]
+                )
+                coords.append(point[0, 0].numpy())
+                labels.append(label.item())
+                pred_masks, scores, low_res_masks = predictor.predict(
+                    np.array(coords), np.array(labels), mask_input=low_res_mask, multimask_output=count == 1
+                )
+                best = scores.argmax()
+                pred_mask, low_res_mask = pred_masks[best] > 0, low_res_masks[best : best + 1]
+                if count == 1:
+                    found["val/oracle_iou_1_click"].append(max(iou(one > 0, mask) for one in pred_masks))
+                    found["first_mask"].append(iou(pred_masks[0] > 0, mask))
+                if count in clicks:
+                    found[f"val/iou_{count}_click" + ("s" if count > 1 else "")].append(iou(pred_mask, mask))
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def test_evaluation_equals_a_slow_loop_with_the_official_predictor(root, model, predictor, tmp_path):
+    items = list_training_items(compose_config(*tiny_overrides(root)))
+    values = evaluate(model, items, AUGMENTATION, [1, 2, 4], torch.device("cpu"), "fp32", tmp_path, 2)
+    expected = measure_slowly(predictor, items, [1, 2, 4])
+    model.train()
+    first_mask = expected.pop("first_mask")
+    assert {name: values[name] for name in expected} == pytest.approx(expected, abs=1e-3)
+    assert values.keys() == expected.keys() | {"val/num_images", "val/num_objects"}
+    assert (values["val/num_images"], values["val/num_objects"]) == (4, 13)
+    assert abs(first_mask - values["val/iou_1_click"]) > 0.01  # the mask of highest predicted IoU is another one (D3)
+    assert values["val/oracle_iou_1_click"] > values["val/iou_1_click"] + 0.01
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["001.png", "002.png"]
+
+
+def test_evaluation_leaves_out_small_objects(root, model):
+    items = list_training_items(compose_config(*tiny_overrides(root)))
+    areas = sorted(int((read_item(items[0])[1] == object_id).sum()) for object_id in (1, 2, 3))
+    augmentation = train_sam2.Augmentation(min_area_px=areas[1], hflip=True, color_jitter=0.0)
+    values = evaluate(model, items[:1], augmentation, [1], torch.device("cpu"), "fp32", None, 0)
+    model.train()
+    assert values["val/num_objects"] == 2
+
+
+def test_pictures_of_items_with_the_same_file_name_are_kept_apart(root, model, tmp_path):
+    items = list_training_items(compose_config(*tiny_overrides(root)))[:1]
+    items = [Item(f"{sequence}/00000", "davis", items[0].image_path, items[0].annotation_path) for sequence in ("a", "b")]
+    evaluate(model, items, AUGMENTATION, [1], torch.device("cpu"), "fp32", tmp_path, 2)
+    model.train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a_00000.png", "b_00000.png"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings
+
+
+def test_typo_on_the_command_line_names_the_key(root):
+    for override in ("train.stepz=3", "trian.steps=3", "data.rooot=x"):
+        with pytest.raises(ConfigCompositionException) as error:
+            compose_config(*tiny_overrides(root), override)
+        assert override.split("=")[0] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, key",
+    [
+        ("train: {stepz: 3}", "stepz"),
+        ("optim: {learning_rate: 3}", "learning_rate"),
+        ("prompts: {box_shre: 0.5}", "box_shre"),
+        ("loss: {focl: 1}", "focl"),
+        ("data: {rooot: x}", "rooot"),
+        ("model: {image_sise: 64}", "image_sise"),
+        ("trian: {steps: 3}", "trian"),
+        ("sed: 1", "sed"),
+    ],
+)
+def test_typo_in_a_preset_names_the_key(content, key, root, tmp_path, quick):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{content}\n")
+    config = compose_config(*tiny_overrides(root), "experiment=mine", f"hydra.searchpath=[file://{tmp_path}]")
+    with pytest.raises((TypeError, ValueError), match=rf"\b{key}\b"):
+        train_in(tmp_path / "run", config)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.steps=-1",
+        "train.batch_size=0",
+        "train.accumulate=0",
+        "train.objects_per_image=0",
+        "train.eval_every=0",
+        "train.eval_clicks=[3]",
+        "train.eval_clicks=[0,1]",
+        "train.select_by=val/iou_7_clicks",
+        "train.trainable=[]",
+        "train.trainable=mask_decoder",
+        "train.clip_norm=0",
+        "train.loss_size=0",
+        "train.eval_images=0",
+        "train.early_stop_evals=0",
+        "prompts.box_share=1.5",
+        "prompts.max_corrections=-1",
+        "prompts.mask_only_rounds=3",
+        "loss.masks=worst",
+    ],
+)
+def test_value_that_makes_no_sense_is_named(override, root):
+    key, value = override.split("=")
+    config = compose_config(*tiny_overrides(root), override)
+    settings = train_sam2.Settings(**config["train"])
+    with pytest.raises(ValueError, match=rf"^{key} is .*{value.strip('[]').replace(',', ', ')}.*; must be ".replace("[", r"\[")):
+        train_sam2.check_settings(settings, PromptSettings(**config["prompts"]), LossSettings(**config["loss"]))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_composes_and_fixes_its_model(name):
+    config = compose_config(f"experiment={name}", "data_root=/nowhere")
+    settings = train_sam2.Settings(**config["train"])
+    train_sam2.check_settings(settings, PromptSettings(**config["prompts"]), LossSettings(**config["loss"]))
+    assert "override /model:" in (ROOT / "configs" / "experiment" / f"{name}.yaml").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_trains_two_steps(name, root, tmp_path, quick):
+    overrides = [one for one in tiny_overrides(root) if one.startswith(("device", "num_workers", "model", "data"))]
+    config = compose_config(
+        f"experiment={name}", *overrides, "data.min_area_px=1", "train.steps=2", "train.batch_size=2",
+        "train.objects_per_image=3", "train.trainable=[mask_decoder,neck]",
+    )  # fmt: skip
+    last = train_in(tmp_path / "run", config)
+    assert last["step"] == 2 and last["metrics"][-1]["val/num_images"] > 0
+    assert [row["step"] for row in last["metrics"] if "val/iou_1_click" in row] == [0, 2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a user sees when something is wrong
+
+
+def test_missing_folder(root, tmp_path, monkeypatch, capfd):
+    status, output = run_main(monkeypatch, capfd, tmp_path / "run", *tiny_overrides(root), f"data.root={tmp_path}/nothing")
+    assert status == 1
+    assert [line for line in output.splitlines() if f"data.root {tmp_path}/nothing is not a folder" in line]
+
+
+def test_unknown_model_lists_the_valid_ones(root, tmp_path, monkeypatch, capfd):
+    status, output = run_main(monkeypatch, capfd, tmp_path / "run", *tiny_overrides(root), "model=sam3")
+    assert status == 1 and "sam3" in output
+    for path in (ROOT / "configs" / "model").glob("*.yaml"):
+        assert path.stem in output
+    with pytest.raises(HydraException):
+        compose_config("model=sam3")
+
+
+@pytest.fixture
+def faulty(tmp_path):
+    """A dataset with eight unreadable pictures and two annotations of another size, and the settings to read it."""
+    root = write_dataset(tmp_path / "faulty")
+    for number in range(8):
+        (root / "images" / f"20{number}.png").write_bytes(b"no picture")
+        write_label_map(root / "labels" / f"20{number}.png", np.ones((48, 64), np.int32))
+    for name in ("001", "101"):
+        write_label_map(root / "labels" / f"{name}.png", np.ones((40, 64), np.int32))
+    return root
+
+
+def test_faulty_files_stop_the_run(faulty, tmp_path, monkeypatch, capfd, quick):
+    status, output = run_main(monkeypatch, capfd, tmp_path / "run", *tiny_overrides(faulty), "train.steps=0")
+    assert status == 1 and "10 of 17 images cannot be used" in output and "data.on_bad=skip" in output
+    fault = f"image {faulty}/images/001.png is 48 x 64 px (height x width), but its annotation {faulty}/labels/001.png is 40"
+    assert fault in output
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_faulty_files_are_left_out_and_counted_on_request(faulty, tmp_path, monkeypatch, capfd, quick):
+    arguments = [*tiny_overrides(faulty), "train.steps=0", "data.on_bad=skip"]
+    status, output = run_main(monkeypatch, capfd, tmp_path / "run", *arguments)
+    assert status == 0 and "10 bad" in output
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["data"]["num_bad"], record["data"]["train_images"], record["data"]["val_images"]) == (10, 3, 3)
+    assert record["metrics"]["last"]["val/num_images"] == 3
+
+
+def test_check_lists_every_fault_and_stops(faulty, tmp_path, monkeypatch, capfd):
+    (faulty / "images" / "alone.png").write_bytes((faulty / "images" / "002.png").read_bytes())  # it has no annotation
+    status, output = run_main(monkeypatch, capfd, tmp_path / "run", *tiny_overrides(faulty), "check=true")
+    assert status == 1  # there are faults
+    listed = output.split("Error executing job")[0]
+    for name in ["001", "101", "alone", *(f"20{number}" for number in range(8))]:
+        assert f"{name}.png" in listed, name
+    assert (tmp_path / "run" / "dataset.png").exists() and not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_check_of_a_good_dataset(root, tmp_path, monkeypatch, capfd):
+    status, output = run_main(monkeypatch, capfd, tmp_path / "run", *tiny_overrides(root), "check=true")
+    assert status == 0 and "9 images: 8 usable, 0 bad, 1 without objects" in output
+    assert read_image(tmp_path / "run" / "dataset.png").size > 0
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_dataset_without_objects(root, tmp_path, quick):
+    empty = tmp_path / "empty"
+    for folder in ("images", "labels"):
+        (empty / folder).mkdir(parents=True)
+    for name in ("001", "101"):
+        write_image(empty / "images" / f"{name}.png", np.arange(48 * 64 * 3).reshape(48, 64, 3).astype(np.uint8))
+        write_label_map(empty / "labels" / f"{name}.png", np.zeros((48, 64), np.int32))
+    (empty / "val.txt").write_text("101\n")
+    with pytest.raises(ValueError, match="no training picture with objects"):
+        train_in(tmp_path / "run", compose_config(*tiny_overrides(empty)))
+    write_label_map(empty / "labels" / "001.png", np.ones((48, 64), np.int32))
+    with pytest.raises(ValueError, match="no validation picture with objects"):
+        train_in(tmp_path / "again", compose_config(*tiny_overrides(empty)))

@@ -1,0 +1,173 @@
+"""A tiny dataset, configs, and runs of train_sam2.py, for its tests."""
+
+import itertools
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from PIL import Image
+
+import train_sam2
+from utils.images import write_image, write_label_map
+from utils.instance_data import Item, object_ids, read_instances, split_items
+
+ROOT = Path(__file__).resolve().parent.parent
+COLORS = np.array([(230, 60, 60), (60, 220, 60), (70, 90, 240), (120, 120, 120)], np.uint8)  # of ids 1, 2, 3, 4
+
+
+def draw_picture(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw three flat objects, a rectangle or an ellipse in each third, on dark noise: image_rgb, ids 1 to 3."""
+    image_rgb = rng.integers(0, 50, (height, width, 3)).astype(np.uint8)
+    ids = np.zeros((height, width), np.int32)
+    for number in range(3):
+        left, third = number * width // 3, width // 3
+        box_wh = rng.integers(7, third), rng.integers(7, height - 2)
+        x, y = left + rng.integers(0, third - box_wh[0] + 1), rng.integers(0, height - box_wh[1] + 1)
+        mask = np.zeros((height, width), np.uint8)
+        if rng.random() < 0.5:
+            mask[y : y + box_wh[1], x : x + box_wh[0]] = 1
+        else:
+            center = int(x + box_wh[0] // 2), int(y + box_wh[1] // 2)
+            cv2.ellipse(mask, center, (int(box_wh[0] // 2), int(box_wh[1] // 2)), 0, 0, 360, 1, -1)
+        ids[mask > 0] = number + 1
+    image_rgb[ids > 0] = COLORS[ids[ids > 0] - 1]
+    return image_rgb, ids
+
+
+def write_dataset(root: Path) -> Path:
+    """Write five training pictures and copies of four of them for validation, as data=label_map reads them.
+
+    The first has no objects, the fourth is a .jpeg with an EXIF rotation, the fifth has no background (ids 1 to 4).
+    """
+    rng = np.random.default_rng(0)
+    for folder in ("images", "labels"):
+        (root / folder).mkdir(parents=True)
+    for number, (height, width) in enumerate([(48, 64), (48, 64), (64, 48), (48, 66), (56, 56)]):
+        image_rgb, ids = draw_picture(rng, height, width)
+        if number == 0:
+            ids[:] = 0
+        if number == 4:
+            ids[ids == 0] = 4
+            image_rgb[ids == 4] = COLORS[3]
+        for name in [f"{number:03d}"] + [f"{100 + number}"] * (number > 0):
+            write_label_map(root / "labels" / f"{name}.png", ids)
+            if number == 3:
+                exif = Image.Exif()
+                exif[0x0112] = 6  # shown turned clockwise
+                turned = Image.fromarray(np.ascontiguousarray(np.rot90(image_rgb)))
+                turned.save(root / "images" / f"{name}.jpeg", exif=exif.tobytes(), quality=95)
+            else:
+                write_image(root / "images" / f"{name}.png", image_rgb)
+    (root / "val.txt").write_text("101\n102\n103\n104\n")
+    return root
+
+
+def tiny_overrides(root: Path) -> list[str]:
+    """The command-line settings that make a run tiny."""
+    return [
+        "device=cpu",
+        "num_workers=0",
+        "model=sam2_nano",
+        "model.checkpoint=none",
+        "model.image_size=64",
+        "data=label_map",
+        f"data.root={root}",
+        f"data.val_list={root / 'val.txt'}",
+        "train.batch_size=2",
+        "train.objects_per_image=3",
+        "train.log_every=1",
+        "train.eval_clicks=[1]",
+        "train.picture_images=1",
+        "optim.warmup_steps=0",
+    ]
+
+
+def compose_config(*overrides: str) -> dict:
+    """Compose configs/train_sam2.yaml with overrides, as main does."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("train_sam2", list(overrides))
+    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+def train_in(run_dir: Path, config: dict, resume_path: Path | None = None) -> dict:
+    """Train into a new folder and return what its last.pt holds."""
+    run_dir.mkdir(parents=True)
+    train_sam2.train(config, run_dir, resume_path)
+    return torch.load(run_dir / "last.pt", weights_only=True)
+
+
+def run_main(monkeypatch, capfd, run_dir: Path, *arguments: str) -> tuple[int, str]:
+    """Run `python train_sam2.py arguments` in this process: exit status, and all that was printed."""
+    command = ["train_sam2.py", "--config-path", str(ROOT / "configs"), *arguments, f"hydra.run.dir={run_dir}"]
+    monkeypatch.setattr(sys, "argv", command)
+    GlobalHydra.instance().clear()
+    capfd.readouterr()
+    status = 0
+    try:
+        train_sam2.main()
+    except SystemExit as stop:
+        status = stop.code
+    return status, "".join(capfd.readouterr())
+
+
+def make_runs_quick(monkeypatch) -> None:
+    """Leave out pictures of curves and statistics and the call of git: most of the time of a tiny run."""
+    monkeypatch.setattr(train_sam2, "plot_curves", lambda rows, path: None)
+    monkeypatch.setattr(train_sam2, "plot_statistics", lambda report, path: None)
+    monkeypatch.setattr(train_sam2, "git_state", lambda: {"commit": None, "dirty": None})
+
+
+def script_evaluation(monkeypatch, values=itertools.repeat(0.5)) -> None:
+    """Let evaluate return these values, one after the other, without looking at the model."""
+    values = iter(values)
+
+    def evaluate(model, items, *rest):
+        names = ("val/iou_1_click", "val/oracle_iou_1_click", "val/iou_box")
+        return dict.fromkeys(names, next(values)) | {"val/num_images": len(items), "val/num_objects": 1}
+
+    monkeypatch.setattr(train_sam2, "evaluate", evaluate)
+
+
+def list_training_items(config: dict) -> list[Item]:
+    """The training pictures that have objects."""
+    keys = {key: value for key, value in config["data"].items() if key not in ("min_area_px", "hflip", "color_jitter")}
+    return [item for item in split_items(**keys)[0] if object_ids(read_instances(item))]
+
+
+def make_dataset(config: dict, items: list[Item] | None = None) -> train_sam2.PromptedMasks:
+    """The training set of a config, as train makes it."""
+    return train_sam2.PromptedMasks(
+        list_training_items(config) if items is None else items,
+        config["seed"],
+        config["model"]["image_size"],
+        config["train"]["objects_per_image"],
+        train_sam2.Augmentation(**{key: config["data"][key] for key in ("min_area_px", "hflip", "color_jitter")}),
+        train_sam2.PromptSettings(**config["prompts"]),
+    )
+
+
+def without_timing(rows: list[dict]) -> list[dict]:
+    """Rows of a metrics log without the columns that depend on the machine's load."""
+    return [{name: row[name] for name in row if name not in ("images_per_s", "data_wait_share")} for row in rows]
+
+
+def differences(one, other, name: str = "") -> list[str]:
+    """Name the places where two nested structures of tensors and plain values differ, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return [] if isinstance(other, torch.Tensor) and torch.equal(one, other) else [name]
+    if isinstance(one, dict) and isinstance(other, dict):
+        if one.keys() != other.keys():
+            return [f"{name}: keys {sorted(map(str, one.keys() ^ other.keys()))}"]
+        return [found for key in one for found in differences(one[key], other[key], f"{name}/{key}")]
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        if len(one) != len(other):
+            return [f"{name}: {len(one)} and {len(other)} entries"]
+        pairs = enumerate(zip(one, other, strict=True))
+        return [found for index, (a, b) in pairs for found in differences(a, b, f"{name}[{index}]")]
+    return [] if one == other else [f"{name}: {one} and {other}"]
