@@ -38,7 +38,7 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from utils.checkpoint import check_same_config, find_resume, load_checkpoint, save_checkpoint
-from utils.images import write_image
+from utils.images import mask_to_box, write_image
 from utils.instance_check import MAX_LISTED, check_items, keep_usable, plot_statistics, report_lines
 from utils.instance_data import Item, object_ids, read_item, split_items
 from utils.mask_losses import cross_entropy_loss, dice_loss, focal_loss, shrink_masks
@@ -69,7 +69,7 @@ from utils.sam2_model import (
     scale_points,
     upscale_masks,
 )
-from utils.sam2_prompts import center_point, mask_box, noised_box, random_correction_points, random_point
+from utils.sam2_prompts import BOX_NOISE_MAX_PX, center_point, noised_box, random_correction_points, random_point
 from utils.sample_data import write_samples
 
 RUNNING_MEAN_DECAY = 0.99
@@ -204,7 +204,7 @@ class PromptedMasks(Dataset):
         rows = ((np.arange(side) + 0.5) * height / side).astype(np.int64)  # nearest pixel of the original
         columns = ((np.arange(side) + 0.5) * width / side).astype(np.int64)
         small_layers = layers[:, rows[:, None], columns]  # (L, S, S)
-        max_noise_xy = (20 * width / 1024, 20 * height / 1024)  # 20 px of a 1024 px input, in pixels of this picture
+        max_noise_xy = (BOX_NOISE_MAX_PX * width / 1024, BOX_NOISE_MAX_PX * height / 1024)  # px of this picture
 
         masks, point_coords, point_labels = [], [], []
         for place, number in enumerate(chosen):
@@ -499,7 +499,7 @@ def evaluate(
         for start in range(0, len(objects), chunk_size):
             masks = np.stack([layers[layer] == object_id for layer, object_id in objects[start : start + chunk_size]])
             truth = torch.from_numpy(masks).to(device)  # (O, H, W)
-            boxes = np.stack([mask_box(mask) for mask in masks]).reshape(-1, 2, 2)
+            boxes = np.stack([mask_to_box(mask) for mask in masks]).reshape(-1, 2, 2)
             box_labels = np.full((len(masks), 2), [2, 3], np.int32)
             _, _, pred_masks = predict_masks(model, embeddings, boxes, box_labels, None, orig_hw, device, precision)
             ious["val/iou_box"].append(mask_iou(pred_masks[:, 0], truth))

@@ -3,9 +3,9 @@
     python -m benchmarks.choose_automatic                                   # the bundled sam2_nano
     python -m benchmarks.choose_automatic checkpoint=outputs/.../best.pt
 
-For every pair of thresholds (predicted IoU, stability) it keeps the masks of a 32 x 32 grid that pass, removes duplicates
-as infer_sam2.py does, and compares with the true objects of at least 25 px: a mask is right where its IoU with an object
-that has no better mask is at least 0.5. Prints one JSON line a pair, best F1 last.
+For every pair of thresholds (predicted IoU, stability) it keeps the masks of a 32 x 32 grid that pass, removes
+duplicates as infer_sam2.py does, and compares with the true objects of at least 25 px: an object is found where a mask
+has an IoU of at least 0.5 with it. Prints one JSON line a pair, best F1 last.
 """
 
 import json
@@ -40,7 +40,8 @@ def main() -> None:
     reader_keys = {key: value for key, value in config["data"].items() if key not in other_keys}
     _, items = split_items(root=write_samples("scenes", config["data"]["root"]), **reader_keys)
 
-    permissive = AutomaticSettings(**config["model"]["automatic"] | {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0})
+    everything = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
+    permissive = AutomaticSettings(**config["model"]["automatic"] | everything)
     scenes = []  # (candidates, IoU with every object (K, N))
     for item in items[:NUM_SCENES]:
         image_rgb, layers = read_item(item)

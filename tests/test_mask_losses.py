@@ -42,9 +42,9 @@ def naive(name: str, logits: torch.Tensor, mask: torch.Tensor) -> float:
         overlap = sum(sigmoid(logit) * truth for logit, truth in values)
         return 1 - (2 * overlap + 1) / (sum(sigmoid(logit) for logit, _ in values) + num_foreground + 1)
     if name == "balanced":  # the mean over foreground and the mean over background, half each
-        foreground = sum(e for e, (_, truth) in zip(entropies, values, strict=True) if truth) / num_foreground
-        background = sum(e for e, (_, truth) in zip(entropies, values, strict=True) if not truth) / (num_pixels - num_foreground)
-        return 0.5 * foreground + 0.5 * background
+        foreground = [e for e, (_, truth) in zip(entropies, values, strict=True) if truth]
+        background = [e for e, (_, truth) in zip(entropies, values, strict=True) if not truth]
+        return 0.5 * sum(foreground) / len(foreground) + 0.5 * sum(background) / len(background)
     return sum(entropies) / num_pixels
 
 
@@ -144,8 +144,10 @@ def tutorial_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (-mask * torch.log(probs + 1e-5) - (1 - mask) * torch.log((1 - probs) + 1e-5)).mean((-2, -1))
 
 
-@pytest.mark.parametrize("level, truth", [(30.0, 0.0), (20.0, 0.0), (-20.0, 1.0), (-30.0, 1.0), (100.0, 0.0), (-100.0, 1.0)])
-def test_a_surely_wrong_pixel_still_gets_a_gradient(level, truth):
+@pytest.mark.parametrize("level", [20.0, 30.0, 100.0, -20.0, -30.0, -100.0])
+def test_a_surely_wrong_pixel_still_gets_a_gradient(level):
+    truth = float(level < 0)
+
     def gradient(loss) -> float:
         logits = torch.full((1, 1), level, requires_grad=True)
         loss(logits, torch.full((1, 1), truth)).backward()

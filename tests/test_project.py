@@ -16,7 +16,7 @@ UTILS = sorted((ROOT / "utils").glob("*.py"))
 TESTS = sorted((ROOT / "tests").glob("*.py"))
 SHARED_LEAVES = {"run", "checkpoint", "images", "frames"}  # what any utils file may import, and what imports no other
 PACKAGES = {"cv2": "opencv-python-headless", "hydra": "hydra-core", "omegaconf": "hydra-core", "PIL": "pillow"}
-PACKAGES |= {"skimage": "scikit-image"}
+PACKAGES |= {"skimage": "scikit-image", "yaml": "pyyaml"}
 
 
 def parse(path):
@@ -143,7 +143,7 @@ def required(name: str) -> set[str]:
 
 
 def third_party(paths) -> set[str]:
-    own = {path.stem for path in SCRIPTS} | {"utils", "tests", "benchmarks", "conftest"}
+    own = {path.stem for path in SCRIPTS + TESTS} | {"utils", "tests", "benchmarks"}
     names = {name for path in paths for name in imports(parse(path))}
     tops = {"tensorboard" if name.startswith("torch.utils.tensorboard") else name.split(".")[0] for name in names}
     return {PACKAGES.get(top, top) for top in tops - own - set(sys.stdlib_module_names)}

@@ -210,7 +210,7 @@ def test_run_json_is_written_before_training_and_completed_after_it(tmp_path, mo
     finished = read_strict_json(tmp_path / "new" / "run.json")
     assert finished["metrics"]["start"] == {"val/mean_iou": 0.25}
     assert finished["metrics"]["best"] == {"val/mean_iou": None}
-    assert finished["end"] >= finished["start"] and finished["duration_s"] in (0, 1)
+    assert finished["end"] >= finished["start"] and 0 <= finished["duration_s"] < 60
     assert {key: finished[key] for key in record} == record
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["run.json"]
 

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from utils.sam2_model import _sam2_without_hydra
-from utils.sam2_prompts import center_point, mask_box, noised_box, random_correction_points, random_point
+from utils.sam2_prompts import center_point, noised_box, random_correction_points, random_point
 
 
 def blobs(rng: np.random.Generator, height: int, width: int, level: float = 0.5) -> np.ndarray:
@@ -102,8 +102,8 @@ def test_corrections_reach_every_error_pixel_once_as_uniform_runs_through_0_to_1
     point_coords, point_labels = random_correction_points(masks, pred_masks, uniform)
     assert point_coords.shape == (count, 1, 2) and point_coords.dtype == torch.float32
     assert point_labels.shape == (count, 1) and point_labels.dtype == torch.int32
-    clicks = [(*xy, label) for xy, label in zip(point_coords[:, 0].int().tolist(), point_labels[:, 0].tolist(), strict=True)]
-    assert clicks == expected
+    clicks = torch.cat([point_coords[:, 0].int(), point_labels], dim=1)  # x, y, label
+    assert [tuple(click) for click in clicks.tolist()] == expected
     ends = torch.tensor([0.0, float(np.nextafter(np.float32(1), np.float32(0)))])
     at_ends, _ = random_correction_points(masks[:1].expand(2, -1, -1), pred_masks[:1].expand(2, -1, -1), ends)
     assert at_ends[:, 0].int().tolist() == [list(expected[0][:2]), list(expected[-1][:2])]
@@ -148,18 +148,6 @@ def test_random_points_are_uniform_over_the_mask():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # boxes
-
-
-def test_mask_box_is_sam2s():
-    with _sam2_without_hydra():
-        from sam2.utils.amg import batched_mask_to_box
-
-    rng = np.random.default_rng(4)
-    for _ in range(20):
-        mask = rng.random((30, 50)) < 0.002
-        mask[rng.integers(30), rng.integers(50)] = True
-        assert mask_box(mask).tolist() == batched_mask_to_box(torch.from_numpy(mask)[None])[0].tolist()
-    assert mask_box(mask).dtype == np.float32
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_scenes_have_objects_of_many_sizes_and_numbers():
 
 
 def test_ids_are_what_is_painted_last(monkeypatch):
-    """Follow the painting: each stroke changes the picture inside its mask alone, and the last stroke owns the pixel."""
+    """Follow the painting: a stroke changes the picture inside its mask alone, and the last one owns the pixel."""
     strokes, paint = [], sample_data._paint
 
     def follow(rng, image, mask, color, edge):
@@ -112,7 +112,10 @@ def test_glassware_has_nested_vessels_and_materials():
         image_rgb, vessel_ids, material_ids = draw_glassware(rng, 120, 160)
         again = draw_glassware(np.random.default_rng([7, index]), 120, 160)
         assert all(map(np.array_equal, again, (image_rgb, vessel_ids, material_ids)))
-        assert image_rgb.shape == (120, 160, 3) and image_rgb.dtype == vessel_ids.dtype == material_ids.dtype == np.uint8
+        assert image_rgb.shape == (120, 160, 3) and image_rgb.dtype == np.uint8
+        assert (
+            vessel_ids.shape == material_ids.shape == (120, 160) and vessel_ids.dtype == material_ids.dtype == np.uint8
+        )
         vessels, materials = set(np.unique(vessel_ids)) - {0}, set(np.unique(material_ids)) - {0}
         assert not vessels & materials and all(object_id > 15 for object_id in vessels | materials)
         for material in materials:  # inside one vessel, whose id is there too
@@ -137,7 +140,8 @@ def test_glassware_lies_in_the_layout_of_labpics(glassware):
     expected = set()
     for split, count in (("Train", 6), ("Test", 2)):
         for index in range(count):
-            expected |= {f"Simple/{split}/Image/Glass_{index:03d}.jpg", f"Simple/{split}/Instance/Glass_{index:03d}.png"}
+            expected.add(f"Simple/{split}/Image/Glass_{index:03d}.jpg")
+            expected.add(f"Simple/{split}/Instance/Glass_{index:03d}.png")
     assert names == expected
     sizes = set()
     for index in range(6):

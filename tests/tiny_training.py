@@ -108,12 +108,12 @@ def run_main(monkeypatch, capfd, run_dir: Path, *arguments: str) -> tuple[int, s
     monkeypatch.setattr(sys, "argv", command)
     GlobalHydra.instance().clear()
     capfd.readouterr()
-    status = 0
+    status, message = 0, ""
     try:
         train_sam2.main()
-    except SystemExit as stop:
-        status = stop.code
-    return status, "".join(capfd.readouterr())
+    except SystemExit as stop:  # sys.exit("message") prints it and exits with 1
+        status, message = (1, stop.code) if isinstance(stop.code, str) else (stop.code, "")
+    return status, "".join(capfd.readouterr()) + message
 
 
 def make_runs_quick(monkeypatch) -> None:
@@ -123,9 +123,9 @@ def make_runs_quick(monkeypatch) -> None:
     monkeypatch.setattr(train_sam2, "git_state", lambda: {"commit": None, "dirty": None})
 
 
-def script_evaluation(monkeypatch, values=itertools.repeat(0.5)) -> None:
-    """Let evaluate return these values, one after the other, without looking at the model."""
-    values = iter(values)
+def script_evaluation(monkeypatch, values: list[float] | None = None) -> None:
+    """Let evaluate return these values, one after the other (None: always 0.5), without looking at the model."""
+    values = itertools.repeat(0.5) if values is None else iter(values)
 
     def evaluate(model, items, *rest):
         names = ("val/iou_1_click", "val/oracle_iou_1_click", "val/iou_box")

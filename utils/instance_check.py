@@ -79,9 +79,8 @@ def check_items(items: list[Item], num_threads: int | None = None) -> CheckRepor
         the report, in the order of the items. It raises nothing about files: see `keep_usable`.
     """
     with ThreadPoolExecutor(num_threads or min(16, os.cpu_count() or 1)) as executor:
-        return CheckReport(
-            tuple(tqdm(executor.map(check_item, items), "check", len(items), leave=False, unit=" images", disable=None))
-        )
+        reports = executor.map(check_item, items)
+        return CheckReport(tuple(tqdm(reports, "check", len(items), leave=False, mininterval=1, unit=" images")))
 
 
 def check_item(item: Item) -> ItemReport:
@@ -261,14 +260,17 @@ def _remark_on_objects(item: Item, objects: list[tuple[int, int, int]]) -> list[
 def _centers(layers: np.ndarray) -> np.ndarray:
     """Return each object's mean position as a share of width and height, float64 (N, 2), in the order of object_ids."""
     _, height, width = layers.shape
+    xs = np.tile((np.arange(width) + 0.5) / width, height)  # (H*W,), of each pixel
+    ys = np.repeat((np.arange(height) + 0.5) / height, width)
     centers = []
     for ids in layers:
-        ys, xs = np.nonzero(ids)
-        values, index = np.unique(ids[ys, xs], return_inverse=True)
-        areas = np.bincount(index, minlength=len(values))
-        center_x = np.bincount(index, (xs + 0.5) / width, len(values)) / areas
-        center_y = np.bincount(index, (ys + 0.5) / height, len(values)) / areas
-        centers.append(np.stack([center_x, center_y], 1))
+        flat = ids.ravel()
+        if flat.max() > flat.size:  # number large ids from 1, in the same order, so that a table can hold them
+            flat = np.unique(np.append(flat, 0), return_inverse=True)[1][:-1]
+        areas = np.bincount(flat)
+        values = np.flatnonzero(areas[1:]) + 1
+        sums_xy = np.stack([np.bincount(flat, xs), np.bincount(flat, ys)], 1)  # (largest id + 1, 2)
+        centers.append(sums_xy[values] / areas[values, None])
     return np.concatenate(centers)
 
 

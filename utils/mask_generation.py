@@ -430,15 +430,13 @@ def stitch_masks(
             raise ValueError(f"a mask has size {list(rle['size'])}; the label map is [{height}, {width}]")
         counts = _decode_counts(rle["counts"])  # lengths of runs, the first of zeros
         area = int(counts[1::2].sum())
-        if area == 0:
-            continue
         num_runs = len(counts) // 2 * 2  # without a last run of zeros
         first, last = int(counts[0]), int(counts[:num_runs].sum())
         is_mask = np.repeat(np.arange(1, num_runs) % 2 == 1, counts[1:num_runs])  # of columns[first:last]
         part = columns[first:last]
         is_free = is_mask & (part == 0)
         num_free = int(np.count_nonzero(is_free))
-        if num_free == 0 or area - num_free > max_overlap * area:
+        if num_free == 0 or area - num_free > max_overlap * area:  # an empty mask has no free pixel
             continue
         part[is_free] = next_id
         ids[index] = next_id

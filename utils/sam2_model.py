@@ -53,7 +53,7 @@ def preprocess(image_rgb: np.ndarray, image_size: int) -> torch.Tensor:
     Returns:
         float32 (3, S, S), the same values as sam2's own SAM2Transforms.
     """
-    image = torch.from_numpy(np.ascontiguousarray(image_rgb)).permute(2, 0, 1).float() / 255  # (3, H, W)
+    image = torch.from_numpy(image_rgb.copy()).permute(2, 0, 1).float() / 255  # (3, H, W)
     image = resize(image, [image_size, image_size], antialias=True)  # (3, S, S)
     return (image - torch.tensor(IMAGE_MEAN).view(3, 1, 1)) / torch.tensor(IMAGE_STD).view(3, 1, 1)
 

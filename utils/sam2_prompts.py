@@ -8,8 +8,10 @@ import cv2
 import numpy as np
 import torch
 
+from utils.images import mask_to_box
+
 BOX_NOISE = 0.1  # of the box's side (SAM paper, appendix A)
-BOX_NOISE_MAX_PX = 20.0  # at image_size 1024; scaled with the image size
+BOX_NOISE_MAX_PX = 20.0  # of the 1024 x 1024 px input; callers scale it to their frame
 
 
 def random_point(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -26,12 +28,6 @@ def random_point(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.array([x, y], np.float32)
 
 
-def mask_box(mask: np.ndarray) -> np.ndarray:
-    """Return the tight box of a mask that is not empty: float32 (4,) x1, y1, x2, y2 of its outermost pixels."""
-    xs, ys = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
-    return np.array([xs[0], ys[0], xs[-1], ys[-1]], np.float32)
-
-
 def noised_box(mask: np.ndarray, rng: np.random.Generator, max_noise_xy: tuple[float, float]) -> np.ndarray:
     """Draw a user's box: each side moved uniformly by up to 10 % of the box's side, at most `max_noise_xy`.
 
@@ -43,7 +39,7 @@ def noised_box(mask: np.ndarray, rng: np.random.Generator, max_noise_xy: tuple[f
         float32 (4,), x1, y1, x2, y2, inside the picture.
     Source: SAM paper, appendix A; SAM 2's training (uniform rather than Gaussian noise).
     """
-    x1, y1, x2, y2 = box = mask_box(mask)
+    x1, y1, x2, y2 = box = mask_to_box(mask)
     limit_x = min((x2 - x1) * BOX_NOISE, max_noise_xy[0])  # none for one pixel, whose corners would change places
     limit_y = min((y2 - y1) * BOX_NOISE, max_noise_xy[1])
     box = box + rng.uniform(-1, 1, 4) * [limit_x, limit_y, limit_x, limit_y]

@@ -1,0 +1,302 @@
+"""train_sam2.py: resuming is exact, wherever the run was killed, and a run is a function of its config."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_training import (
+    ROOT,
+    compose_config,
+    differences,
+    make_runs_quick,
+    run_main,
+    script_evaluation,
+    tiny_overrides,
+    train_in,
+    without_timing,
+    write_dataset,
+)
+
+import train_sam2
+from utils.checkpoint import load_checkpoint
+
+STEPS = ("train.steps=4", "train.eval_every=3", "train.save_every=1")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("tiny") / "data")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    make_runs_quick(monkeypatch)
+
+
+def crash_at_step(monkeypatch, step):
+    """Let the forward of the update after `step` done ones raise."""
+    calls = []
+    real_loss = train_sam2.prompted_loss
+
+    def crash(*args):
+        calls.append(1)
+        if len(calls) == step + 1:
+            raise KeyboardInterrupt
+        return real_loss(*args)
+
+    monkeypatch.setattr(train_sam2, "prompted_loss", crash)
+
+
+def run_differences(run_dir, other_dir):
+    """Where two runs differ in last.pt, best.pt and metrics.csv, but for timing and the config's `resume`."""
+    states, bests, tables = [], [], []
+    for folder in (run_dir, other_dir):
+        state = torch.load(folder / "last.pt", weights_only=True)
+        state["config"].pop("resume")
+        states.append(state | {"metrics": without_timing(state["metrics"])})
+        bests.append({key: torch.load(folder / "best.pt", weights_only=True)[key] for key in ("model", "metrics")})
+        with (folder / "metrics.csv").open(newline="") as file:
+            tables.append(without_timing(list(csv.DictReader(file))))
+    return differences(*states, "last") + differences(*bests, "best") + differences(*tables, "metrics.csv")
+
+
+@pytest.fixture(scope="module")
+def whole(root, tmp_path_factory):
+    """The folder of an uninterrupted run of 4 steps."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_runs_quick(monkeypatch)
+        train_in(run_dir, compose_config(*tiny_overrides(root), *STEPS))
+    return run_dir
+
+
+def test_resumed_run_equals_the_uninterrupted_one(root, whole, tmp_path, monkeypatch, capfd):
+    """By the command, with other workers, from a checkpoint between two evaluations; then from the end."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        crash_at_step(patch, 2)
+        train_in(tmp_path / "crashed", compose_config(*tiny_overrides(root), *STEPS))
+    assert load_checkpoint(tmp_path / "crashed" / "last.pt")["step"] == 2
+    arguments = [f"resume={tmp_path / 'crashed'}", "num_workers=1"]
+    status, output = run_main(monkeypatch, capfd, tmp_path / "resumed", *arguments)
+    assert status == 0 and f"resumed from {tmp_path / 'crashed' / 'last.pt'} at step 2" in output
+    found = run_differences(whole, tmp_path / "resumed")
+    assert found == ["last/config/num_workers: 0 and 1"]
+    record = json.loads((tmp_path / "resumed" / "run.json").read_text())
+    assert record["metrics"] == json.loads((whole / "run.json").read_text())["metrics"]
+
+    # a run that was complete: nothing is trained, and the new folder has all that the old one had
+    status, _ = run_main(monkeypatch, capfd, tmp_path / "again", f"resume={tmp_path / 'resumed' / 'last.pt'}")
+    assert status == 0 and run_differences(whole, tmp_path / "again") == found
+
+
+def test_kill_before_the_first_save_of_a_resumed_run_loses_nothing(root, whole, tmp_path, monkeypatch):
+    config = compose_config(*tiny_overrides(root), *STEPS)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        crash_at_step(patch, 2)
+        train_in(tmp_path / "first", config)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        crash_at_step(patch, 0)
+        train_in(tmp_path / "second", config, tmp_path / "first" / "last.pt")
+    train_in(tmp_path / "third", config, tmp_path / "second" / "last.pt")
+    assert not run_differences(whole, tmp_path / "third")
+
+
+def test_same_seed_is_the_same_run_with_any_workers(root, whole, tmp_path):
+    train_in(tmp_path / "workers", compose_config(*tiny_overrides(root), *STEPS, "num_workers=2"))
+    assert run_differences(whole, tmp_path / "workers") == ["last/config/num_workers: 0 and 2"]
+
+
+def test_other_seed_is_another_run(root, whole, tmp_path, monkeypatch):
+    """From the same weights: the seed also orders the pictures and draws the prompts."""
+    weights = f"model.checkpoint={whole / 'best.pt'}"
+    script_evaluation(monkeypatch)
+    trained = []
+    for seed in (0, 1):
+        overrides = ("train.steps=1", f"seed={seed}", weights, "prompts=point")
+        trained.append(train_in(tmp_path / str(seed), compose_config(*tiny_overrides(root), *overrides)))
+    assert trained[0]["metrics"][1]["train/loss"] != trained[1]["metrics"][1]["train/loss"]
+    assert differences(trained[0]["model"], trained[1]["model"])
+
+
+def test_early_stop_holds_after_a_resume(root, tmp_path, monkeypatch):
+    """Killed between the evaluation that ends the run and its end."""
+    script_evaluation(monkeypatch, [0.5, 0.4, 0.9])
+    overrides = ("train.steps=3", "train.eval_every=1", "train.early_stop_evals=1", "prompts=point")
+    config = compose_config(*tiny_overrides(root), *overrides)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_sam2, "finish_run", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        train_in(tmp_path / "stopped", config)
+    resumed = train_in(tmp_path / "resumed", config, tmp_path / "stopped" / "last.pt")
+    assert resumed["step"] == 1 and not run_differences(tmp_path / "stopped", tmp_path / "resumed")
+
+
+def test_resume_needs_a_new_folder(root, whole, monkeypatch, capfd):
+    before = (whole / "last.pt").read_bytes()
+    status, output = run_main(monkeypatch, capfd, whole, f"resume={whole}", "train.steps=5")
+    assert status == 1 and f"{whole / 'run.json'} exists; a run needs a folder of its own" in output
+    assert (whole / "last.pt").read_bytes() == before
+
+
+def test_resume_from_what_cannot_be_resumed(whole, tmp_path, monkeypatch, capfd):
+    for path, message in (
+        (tmp_path / "nothing", "which does not exist"),
+        (tmp_path, "it has no last.pt"),
+        (whole / "best.pt", "best.pt has no optimizer state"),
+    ):
+        status, output = run_main(monkeypatch, capfd, tmp_path / "run", f"resume={path}")
+        assert status == 1 and f"resume is {path}" in output and message in output
+
+
+def resumed_config(whole, root, *overrides):
+    stored = load_checkpoint(whole / "last.pt")["config"]
+    arguments = [f"resume={whole}", *overrides]
+    return stored, train_sam2.resumed_config(stored, compose_config(*arguments), arguments)
+
+
+def test_resume_takes_the_stored_config_and_allows_what_may_change(whole, root):
+    """The command line need not repeat anything: configs/train_sam2.yaml's defaults are not the stored values."""
+    stored, config = resumed_config(whole, root)
+    assert config == stored | {"resume": str(whole)}
+    allowed = ("train.steps=9", "device=cpu", "num_workers=3", "data.root=/elsewhere")
+    _, config = resumed_config(whole, root, *allowed)
+    assert config["train"] == stored["train"] | {"steps": 9} and config["num_workers"] == 3
+    assert config["data"] == stored["data"] | {"root": "/elsewhere"}
+    assert config["model"] == stored["model"] and config["optim"] == stored["optim"]
+    same = [f"train.batch_size={stored['train']['batch_size']}", "model.image_size=64", "train.eval_clicks=[1]"]
+    assert resumed_config(whole, root, *same)[1] == stored | {"resume": str(whole)}
+
+
+@pytest.mark.parametrize(
+    "override, listed",
+    [
+        ("train.batch_size=3", "train.batch_size: stored 2, now 3"),
+        ("optim.lr=0.5", "optim.lr: stored 0.0001, now 0.5"),
+        ("seed=1", "seed: stored 0, now 1"),
+        ("precision=bf16", "precision: stored auto, now bf16"),
+        ("loss=tutorial", "loss.focal: stored 20.0, now 0.0"),
+        ("data=labpics", "data.format: stored label_map, now labpics"),
+        ("data_root=/elsewhere", "data_root: stored "),
+        ("train.trainable=[neck]", "train.trainable: stored ['prompt_encoder', 'mask_decoder'], now ['neck']"),
+    ],
+)
+def test_resume_lists_what_may_not_change(override, listed, whole, root):
+    with pytest.raises(ValueError, match="the config differs") as error:
+        resumed_config(whole, root, override, "train.steps=9")
+    assert listed in str(error.value)
+    assert "train.steps: " not in str(error.value) and "train.steps" in str(error.value).splitlines()[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# kill -9
+
+# Every run is a child that is forked before anything is computed, so that importing is paid for once. A child that
+# kills itself does so at the call number `number` of `name`; the others are killed by the parent once they have used
+# a share of the processor time that the whole run took from its first checkpoint to its end.
+KILLER = r"""
+import json, os, signal, sys, time, traceback
+from pathlib import Path
+import torch
+import torch.utils.tensorboard
+import tiny_training, train_sam2
+
+torch.set_num_threads(1)
+config, folder, cases = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+for name in ("plot_curves", "plot_statistics"):
+    setattr(train_sam2, name, lambda *args: None)
+train_sam2.git_state = lambda: None
+
+
+def die_at_call(module, name, number, ending=None):
+    real, calls = getattr(module, name), []
+
+    def call(*args, **keywords):
+        calls.extend([1] * (ending is None or str(args[-1]).endswith(ending)))
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **keywords)
+
+    setattr(module, name, call)
+
+
+def cpu_s(pid):
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def run(run_dir, resume_path=None, die=None, share=None):
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            if die is not None:
+                module, *rest = die
+                die_at_call({"os": os, "train_sam2": train_sam2}[module], *rest)
+            tiny_training.train_in(run_dir, config, resume_path)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    first_s = last_s = None
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status), first_s, last_s
+        if (run_dir / "last.pt").exists():
+            last_s = cpu_s(pid)
+            first_s = last_s if first_s is None else first_s
+            if share is not None and last_s >= first_s + share * span_s:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.002)
+
+
+status, first_s, last_s = run(folder / "whole")
+span_s = last_s - first_s
+answer = {"whole": [status, 0]}
+for name, case in cases.items():
+    killed = folder / f"{name}_killed"
+    status, *_ = run(killed, **case)
+    resumed_status, *_ = run(folder / name, killed / "last.pt")
+    answer[name] = [status, resumed_status]
+print(json.dumps(answer))
+"""
+
+
+@pytest.mark.slow
+def test_killed_runs_resume_exactly(root, tmp_path):
+    config = compose_config(
+        *tiny_overrides(root), "train.steps=5", "train.eval_every=2", "train.save_every=1", "train.batch_size=1",
+        "train.accumulate=2", "train.eval_clicks=[1,2]",
+    )  # fmt: skip
+    cases = {
+        # last.pt.tmp of step 3 is complete, last.pt is not yet replaced
+        "mid_save": {"die": ["os", "replace", 4, "last.pt"]},
+        # 13 objects, 2 clicks: within the second evaluation
+        "mid_validation": {"die": ["train_sam2", "center_point", 13 * 2 + 9]},
+        # between the third step's two forwards
+        "mid_accumulation": {"die": ["train_sam2", "prompted_loss", 2 * 2 + 2]},
+    }
+    shares = [0.1, 0.27, 0.45, 0.62, 0.78]
+    generator = torch.Generator().manual_seed(0)
+    for number, share in enumerate(shares):
+        jitter = 0.16 * (torch.rand(1, generator=generator).item() - 0.5)
+        cases[f"random_{number}"] = {"share": share + jitter}
+    command = [sys.executable, "-c", KILLER, json.dumps(config), str(tmp_path), json.dumps(cases)]
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    statuses = json.loads(done.stdout.splitlines()[-1])
+    assert statuses.pop("whole") == [0, 0]
+    for name, (status, resumed_status) in statuses.items():
+        assert resumed_status == 0, (name, done.stderr[-3000:])
+        assert status == -signal.SIGKILL, name
+        assert "end" not in json.loads((tmp_path / f"{name}_killed" / "run.json").read_text())
+        assert not run_differences(tmp_path / "whole", tmp_path / name), name
+    assert (tmp_path / "mid_save_killed" / "last.pt.tmp").exists()
+    steps = {name: load_checkpoint(tmp_path / f"{name}_killed" / "last.pt")["step"] for name in statuses}
+    assert (steps["mid_save"], steps["mid_validation"], steps["mid_accumulation"]) == (2, 1, 2)
+    assert len(set(steps.values())) >= 3  # the random moments are spread over the run
