@@ -20,6 +20,7 @@ Sources: Ravi et al. 2024 (SAM 2) for prompts and losses; Kirillov et al. 2023 (
 
 import logging
 import math
+import os
 import shlex
 import shutil
 import sys
@@ -38,7 +39,7 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from utils.checkpoint import check_same_config, find_resume, load_checkpoint, save_checkpoint
-from utils.images import mask_to_box, write_image
+from utils.images import id_colors, mask_to_box, write_image
 from utils.instance_check import MAX_LISTED, check_items, keep_usable, plot_statistics, report_lines
 from utils.instance_data import Item, object_ids, read_item, split_items
 from utils.mask_losses import cross_entropy_loss, dice_loss, focal_loss, shrink_masks
@@ -535,13 +536,12 @@ def draw_sample(
     image_rgb: np.ndarray, points: list[np.ndarray], pred_masks: list[np.ndarray], masks: list[np.ndarray]
 ) -> np.ndarray:
     """Draw clicks, predicted masks and true masks side by side, one colour per object: uint8, 384 px a side each."""
-    rng = np.random.default_rng(0)
-    panels = [image_rgb.astype(np.float32)]
-    colors = rng.integers(40, 256, (len(masks), 3)).astype(np.float32)
+    panels = [image_rgb]
+    colors = id_colors(np.arange(1, len(masks) + 1)).astype(np.float32)
     for shown in (pred_masks, masks):
         panel = image_rgb.astype(np.float32)
         for mask, color in zip(shown, colors, strict=True):
-            panel[mask] = 0.45 * panel[mask] + 0.55 * color
+            panel[mask] = 0.4 * panel[mask] + 0.6 * color
         panels.append(panel)
     scale = 384 / max(image_rgb.shape[:2])
     size_wh = (max(1, round(image_rgb.shape[1] * scale)), max(1, round(image_rgb.shape[0] * scale)))
@@ -924,9 +924,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     log.close()
     finish_run(run_dir, {"start": start_metrics, "best": best, "last": last})
     print_table(start_metrics, best, last)
-    print(f"\nWritten to {run_dir}. Next, segment a picture with it:")
-    example = val_items[0].image_path
-    print(f"  python infer_sam2.py {shlex.quote(f'checkpoint={run_dir}/best.pt')} {shlex.quote(f'input={example}')}")
+    shown_dir, example = os.path.relpath(run_dir), os.path.relpath(val_items[0].image_path)
+    print(f"\nWritten to {shown_dir}. Next, segment a picture with it:")
+    print(f"  python infer_sam2.py {shlex.quote(f'checkpoint={shown_dir}/best.pt')} {shlex.quote(f'input={example}')}")
     return best[settings.select_by]
 
 

@@ -125,7 +125,7 @@ def test_prompts_give_the_masks_of_the_official_predictor(folder, tmp_path, pred
     arguments = {"points": prompt.get("points"), "boxes": [prompt["box"]] if "box" in prompt else None}
     overrides = [f"{key}={value}".replace(" ", "") for key, value in arguments.items() if value]
     overrides += ["mask=region.png"] if "mask" in prompt else []
-    asked = []  # random weights cannot tell: the decoder itself prefers one of the three where the single mask is unstable
+    asked = []  # the masks cannot tell: where the single mask is unstable the decoder itself returns one of the three
     monkeypatch.setattr("infer_sam2.decode", lambda *args, **kwargs: asked.append(kwargs) or decode(*args, **kwargs))
     records, labels, _ = run(folder, tmp_path / "run", "input=photo.png", "mode=prompts", *overrides)
 

@@ -211,7 +211,15 @@ def _build_nano(image_size: int) -> nn.Module:
 
 
 def build_sam2(
-    *, name: str, config: str | None, url: str | None, checkpoint: str, image_size: int, automatic: dict, device
+    *,
+    name: str,
+    config: str | None,
+    url: str | None,
+    checkpoint: str,
+    image_size: int,
+    automatic: dict,
+    lr: float,
+    device,
 ) -> nn.Module:
     """Build a SAM 2 model with its weights, in eval mode. The keywords are the keys of configs/model/*.yaml.
 
@@ -222,7 +230,7 @@ def build_sam2(
         checkpoint: "auto" (the bundled or downloaded file in checkpoints/ of the repository, downloaded if absent),
             "none" (random weights) or a path, relative to where the user stands.
         image_size: side S of the input in pixels, a multiple of 32; fixed from here on.
-        automatic: thresholds for infer_sam2.py; not used here.
+        automatic, lr: thresholds for infer_sam2.py and learning rate for train_sam2.py; not used here.
         device: where to put the model.
     Raises:
         ValueError: a wrong image size, or weights of another model, which is named.
