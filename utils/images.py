@@ -305,7 +305,7 @@ def rle_to_mask(rle: dict) -> np.ndarray:
     height, width = rle["size"]
     counts = rle["counts"]
     if isinstance(counts, (str, bytes)):
-        counts = _decode_counts(counts)
+        counts = decode_rle_counts(counts)
     counts = np.asarray(counts, np.int64)
     if counts.sum() != height * width or (counts < 0).any():
         raise ValueError(
@@ -314,7 +314,7 @@ def rle_to_mask(rle: dict) -> np.ndarray:
     return _counts_to_mask(counts, height, width)
 
 
-def _decode_counts(text: str | bytes) -> np.ndarray:
+def decode_rle_counts(text: str | bytes) -> np.ndarray:
     """Turn a compressed string into run lengths, int64 (R,)."""
     data = text.encode("ascii", "replace") if isinstance(text, str) else text
     characters = np.frombuffer(data, np.uint8).astype(np.int64) - 48

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torchvision.ops import nms
 
-from utils.images import _decode_counts, mask_to_rle
+from utils.images import decode_rle_counts, mask_to_rle
 from utils.sam2_model import Embeddings, decode, encode, preprocess, scale_points, upscale_masks
 
 CROP_EDGE_TOLERANCE_PX = 20  # a box this close to an edge of its crop, but not of the image, is a mask cut off there
@@ -428,7 +428,7 @@ def stitch_masks(
         rle = segmentations[index]
         if list(rle["size"]) != [height, width]:
             raise ValueError(f"a mask has size {list(rle['size'])}; the label map is [{height}, {width}]")
-        counts = _decode_counts(rle["counts"])  # lengths of runs, the first of zeros
+        counts = decode_rle_counts(rle["counts"])  # lengths of runs, the first of zeros
         area = int(counts[1::2].sum())
         num_runs = len(counts) // 2 * 2  # without a last run of zeros
         first, last = int(counts[0]), int(counts[:num_runs].sum())

@@ -112,6 +112,9 @@ def decode(
     sparse_embeddings, dense_embeddings = model.sam_prompt_encoder(
         points=(point_coords, point_labels), boxes=None, masks=mask_inputs
     )
+    high_res_features = embeddings.high_res_features
+    if len(embeddings.image_embeddings) > 1:  # one image's are broadcast, which saves most of the memory
+        high_res_features = [features[image_index] for features in high_res_features]
     low_res_masks, iou_predictions, _, object_score_logits = model.sam_mask_decoder(
         image_embeddings=embeddings.image_embeddings[image_index],
         image_pe=model.sam_prompt_encoder.get_dense_pe(),
@@ -119,7 +122,7 @@ def decode(
         dense_prompt_embeddings=dense_embeddings,
         multimask_output=multimask_output,
         repeat_image=False,  # image_index has laid out one image per object already
-        high_res_features=[features[image_index] for features in embeddings.high_res_features],
+        high_res_features=high_res_features,
     )
     return low_res_masks, iou_predictions, object_score_logits
 
