@@ -400,6 +400,7 @@ def test_other_weights_are_recognised_as_nothing(state_dicts):
     tiny = state_dicts["sam2.1_hiera_tiny"]
     assert recognise_weights({}) is None
     assert recognise_weights({"conv1.weight": torch.zeros(64, 3, 7, 7)}) is None
+    assert recognise_weights({key: value for key, value in tiny.items() if "image_encoder" not in key}) is None
     assert recognise_weights({f"sam2_model.{key}": value for key, value in tiny.items()}) is None  # other forks'
     assert recognise_weights({key: value for key, value in tiny.items() if ".blocks.3." not in key}) is None
 

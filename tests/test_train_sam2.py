@@ -80,9 +80,10 @@ def overfitted(root, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("overfitted") / "run"
     command = [
         sys.executable, str(ROOT / "train_sam2.py"), *tiny_overrides(root), f"hydra.run.dir={run_dir}", "loss=balanced",
-        "data.hflip=false", "train.steps=60", "train.batch_size=4", "train.objects_per_image=4", "train.eval_every=30",
-        "train.trainable=[prompt_encoder,mask_decoder,image_encoder]", "train.clip_norm=1.0", "prompts=point",
-        "optim.lr=1e-3", "optim.encoder_lr_factor=1.0", "optim.weight_decay=0.0", "train.eval_clicks=[1,2]",
+        "data.hflip=false", "train.steps=50", "train.batch_size=4", "train.objects_per_image=4", "train.eval_every=25",
+        "train.trainable=[prompt_encoder,mask_decoder,image_encoder]", "train.clip_norm=1.0",
+        "optim.lr=5e-4", "optim.encoder_lr_factor=1.0", "optim.weight_decay=0.0", "prompts.max_corrections=0",
+        "train.eval_clicks=[1,2]",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path_factory.mktemp("elsewhere"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -100,8 +101,8 @@ def test_command_writes_the_promised_files(overfitted):
         assert (run_dir / name).stat().st_size > 0, name
     assert list((run_dir / "tensorboard").glob("events*"))
     pictures = sorted(path.relative_to(run_dir / "samples").as_posix() for path in (run_dir / "samples").glob("*/*"))
-    assert pictures == ["step_000000/101.png", "step_000030/101.png", "step_000060/101.png"]
-    assert read_image(run_dir / "samples" / "step_000060" / "101.png").shape == (288, 3 * 384, 3)
+    assert pictures == ["step_000000/101.png", "step_000025/101.png", "step_000050/101.png"]
+    assert read_image(run_dir / "samples" / "step_000050" / "101.png").shape == (288, 3 * 384, 3)
     assert not list(run_dir.rglob("*.tmp"))
     assert f"checkpoint={run_dir}/best.pt" in output and "python infer_sam2.py" in output
 
@@ -110,9 +111,9 @@ def test_run_record_tells_start_best_and_last(overfitted):
     run_dir, output = overfitted
     record, rows = json.loads((run_dir / "run.json").read_text()), read_rows(run_dir)
     measured = {row["step"]: row for row in rows if "val/iou_1_click" in row}
-    assert sorted(measured) == [0, 30, 60]
+    assert sorted(measured) == [0, 25, 50]
     metrics = record["metrics"]
-    assert metrics["start"]["step"] == 0 and metrics["last"]["step"] == 60 and "end" in record
+    assert metrics["start"]["step"] == 0 and metrics["last"]["step"] == 50 and "end" in record
     assert metrics["best"]["step"] == max(measured, key=lambda step: measured[step]["val/iou_1_click"])
     names = {"val/iou_1_click", "val/iou_2_clicks", "val/oracle_iou_1_click", "val/iou_box"}
     for part in metrics.values():
@@ -124,12 +125,12 @@ def test_run_record_tells_start_best_and_last(overfitted):
 
 
 def test_tiny_data_is_overfitted(overfitted):
-    """Four pictures of known objects: far above what any mask that ignores picture and click can reach."""
+    """Four pictures seen fifty times: far above what random weights, or one mask for all prompts, can reach."""
     run_dir, _ = overfitted
     metrics = json.loads((run_dir / "run.json").read_text())["metrics"]
-    assert metrics["start"]["val/iou_1_click"] < 0.3
-    assert metrics["last"]["val/iou_1_click"] > 0.6
-    assert read_rows(run_dir)[-2]["train/iou"] > 0.35  # a running mean over all 60 steps
+    assert metrics["start"]["val/iou_box"] < 0.2 and metrics["last"]["val/iou_box"] > 0.5
+    assert metrics["start"]["val/iou_1_click"] < 0.2 and metrics["last"]["val/iou_1_click"] > 0.3
+    assert read_rows(run_dir)[-2]["train/iou"] > 0.25  # a running mean over all 50 steps
 
 
 def test_best_checkpoint_is_plain_and_evaluates_to_its_metrics(overfitted, root, tmp_path, quick):
@@ -167,7 +168,8 @@ def test_only_a_better_one_replaces_the_best_checkpoint(root, tmp_path, quick, m
 
 
 def train_parts(root, run_dir, trainable, *overrides):
-    """Train 4 steps; the names of the parameters that moved and of those that did not. By seed 6 each mask is a best one."""
+    """Train 4 steps; the names of the parameters that moved and that did not. With seed 6 each of the three masks is best
+    for some object."""
     config = compose_config(
         *tiny_overrides(root), f"train.trainable={trainable}", "train.steps=4", "train.batch_size=4", "seed=6",
         "train.objects_per_image=8", "prompts.repeat_objects=true", "optim.weight_decay=0.0",
