@@ -25,7 +25,9 @@ from utils.sam2_model import build_sam2, encode, preprocess, upscale_masks
 from utils.sample_data import write_samples
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-NUM_SCENES = 24
+NUM_SCENES = 12
+PRED_IOU_THRESHS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.8)
+STABILITY_THRESHS = (0.8, 0.85, 0.9, 0.95)
 MIN_AREA_PX = 25
 MIN_IOU = 0.5
 
@@ -40,8 +42,8 @@ def main() -> None:
     reader_keys = {key: value for key, value in config["data"].items() if key not in other_keys}
     _, items = split_items(root=write_samples("scenes", config["data"]["root"]), **reader_keys)
 
-    everything = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
-    permissive = AutomaticSettings(**config["model"]["automatic"] | everything)
+    lowest = {"pred_iou_thresh": PRED_IOU_THRESHS[0], "stability_score_thresh": STABILITY_THRESHS[0]}
+    permissive = AutomaticSettings(**config["model"]["automatic"] | lowest)
     scenes = []  # (candidates, IoU with every object (K, N))
     for item in items[:NUM_SCENES]:
         image_rgb, layers = read_item(item)
@@ -51,14 +53,14 @@ def main() -> None:
         embeddings = encode(model, preprocess(image_rgb, model.image_size)[None])
         grid = make_point_grid(permissive.points_per_side, orig_hw)
         candidates = find_candidates(model, embeddings, grid, orig_hw, permissive)
-        ious = []
+        ious = [torch.zeros(0, len(truth))]
         for low_res_mask in candidates.low_res_masks:
-            ious.append(mask_iou(upscale_masks(low_res_mask[None, None], orig_hw)[0] > 0, truth))
-        scenes.append((candidates, torch.stack(ious)))
+            ious.append(mask_iou(upscale_masks(low_res_mask[None, None], orig_hw)[0] > 0, truth)[None])
+        scenes.append((candidates, torch.cat(ious)))
 
     rows = []
-    for pred_iou_thresh in (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85):
-        for stability_score_thresh in (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95):
+    for pred_iou_thresh in PRED_IOU_THRESHS:
+        for stability_score_thresh in STABILITY_THRESHS:
             num_right = num_masks = num_objects = 0
             for candidates, ious in scenes:
                 passed = (candidates.predicted_ious > pred_iou_thresh) & (

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from utils import sam2_model
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.sam2_model import (
     ConvTrunk,
     Embeddings,
@@ -56,14 +56,18 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 TRAP = """
 import sys
+from pathlib import Path
 import hydra
+import yaml
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from utils import sam2_model
 
-TINY = dict(name="tiny", config="configs/sam2.1/sam2.1_hiera_t.yaml", url=None, checkpoint="none", image_size=64,
-            automatic={}, device="cpu")
-NANO = TINY | {"name": "nano", "config": None}
+def config(name):
+    path = Path(sam2_model.__file__).resolve().parent.parent / "configs" / "model" / f"{name}.yaml"
+    return yaml.safe_load(path.read_text()) | {"checkpoint": "none", "image_size": 64, "device": "cpu"}
+
+TINY, NANO = config("sam2.1_hiera_tiny"), config("sam2_nano")
 seen = []
 
 def build(**keys):
@@ -109,8 +113,8 @@ print("done", ORDER)
     [
         pytest.param(["sam2_first"], id="import_sam2_before_and_its_own_builder_after"),
         pytest.param(["before"], id="build_twice_then_main_then_build"),
-        pytest.param(["inside"], id="build_inside_main_then_after"),
-        pytest.param(["after"], id="build_after_main"),
+        pytest.param(["inside"], id="build_inside_main_then_after", marks=pytest.mark.slow),
+        pytest.param(["after"], id="build_after_main", marks=pytest.mark.slow),
         pytest.param(["inside", "--multirun", "number=1,2"], id="multirun"),
     ],
 )
@@ -359,6 +363,21 @@ def test_a_batch_equals_its_pictures_one_at_a_time(nano, with_masks):
     assert (difference[IMAGE_INDEX != 2] > 1e-2).all() and (difference[IMAGE_INDEX == 2] == 0).all()
 
 
+def test_many_objects_on_one_picture_equal_one_at_a_time(nano):
+    point_coords, point_labels, mask_inputs = object_prompts(3)
+    with torch.no_grad():
+        embeddings = encode(nano, preprocess(picture(90, 120), 128)[None])
+        zeros = torch.zeros(3, dtype=torch.long)
+        together = decode(nano, embeddings, zeros, point_coords, point_labels, mask_inputs, False)
+        for k in range(3):
+            one = slice(k, k + 1)
+            prompt = point_coords[one], point_labels[one], mask_inputs[one]
+            alone = decode(nano, embeddings, zeros[one], *prompt, False)
+            for part, whole in zip(alone, together, strict=True):
+                torch.testing.assert_close(part[0], whole[k], atol=1e-4, rtol=0)
+    assert (together[0][0] - together[0][1]).abs().max() > 1e-2
+
+
 def test_conv_trunk_has_four_strides_and_a_batch_of_one_is_the_same():
     trunk = ConvTrunk(channels=(16, 32, 48, 64), blocks=(1, 2, 1, 1)).eval()
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -451,6 +470,15 @@ def test_nano_is_small_and_its_fp16_file_loads(tmp_path, state_dicts):
     loaded = build_sam2(**config, device="cpu").state_dict()
     assert loaded.keys() == halves.keys()
     assert all(torch.equal(loaded[key], halves[key].float()) for key in halves)
+
+
+def test_the_bundled_nano_is_small_and_is_the_default():
+    path = ROOT / "checkpoints" / "sam2_nano.pt"
+    assert path.stat().st_size < 16e6
+    weights = load_checkpoint(path)["model"]
+    assert {value.dtype for value in weights.values()} == {torch.float16}
+    loaded = build_sam2(**model_config("sam2_nano"), device="cpu").state_dict()
+    assert all(torch.equal(loaded[key], value.float()) for key, value in weights.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from tiny_training import (
     script_evaluation,
     tiny_overrides,
     train_in,
+    write_data_root,
     write_dataset,
 )
 
@@ -85,7 +86,7 @@ def overfitted(root, tmp_path_factory):
         "optim.lr=5e-4", "optim.encoder_lr_factor=1.0", "optim.weight_decay=0.0", "prompts.max_corrections=0",
         "train.eval_clicks=[1,2]",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path_factory.mktemp("elsewhere"), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=run_dir.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return run_dir, done.stdout + done.stderr
 
@@ -104,7 +105,7 @@ def test_command_writes_the_promised_files(overfitted):
     assert pictures == ["step_000000/101.png", "step_000025/101.png", "step_000050/101.png"]
     assert read_image(run_dir / "samples" / "step_000050" / "101.png").shape == (288, 3 * 384, 3)
     assert not list(run_dir.rglob("*.tmp"))
-    assert f"checkpoint={run_dir}/best.pt" in output and "python infer_sam2.py" in output
+    assert "python infer_sam2.py checkpoint=run/best.pt input=" in output  # from where the user stands
 
 
 def test_run_record_tells_start_best_and_last(overfitted):
@@ -129,8 +130,8 @@ def test_tiny_data_is_overfitted(overfitted):
     run_dir, _ = overfitted
     metrics = json.loads((run_dir / "run.json").read_text())["metrics"]
     assert metrics["start"]["val/iou_box"] < 0.2 and metrics["last"]["val/iou_box"] > 0.5
-    assert metrics["start"]["val/iou_1_click"] < 0.2 and metrics["last"]["val/iou_1_click"] > 0.3
-    assert read_rows(run_dir)[-2]["train/iou"] > 0.25  # a running mean over all 50 steps
+    assert metrics["last"]["val/iou_1_click"] > max(0.2, 2 * metrics["start"]["val/iou_1_click"])
+    assert read_rows(run_dir)[-2]["train/iou"] > 0.3  # a running mean over all 50 steps
 
 
 def test_best_checkpoint_is_plain_and_evaluates_to_its_metrics(overfitted, root, tmp_path, quick):
@@ -168,8 +169,10 @@ def test_only_a_better_one_replaces_the_best_checkpoint(root, tmp_path, quick, m
 
 
 def train_parts(root, run_dir, trainable, *overrides):
-    """Train 4 steps; the names of the parameters that moved and that did not. With seed 6 each of the three masks is best
-    for some object."""
+    """Train 4 steps; the names of the parameters that moved and of those that did not.
+
+    With seed 6 each of the three masks is the best for some object, so each is trained.
+    """
     config = compose_config(
         *tiny_overrides(root), f"train.trainable={trainable}", "train.steps=4", "train.batch_size=4", "seed=6",
         "train.objects_per_image=8", "prompts.repeat_objects=true", "optim.weight_decay=0.0",
@@ -867,7 +870,7 @@ def test_value_that_makes_no_sense_is_named(override, root):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_composes_and_fixes_its_model(name):
-    config = compose_config(f"experiment={name}", "data_root=/nowhere")
+    config = compose_config(f"experiment={name}", "data_root=/nowhere", "model.checkpoint=auto")
     settings = train_sam2.Settings(**config["train"])
     train_sam2.check_settings(settings, PromptSettings(**config["prompts"]), LossSettings(**config["loss"]))
     assert "override /model:" in (ROOT / "configs" / "experiment" / f"{name}.yaml").read_text()
@@ -875,13 +878,15 @@ def test_preset_composes_and_fixes_its_model(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
-def test_preset_trains_two_steps(name, root, tmp_path, quick):
-    overrides = [one for one in tiny_overrides(root) if one.startswith(("device", "num_workers", "model", "data"))]
-    config = compose_config(
-        f"experiment={name}", *overrides, "data.min_area_px=1", "train.steps=2", "train.batch_size=2",
-        "train.objects_per_image=3", "train.trainable=[mask_decoder,neck]",
-    )  # fmt: skip
-    last = train_in(tmp_path / "run", config)
+def test_preset_trains_two_steps(name, tmp_path, quick):
+    """With the nano, on a tiny dataset in the layout that the preset reads; generated ones are left ungenerated."""
+    data_root = write_data_root(tmp_path / "data")
+    overrides = [f"experiment={name}", f"data_root={data_root}", "device=cpu", "num_workers=0", "data.min_area_px=1"]
+    overrides += ["model=sam2_nano", "model.checkpoint=none", "model.image_size=64"]
+    overrides += ["train.steps=2", "train.batch_size=2", "train.objects_per_image=3"]
+    if "generate" in compose_config(*overrides)["data"]:
+        overrides += ["data.generate=null", f"data.root={data_root / 'label_map'}"]
+    last = train_in(tmp_path / "run", compose_config(*overrides))
     assert last["step"] == 2 and last["metrics"][-1]["val/num_images"] > 0
     assert [row["step"] for row in last["metrics"] if "val/iou_1_click" in row] == [0, 2]
 

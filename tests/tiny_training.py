@@ -67,6 +67,29 @@ def write_dataset(root: Path) -> Path:
     return root
 
 
+def write_data_root(data_root: Path) -> Path:
+    """Write four pictures as data=labpics, data=dsb2018 and data=label_map read them, each in a folder of its own."""
+    rng = np.random.default_rng(1)
+    for number in range(4):
+        image_rgb, ids = draw_picture(rng, 48, 64)
+        labpics = data_root / "LabPicsV1" / "Simple" / ("Test" if number == 3 else "Train")
+        nuclei = data_root / "DSB2018" / "stage1_train" / f"{number}"
+        label_map = data_root / "label_map"
+        folders = [labpics / "Image", labpics / "Instance", nuclei / "images", nuclei / "masks"]
+        for folder in [*folders, label_map / "images", label_map / "labels"]:
+            folder.mkdir(parents=True, exist_ok=True)
+        write_image(labpics / "Image" / f"{number}.jpg", image_rgb)
+        vessels, materials = np.where(ids == 1, 1, 0), np.where(ids > 1, ids, 0)
+        write_image(labpics / "Instance" / f"{number}.png", np.stack([vessels, 0 * ids, materials], 2).astype(np.uint8))
+        write_image(nuclei / "images" / f"{number}.png", image_rgb)
+        for object_id in (1, 2, 3):
+            mask = np.repeat(255 * (ids == object_id)[..., None], 3, 2)
+            write_image(nuclei / "masks" / f"{object_id}.png", mask.astype(np.uint8))
+        write_image(label_map / "images" / f"{number}.png", image_rgb)
+        write_label_map(label_map / "labels" / f"{number}.png", ids)
+    return data_root
+
+
 def tiny_overrides(root: Path) -> list[str]:
     """The command-line settings that make a run tiny."""
     return [
