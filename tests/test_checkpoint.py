@@ -120,6 +120,7 @@ def run_in_child(function) -> int:
     """Run a function in a forked process and return the signal that ended it, 0 for none."""
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # the parent's threads are not forked: waiting for them would last for ever
         try:
             function()
         finally:
@@ -162,6 +163,7 @@ def test_kill_at_random_moments_always_leaves_a_whole_file(tmp_path):
         before = path.stat().st_mtime_ns
         child = os.fork()
         if child == 0:
+            torch.set_num_threads(1)  # as in run_in_child
             step = load_checkpoint(path)["step"]
             while True:
                 step += 1
