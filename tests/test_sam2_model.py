@@ -324,7 +324,9 @@ IMAGE_INDEX = torch.tensor([2, 0, 0, 1, 2, 2, 0])  # of seven objects in three p
 
 
 @pytest.mark.parametrize("with_masks", [True, False])
-def test_a_batch_equals_its_pictures_one_at_a_time(nano, with_masks):
+def test_a_batch_equals_its_pictures_one_at_a_time(nano, with_masks, monkeypatch):
+    # a ReLU at its kink would turn the last bit of a sum into a jump of the gradient
+    monkeypatch.setattr(torch.nn.ReLU, "forward", lambda self, x: torch.nn.functional.gelu(x))
     images = torch.stack([preprocess(picture(90, 120, seed), 128) for seed in range(3)])
     point_coords, point_labels, mask_inputs = object_prompts(len(IMAGE_INDEX))
     mask_inputs = mask_inputs if with_masks else None
@@ -743,17 +745,19 @@ def test_every_trainable_parameter_moves_and_every_frozen_one_stays(nano):
         loss.backward()
         return {name for name, p in trainable if p.grad is None or not p.grad.any()}
 
+    # attention does not change with a bias of all its keys, so those biases have no gradient but rounding noise
+    may_stay = {name for name, _ in trainable if name.endswith("k_proj.bias")}
     nano.train()
     try:
-        assert backward(encode(nano, images)) == set()
+        assert backward(encode(nano, images)) <= may_stay
         torch.optim.SGD([p for _, p in trainable], lr=1e-2).step()
         names = {name for name, _ in trainable}
         for name, value in nano.state_dict().items():
-            assert torch.equal(value, state[name]) != (name in names), name
+            assert name in may_stay or torch.equal(value, state[name]) != (name in names), name
         with torch.no_grad():
             tutorials = encode(nano, images)
         untrained = backward(tutorials)
-        assert {re.sub(r"\.(weight|bias)$", "", name) for name in untrained} == NOT_IN_THE_TUTORIAL
+        assert {re.sub(r"\.(weight|bias)$", "", name) for name in untrained - may_stay} == NOT_IN_THE_TUTORIAL
     finally:
         nano.zero_grad(set_to_none=True)
         nano.load_state_dict(state)

@@ -463,7 +463,10 @@ def test_sample_is_a_function_of_seed_and_index(root):
     config = compose_config(*tiny_overrides(root), "data.color_jitter=0.3")
     one, other = make_dataset(config), make_dataset(config)
     assert not differences(one[5], [other[index] for index in (9, 5)][1])
-    assert differences(one[5], make_dataset(config | {"seed": 1})[5])
+    other_seed = make_dataset(config | {"seed": 1})
+    assert [one[index]["name"] for index in range(8)] != [other_seed[index]["name"] for index in range(8)]
+    item = list_training_items(config)[0]  # of the same picture, other prompts
+    assert differences(make_dataset(config, [item])[0], make_dataset(config | {"seed": 1}, [item])[0])
 
 
 def test_share_of_boxes_is_exact_on_average(root):
@@ -578,6 +581,12 @@ def test_rounds_of_prompting(name, num_rounds, num_clicks, detach, root, model, 
             best = before["low_res_masks"][before["iou_predictions"].argmax()]
             torch.testing.assert_close(after["mask_inputs"][0, 0].detach(), best.clamp(-32, 32))
     assert starts == ({(1,)} if name == "point" else {(1,), (2, 3)})
+
+
+def test_logits_that_are_fed_back_are_limited_as_by_the_official_predictor():
+    low_res_masks = torch.tensor([[-100.0, 5.0], [100.0, -40.0]])[None, :, :, None]  # one object, two masks of 2 x 1
+    assert train_sam2.pick_mask(low_res_masks, torch.tensor([[0.2, 0.9]])).flatten().tolist() == [32, -32]
+    assert train_sam2.pick_mask(low_res_masks, torch.tensor([[0.9, 0.2]])).flatten().tolist() == [-32, 5]
 
 
 def test_correction_clicks_lie_in_the_error(root, model, monkeypatch):
@@ -776,6 +785,7 @@ def measure_slowly(predictor, items, clicks):
 def test_evaluation_equals_a_slow_loop_with_the_official_predictor(root, model, predictor, tmp_path):
     items = list_training_items(compose_config(*tiny_overrides(root)))
     values = evaluate(model, items, AUGMENTATION, [1, 2, 4], torch.device("cpu"), "fp32", tmp_path, 2)
+    model.eval()
     expected = measure_slowly(predictor, items, [1, 2, 4])
     model.train()
     first_mask = expected.pop("first_mask")
@@ -898,8 +908,8 @@ def test_preset_trains_two_steps(name, tmp_path, quick):
 def test_missing_folder(root, tmp_path, monkeypatch, capfd):
     arguments = [*tiny_overrides(root), f"data.root={tmp_path}/nothing"]
     status, output = run_main(monkeypatch, capfd, tmp_path / "run", *arguments)
-    assert status == 1
-    assert [line for line in output.splitlines() if f"data.root {tmp_path}/nothing is not a folder" in line]
+    assert status == 1 and "Traceback" not in output
+    assert output.splitlines()[-1].startswith(f"error: data.root {tmp_path}/nothing is not a folder")
 
 
 def test_unknown_model_lists_the_valid_ones(root, tmp_path, monkeypatch, capfd):
@@ -925,7 +935,8 @@ def faulty(tmp_path):
 
 def test_faulty_files_stop_the_run(faulty, tmp_path, monkeypatch, capfd, quick):
     status, output = run_main(monkeypatch, capfd, tmp_path / "run", *tiny_overrides(faulty), "train.steps=0")
-    assert status == 1 and "10 of 17 images cannot be used" in output and "data.on_bad=skip" in output
+    assert status == 1 and "Traceback" not in output
+    assert "10 of 17 images cannot be used" in output and "data.on_bad=skip" in output
     picture, annotation = faulty / "images" / "001.png", faulty / "labels" / "001.png"
     assert f"image {picture} is 48 x 64 px (height x width), but its annotation {annotation} is 40 x 64" in output
     assert not (tmp_path / "run" / "run.json").exists()
