@@ -10,7 +10,7 @@ import yaml
 
 from utils import sample_data
 from utils.instance_data import object_ids, read_item, split_items
-from utils.sample_data import REPOSITORY, draw_glassware, draw_scene, write_samples
+from utils.sample_data import REPOSITORY, draw_glassware, draw_scene, read_photographs, write_samples
 
 
 def data_config(name: str, root) -> dict:
@@ -25,7 +25,7 @@ def data_config(name: str, root) -> dict:
 
 
 def scene(index: int, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
-    return draw_scene(np.random.default_rng([5, index]), size)
+    return draw_scene(np.random.default_rng([5, index]), size, read_photographs())
 
 
 def test_a_scene_is_a_function_of_its_generator():
@@ -53,9 +53,9 @@ def test_ids_are_what_is_painted_last(monkeypatch):
     """Follow the painting: a stroke changes the picture inside its mask alone, and the last one owns the pixel."""
     strokes, paint = [], sample_data._paint
 
-    def follow(rng, image, mask, color, edge):
+    def follow(rng, image, mask, color, edge, photographs):
         before = image.copy()
-        paint(rng, image, mask, color, edge)
+        paint(rng, image, mask, color, edge, photographs)
         assert np.array_equal(image[~mask], before[~mask])
         assert (image[mask] != before[mask]).any(1).mean() > 0.5
         strokes.append(mask.copy())
@@ -68,11 +68,27 @@ def test_ids_are_what_is_painted_last(monkeypatch):
         if not strokes:  # a crowd
             continue
         expected = np.zeros_like(ids)
-        for number, mask in enumerate(strokes, start=1):
-            expected[mask] = number
-        assert np.array_equal(ids, expected)
+        for mask in strokes:  # a region in pieces is as many instances
+            num_labels, pieces = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
+            whole = num_labels == 2 or not filled_by(strokes, mask)
+            expected[mask] = expected.max() + 1 if whole else expected.max() + pieces[mask]
+        pairs = np.unique(np.stack([ids.ravel(), expected.ravel()]), axis=1)
+        assert len(set(pairs[0])) == len(set(pairs[1])) == pairs.shape[1]  # one id to each, and none shared
+        assert np.array_equal(ids == 0, expected == 0)
         num_scenes += 1
     assert num_scenes >= 10
+
+
+def filled_by(strokes, mask) -> bool:
+    """Tell whether a stroke is one of the regions that divide the whole frame, which are painted first."""
+    covered = np.zeros_like(mask)
+    for number, stroke in enumerate(strokes):
+        if (covered & stroke).any():
+            return False
+        covered |= stroke
+        if covered.all():
+            return any(stroke is mask for stroke in strokes[: number + 1])
+    return False
 
 
 def test_crowds_differ_from_their_ground(monkeypatch):
@@ -242,7 +258,7 @@ def test_scenes_are_written_as_pictures_and_label_maps(repository, monkeypatch):
     assert [item.name for item in items] == [f"{index:05d}" for index in range(5)] and len(val_items) == 2
     for index, item in enumerate(items):
         image_rgb, layers = read_item(item)
-        expected_rgb, expected_ids = draw_scene(np.random.default_rng([0, index]), 64)
+        expected_rgb, expected_ids = draw_scene(np.random.default_rng([0, index]), 64, read_photographs())
         assert np.array_equal(layers[0], expected_ids)
         assert np.abs(image_rgb.astype(int) - expected_rgb).mean() < 12  # JPEG
     pickle.dumps(sample_data._write_scene)  # what processes are handed

@@ -1,10 +1,12 @@
 """Generated datasets: small, deterministic, written to disk in the layouts of real datasets.
 
 `draw_scene` draws what `sam2_nano` is pre-trained on: textured shapes that cover one another, parts on parts, crowds of
-small blobs, thin strokes. `draw_glassware` draws vessels with materials inside, for the default run of train_sam2.py.
+small blobs, thin strokes, regions that fill the frame. `draw_glassware` draws vessels with materials inside, for the default run of train_sam2.py.
 Every picture is a function of its seed and index alone.
 """
 
+import functools
+import importlib.util
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -13,7 +15,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from utils.images import write_image, write_label_map
+from utils.images import read_image, write_image, write_label_map
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -35,8 +37,27 @@ def _random_color(rng: np.random.Generator) -> np.ndarray:
     return color.astype(np.float32)
 
 
-def _texture(rng: np.random.Generator, size: int, color: np.ndarray) -> np.ndarray:
-    """Draw a texture around a colour: float32 (size, size, 3) in about 0..255."""
+def _photograph_texture(
+    rng: np.random.Generator, size: int, color: np.ndarray, photographs: list[np.ndarray]
+) -> np.ndarray:
+    """Cut a texture from a photograph, turned and moved towards a colour: float32 (size, size, 3) in about 0..255."""
+    photograph = photographs[rng.integers(len(photographs))]
+    side = int(min(photograph.shape[:2]) * np.exp(rng.uniform(np.log(0.08), np.log(0.6))))
+    y, x = rng.integers(photograph.shape[0] - side + 1), rng.integers(photograph.shape[1] - side + 1)
+    patch = np.rot90(photograph[y : y + side, x : x + side], rng.integers(4)).astype(np.float32)
+    interpolation = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
+    patch = cv2.resize(patch, (size, size), interpolation=interpolation)
+    if rng.random() < 0.7:
+        patch = color + rng.uniform(0.3, 1.0) * (patch - patch.mean((0, 1)))
+    return patch
+
+
+def _texture(
+    rng: np.random.Generator, size: int, color: np.ndarray, photographs: list[np.ndarray] | tuple = ()
+) -> np.ndarray:
+    """Draw a texture around a colour: float32 (size, size, 3) in about 0..255; one in three from a photograph, if any."""
+    if photographs and rng.random() < 0.35:
+        return _photograph_texture(rng, size, color, photographs)
     other = np.clip(color + rng.normal(0, 1, 3) * rng.choice([10, 30, 70]), 0, 255).astype(np.float32)
     kind = rng.integers(6)
     if kind == 0:  # flat
@@ -117,14 +138,25 @@ def _random_shape(rng: np.random.Generator, size: int, radius: float) -> np.ndar
     return mask.astype(bool)
 
 
-def _paint(rng: np.random.Generator, picture: np.ndarray, mask: np.ndarray, color: np.ndarray, edge: bool) -> None:
+def _paint(
+    rng: np.random.Generator,
+    picture: np.ndarray,
+    mask: np.ndarray,
+    color: np.ndarray,
+    edge: bool,
+    photographs: list[np.ndarray] | tuple = (),
+) -> None:
     """Paint a textured shape into a float picture, in place, shaded across its extent; `edge` adds an outline."""
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     y, x, side = ys[0], xs[0], int(max(ys[-1] - ys[0], xs[-1] - xs[0]) + 1)
     window = (slice(y, ys[-1] + 1), slice(x, xs[-1] + 1))
     inside = mask[window]
     height, width = inside.shape
-    texture = _texture(rng, side, color)[:height, :width]
+    texture = _texture(rng, side, color, photographs)[:height, :width]
+    if rng.random() < 0.25:  # round: darker towards its rim
+        depth = cv2.distanceTransform(np.pad(inside.astype(np.uint8), 1), cv2.DIST_L2, 3)[1:-1, 1:-1]
+        roundness = np.sqrt(np.clip(depth / (rng.uniform(0.5, 1.0) * depth.max()), 0, 1))
+        texture = texture * (1 - rng.uniform(0.2, 0.7) * (1 - roundness))[..., None]
     ramp_xy = rng.normal(0, 0.25, 2)
     shade = 1 + ramp_xy[0] * np.linspace(-1, 1, width)[None] + ramp_xy[1] * np.linspace(-1, 1, height)[:, None]
     texture = texture * shade[..., None].astype(np.float32)
@@ -154,41 +186,78 @@ def _finish_picture(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray
 # scenes for pre-training
 
 
-def draw_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one scene: large objects with parts, a medium clutter, or a crowd of small blobs.
+def draw_scene(rng: np.random.Generator, size: int, photographs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Draw one scene: large objects with parts, a medium clutter, regions that fill the frame, or a crowd of small blobs.
 
     Args:
         rng: the scene's own generator.
         size: side, pixels.
+        photographs: uint8 (H, W, 3) each, whose patches are textures among others; may be empty.
     Returns:
         image_rgb uint8 (size, size, 3); ids int32 (size, size) of the visible instances, 0 is background.
     """
-    kind = rng.choice(["objects", "clutter", "crowd"], p=[0.35, 0.25, 0.4])
-    picture = _texture(rng, size, _random_color(rng))
-    ids = np.zeros((size, size), np.int32)
-    next_id = 1
+    kind = rng.choice(["objects", "clutter", "regions", "crowd"], p=[0.25, 0.2, 0.25, 0.3])
     if kind == "crowd":
         picture, ids = _draw_crowd(rng, size)
+        return _finish_picture(rng, picture), ids
+    if kind == "regions":
+        picture, ids = _draw_regions(rng, size, photographs)
     else:
-        num_objects = int(rng.integers(2, 9) if kind == "objects" else rng.integers(8, 28))
-        low, high = (0.08, 0.34) if kind == "objects" else (0.025, 0.13)
-        for _ in range(num_objects):
-            radius = size * np.exp(rng.uniform(np.log(low), np.log(high)))
-            mask = _random_shape(rng, size, radius)
-            if not mask.any():
-                continue
-            color = _random_color(rng)
-            _paint(rng, picture, mask, color, edge=rng.random() < 0.3)
-            ids[mask] = next_id
-            next_id += 1
-            if rng.random() < 0.25:  # a part: a smaller shape that lies on the object, an instance of its own
-                y, x = np.argwhere(mask)[rng.integers(mask.sum())]
-                part = _fill(size, _outline(rng, (x, y), radius * rng.uniform(0.25, 0.6), int(rng.integers(4)))) & mask
-                if part.sum() > 12:
-                    _paint(rng, picture, part, _random_color(rng), edge=rng.random() < 0.3)
-                    ids[part] = next_id
-                    next_id += 1
+        picture, ids = _texture(rng, size, _random_color(rng), photographs), np.zeros((size, size), np.int32)
+    next_id = int(ids.max()) + 1
+    num_objects = int(rng.integers(*{"objects": (2, 9), "clutter": (8, 28), "regions": (0, 5)}[kind]))
+    low, high = (0.025, 0.13) if kind == "clutter" else (0.08, 0.34)
+    for _ in range(num_objects):
+        radius = size * np.exp(rng.uniform(np.log(low), np.log(high)))
+        mask = _random_shape(rng, size, radius)
+        if not mask.any():
+            continue
+        color = _random_color(rng)
+        if rng.random() < 0.3:
+            _cast_shadow(rng, picture, mask, radius)
+        _paint(rng, picture, mask, color, rng.random() < 0.3, photographs)
+        ids[mask] = next_id
+        next_id += 1
+        if rng.random() < 0.25:  # a part: a smaller shape that lies on the object, an instance of its own
+            y, x = np.argwhere(mask)[rng.integers(mask.sum())]
+            part = _fill(size, _outline(rng, (x, y), radius * rng.uniform(0.25, 0.6), int(rng.integers(4)))) & mask
+            if part.sum() > 12:
+                _paint(rng, picture, part, _random_color(rng), rng.random() < 0.3, photographs)
+                ids[part] = next_id
+                next_id += 1
     return _finish_picture(rng, picture), ids
+
+
+def _cast_shadow(rng: np.random.Generator, picture: np.ndarray, mask: np.ndarray, radius: float) -> None:
+    """Darken a float picture beside a shape, softly, in place."""
+    shift = rng.normal(0, 0.2, 2) * radius
+    moved = cv2.warpAffine(mask.astype(np.float32), np.float32([[1, 0, shift[0]], [0, 1, shift[1]]]), mask.shape[::-1])
+    shadow = cv2.GaussianBlur(moved, (0, 0), max(1.0, radius * rng.uniform(0.03, 0.2)))
+    picture *= 1 - rng.uniform(0.2, 0.7) * shadow[..., None]
+
+
+def _draw_regions(rng: np.random.Generator, size: int, photographs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Divide the frame among regions with bent borders, each of its own texture: float picture, int32 ids from 1."""
+    num_regions = int(np.exp(rng.uniform(np.log(2), np.log(26))))
+    stretch_xy = np.exp(rng.normal(0, 0.5, 2))  # wide layers or tall ones
+    bend = size * rng.uniform(0.0, 0.35)
+    grid = np.arange(size, dtype=np.float32)
+    xs = grid[None] + bend * (_smooth_noise(rng, size, int(rng.integers(3, 9))) - 0.5)
+    ys = grid[:, None] + bend * (_smooth_noise(rng, size, int(rng.integers(3, 9))) - 0.5)
+    seeds_xy = rng.uniform(0, size, (num_regions, 2))
+    reach = rng.uniform(0, 0.25 * size, num_regions)  # some regions claim more of the frame than others
+    distances = [
+        np.hypot((xs - x) * stretch_xy[0], (ys - y) * stretch_xy[1]) - extra
+        for (x, y), extra in zip(seeds_xy, reach, strict=True)
+    ]
+    region_ids = np.argmin(distances, 0) + 1
+    picture, ids = np.zeros((size, size, 3), np.float32), np.zeros((size, size), np.int32)
+    for region in np.unique(region_ids):
+        _paint(rng, picture, region_ids == region, _random_color(rng), rng.random() < 0.15, photographs)
+        # a region in pieces is as many instances
+        num_pieces, pieces = cv2.connectedComponents((region_ids == region).astype(np.uint8), connectivity=4)
+        ids[pieces > 0] = pieces[pieces > 0] + ids.max()
+    return picture, ids
 
 
 def _draw_crowd(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -393,6 +462,7 @@ def _write_glassware(folder: Path) -> None:
 
 def _write_scenes(folder: Path) -> None:
     """Write the scenes: <folder>/images/<number>.jpg and <folder>/labels/<number>.png."""
+    read_photographs()  # once, before the processes start, which take them over
     for part in ("images", "labels"):
         (folder / part).mkdir(parents=True)
     with ProcessPoolExecutor() as executor:
@@ -401,7 +471,26 @@ def _write_scenes(folder: Path) -> None:
             pass
 
 
+PHOTOGRAPHS = (
+    "astronaut.png brick.png camera.png chelsea.png coffee.png grass.png gravel.png ihc.png moon.png "
+    "motorcycle_left.png retina.jpg rocket.jpg"
+).split()
+
+
+@functools.cache
+def read_photographs() -> list[np.ndarray]:
+    """Read the photographs that come with scikit-image, for textures: uint8 (H, W, 3) each.
+
+    Raises:
+        ValueError: where scikit-image is not installed.
+    """
+    package = importlib.util.find_spec("skimage")
+    if package is None:
+        raise ValueError("generated scenes have textures from scikit-image's photographs: pip install scikit-image")
+    return [read_image(Path(package.origin).parent / "data" / name) for name in PHOTOGRAPHS]
+
+
 def _write_scene(folder: Path, index: int) -> None:
-    image_rgb, ids = draw_scene(np.random.default_rng([0, index]), SCENE_SIZE)
+    image_rgb, ids = draw_scene(np.random.default_rng([0, index]), SCENE_SIZE, read_photographs())
     write_image(folder / "images" / f"{index:05d}.jpg", image_rgb)
     write_label_map(folder / "labels" / f"{index:05d}.png", ids)
