@@ -1,8 +1,8 @@
 """Generated datasets: small, deterministic, written to disk in the layouts of real datasets.
 
 `draw_scene` draws what `sam2_nano` is pre-trained on: textured shapes that cover one another, parts on parts, crowds of
-small blobs, thin strokes, regions that fill the frame. `draw_glassware` draws vessels with materials inside, for the default run of train_sam2.py.
-Every picture is a function of its seed and index alone.
+small blobs, thin strokes, regions that fill the frame. `draw_glassware` draws vessels with materials inside, for the
+default run of train_sam2.py. Every picture is a function of its seed and index alone.
 """
 
 import functools
@@ -55,7 +55,7 @@ def _photograph_texture(
 def _texture(
     rng: np.random.Generator, size: int, color: np.ndarray, photographs: list[np.ndarray] | tuple = ()
 ) -> np.ndarray:
-    """Draw a texture around a colour: float32 (size, size, 3) in about 0..255; one in three from a photograph, if any."""
+    """Draw a texture around a colour: float32 (size, size, 3) in about 0..255, now and then cut from a photograph."""
     if photographs and rng.random() < 0.35:
         return _photograph_texture(rng, size, color, photographs)
     other = np.clip(color + rng.normal(0, 1, 3) * rng.choice([10, 30, 70]), 0, 255).astype(np.float32)
@@ -187,7 +187,7 @@ def _finish_picture(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray
 
 
 def draw_scene(rng: np.random.Generator, size: int, photographs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one scene: large objects with parts, a medium clutter, regions that fill the frame, or a crowd of small blobs.
+    """Draw one scene: large objects with parts, a medium clutter, regions that fill the frame, or a crowd of blobs.
 
     Args:
         rng: the scene's own generator.
