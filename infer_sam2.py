@@ -32,7 +32,6 @@ import logging
 import math
 import os
 import sys
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,7 +45,8 @@ from tqdm import tqdm
 
 from utils.checkpoint import load_checkpoint
 from utils.images import (
-    PICTURE_SUFFIXES,
+    list_images,
+    output_names,
     overlay_label_map,
     read_image,
     read_label_map,
@@ -63,7 +63,16 @@ from utils.mask_generation import (
     sample_points_in_mask,
     stitch_masks,
 )
-from utils.run import autocast, choose_device, choose_precision, finish_run, sample_rng, start_run
+from utils.run import (
+    autocast,
+    check_type,
+    choose_device,
+    choose_precision,
+    finish_run,
+    read_settings,
+    sample_rng,
+    start_run,
+)
 from utils.sam2_model import build_sam2, decode, encode, preprocess, recognise_weights, scale_points
 
 log = logging.getLogger("infer_sam2")
@@ -110,7 +119,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     Raises:
         ValueError, FileNotFoundError: for what makes the whole run impossible.
     """
-    settings = Settings(**{key: value for key, value in config.items() if key not in SHARED_KEYS})
+    settings = read_settings(Settings, {key: config[key] for key in config if key not in SHARED_KEYS}, "")
     check_mode(settings)
     image_paths = list_images(Path(settings.input))
     objects_of = read_prompts(settings, image_paths) if settings.mode == "prompts" else {}
@@ -122,7 +131,8 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     precision = choose_precision(config["precision"], device)
     model_config = choose_model(settings.checkpoint, settings.image_size, config["model"])
     changed = {key: value for key, value in config["automatic"].items() if value is not None}
-    automatic = AutomaticSettings(**(model_config["automatic"] | changed))
+    automatic = read_settings(AutomaticSettings, model_config["automatic"] | changed, "automatic")
+    check_type(model_config["image_size"], int, "model.image_size")
     model = build_sam2(**model_config, device=device)
     start_run(run_dir, config | {"model": model_config, "automatic": asdict(automatic)}, {"images": len(image_paths)})
 
@@ -198,28 +208,6 @@ def check_mode(settings: Settings) -> None:
         raise ValueError(f"num_points is {settings.num_points}; must be at least 1")
 
 
-def list_images(path: Path) -> list[Path]:
-    """List the pictures of a folder, sorted, or the one picture given."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise FileNotFoundError(f"input {path} does not exist; give a picture or a folder of pictures")
-    image_paths = sorted(
-        one
-        for one in path.iterdir()
-        if one.is_file() and one.suffix.lower() in PICTURE_SUFFIXES and not one.name.startswith(".")
-    )
-    if not image_paths:
-        raise ValueError(f"input {path} has no pictures ({', '.join(PICTURE_SUFFIXES)}); give a folder that has some")
-    return image_paths
-
-
-def output_names(image_paths: list[Path]) -> list[str]:
-    """Name each picture's results: its stem, with its suffix where the stem alone would overwrite another file."""
-    uses = Counter(path.stem.lower() for path in image_paths) + Counter(["run"])  # run.json
-    return [path.stem if uses[path.stem.lower()] == 1 else f"{path.stem}_{path.suffix[1:]}" for path in image_paths]
-
-
 def choose_model(checkpoint: str | None, image_size: int | None, model: dict | None) -> dict:
     """Find which model to build, and its weights.
 
@@ -234,6 +222,8 @@ def choose_model(checkpoint: str | None, image_size: int | None, model: dict | N
         FileNotFoundError: for a missing checkpoint.
         ValueError: for one that is not of the named model, or of none.
     """
+    if model is not None and "image_size" not in model:
+        raise ValueError("model is not a SAM 2 model; choose a file of configs/model that starts with sam2")
     chosen = model
     if checkpoint:
         state = load_checkpoint(Path(checkpoint))

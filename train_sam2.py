@@ -22,7 +22,6 @@ import logging
 import math
 import os
 import shlex
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -48,6 +47,7 @@ from utils.run import (
     MetricsLog,
     SampleCounter,
     autocast,
+    check_type,
     choose_device,
     choose_num_workers,
     choose_precision,
@@ -55,6 +55,7 @@ from utils.run import (
     finish_run,
     git_state,
     plot_curves,
+    read_settings,
     sample_rng,
     seed_everything,
     shuffled_item,
@@ -74,6 +75,7 @@ from utils.sam2_prompts import BOX_NOISE_MAX_PX, center_point, noised_box, rando
 from utils.sample_data import write_samples
 
 RUNNING_MEAN_DECAY = 0.99
+MAX_SKIPPED_IN_A_ROW = 50  # steps whose fp16 gradients overflowed, each at half the scale of the one before
 TOP_LEVEL_KEYS = (
     "seed", "device", "precision", "num_workers", "resume", "data_root", "check",
     "model", "data", "prompts", "loss", "optim", "train",
@@ -89,7 +91,7 @@ class Settings:
     batch_size: int  # images per forward
     accumulate: int  # forwards per step
     objects_per_image: int
-    trainable: list
+    trainable: list  # names of parts, and {trunk_last_n: k}
     loss_size: int | None  # px; None: image_size / 4
     clip_norm: float
     channels_last: bool
@@ -98,7 +100,7 @@ class Settings:
     eval_every: int  # steps
     save_every: int  # steps
     eval_images: int | None
-    eval_clicks: list
+    eval_clicks: list[int]
     select_by: str
     early_stop_evals: int | None
     picture_images: int
@@ -146,7 +148,7 @@ class OptimSettings:
 
     lr: float  # highest
     encoder_lr_factor: float  # of the image encoder's parameters
-    betas: list
+    betas: list[float]
     weight_decay: float  # 0 for biases, norms and embeddings
     warmup_steps: int
     min_lr_factor: float  # the rate at the last step, as a share of lr
@@ -261,15 +263,8 @@ def collate(samples: list[dict]) -> dict:
     """Join samples: pictures in one axis B, objects of all pictures in one axis O with `image_index` (O,)."""
     batch = {"images": torch.stack([sample["image"] for sample in samples])}
     for key in (
-        "masks",
-        "point_coords",
-        "point_labels",
-        "num_points",
-        "num_rounds",
-        "is_click",
-        "is_truth_click",
-        "uniform",
-    ):
+        "masks", "point_coords", "point_labels", "num_points", "num_rounds", "is_click", "is_truth_click", "uniform",
+    ):  # fmt: skip
         batch[key] = torch.cat([sample[key] for sample in samples])
     counts = torch.tensor([len(sample["masks"]) for sample in samples])
     batch["image_index"] = torch.arange(len(samples)).repeat_interleave(counts)  # (O,)
@@ -375,10 +370,8 @@ def prompted_loss(
     if loss.click_similarity > 0:
         clicked = (num_points == 1).nonzero().squeeze(1).to(masks.device)  # not the boxes
         logits = click_similarity(embeddings, batch["image_index"][clicked], point_coords[clicked, 0], model.image_size)
-        similarity_loss = mask_shape_loss(upscale_masks(logits, truth.shape[-2:]), truth[clicked, None], loss).squeeze(
-            1
-        )
-        extra_loss = extra_loss.index_add(0, clicked, loss.click_similarity * similarity_loss)
+        similarity_loss = mask_shape_loss(upscale_masks(logits, truth.shape[-2:]), truth[clicked, None], loss)
+        extra_loss = extra_loss.index_add(0, clicked, loss.click_similarity * similarity_loss.squeeze(1))
 
     for round_number in range(int(num_rounds.max())):
         # objects with the same number of points go through the decoder together: padding points would move the logits
@@ -423,11 +416,8 @@ def prompted_loss(
 def pick_mask(low_res_masks: torch.Tensor, iou_predictions: torch.Tensor) -> torch.Tensor:
     """Take the mask of highest predicted IoU as the next mask prompt: (O, M, h, w), (O, M) -> fp32 (O, 1, h, w)."""
     best = iou_predictions.argmax(1)
-    return (
-        low_res_masks[torch.arange(len(best), device=best.device), best][:, None]
-        .float()
-        .clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
-    )
+    best_masks = low_res_masks[torch.arange(len(best), device=best.device), best]  # (O, h, w)
+    return best_masks[:, None].float().clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -557,56 +547,28 @@ def draw_sample(
 # the run
 
 
-def check_settings(settings: Settings, prompts: PromptSettings, loss: LossSettings) -> None:
+def check_settings(settings: Settings, prompts: PromptSettings, loss: LossSettings, optim: OptimSettings) -> None:
     """Raise a ValueError for values that make no sense, naming the key, the value and what it must be."""
     known = [f"val/iou_{count}_click" + ("s" if count > 1 else "") for count in settings.eval_clicks]
     known += ["val/oracle_iou_1_click", "val/iou_box"]
-    positive = ("batch_size", "accumulate", "objects_per_image", "log_every", "eval_every", "save_every")
-    rules = [(f"train.{name}", getattr(settings, name), getattr(settings, name) >= 1, "1 or more") for name in positive]
-    rules += [
+    clicks, fewest, most = settings.eval_clicks, prompts.min_corrections, prompts.max_corrections
+    rules = [
         ("train.steps", settings.steps, settings.steps >= 0, "0 or more"),
-        (
-            "train.trainable",
-            settings.trainable,
-            isinstance(settings.trainable, list) and settings.trainable,
-            "a list of parts",
-        ),
-        (
-            "train.loss_size",
-            settings.loss_size,
-            settings.loss_size is None or settings.loss_size >= 1,
-            "null, or 1 or more",
-        ),
+        ("train.trainable", settings.trainable, settings.trainable != [], "a list of parts"),
         ("train.clip_norm", settings.clip_norm, settings.clip_norm > 0, "above 0"),
-        (
-            "train.eval_images",
-            settings.eval_images,
-            settings.eval_images is None or settings.eval_images >= 1,
-            "null, or 1 or more",
-        ),
-        (
-            "train.early_stop_evals",
-            settings.early_stop_evals,
-            settings.early_stop_evals is None or settings.early_stop_evals >= 1,
-            "null, or 1 or more",
-        ),
-        (
-            "train.eval_clicks",
-            settings.eval_clicks,
-            1 in settings.eval_clicks and min(settings.eval_clicks) >= 1,
-            "a list of counts with 1 in it",
-        ),
+        ("train.eval_clicks", clicks, 1 in clicks and min(clicks) >= 1, "a list of counts with 1 in it"),
         ("train.select_by", settings.select_by, settings.select_by in known, "one of " + ", ".join(known)),
         ("prompts.box_share", prompts.box_share, 0 <= prompts.box_share <= 1, "between 0 and 1"),
-        (
-            "prompts.max_corrections",
-            prompts.max_corrections,
-            0 <= prompts.min_corrections <= prompts.max_corrections,
-            f"at least prompts.min_corrections ({prompts.min_corrections})",
-        ),
+        ("prompts.max_corrections", most, 0 <= fewest <= most, f"at least prompts.min_corrections ({fewest})"),
         ("prompts.mask_only_rounds", prompts.mask_only_rounds, prompts.mask_only_rounds in (0, 1, 2), "0, 1 or 2"),
         ("loss.masks", loss.masks, loss.masks in ("best", "first"), "best or first"),
+        ("optim.betas", optim.betas, len(optim.betas) == 2, "two numbers"),
     ]
+    for key in ("batch_size", "accumulate", "objects_per_image", "log_every", "eval_every", "save_every"):
+        rules.append((f"train.{key}", getattr(settings, key), getattr(settings, key) >= 1, "1 or more"))
+    for key in ("loss_size", "eval_images", "early_stop_evals"):
+        value = getattr(settings, key)
+        rules.append((f"train.{key}", value, value is None or value >= 1, "null, or 1 or more"))
     for name, value, is_good, remedy in rules:
         if not is_good:
             raise ValueError(f"{name} is {value}; must be {remedy}")
@@ -691,20 +653,23 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     """
     if unknown := sorted(config.keys() - set(TOP_LEVEL_KEYS)):  # a preset can add keys, Hydra does not mind
         raise ValueError(f"unknown key {', '.join(unknown)} in the config; must be among {', '.join(TOP_LEVEL_KEYS)}")
-    settings, prompts, loss = (
-        Settings(**config["train"]),
-        PromptSettings(**config["prompts"]),
-        LossSettings(**config["loss"]),
-    )
-    augmentation_keys = Augmentation.__dataclass_fields__.keys()
-    augmentation = Augmentation(**{key: config["data"][key] for key in augmentation_keys})
-    check_settings(settings, prompts, loss)
+    settings = read_settings(Settings, config["train"], "train")
+    prompts = read_settings(PromptSettings, config["prompts"], "prompts")
+    loss = read_settings(LossSettings, config["loss"], "loss")
+    optim = read_settings(OptimSettings, config["optim"], "optim")
+    reader_keys = dict(config["data"])  # for the dataset reader, less those of this script
+    ours = {key: reader_keys.pop(key) for key in Augmentation.__dataclass_fields__ if key in reader_keys}
+    augmentation = read_settings(Augmentation, ours, "data")
+    check_type(config["check"], bool, "check")
+    if "image_size" not in config["model"]:
+        raise ValueError("model is not a SAM 2 model; choose a file of configs/model that starts with sam2")
+    check_type(config["model"]["image_size"], int, "model.image_size")
+    check_settings(settings, prompts, loss, optim)
     device = choose_device(config["device"])
     precision = choose_precision(config["precision"], device)
     seed_everything(config["seed"])
 
     # data: list, check, leave out what cannot be used
-    reader_keys = {key: value for key, value in config["data"].items() if key not in augmentation_keys}
     generate, root = reader_keys.pop("generate", None), reader_keys["root"]
     if generate is not None:
         reader_keys["root"] = write_samples(generate, root)
@@ -727,7 +692,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     start_run(run_dir, config, counts)
 
     # model and optimizer
-    model = build_sam2(**config["model"], device=device)
+    weights = {} if resume_path is None else {"checkpoint": str(resume_path)}  # the file it started from may be gone
+    model = build_sam2(**config["model"] | weights, device=device)
     trainable = freeze_except(model, settings.trainable)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -736,7 +702,6 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         f"{config['model']['name']}: {num_trainable:,} parameters trained, {num_all - num_trainable:,} frozen; "
         f"{device}, {precision}"
     )
-    optim = OptimSettings(**config["optim"])
     optimizer = torch.optim.AdamW(parameter_groups(trainable, optim), lr=optim.lr, betas=tuple(optim.betas))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if settings.compile:
@@ -744,22 +709,24 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     loss_size = settings.loss_size or model.image_size // 4
 
     # what a resumed run takes over
-    start_step, evaluated_step, bad_evals, num_skipped = 0, -1, 0, 0
+    start_step, evaluated_step, bad_evals, num_skipped, skipped_in_a_row = 0, -1, 0, 0, 0
     best: dict[str, float] = {}
     start_metrics: dict[str, float] = {}
     running = {"loss": 0.0, "iou": 0.0, "updates": 0}
     rows = []
     if resume_path is not None:
-        state = load_checkpoint(resume_path, map_location=device)
-        model.load_state_dict(state["model"])
+        state = load_checkpoint(resume_path)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["torch_rng"].cpu())
+        torch.set_rng_state(state["torch_rng"])
         start_step, evaluated_step, bad_evals = state["step"], state["evaluated_step"], state["bad_evals"]
-        num_skipped, best, start_metrics = state["num_skipped"], state["best"], state["start_metrics"]
-        running, rows = state["running"], state["metrics"]
-        if (resume_path.parent / "best.pt").exists():
-            shutil.copyfile(resume_path.parent / "best.pt", run_dir / "best.pt")
+        num_skipped, skipped_in_a_row = state["num_skipped"], state["skipped_in_a_row"]
+        best, start_metrics, running, rows = state["best"], state["start_metrics"], state["running"], state["metrics"]
+        if best["step"] == start_step:  # last.pt is the best; killed just after saving it, best.pt is that of before
+            best_state = {key: state[key] for key in ("format", "model", "config", "git")} | {"metrics": best}
+        else:
+            best_state = load_checkpoint(resume_path.parent / "best.pt")
+        save_checkpoint(run_dir / "best.pt", best_state)
         print(f"resumed from {resume_path} at step {start_step}")
     log = MetricsLog(run_dir, rows)
 
@@ -795,6 +762,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
                 "evaluated_step": evaluated_step,
                 "bad_evals": bad_evals,
                 "num_skipped": num_skipped,
+                "skipped_in_a_row": skipped_in_a_row,
                 "best": best,
                 "start_metrics": start_metrics,
                 "running": running,
@@ -832,15 +800,16 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             plot_curves(log.rows, run_dir / "curves.png")
             evaluated_step = step
             start_metrics = start_metrics or {"step": step, **values}
-            if not best or values[settings.select_by] > best[settings.select_by]:
-                best, bad_evals = {"step": step, **values}, 0
+            is_best = not best or values[settings.select_by] > best[settings.select_by]
+            bad_evals = 0 if is_best else bad_evals + 1
+            if is_best:
+                best = {"step": step, **values}
+            save_last(step)  # before best.pt: a resumed run makes best.pt from it where it is the best
+            if is_best:
                 save_checkpoint(
                     run_dir / "best.pt",
                     {"format": 1, "model": model.state_dict(), "config": config, "metrics": best, "git": git_state()},
                 )
-            else:
-                bad_evals += 1
-            save_last(step)
             window_start += time.perf_counter() - eval_start  # speed is that of training alone
         elif step > start_step and step % settings.save_every == 0:
             save_last(step)
@@ -883,14 +852,20 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             scaler.scale(micro_loss).backward()
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_([p for _, p in trainable], settings.clip_norm).item()
-        if not math.isfinite(grad_norm) and not scaler.is_enabled():
+        is_skipped = not math.isfinite(grad_norm)
+        if is_skipped and not scaler.is_enabled():
             raise FloatingPointError(f"gradient norm is {grad_norm} at step {step}, pictures {', '.join(step_names)}")
+        num_skipped, skipped_in_a_row = num_skipped + is_skipped, skipped_in_a_row + 1 if is_skipped else 0
+        if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(
+                f"fp16 gradients overflowed at {skipped_in_a_row} steps in a row, the last is step {step}: nothing is "
+                "learned; use precision=bf16 or precision=fp32, or start from other weights"
+            )
 
         # 5. update (the scaler leaves out a step whose fp16 gradients overflowed)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        num_skipped += not math.isfinite(grad_norm)
         step += 1
 
         # 6. log

@@ -143,6 +143,7 @@ def test_generates_the_masks_of_the_official_generator(official, image_hw, crop_
     assert scores == sorted(scores, reverse=True)
 
 
+@pytest.mark.slow
 def test_generates_the_masks_of_the_official_generator_with_the_nano(official):
     config = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "model" / "sam2_nano.yaml"))
     settings = config["automatic"]
@@ -333,6 +334,20 @@ def stitch_by_loop(masks, scores, max_overlap):
     return label_map, ids
 
 
+def stitch_as_the_tutorial(masks, scores):
+    """Its loop (D16): the id is the place in the order, in a uint8 map."""
+    sorted_masks = masks[np.argsort(scores)][::-1].copy()
+    seg_map, occupancy_mask = np.zeros(masks[0].shape, np.uint8), np.zeros(masks[0].shape, bool)
+    for i, mask in enumerate(sorted_masks):
+        with np.errstate(invalid="ignore"):
+            if (mask * occupancy_mask).sum() / mask.sum() > 0.15:
+                continue
+        mask[occupancy_mask] = 0
+        seg_map[mask] = i + 1
+        occupancy_mask[mask] = 1
+    return seg_map
+
+
 def random_masks(count, height, width, rng):
     masks = np.zeros((count, height, width), bool)
     for mask in masks:
@@ -371,9 +386,21 @@ def test_empty_masks_take_no_id():
     assert ids.tolist() == [0, 1, 0] and (label_map == 1).all()
     label_map, ids = stitch_masks([], [], (4, 5))
     assert label_map.shape == (4, 5) and not label_map.any() and len(ids) == 0
+    assert (stitch_as_the_tutorial(np.stack([empty, some, empty]), [0.9, 0.5, 0.1]) == 2).all()
 
 
-@pytest.mark.parametrize("per_side", [18, 265])  # 324 and 70,225 masks
+def test_objects_above_255_have_ids_that_uint8_does_not_hold():
+    masks = np.eye(300, dtype=bool).reshape(300, 15, 20)  # a pixel each
+    scores = np.linspace(1, 0.1, 300)
+    label_map, ids = stitch_masks([mask_to_rle(mask) for mask in masks], scores.tolist(), (15, 20))
+    np.testing.assert_array_equal(label_map.ravel(), np.arange(1, 301))
+    assert ids.tolist() == list(range(1, 301))
+    assert stitch_as_the_tutorial(masks[:255], scores[:255]).max() == 255
+    with pytest.raises(OverflowError):  # with NumPy 1, the object's id is 0
+        stitch_as_the_tutorial(masks, scores)
+
+
+@pytest.mark.parametrize("per_side", [18, pytest.param(265, marks=pytest.mark.slow)])  # 324 and 70,225 masks
 def test_many_masks_keep_their_ids(per_side):
     side, count = 4 * per_side, per_side**2
     rows, columns = np.divmod(np.arange(count), per_side)

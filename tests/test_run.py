@@ -1,4 +1,4 @@
-"""utils/run.py: device, precision, seeds, sample stream, learning rate, and the records of a run."""
+"""utils/run.py: settings, device, precision, seeds, sample stream, learning rate, and the records of a run."""
 
 import csv
 import json
@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -18,6 +19,67 @@ from utils import run
 from utils.checkpoint import load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings
+
+
+@dataclass(frozen=True)
+class Knobs:
+    steps: int
+    lr: float
+    name: str
+    is_quick: bool
+    parts: list
+    counts: list[int]
+    size: int | None
+    note: str | None = None
+
+
+KNOBS = {"steps": 3, "lr": 0.5, "name": "a", "is_quick": False, "parts": [{"b": 2}], "counts": [1, 2], "size": None}
+
+
+def test_settings_are_the_values_of_their_section():
+    assert run.read_settings(Knobs, KNOBS, "train") == Knobs(**KNOBS)
+    for more in ({"lr": 1}, {"size": 7}, {"note": "x"}, {"parts": []}, {"counts": []}):  # a whole number is a number
+        assert run.read_settings(Knobs, KNOBS | more, "") == Knobs(**KNOBS | more)
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        ({"steps": "abc"}, "train.steps is 'abc'; must be a whole number"),
+        ({"steps": 2.0}, "train.steps is 2.0; must be a whole number"),
+        ({"steps": True}, "train.steps is True; must be a whole number"),  # for Python it is one
+        ({"steps": None}, "train.steps is None; must be a whole number"),
+        ({"lr": "1e-5"}, "train.lr is '1e-5'; must be a number"),
+        ({"lr": False}, "train.lr is False; must be a number"),
+        ({"name": 3}, "train.name is 3; must be text"),
+        ({"is_quick": "maybe"}, "train.is_quick is 'maybe'; must be true or false"),
+        ({"is_quick": 1}, "train.is_quick is 1; must be true or false"),
+        ({"parts": "a"}, "train.parts is 'a'; must be a list"),
+        ({"counts": 1}, "train.counts is 1; must be a list, each a whole number"),
+        ({"counts": [1, 2.5]}, "train.counts is [1, 2.5]; must be a list, each a whole number"),
+        ({"size": "big"}, "train.size is 'big'; must be a whole number or null"),
+        ({"note": 5}, "train.note is 5; must be text or null"),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_its_section(change, line):
+    with pytest.raises(ValueError) as error:
+        run.read_settings(Knobs, KNOBS | change, "train")
+    assert str(error.value) == line
+
+
+def test_unknown_and_missing_keys_are_named_with_their_section():
+    with pytest.raises(ValueError, match="^unknown key train.stepz; must be among train.steps, train.lr, "):
+        run.read_settings(Knobs, KNOBS | {"stepz": 3}, "train")
+    with pytest.raises(ValueError, match="^unknown key stepz; must be among steps, lr, "):
+        run.read_settings(Knobs, KNOBS | {"stepz": 3}, "")
+    with pytest.raises(ValueError, match="^the config lacks train.lr; must be a number$"):
+        run.read_settings(Knobs, {key: value for key, value in KNOBS.items() if key != "lr"}, "train")
+    with pytest.raises(ValueError, match="^train is 3; must be a section of keys and values$"):
+        run.read_settings(Knobs, 3, "train")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from utils.sam2_model import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL_FILES = sorted((ROOT / "configs" / "model").glob("*.yaml"))
+MODEL_FILES = sorted((ROOT / "configs" / "model").glob("sam2*.yaml"))
 NAMES = [path.stem for path in MODEL_FILES]
 
 
@@ -115,7 +115,7 @@ print("done", ORDER)
         pytest.param(["before"], id="build_twice_then_main_then_build"),
         pytest.param(["inside"], id="build_inside_main_then_after", marks=pytest.mark.slow),
         pytest.param(["after"], id="build_after_main", marks=pytest.mark.slow),
-        pytest.param(["inside", "--multirun", "number=1,2"], id="multirun"),
+        pytest.param(["inside", "--multirun", "number=1,2"], id="multirun", marks=pytest.mark.slow),
     ],
 )
 def test_sam2_and_hydra_in_every_order(order, tmp_path):

@@ -1,5 +1,6 @@
 """train_sam2.py on tiny pictures: the real command, what is trained, losses, prompts, metrics, and bad input."""
 
+import copy
 import csv
 import json
 import math
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import warnings
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -34,12 +36,13 @@ from train_sam2 import LossSettings, PromptSettings, collate, evaluate, mask_pre
 from utils.images import read_image, write_image, write_label_map
 from utils.instance_data import Item, read_item
 from utils.run import seed_everything
-from utils.sam2_model import Embeddings, build_sam2
+from utils.sam2_model import Embeddings, build_sam2, preprocess, scale_points
 
 SAM_LOSS = LossSettings(**OmegaConf.load(ROOT / "configs" / "loss" / "sam.yaml"))
 TUTORIAL_LOSS = LossSettings(**OmegaConf.load(ROOT / "configs" / "loss" / "tutorial.yaml"))
 AUGMENTATION = train_sam2.Augmentation(min_area_px=1, hflip=True, color_jitter=0.0)
-PRESETS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
+PRESETS = [path for path in (ROOT / "configs" / "experiment").glob("*.yaml") if "/model: sam2" in path.read_text()]
+PRESETS = sorted(path.stem for path in PRESETS)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,17 @@ def root(tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     make_runs_quick(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def sam2():
+    """The package, imported so that Hydra is left as it was (`import sam2` starts it)."""
+    was_running = GlobalHydra.instance().is_initialized()
+    import sam2
+
+    if not was_running:
+        GlobalHydra.instance().clear()
+    return sam2
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +148,16 @@ def test_tiny_data_is_overfitted(overfitted):
     assert read_rows(run_dir)[-2]["train/iou"] > 0.3  # a running mean over all 50 steps
 
 
+def test_learning_rate_follows_the_cosine(overfitted):
+    """The tutorial's is constant (D6)."""
+    run_dir, _ = overfitted
+    rates = {row["step"]: row["lr"] for row in read_rows(run_dir) if "lr" in row}
+    expected = {step: 5e-5 + 4.5e-4 * (1 + math.cos(math.pi * (step - 1) / 50)) / 2 for step in range(1, 51)}
+    assert rates == pytest.approx(expected)
+    groups = torch.load(run_dir / "last.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([expected[50]] * len(groups))
+
+
 def test_best_checkpoint_is_plain_and_evaluates_to_its_metrics(overfitted, root, tmp_path, quick):
     run_dir, _ = overfitted
     best = torch.load(run_dir / "best.pt", map_location="cpu", weights_only=True)
@@ -150,6 +174,20 @@ def test_best_checkpoint_is_plain_and_evaluates_to_its_metrics(overfitted, root,
     assert again["best"] == best["metrics"] | {"step": 0}
 
 
+def test_best_checkpoint_loads_by_sam2s_own_function(overfitted, model, sam2, tmp_path):
+    """The tutorial saves the bare weights, which it refuses (D14)."""
+    from sam2.build_sam import _load_checkpoint
+
+    best_path = overfitted[0] / "best.pt"
+    state_dict = torch.load(best_path, weights_only=True)["model"]
+    loaded = copy.deepcopy(model)
+    _load_checkpoint(loaded, str(best_path))
+    assert not differences(dict(loaded.state_dict()), dict(state_dict))
+    torch.save(state_dict, tmp_path / "model.torch")
+    with pytest.raises(KeyError, match="model"):
+        _load_checkpoint(loaded, str(tmp_path / "model.torch"))
+
+
 def test_only_a_better_one_replaces_the_best_checkpoint(root, tmp_path, quick, monkeypatch):
     script_evaluation(monkeypatch, [0.5, 0.7, 0.6, 0.7, 0.9])
     config = compose_config(
@@ -159,7 +197,7 @@ def test_only_a_better_one_replaces_the_best_checkpoint(root, tmp_path, quick, m
     assert (last["step"], last["evaluated_step"]) == (3, 3)  # two evaluations without a rise: stopped before 0.9
     best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
     assert (best["metrics"]["step"], best["metrics"]["val/iou_1_click"]) == (1, 0.7)
-    assert differences(best["model"], last["model"])
+    assert differences(best["model"], last["model"])  # the tutorial keeps the last alone (D14)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [record["metrics"][part]["step"] for part in ("start", "best", "last")] == [0, 1, 3]
 
@@ -251,6 +289,24 @@ def test_groups_of_parameters(model):
     ]
     for name in undecayed:
         assert found[name] == (1.0, 0.0), name
+
+
+def test_one_group_would_shrink_norms_and_embeddings(model):
+    """The tutorial's AdamW decays every parameter (D6): here without any gradient."""
+    optim = train_sam2.OptimSettings(1e-2, 1.0, [0.9, 0.999], 0.5, 0, 1.0)
+    shrunk = []
+    for make_groups in (train_sam2.parameter_groups, lambda named, optim: [{"params": [p for _, p in named]}]):
+        named = [(name, torch.nn.Parameter(p.detach().clone())) for name, p in model.named_parameters()]
+        for _, parameter in named:
+            parameter.grad = torch.zeros_like(parameter)
+        torch.optim.AdamW(make_groups(named, optim), lr=optim.lr, weight_decay=optim.weight_decay).step()
+        before = dict(model.named_parameters())
+        shrunk.append({name for name, parameter in named if not torch.equal(parameter, before[name])})
+    ours, theirs = shrunk
+    assert "sam_mask_decoder.conv_s0.weight" in ours
+    wrongly = theirs - ours
+    assert {"sam_mask_decoder.mask_tokens.weight", "sam_mask_decoder.transformer.norm_final_attn.weight"} < wrongly
+    assert not [name for name in ours if name.endswith(".bias") or "norm" in name or "embed" in name]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -379,6 +435,81 @@ def test_fp16_overflow_is_a_skipped_step_that_is_counted(root, tmp_path, quick, 
     assert not differences(best["model"], last["model"])  # nothing moved
 
 
+def test_fp16_overflow_at_every_step_stops_the_run_and_a_resumed_one(root, tmp_path, quick, monkeypatch):
+    """At the step at which an uninterrupted run stops: the count goes through last.pt."""
+    script_evaluation(monkeypatch)
+    real_scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **keys: real_scaler(*args, init_scale=1e30, **keys))
+    monkeypatch.setattr(train_sam2, "MAX_SKIPPED_IN_A_ROW", 3)
+    overrides = ("precision=fp16", "train.steps=9", "train.save_every=1", "prompts=point")
+    config = compose_config(*tiny_overrides(root), *overrides)
+    message = "overflowed at 3 steps in a row, the last is step 2: .*use precision=bf16 or precision=fp32"
+    resume_path = None
+    for name in ("run", "resumed"):
+        with pytest.raises(FloatingPointError, match=message):
+            train_in(tmp_path / name, config, resume_path)
+        resume_path = tmp_path / name / "last.pt"
+        last = torch.load(resume_path, weights_only=True)
+        assert (last["step"], last["num_skipped"], last["skipped_in_a_row"]) == (2, 2, 2)
+
+
+def test_skipped_steps_that_are_not_in_a_row_go_on(root, tmp_path, quick, monkeypatch):
+    script_evaluation(monkeypatch)
+    calls = []
+    real_loss = train_sam2.prompted_loss
+
+    def spoil(model, batch, *rest):
+        calls.append(1)
+        object_loss, object_iou = real_loss(model, batch, *rest)
+        if len(calls) != 3:  # a gradient that is not finite: sqrt at 0
+            object_loss = object_loss + (object_loss - object_loss.detach()).sqrt()
+        return object_loss, object_iou
+
+    monkeypatch.setattr(train_sam2, "prompted_loss", spoil)
+    monkeypatch.setattr(train_sam2, "MAX_SKIPPED_IN_A_ROW", 3)
+    config = compose_config(*tiny_overrides(root), "precision=fp16", "train.steps=5", "prompts=point")
+    last = train_in(tmp_path / "run", config)
+    assert (last["step"], last["num_skipped"], last["skipped_in_a_row"]) == (5, 4, 2)
+    assert last["optimizer"]["state"]
+
+
+class ClippingFirst(torch.amp.GradScaler):
+    """The tutorial's order (D5): gradients are clipped while scaled by 65,536, and divided by it in step alone."""
+
+    asked = False
+
+    def unscale_(self, optimizer):
+        if self.asked:
+            super().unscale_(optimizer)
+        self.asked = True
+
+
+def test_gradients_are_clipped_at_their_own_scale(root, tmp_path, quick, monkeypatch):
+    script_evaluation(monkeypatch)
+    config = compose_config(*tiny_overrides(root), "precision=fp16", "train.steps=1", "prompts=point")
+    norms, rows = [], []
+    for scaler in (torch.amp.GradScaler, ClippingFirst):
+        monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+        last = train_in(tmp_path / scaler.__name__, config)
+        moments = [state["exp_avg"].norm() for state in last["optimizer"]["state"].values()]
+        norms.append(torch.stack(moments).norm().item())
+        rows.append(last["metrics"][1])
+    assert rows[0]["train/grad_norm"] > config["train"]["clip_norm"] == 0.1
+    assert norms[0] == pytest.approx(0.1 * 0.1, rel=1e-2)  # a tenth of the gradient, whose norm is clip_norm
+    assert norms[1] < 1e-4 * norms[0] and rows[1]["train/grad_norm"] > 1e4 * rows[0]["train/grad_norm"]
+
+
+def test_loss_of_fp16_logits_is_computed_in_fp32():
+    """In fp16 (D5) the sum over the pixels of a large mask is infinite, and dice blind."""
+    logits = torch.randn(1, 1, 256, 256, generator=torch.Generator().manual_seed(4)).half()
+    masks = torch.ones(1, 256, 256)
+    loss, _ = mask_prediction_loss(logits, torch.zeros(1, 1).half(), torch.zeros(1, 1).half(), masks, SAM_LOSS)
+    assert loss.item() == pytest.approx(naive_loss(logits[0], torch.zeros(1), 0.0, masks[0]), rel=1e-5)
+    probs = logits[0, 0].sigmoid()
+    dice = 1 - (2 * (probs * masks[0].half()).sum() + 1) / (probs.sum() + masks[0].half().sum() + 1)
+    assert dice.item() == 1  # it is 0.33
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_loss_that_is_not_finite_stops_before_backward(accumulate, root, tmp_path, quick, monkeypatch):
     script_evaluation(monkeypatch)
@@ -484,6 +615,37 @@ def test_picture_without_background_keeps_all_its_objects(root):
     assert len(np.unique(ids)[1:]) == 3  # the tutorial's
 
 
+def test_random_numbers_without_a_generator_would_make_another_sample_each_time(root, monkeypatch):
+    """The tutorial draws from NumPy's global state, unseeded (D15)."""
+    dataset = make_dataset(compose_config(*tiny_overrides(root)))
+    assert not differences(dataset[5], dataset[5])
+    monkeypatch.setattr(train_sam2, "sample_rng", lambda seed, index: np.random.default_rng(np.random.randint(2**31)))
+    assert differences(dataset[5], dataset[5])
+
+
+def test_picture_is_resized_once_and_lies_as_in_evaluation(root, tmp_path):
+    """The tutorial resizes twice, now and then to 1023 px, and in one script trains on letter-boxed pictures (D9)."""
+    ids = np.zeros((90, 160), np.int32)
+    ids[70:86, 120:150] = 1
+    item = write_item(tmp_path / "one", ids)
+    dataset = make_dataset(compose_config(*tiny_overrides(root), "data.hflip=false", "prompts=point"), [item])
+    sample, image_rgb = dataset[0], read_image(item.image_path)
+    pixels = torch.from_numpy(image_rgb).permute(2, 0, 1)[None].float() / 255
+    once = torch.nn.functional.interpolate(pixels, (64, 64), mode="bilinear", antialias=True)[0]
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(sample["image"], (once - mean[:, None, None]) / std[:, None, None], atol=1e-4, rtol=0)
+    ratio = min(64 / 160, 64 / 90)
+    letter_boxed = cv2.resize(image_rgb, (int(160 * ratio), int(90 * ratio)))
+    assert (preprocess(letter_boxed, 64) - sample["image"]).abs().mean() > 0.1
+    assert int(322 * (1024 / 322)) == 1023
+
+    point = np.array([[134.5, 77.5]], np.float32)  # the object's middle
+    x, y = scale_points(point, (90, 160), 64)[0]  # as evaluate and infer_sam2.py bring it to the frame
+    assert sample["masks"][0, int(y), int(x)]
+    x, y = point[0] * ratio
+    assert not sample["masks"][0, int(y), int(x)]
+
+
 def write_item(folder, ids):
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -581,6 +743,49 @@ def test_rounds_of_prompting(name, num_rounds, num_clicks, detach, root, model, 
             best = before["low_res_masks"][before["iou_predictions"].argmax()]
             torch.testing.assert_close(after["mask_inputs"][0, 0].detach(), best.clamp(-32, 32))
     assert starts == ({(1,)} if name == "point" else {(1,), (2, 3)})
+
+
+def test_one_point_alone_leaves_the_other_prompts_untrained(root, model):
+    """The tutorial's only prompt (D11): negative clicks, box corners and masks get no gradient. By default all do."""
+    trained = []
+    for overrides in ((), ("prompts=point",)):
+        batch, prompts = make_batch(root, range(4), *overrides)
+        _, gradients = compute_gradients(model, [batch], prompts)
+        trained.append({name for name, gradient in gradients.items() if gradient.any()})
+    embeddings = {f"sam_prompt_encoder.point_embeddings.{label}.weight" for label in range(4)}
+    masks = {name for name, _ in model.named_parameters() if "sam_prompt_encoder.mask_downscaling" in name}
+    assert embeddings | masks < trained[0] and len(masks) > 5
+    assert (embeddings | masks) & trained[1] == {"sam_prompt_encoder.point_embeddings.1.weight"}
+
+
+def count_saved_bytes(model, batch, prompts, loss_size):
+    """Bytes that the forward of a batch keeps for its backward, beside the parameters."""
+    sizes = {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(values):
+        place = values.untyped_storage().data_ptr()
+        sizes[place] = 0 if place in parameters else values.untyped_storage().nbytes()
+        return values
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda values: values):
+        loss, _ = prompted_loss(model, batch, prompts, SAM_LOSS, loss_size)
+    assert loss.isfinite().all()
+    return sum(sizes.values())
+
+
+def test_cap_on_objects_and_small_loss_bound_the_memory(root, model, tmp_path):
+    """The tutorial decodes all objects of a picture at once, and keeps three masks of each at full size (D12)."""
+    ids = (np.arange(64)[:, None] // 8 * 8 + np.arange(64)[None] // 8 + 1).astype(np.int32)  # 64 tiles
+    item = write_item(tmp_path / "tiles", ids)
+    used = []
+    for max_objects, loss_size in ((8, 16), (64, 16), (64, 64)):
+        overrides = (f"train.objects_per_image={max_objects}", "prompts=point")
+        config = compose_config(*tiny_overrides(root), *overrides)
+        batch = collate([make_dataset(config, [item])[0]])
+        used.append(count_saved_bytes(model, batch, PromptSettings(**config["prompts"]), loss_size))
+    ours, all_objects, all_at_full_size = used
+    assert all_objects > 4 * ours and all_at_full_size > all_objects + 64 * 3 * 64 * 64 * 4
 
 
 def test_logits_that_are_fed_back_are_limited_as_by_the_official_predictor():
@@ -728,13 +933,10 @@ def test_loss_size_is_the_side_on_which_the_loss_is_computed(root, tmp_path, qui
 
 
 @pytest.fixture(scope="module")
-def predictor(model):
+def predictor(model, sam2):
     """sam2's own predictor with the same model."""
-    was_running = GlobalHydra.instance().is_initialized()
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-    if not was_running:
-        GlobalHydra.instance().clear()
     with warnings.catch_warnings():  # torch.jit.script is deprecated
         warnings.simplefilter("ignore")
         predictor = SAM2ImagePredictor(model)
@@ -818,6 +1020,13 @@ def test_pictures_of_items_with_the_same_file_name_are_kept_apart(root, model, t
 # settings
 
 
+def check_settings_of(config):
+    """Check the settings of a config, as train does."""
+    settings, prompts = train_sam2.Settings(**config["train"]), PromptSettings(**config["prompts"])
+    loss, optim = LossSettings(**config["loss"]), train_sam2.OptimSettings(**config["optim"])
+    train_sam2.check_settings(settings, prompts, loss, optim)
+
+
 def test_typo_on_the_command_line_names_the_key(root):
     for override in ("train.stepz=3", "trian.steps=3", "data.rooot=x"):
         with pytest.raises(ConfigCompositionException) as error:
@@ -828,10 +1037,10 @@ def test_typo_on_the_command_line_names_the_key(root):
 @pytest.mark.parametrize(
     "content, key",
     [
-        ("train: {stepz: 3}", "stepz"),
-        ("optim: {learning_rate: 3}", "learning_rate"),
-        ("prompts: {box_shre: 0.5}", "box_shre"),
-        ("loss: {focl: 1}", "focl"),
+        ("train: {stepz: 3}", "unknown key train.stepz"),
+        ("optim: {learning_rate: 3}", "unknown key optim.learning_rate"),
+        ("prompts: {box_shre: 0.5}", "unknown key prompts.box_shre"),
+        ("loss: {focl: 1}", "unknown key loss.focl"),
         ("data: {rooot: x}", "rooot"),
         ("model: {image_sise: 64}", "image_sise"),
         ("trian: {steps: 3}", "trian"),
@@ -858,7 +1067,6 @@ def test_typo_in_a_preset_names_the_key(content, key, root, tmp_path, quick):
         "train.eval_clicks=[0,1]",
         "train.select_by=val/iou_7_clicks",
         "train.trainable=[]",
-        "train.trainable=mask_decoder",
         "train.clip_norm=0",
         "train.loss_size=0",
         "train.eval_images=0",
@@ -867,22 +1075,54 @@ def test_typo_in_a_preset_names_the_key(content, key, root, tmp_path, quick):
         "prompts.max_corrections=-1",
         "prompts.mask_only_rounds=3",
         "loss.masks=worst",
+        "optim.betas=[0.9]",
     ],
 )
 def test_value_that_makes_no_sense_is_named(override, root):
     key, value = override.split("=")
-    config = compose_config(*tiny_overrides(root), override)
-    settings = train_sam2.Settings(**config["train"])
     shown = value.strip("[]").replace(",", ", ")
     with pytest.raises(ValueError, match=rf"^{key} is \[?{shown}\]?; must be "):
-        train_sam2.check_settings(settings, PromptSettings(**config["prompts"]), LossSettings(**config["loss"]))
+        check_settings_of(compose_config(*tiny_overrides(root), override))
+
+
+@pytest.mark.parametrize(
+    "override, wanted",
+    [
+        ("train.steps=abc", "'abc'; must be a whole number"),
+        ("train.batch_size=2.5", "2.5; must be a whole number"),
+        ("train.trainable=mask_decoder", "'mask_decoder'; must be a list"),
+        ("train.eval_clicks=[1,two]", "[1, 'two']; must be a list, each a whole number"),
+        ("train.loss_size=half", "'half'; must be a whole number or null"),
+        ("loss.dice=x", "'x'; must be a number"),
+        ("prompts.detach=3", "3; must be true or false"),
+        ("optim.betas=0.9", "0.9; must be a list, each a number"),
+        ("data.hflip=maybe", "'maybe'; must be true or false"),
+        ("check=maybe", "'maybe'; must be true or false"),
+        ("model.image_size=big", "'big'; must be a whole number"),
+    ],
+)
+def test_value_of_another_type_is_named_before_any_data_is_read(override, wanted, tmp_path):
+    config = compose_config(*tiny_overrides(tmp_path / "no_such_folder"), override)
+    with pytest.raises(ValueError) as error:
+        train_sam2.train(config, tmp_path / "run", None)
+    assert str(error.value) == f"{override.split('=')[0]} is {wanted}"
+
+
+def test_model_of_another_script_is_refused(tmp_path):
+    config = compose_config("model=unet", "optim.lr=1e-3")
+    with pytest.raises(ValueError, match="model is not a SAM 2 model; choose a file of configs/model"):
+        train_sam2.train(config, tmp_path / "run", None)
+
+
+def test_value_of_another_type_is_one_line_for_the_user(tmp_path, monkeypatch, capfd):
+    arguments = [*tiny_overrides(tmp_path / "no_such_folder"), "train.steps=abc"]
+    status, output = run_main(monkeypatch, capfd, tmp_path / "run", *arguments)
+    assert status == 1 and output.strip() == "error: train.steps is 'abc'; must be a whole number"
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_composes_and_fixes_its_model(name):
-    config = compose_config(f"experiment={name}", "data_root=/nowhere", "model.checkpoint=auto")
-    settings = train_sam2.Settings(**config["train"])
-    train_sam2.check_settings(settings, PromptSettings(**config["prompts"]), LossSettings(**config["loss"]))
+    check_settings_of(compose_config(f"experiment={name}", "data_root=/nowhere", "model.checkpoint=auto"))
     assert "override /model:" in (ROOT / "configs" / "experiment" / f"{name}.yaml").read_text()
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +23,10 @@ from tiny_training import (
 )
 
 import train_sam2
-from utils.checkpoint import load_checkpoint
+from utils import sam2_model
+from utils.checkpoint import load_checkpoint, save_checkpoint
 
-STEPS = ("train.steps=4", "train.eval_every=3", "train.save_every=1")
+STEPS = ("train.steps=3", "train.eval_every=2", "train.save_every=1")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def run_differences(run_dir, other_dir):
 
 @pytest.fixture(scope="module")
 def whole(root, tmp_path_factory):
-    """The folder of an uninterrupted run of 4 steps."""
+    """The folder of an uninterrupted run of 3 steps."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
         make_runs_quick(monkeypatch)
@@ -74,15 +76,23 @@ def whole(root, tmp_path_factory):
     return run_dir
 
 
-def test_resumed_run_equals_the_uninterrupted_one(root, whole, tmp_path, monkeypatch, capfd):
+@pytest.fixture(scope="module")
+def crashed(root, tmp_path_factory):
+    """The folder of the same run, ended in its second step."""
+    run_dir = tmp_path_factory.mktemp("crashed") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(KeyboardInterrupt):
+        make_runs_quick(monkeypatch)
+        crash_at_step(monkeypatch, 1)
+        train_in(run_dir, compose_config(*tiny_overrides(root), *STEPS))
+    assert load_checkpoint(run_dir / "last.pt")["step"] == 1
+    return run_dir
+
+
+def test_resumed_run_equals_the_uninterrupted_one(whole, crashed, tmp_path, monkeypatch, capfd):
     """By the command, with other workers, from a checkpoint between two evaluations; then from the end."""
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        crash_at_step(patch, 2)
-        train_in(tmp_path / "crashed", compose_config(*tiny_overrides(root), *STEPS))
-    assert load_checkpoint(tmp_path / "crashed" / "last.pt")["step"] == 2
-    arguments = [f"resume={tmp_path / 'crashed'}", "num_workers=1"]
+    arguments = [f"resume={crashed}", "num_workers=1"]
     status, output = run_main(monkeypatch, capfd, tmp_path / "resumed", *arguments)
-    assert status == 0 and f"resumed from {tmp_path / 'crashed' / 'last.pt'} at step 2" in output
+    assert status == 0 and f"resumed from {crashed / 'last.pt'} at step 1" in output
     found = run_differences(whole, tmp_path / "resumed")
     assert found == ["last/config/num_workers: 0 and 1"]
     record = json.loads((tmp_path / "resumed" / "run.json").read_text())
@@ -93,16 +103,80 @@ def test_resumed_run_equals_the_uninterrupted_one(root, whole, tmp_path, monkeyp
     assert status == 0 and run_differences(whole, tmp_path / "again") == found
 
 
-def test_kill_before_the_first_save_of_a_resumed_run_loses_nothing(root, whole, tmp_path, monkeypatch):
+def test_kill_before_the_first_save_of_a_resumed_run_loses_nothing(root, whole, crashed, tmp_path, monkeypatch):
     config = compose_config(*tiny_overrides(root), *STEPS)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        crash_at_step(patch, 2)
-        train_in(tmp_path / "first", config)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         crash_at_step(patch, 0)
-        train_in(tmp_path / "second", config, tmp_path / "first" / "last.pt")
+        train_in(tmp_path / "second", config, crashed / "last.pt")
     train_in(tmp_path / "third", config, tmp_path / "second" / "last.pt")
     assert not run_differences(whole, tmp_path / "third")
+
+
+def test_weights_alone_would_continue_to_another_result(root, whole, crashed, tmp_path):
+    """The tutorial's checkpoint has no optimizer state (D14)."""
+    state = load_checkpoint(crashed / "last.pt")
+    state["optimizer"]["state"] = {}
+    (tmp_path / "bare").mkdir()
+    save_checkpoint(tmp_path / "bare" / "last.pt", state)
+    shutil.copy(crashed / "best.pt", tmp_path / "bare")
+    train_in(tmp_path / "resumed", compose_config(*tiny_overrides(root), *STEPS), tmp_path / "bare" / "last.pt")
+    found = run_differences(whole, tmp_path / "resumed")
+    assert any(name.startswith("last/model/") for name in found)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [{"checkpoint": "gone.pt"}, {"checkpoint": "auto", "url": "https://nowhere.invalid/never_downloaded.pt"}],
+    ids=["deleted", "not_downloaded"],
+)
+def test_resume_needs_no_other_weights(weights, whole, tmp_path, monkeypatch, capfd):
+    """The file that the run started from may be gone, and nothing is downloaded."""
+    monkeypatch.setattr(sam2_model, "_download", lambda url, path: pytest.fail(f"{url} was asked for"))
+    state = load_checkpoint(whole / "last.pt")
+    state["config"]["model"] |= weights
+    (tmp_path / "moved").mkdir()
+    save_checkpoint(tmp_path / "moved" / "last.pt", state)
+    shutil.copy(whole / "best.pt", tmp_path / "moved")
+    status, output = run_main(monkeypatch, capfd, tmp_path / "run", f"resume={tmp_path / 'moved'}")
+    assert status == 0, output
+    assert "random weights" not in output
+    resumed = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert not differences(resumed["model"], state["model"])
+    assert resumed["config"]["model"] == state["config"]["model"]
+
+
+@pytest.mark.parametrize("steps", [4, 1])
+def test_kill_between_the_two_checkpoints_leaves_them_in_agreement(steps, root, tmp_path, monkeypatch):
+    """Steps 0 and 2 write last.pt and best.pt, step 1 last.pt alone: the kill comes before the fifth file.
+
+    Then the run goes on to its end, or to another last step, at which it would be evaluated.
+    """
+    overrides = ("train.eval_every=2", "train.save_every=1", "prompts=point")
+    config = compose_config(*tiny_overrides(root), "train.steps=4", *overrides)
+    saved = []
+    real_save = train_sam2.save_checkpoint
+
+    def die(path, state):
+        saved.append(path.name)
+        if len(saved) == 5:
+            raise KeyboardInterrupt
+        real_save(path, state)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        script_evaluation(patch, [0.5, 0.9])
+        patch.setattr(train_sam2, "save_checkpoint", die)
+        train_in(tmp_path / "killed", config)
+    assert len(saved) == 5
+    script_evaluation(monkeypatch, [0.3])
+    config["train"]["steps"] = steps
+    last = train_in(tmp_path / "resumed", config, tmp_path / "killed" / "last.pt")
+    best = load_checkpoint(tmp_path / "resumed" / "best.pt")
+    assert best["metrics"] == last["best"] and (last["best"]["step"], last["best"]["val/iou_1_click"]) == (2, 0.9)
+    assert not differences(best["model"], load_checkpoint(tmp_path / "killed" / "last.pt")["model"])
+    if steps == 4:
+        script_evaluation(monkeypatch, [0.5, 0.9, 0.3])
+        train_in(tmp_path / "whole", config)
+        assert not run_differences(tmp_path / "whole", tmp_path / "resumed")
 
 
 def test_same_seed_is_the_same_run_with_any_workers(root, whole, tmp_path):
@@ -151,23 +225,27 @@ def test_resume_from_what_cannot_be_resumed(whole, tmp_path, monkeypatch, capfd)
         assert status == 1 and f"resume is {path}" in output and message in output
 
 
-def resumed_config(whole, root, *overrides):
-    stored = load_checkpoint(whole / "last.pt")["config"]
-    arguments = [f"resume={whole}", *overrides]
-    return stored, train_sam2.resumed_config(stored, compose_config(*arguments), arguments)
+@pytest.fixture(scope="module")
+def stored(root):
+    """The config of a run as its last.pt has it."""
+    return compose_config(*tiny_overrides(root), *STEPS)
 
 
-def test_resume_takes_the_stored_config_and_allows_what_may_change(whole, root):
+def resumed_config(stored, *overrides):
+    arguments = ["resume=run", *overrides]
+    return train_sam2.resumed_config(stored, compose_config(*arguments), arguments)
+
+
+def test_resume_takes_the_stored_config_and_allows_what_may_change(stored):
     """The command line need not repeat anything: configs/train_sam2.yaml's defaults are not the stored values."""
-    stored, config = resumed_config(whole, root)
-    assert config == stored | {"resume": str(whole)}
+    assert resumed_config(stored) == stored | {"resume": "run"}
     allowed = ("train.steps=9", "device=cpu", "num_workers=3", "data.root=/elsewhere")
-    _, config = resumed_config(whole, root, *allowed)
+    config = resumed_config(stored, *allowed)
     assert config["train"] == stored["train"] | {"steps": 9} and config["num_workers"] == 3
     assert config["data"] == stored["data"] | {"root": "/elsewhere"}
     assert config["model"] == stored["model"] and config["optim"] == stored["optim"]
     same = [f"train.batch_size={stored['train']['batch_size']}", "model.image_size=64", "train.eval_clicks=[1]"]
-    assert resumed_config(whole, root, *same)[1] == stored | {"resume": str(whole)}
+    assert resumed_config(stored, *same) == stored | {"resume": "run"}
 
 
 @pytest.mark.parametrize(
@@ -183,9 +261,9 @@ def test_resume_takes_the_stored_config_and_allows_what_may_change(whole, root):
         ("train.trainable=[neck]", "train.trainable: stored ['prompt_encoder', 'mask_decoder'], now ['neck']"),
     ],
 )
-def test_resume_lists_what_may_not_change(override, listed, whole, root):
+def test_resume_lists_what_may_not_change(override, listed, stored):
     with pytest.raises(ValueError, match="the config differs") as error:
-        resumed_config(whole, root, override, "train.steps=9")
+        resumed_config(stored, override, "train.steps=9")
     assert listed in str(error.value)
     assert "train.steps: " not in str(error.value) and "train.steps" in str(error.value).splitlines()[-1]
 
@@ -279,6 +357,8 @@ def test_killed_runs_resume_exactly(root, tmp_path):
     cases = {
         # last.pt.tmp of step 3 is complete, last.pt is not yet replaced
         "mid_save": {"die": ["os", "replace", 4, "last.pt"]},
+        # last.pt of step 0 is there, and best.pt is not
+        "between_saves": {"die": ["train_sam2", "save_checkpoint", 2]},
         # 13 objects, 2 clicks: within the second evaluation
         "mid_validation": {"die": ["train_sam2", "center_point", 13 * 2 + 9]},
         # between the third step's two forwards
@@ -303,4 +383,5 @@ def test_killed_runs_resume_exactly(root, tmp_path):
     assert (tmp_path / "mid_save_killed" / "last.pt.tmp").exists()
     steps = {name: load_checkpoint(tmp_path / f"{name}_killed" / "last.pt")["step"] for name in statuses}
     assert (steps["mid_save"], steps["mid_validation"], steps["mid_accumulation"]) == (2, 1, 2)
+    assert not (tmp_path / "between_saves_killed" / "best.pt").exists()
     assert len(set(steps.values())) >= 3  # the random moments are spread over the run

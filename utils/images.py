@@ -6,6 +6,7 @@ Pictures are uint8 (H, W, 3) RGB. A label map is int32 (H, W), 0 is background. 
 
 import io
 import os
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -18,6 +19,40 @@ from PIL import Image
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 POLYGON_SCALE = 5  # COCO draws polygons on a grid this much finer than the pixels
 NUM_COUNT_DIGITS = 7  # 5 bits each: more than any run length or difference of two has
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which pictures
+
+
+def list_images(path: Path) -> list[Path]:
+    """List the pictures of a folder, sorted, or the one picture given.
+
+    Raises:
+        FileNotFoundError, ValueError: where there is no such path, or no picture in the folder.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"input {path} does not exist; give a picture or a folder of pictures")
+    image_paths = sorted(
+        one
+        for one in path.iterdir()
+        if one.is_file() and one.suffix.lower() in PICTURE_SUFFIXES and not one.name.startswith(".")
+    )
+    if not image_paths:
+        raise ValueError(f"input {path} has no pictures ({', '.join(PICTURE_SUFFIXES)}); give a folder that has some")
+    return image_paths
+
+
+def output_names(image_paths: list[Path]) -> list[str]:
+    """Name each picture's results: its stem, with its suffix where the stem alone would overwrite another file.
+
+    Returns:
+        one name for each path, all different, none of them "run" (run.json is the run's record).
+    """
+    uses = Counter(path.stem.lower() for path in image_paths) + Counter(["run"])  # run.json
+    return [path.stem if uses[path.stem.lower()] == 1 else f"{path.stem}_{path.suffix[1:]}" for path in image_paths]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""What every script needs around its own work: device, precision, seed, learning rate, and the records of a run."""
+"""What every script needs around its own work: settings, device, precision, seed, learning rate, records of a run."""
 
 import contextlib
 import csv
+import dataclasses
 import functools
 import importlib.metadata
 import io
@@ -14,6 +15,8 @@ import re
 import shlex
 import subprocess
 import sys
+import types
+import typing
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +29,74 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RECORDED_PACKAGES = (
     "torch", "torchvision", "numpy", "opencv-python-headless", "opencv-python", "hydra-core", "omegaconf", "sam2",
 )  # fmt: skip
+
+
+TYPE_WORDS = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", type(None): "null",
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings: from YAML, whose values can be anything, to typed dataclasses
+
+
+def read_settings(cls: type, section: dict, name: str):
+    """Build a settings dataclass from a section of the config, with exactly its keys and values of its types.
+
+    Args:
+        cls: a dataclass; its annotations are int, float (whole numbers too), bool, str, list, list[X] and X | None.
+        section: {key: value}, plain types.
+        name: the section's name in messages, such as "train"; "" for keys at the top of the config.
+    Returns:
+        cls(**section).
+    Raises:
+        ValueError: for an unknown key, a missing one, or a value of another type, naming it as section.key.
+    """
+    prefix = f"{name}." if name else ""
+    if not isinstance(section, dict):
+        raise ValueError(f"{name} is {section!r}; must be a section of keys and values")
+    kinds = {field.name: kind for field, kind in _annotated_fields(cls)}
+    for key in section:
+        if key not in kinds:
+            raise ValueError(f"unknown key {prefix}{key}; must be among {', '.join(prefix + known for known in kinds)}")
+    for field, kind in _annotated_fields(cls):
+        if field.name in section:
+            check_type(section[field.name], kind, prefix + field.name)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"the config lacks {prefix}{field.name}; must be {_describe_type(kind)}")
+    return cls(**section)
+
+
+def check_type(value, kind: type, name: str) -> None:
+    """Raise a ValueError, naming the key, its value and what it must be, for a value that is not of a type.
+
+    Args:
+        kind: an annotation, as those of `read_settings`. True and False are no whole numbers, though Python says so.
+        name: the dotted key, such as "train.steps".
+    """
+    if not _is_of_type(value, kind):
+        raise ValueError(f"{name} is {value!r}; must be {_describe_type(kind)}")
+
+
+def _annotated_fields(cls: type) -> list[tuple[dataclasses.Field, type]]:
+    kinds = typing.get_type_hints(cls)
+    return [(field, kinds[field.name]) for field in dataclasses.fields(cls)]
+
+
+def _is_of_type(value, kind: type) -> bool:
+    if isinstance(kind, types.UnionType):
+        return any(_is_of_type(value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_of_type(item, typing.get_args(kind)[0]) for item in value)
+    return type(value) in (int, float) if kind is float else type(value) is kind
+
+
+def _describe_type(kind: type) -> str:
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_describe_type(one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is list:
+        return f"a list, each {_describe_type(typing.get_args(kind)[0])}"
+    return TYPE_WORDS[kind]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
