@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from utils.checkpoint import check_same_config, find_resume, load_checkpoint, save_checkpoint
+from utils.checkpoint import find_resume, load_checkpoint, resumed_config, save_checkpoint
 from utils.images import id_colors, mask_to_box, write_image
 from utils.instance_check import MAX_LISTED, check_items, keep_usable, plot_statistics, report_lines
 from utils.instance_data import Item, object_ids, read_item, split_items
@@ -60,6 +60,7 @@ from utils.run import (
     seed_everything,
     shuffled_item,
     start_run,
+    values_of_step,
 )
 from utils.sam2_model import (
     Embeddings,
@@ -627,13 +628,6 @@ def parameter_groups(trainable: list[tuple[str, torch.nn.Parameter]], optim: Opt
     return list(groups.values())
 
 
-def values_of_step(rows: list[dict], step: int) -> dict[str, float]:
-    """Collect the validation values that were logged at a step."""
-    return {
-        name: value for row in rows if row["step"] == step for name, value in row.items() if name.startswith("val/")
-    }
-
-
 def print_table(start: dict[str, float], best: dict[str, float], last: dict[str, float]) -> None:
     """Print one row per validation metric: before, best checkpoint, last."""
     print(f"\n{'metric':<26}{'step 0':>9}{'best':>9}{'change':>9}{'last':>9}")
@@ -908,26 +902,6 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
 RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data.root", "data.train_list", "data.val_list")
 
 
-def resumed_config(stored: dict, current: dict, overrides: list[str]) -> dict:
-    """Take a stored config, with what the command line may change of it.
-
-    Args:
-        stored: from last.pt.
-        current: composed from this command line.
-        overrides: the command line's own, such as ["resume=...", "train.steps=400"].
-    Raises:
-        ValueError: listing the differences that may not be.
-    """
-    given = [override.split("=")[0].lstrip("+~").split("@")[0] for override in overrides]
-    wanted = OmegaConf.create(current if "experiment" in given else stored)
-    for key in given:
-        if key != "experiment":
-            OmegaConf.update(wanted, key, OmegaConf.select(OmegaConf.create(current), key), force_add=True)
-    wanted = OmegaConf.to_container(wanted)
-    check_same_config(stored, wanted, RESUMABLE)
-    return wanted
-
-
 @hydra.main(version_base="1.3", config_path="configs", config_name="train_sam2")
 def main(cfg) -> float:
     """Read the config, train, and end with one line on what went wrong and status 1, if anything did."""
@@ -938,7 +912,9 @@ def main(cfg) -> float:
         resume_path = None
         if config["resume"] is not None:
             resume_path = find_resume(config["resume"])
-            config = resumed_config(load_checkpoint(resume_path)["config"], config, list(hydra_config.overrides.task))
+            config = resumed_config(
+                load_checkpoint(resume_path)["config"], config, list(hydra_config.overrides.task), RESUMABLE
+            )
         return train(config, run_dir, resume_path)
     except (ValueError, FileNotFoundError, FileExistsError, ConnectionError, FloatingPointError) as error:
         logging.getLogger("train_sam2").debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true

@@ -233,7 +233,7 @@ def stored(root):
 
 def resumed_config(stored, *overrides):
     arguments = ["resume=run", *overrides]
-    return train_sam2.resumed_config(stored, compose_config(*arguments), arguments)
+    return train_sam2.resumed_config(stored, compose_config(*arguments), arguments, train_sam2.RESUMABLE)
 
 
 def test_resume_takes_the_stored_config_and_allows_what_may_change(stored):

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 
 PLAIN_TYPES = (int, float, str, bool, type(None))  # exact types: numpy's float64 is a float, but not a plain one
 
@@ -105,6 +106,27 @@ def check_same_config(stored: dict, current: dict, allowed: tuple[str, ...] = ()
             + "\n".join(differences)
             + f"\n(may differ: {', '.join(allowed) or 'nothing'})"
         )
+
+
+def resumed_config(stored: dict, current: dict, overrides: list[str], allowed: tuple[str, ...]) -> dict:
+    """Take a stored config, with what the command line may change of it.
+
+    Args:
+        stored: from last.pt.
+        current: composed from this command line.
+        overrides: the command line's own, such as ["resume=...", "train.steps=400"].
+        allowed: dotted keys that may differ.
+    Raises:
+        ValueError: listing the differences that may not be.
+    """
+    given = [override.split("=")[0].lstrip("+~").split("@")[0] for override in overrides]
+    wanted = OmegaConf.create(current if "experiment" in given else stored)
+    for key in given:
+        if key != "experiment":
+            OmegaConf.update(wanted, key, OmegaConf.select(OmegaConf.create(current), key), force_add=True)
+    wanted = OmegaConf.to_container(wanted)
+    check_same_config(stored, wanted, allowed)
+    return wanted
 
 
 def _check_plain(value, name: str) -> None:

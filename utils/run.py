@@ -422,6 +422,13 @@ class MetricsLog:
         _write_text(self.run_dir / "metrics.csv", text.getvalue())
 
 
+def values_of_step(rows: list[dict], step: int) -> dict[str, float]:
+    """Collect the validation values that were logged at a step."""
+    return {
+        name: value for row in rows if row["step"] == step for name, value in row.items() if name.startswith("val/")
+    }
+
+
 def plot_curves(rows: list[dict[str, int | float]], path: Path) -> None:
     """Draw every metric against the step: one panel per name, so train/loss and val/loss share theirs.
 

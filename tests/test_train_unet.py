@@ -1,0 +1,1046 @@
+"""train_unet.py on tiny pictures: the real command, what is trained, views, tiles, metrics, and bad input."""
+
+import csv
+import json
+import math
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+from PIL import Image
+from tiny_segmentation import (
+    COLORS,
+    NAMES,
+    ROOT,
+    SIZES,
+    compose_config,
+    draw_pair,
+    make_dataset,
+    make_runs_quick,
+    run_main,
+    script_evaluation,
+    tiny_overrides,
+    train_in,
+    write_data_root,
+    write_dataset,
+)
+from tiny_training import differences
+
+import train_unet
+from train_unet import Augmentation, Framing, LossSettings, OptimSettings, predict_picture, predict_tiled, training_view
+from utils.images import read_image, write_image
+from utils.run import sample_rng, seed_everything
+from utils.semantic_data import read_item
+from utils.unet import UNet, UNetPaper
+
+CPU = torch.device("cpu")
+PLAIN = Augmentation(scale=[1.0, 1.0], hflip=False, vflip=False, rotation=0.0, color_jitter=0.0, elastic_px=0.0)
+LOSS = LossSettings(**OmegaConf.load(ROOT / "configs" / "loss" / "cross_entropy.yaml"))
+PRESETS = sorted(
+    path.stem
+    for path in (ROOT / "configs" / "experiment").glob("*.yaml")
+    if "python train_unet.py" in path.read_text(encoding="utf-8")
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("tiny") / "data")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    make_runs_quick(monkeypatch)
+
+
+def val_items(root):
+    _, _, reader_keys = train_unet.read_data_settings(compose_config(*tiny_overrides(root))["data"])
+    return train_unet.list_splits(reader_keys)["val"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the real command
+
+
+@pytest.fixture(scope="module")
+def overfitted(root, tmp_path_factory):
+    """The folder and the output of a run that sees five pictures over and over."""
+    run_dir = tmp_path_factory.mktemp("overfitted") / "run"
+    command = [
+        sys.executable, str(ROOT / "train_unet.py"), *tiny_overrides(root), f"hydra.run.dir={run_dir}",
+        "train.steps=80", "train.batch_size=5", "train.eval_every=40", "train.log_every=10", "optim.lr=0.01",
+        "model.base_channels=8",
+        "data.scale=[1.0,1.0]", "data.color_jitter=0.0", "data.image_size=[48,64]",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=run_dir.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run_dir, done.stdout + done.stderr
+
+
+def read_rows(run_dir):
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def test_command_writes_the_promised_files(overfitted):
+    run_dir, output = overfitted
+    for name in ("best.pt", "last.pt", "metrics.csv", "curves.png", "dataset.png", "run.json", ".hydra/config.yaml"):
+        assert (run_dir / name).stat().st_size > 0, name
+    assert list((run_dir / "tensorboard").glob("events*"))
+    pictures = sorted(path.relative_to(run_dir / "samples").as_posix() for path in (run_dir / "samples").glob("*/*"))
+    assert pictures == ["step_000000/005.png", "step_000040/005.png", "step_000080/005.png"]
+    height, width, _ = read_image(run_dir / "samples" / "step_000080" / "005.png").shape
+    assert (height, width) == (288 + 20, 3 * 384)
+    assert [(run_dir / "splits" / f"{split}.txt").read_text().split() for split in ("train", "val", "test")] == [
+        ["000", "001", "002", "003", "004"], ["005", "006", "007"], ["008", "009"],
+    ]  # fmt: skip
+    assert not list(run_dir.rglob("*.tmp"))
+    assert "python train_unet.py mode=predict checkpoint=run/best.pt input=" in output  # from where the user stands
+
+
+def test_tiny_data_is_overfitted_and_recorded(overfitted):
+    run_dir, output = overfitted
+    record, rows = json.loads((run_dir / "run.json").read_text()), read_rows(run_dir)
+    measured = {row["step"]: row for row in rows if "val/mean_iou" in row}
+    assert sorted(measured) == [0, 40, 80]
+    metrics = record["metrics"]
+    assert metrics["start"]["step"] == 0 and metrics["last"]["step"] == 80 and "end" in record
+    assert metrics["best"]["step"] == max(measured, key=lambda step: measured[step]["val/mean_iou"])
+    for part in ("start", "best", "last"):
+        values = metrics[part]
+        assert {"val/mean_iou", "val/pixel_accuracy", "val/dice", "val/loss", "val/iou_disc"} <= values.keys()
+        assert all(values[name] == pytest.approx(measured[values["step"]][name]) for name in values if "/" in name)
+    assert metrics["last"]["val/num_images"] == 3  # with batches of 5: none is dropped (D1)
+    assert metrics["start"]["val/mean_iou"] < 0.5
+    assert metrics["best"]["val/mean_iou"] > 0.9 and metrics["test"]["test/mean_iou"] > 0.9
+    assert metrics["majority"]["val/mean_iou"] < 0.3
+    logged = [row for row in rows if "train/loss" in row]
+    assert [row["step"] for row in logged] == list(range(10, 81, 10))
+    assert logged[-1]["train/loss"] < logged[0]["train/loss"]
+    assert all({"images_per_s", "data_wait_share", "lr", "train/pixel_accuracy"} <= row.keys() for row in logged)
+    assert {"train_images": 5, "val_images": 3, "test_images": 2}.items() <= record["data"].items()
+    assert f"{metrics['test']['test/mean_iou']:.3f}" in output
+
+
+def test_best_checkpoint_is_plain(overfitted):
+    best = torch.load(overfitted[0] / "best.pt", map_location="cpu", weights_only=True)
+    assert best.keys() == {*train_unet.BEST_KEYS, "metrics"} and best["format"] == 1
+    plain = [best[key] for key in best if key != "model"]
+    assert json.loads(json.dumps(plain)) == plain
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a finished network
+
+
+def test_evaluate_measures_what_training_recorded(overfitted, tmp_path, monkeypatch, capfd, quick):
+    run_dir, _ = overfitted
+    metrics = json.loads((run_dir / "run.json").read_text())["metrics"]
+    arguments = ["mode=evaluate", f"checkpoint={run_dir / 'best.pt'}", "device=cpu"]
+    for split, expected in (("test", metrics["test"]), ("val", metrics["best"])):
+        status, output = run_main(monkeypatch, capfd, tmp_path / split, *arguments, f"split={split}")
+        assert status == 0, output
+        record = json.loads((tmp_path / split / "run.json").read_text())
+        assert record["metrics"]["last"] == {name: expected[name] for name in expected if name != "step"}
+        for name in NAMES:
+            assert name in output
+        matrix = np.loadtxt(tmp_path / split / "confusion.csv", delimiter=",", skiprows=1)
+        numbers = {"val": range(5, 8), "test": range(8, 10)}[split]
+        assert matrix.sum() == sum(math.prod(SIZES[number % len(SIZES)]) for number in numbers)
+        assert np.trace(matrix) / matrix.sum() == pytest.approx(expected[f"{split}/pixel_accuracy"])
+        assert list((tmp_path / split / "samples").iterdir())
+
+
+def test_predict_needs_nothing_but_the_checkpoint(overfitted, root, tmp_path, monkeypatch, capfd):
+    """A folder of grey, 16-bit, RGBA and tiny pictures, and one that cannot be read, which is named at the end."""
+    run_dir, _ = overfitted
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    image_rgb, class_map = draw_pair(np.random.default_rng(9), 100, 130)
+    write_image(photos / "a.png", image_rgb)
+    Image.fromarray(image_rgb).convert("RGBA").save(photos / "alpha.png")
+    Image.fromarray(image_rgb[..., 0]).save(photos / "grey.jpg", quality=95)
+    Image.fromarray(image_rgb[..., 0].astype(np.uint16) * 257).save(photos / "deep.png")
+    write_image(photos / "dot.png", image_rgb[:1, :3])
+    (photos / "broken.png").write_bytes(b"no picture")
+    arguments = ["mode=predict", f"checkpoint={run_dir / 'best.pt'}", "device=cpu", f"input={photos}"]
+    status, output = run_main(monkeypatch, capfd, tmp_path / "out", *arguments, "probabilities=true")
+    assert status == 1 and "Traceback" not in output
+    assert output.rstrip().splitlines()[-2].startswith("1 pictures failed") and "broken.png" in output.splitlines()[-1]
+    written = {path.name for path in (tmp_path / "out").iterdir() if path.suffix in (".png", ".npy")}
+    kinds = ("classes.png", "overlay.png", "probabilities.npy")
+    assert written == {f"{name}_{kind}" for name in ("a", "alpha", "grey", "deep", "dot") for kind in kinds}
+    classes = np.array(Image.open(tmp_path / "out" / "a_classes.png"))
+    assert classes.dtype == np.uint8 and classes.shape == class_map.shape
+    assert (classes == class_map).mean() > 0.9
+    assert (np.array(Image.open(tmp_path / "out" / "alpha_classes.png")) == classes).all()
+    assert np.array(Image.open(tmp_path / "out" / "dot_classes.png")).shape == (1, 3)
+    probabilities = np.load(tmp_path / "out" / "a_probabilities.npy")
+    assert probabilities.shape == (3, 100, 130) and probabilities.dtype == np.float16
+    assert np.abs(probabilities.astype(np.float32).sum(0) - 1).max() < 2e-3
+    assert (probabilities.argmax(0) == classes).mean() > 0.999  # ties in half precision
+    overlay = read_image(tmp_path / "out" / "a_overlay.png")
+    assert (overlay[classes == 0] == image_rgb[classes == 0]).all()  # background is left as it is
+    assert (overlay[classes == 1] != image_rgb[classes == 1]).any()
+
+
+def test_printed_command_predicts(overfitted, tmp_path, monkeypatch, capfd):
+    run_dir, output = overfitted
+    line = next(line for line in output.splitlines() if "mode=predict" in line)
+    arguments = shlex.split(line)[2:]
+    monkeypatch.chdir(run_dir.parent)
+    status, output = run_main(monkeypatch, capfd, tmp_path / "out", *arguments)
+    assert status == 0 and (tmp_path / "out" / "008_classes.png").exists()
+    assert "1 pictures: 0 background" in output
+
+
+@pytest.mark.slow
+def test_unpadded_network_predicts_alike_with_any_tiles(root, tmp_path, monkeypatch, capfd, quick):
+    """By the command, of a grey network: the same probabilities, to the precision of the file."""
+    overrides = [one for one in tiny_overrides(root) if not one.startswith("model")]
+    config = compose_config(
+        *overrides, "model=unet_paper", "model.base_channels=2", "data.image_size=204", "data.fit=crop",
+        "data.channels=1", "train.steps=1", "train.test_at_end=false", "tiles.size=220",
+    )  # fmt: skip
+    train_in(tmp_path / "run", config)
+    image_rgb, _ = draw_pair(np.random.default_rng(2), 90, 150)
+    write_image(tmp_path / "photo.png", image_rgb)  # in colour
+    found = []
+    arguments = ["mode=predict", f"checkpoint={tmp_path / 'run' / 'best.pt'}", f"input={tmp_path / 'photo.png'}"]
+    for number, size in enumerate(("204", "[220,236]", "auto")):
+        run_dir = tmp_path / f"out_{number}"
+        status, _ = run_main(monkeypatch, capfd, run_dir, *arguments, f"tiles.size={size}", "probabilities=true")
+        assert status == 0
+        found.append(np.load(run_dir / "photo_probabilities.npy").astype(np.float32))
+    assert found[0].shape == (3, 90, 150)
+    assert max(np.abs(one - found[2]).max() for one in found) < 1e-3
+    message = fails_with(monkeypatch, capfd, tmp_path / "bad", *arguments, "tiles.size=512")
+    assert "tiles.size is 512" in message and "508 and 524" in message
+
+
+def test_single_picture_that_cannot_be_read(overfitted, tmp_path, monkeypatch, capfd):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    arguments = ["mode=predict", f"checkpoint={overfitted[0] / 'best.pt'}", f"input={tmp_path / 'broken.png'}"]
+    status, output = run_main(monkeypatch, capfd, tmp_path / "out", *arguments)
+    assert status == 1 and output.splitlines()[-1].startswith(f"error: {tmp_path / 'broken.png'} cannot be decoded")
+
+
+def test_summary_prints_layers_costs_and_latency(tmp_path, root, monkeypatch, capfd):
+    monkeypatch.setattr(train_unet, "LATENCY_REPEATS", 2)
+    status, output = run_main(monkeypatch, capfd, tmp_path / "out", *tiny_overrides(root), "mode=summary")
+    assert status == 0
+    num_parameters = sum(p.numel() for p in UNet(3, 3, 4, 2, "transposed").parameters())
+    assert f"{num_parameters:,}" in output and "3x3" in output and "p50" in output and "p95" in output
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is trained, and when it counts as better
+
+
+def test_only_a_better_one_replaces_the_best_checkpoint(root, tmp_path, quick, monkeypatch):
+    script_evaluation(monkeypatch, [0.5, 0.7, 0.6, 0.7, 0.9])
+    config = compose_config(
+        *tiny_overrides(root), "train.steps=4", "train.eval_every=1", "train.early_stop_evals=2",
+        "train.test_at_end=false",
+    )  # fmt: skip
+    last = train_in(tmp_path / "run", config)
+    assert (last["step"], last["evaluated_step"]) == (3, 3)  # two evaluations without a rise: stopped before 0.9
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert (best["metrics"]["step"], best["metrics"]["val/mean_iou"]) == (1, 0.7)
+    assert differences(best["model"], last["model"])
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [record["metrics"][part]["step"] for part in ("start", "best", "last")] == [0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    "name, optim",
+    [(name, "unet_adamw") for name in ("unet", "unet_paper", "fcn", "segnet", "segnet_dsc", "vit_small")]
+    + [("unet", "unet_adam"), ("unet", "unet_sgd")],
+)
+def test_every_parameter_of_every_network_moves(name, optim, root, tmp_path, quick, monkeypatch):
+    """Without weight decay, which would move a parameter that gets no gradient."""
+    script_evaluation(monkeypatch)
+    small = {
+        "unet": ["model.base_channels=4", "model.depth=2"],
+        "unet_paper": ["model.base_channels=4", "data.image_size=188"],
+        "fcn": ["model.base_channels=4", "model.head_channels=16"],
+        "segnet": ["model.base_channels=4"],
+        "segnet_dsc": ["model.base_channels=4"],
+        "vit_small": ["model.dim=24", "model.num_blocks=2", "model.num_heads=2"],
+    }[name]
+    overrides = [one for one in tiny_overrides(root) if not one.startswith("model")]
+    config = compose_config(
+        *overrides, f"model={name}", *small, f"optim={optim}", "optim.weight_decay=0.0", "optim.lr=0.01",
+        "train.steps=3", "train.test_at_end=false",
+    )  # fmt: skip
+    trained = train_in(tmp_path / "run", config)["model"]
+    seed_everything(config["seed"])  # the weights that the run started from
+    before = dict(train_unet.build_network(config["model"], 3, 3).named_parameters())
+    assert not [name for name, values in before.items() if torch.equal(values, trained[name])]
+
+
+def test_compile_is_a_switch(root, tmp_path, quick, monkeypatch):
+    script_evaluation(monkeypatch)
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda forward: compiled.append(forward) or forward)
+    for value in ("false", "true"):
+        train_in(tmp_path / value, compose_config(*tiny_overrides(root), "train.steps=1", f"train.compile={value}"))
+    assert len(compiled) == 1
+    states = [torch.load(tmp_path / value / "last.pt", weights_only=True)["model"] for value in ("false", "true")]
+    assert not differences(*states)  # the names of the weights too
+
+
+def test_parameter_groups_decay_weights_alone():
+    vit = train_unet.build_network(compose_config("model=vit_small")["model"], 3, 3)
+    names = {id(parameter): name for name, parameter in vit.named_parameters()}
+    found = {}
+    for group in train_unet.parameter_groups(vit, 0.2):
+        for parameter in group["params"]:
+            assert names[id(parameter)] not in found
+            found[names[id(parameter)]] = group["weight_decay"]
+    assert found.keys() == set(names.values())
+    assert found["patch_embedding.weight"] == found["blocks.0.query_key_value.weight"] == 0.2
+    assert found["positions"] == found["input_norm.weight"] == found["blocks.0.query_key_value.bias"] == 0.0
+
+
+def test_accumulation_equals_a_larger_batch(root, tmp_path, quick, monkeypatch):
+    """2 x B=2 against B=4, without batch norm: SGD's momentum after one step is the gradient."""
+    script_evaluation(monkeypatch)
+    momenta, rows = [], []
+    overrides = [one for one in tiny_overrides(root) if not one.startswith("model")]
+    for batch_size, accumulate in ((4, 1), (2, 2)):
+        config = compose_config(
+            *overrides, "model=unet_paper", "model.base_channels=2", "model.dropout=0.0", "data.image_size=204",
+            f"train.batch_size={batch_size}", f"train.accumulate={accumulate}", "train.steps=1", "optim=unet_sgd",
+            "train.clip_norm=null", "optim.weight_decay=0.0", "train.test_at_end=false", "loss=cross_entropy",
+        )  # fmt: skip
+        last = train_in(tmp_path / str(batch_size), config)
+        momenta.append([state["momentum_buffer"] for state in last["optimizer"]["state"].values()])
+        rows.append(last["metrics"][1])
+    assert len(momenta[0]) == 46
+    for one, other in zip(*momenta, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+    for name in ("train/loss", "train/grad_norm", "train/pixel_accuracy"):
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4), name
+
+
+def test_running_mean_is_bias_corrected(root, tmp_path, quick, monkeypatch):
+    script_evaluation(monkeypatch)
+    losses = []
+    real_loss = train_unet.weighted_loss
+    monkeypatch.setattr(train_unet, "weighted_loss", lambda *args: losses.append(real_loss(*args)) or losses[-1])
+    last = train_in(tmp_path / "run", compose_config(*tiny_overrides(root), "train.steps=3"))
+    found = [row["train/loss"] for row in last["metrics"] if "train/loss" in row]
+    weights = 0.99 ** np.arange(3)[::-1]
+    losses = [loss.item() for loss in losses]
+    assert found == pytest.approx([np.average(losses[: n + 1], weights=weights[2 - n :]) for n in range(3)], rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the learning rate
+
+
+def schedule(**changes):
+    return OptimSettings(**(compose_config()["optim"] | {"lr": 0.1, "warmup_steps": 0} | changes))
+
+
+@pytest.mark.parametrize("name", ["constant", "step", "cosine", "poly"])
+def test_schedule_equals_torchs_own(name):
+    """As torch.optim.lr_scheduler, which keeps a state, where ours is a function of the step (D3: T_max=1e10)."""
+    optim = schedule(schedule=name, min_lr_factor=0.0, step_every=7, step_factor=0.3, poly_power=0.9)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    schedulers = torch.optim.lr_scheduler
+    expected = {
+        "constant": lambda: schedulers.ConstantLR(optimizer, factor=1.0),
+        "step": lambda: schedulers.StepLR(optimizer, step_size=7, gamma=0.3),
+        "cosine": lambda: schedulers.CosineAnnealingLR(optimizer, T_max=40),
+        "poly": lambda: schedulers.PolynomialLR(optimizer, total_iters=40, power=0.9),
+    }[name]()
+    rates = []
+    for step in range(40):
+        rates.append(train_unet.scheduled_lr(step, 40, optim))
+        assert rates[-1] == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6), step
+        optimizer.step()
+        expected.step()
+    assert (rates[-1] < 0.02) == (name != "constant")
+
+
+@pytest.mark.parametrize("name", ["constant", "step", "cosine", "poly"])
+def test_warmup_rises_and_the_floor_holds(name):
+    optim = schedule(schedule=name, warmup_steps=4, min_lr_factor=0.2, step_every=1000)
+    rates = [train_unet.scheduled_lr(step, 50, optim) for step in range(50)]
+    assert rates[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert train_unet.scheduled_lr(50, 50, optim) == pytest.approx(0.02 if name in ("cosine", "poly") else 0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# precision, and numbers that are not finite
+
+
+@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_low_precision_has_its_loss_in_fp32(precision, dtype, root, tmp_path, quick, monkeypatch):
+    dtypes = []
+    real_loss = train_unet.weighted_loss
+
+    def record(logits, *rest):
+        loss = real_loss(logits, *rest)
+        dtypes.append((logits.dtype, loss.dtype))
+        return loss
+
+    script_evaluation(monkeypatch)
+    monkeypatch.setattr(train_unet, "weighted_loss", record)
+    config = compose_config(
+        *tiny_overrides(root), f"precision={precision}", "train.steps=4", "loss=cross_entropy_dice",
+        "train.channels_last=true",
+    )  # fmt: skip
+    last = train_in(tmp_path / "run", config)
+    assert set(dtypes) == {(dtype, torch.float32)}
+    assert last["num_skipped"] < 3 and last["optimizer"]["state"]  # fp16's scale starts high
+    assert all(values.dtype in (torch.float32, torch.int64) for values in last["model"].values())
+    assert ("scale" in last["scaler"]) == (precision == "fp16")
+
+
+def test_fp16_overflow_is_a_skipped_step_that_is_counted(root, tmp_path, quick, monkeypatch):
+    script_evaluation(monkeypatch)
+    real_scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **keys: real_scaler(*args, init_scale=1e30, **keys))
+    config = compose_config(*tiny_overrides(root), "precision=fp16", "train.steps=2")
+    last = train_in(tmp_path / "run", config)
+    assert (last["step"], last["num_skipped"]) == (2, 2) and last["optimizer"]["state"] == {}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_loss_that_is_not_finite_stops_before_backward(accumulate, root, tmp_path, quick, monkeypatch):
+    script_evaluation(monkeypatch)
+    calls, backward_calls, names = [], [], []
+    real_loss, real_backward, real_collate = train_unet.weighted_loss, torch.Tensor.backward, train_unet.collate
+
+    def spoil(*args):
+        calls.append(1)
+        return real_loss(*args) * (math.nan if len(calls) == 2 * accumulate else 1.0)
+
+    def record_names(samples):
+        batch = real_collate(samples)
+        names.append(batch["names"])
+        return batch
+
+    monkeypatch.setattr(train_unet, "weighted_loss", spoil)
+    monkeypatch.setattr(train_unet, "collate", record_names)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *args: backward_calls.append(1) or real_backward(*args))
+    config = compose_config(
+        *tiny_overrides(root), "train.steps=3", "train.save_every=1", f"train.accumulate={accumulate}"
+    )
+    with pytest.raises(FloatingPointError, match="loss is nan at step 1, pictures ") as error:
+        train_in(tmp_path / "run", config)
+    shown = str(error.value).split("pictures ")[1].split(", ")
+    assert shown == names[2 * accumulate - 1] and str(root) in shown[0]
+    assert len(backward_calls) == 2 * accumulate - 1
+    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert last["step"] == 1 and "end" not in json.loads((tmp_path / "run" / "run.json").read_text())
+
+
+def test_gradient_that_is_not_finite_stops_before_the_update(root, tmp_path, quick, monkeypatch):
+    script_evaluation(monkeypatch)
+    real_loss = train_unet.weighted_loss
+
+    def spoil(*args):
+        loss = real_loss(*args)
+        return loss + (loss - loss.detach()).sqrt()  # finite, with an infinite slope
+
+    monkeypatch.setattr(train_unet, "weighted_loss", spoil)
+    with pytest.raises(FloatingPointError, match="gradient norm is (nan|inf) at step 0, pictures "):
+        train_in(tmp_path / "run", compose_config(*tiny_overrides(root), "train.steps=3"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# views
+
+
+def test_mirrored_index_equals_numpys_reflection():
+    for size in (1, 2, 3, 7):
+        pixels = np.arange(size)
+        for before, after in ((0, 0), (1, 2), (9, 4), (23, 31)):
+            expected = np.pad(pixels, (before, after), mode="reflect")
+            assert (train_unet.mirrored_index(-before, before + size + after, size) == expected).all()
+
+
+def test_view_without_augmentation_is_the_picture_itself():
+    image, class_map = draw_pair(np.random.default_rng(3), 40, 56)
+    for fit in ("resize", "crop"):
+        view, target = training_view(image, class_map, Framing([40, 56], fit), PLAIN, 0, sample_rng(0, 0))
+        assert (view.permute(1, 2, 0).numpy() == image).all() and (target.numpy() == class_map).all()
+        assert view.dtype == target.dtype == torch.uint8
+
+
+def test_resizing_antialiases_the_picture_and_takes_the_nearest_class():
+    """Against Pillow, whose resizing antialiases, and a naive loop over pixel centres."""
+    rng = np.random.default_rng(0)
+    image, class_map = rng.integers(0, 256, (90, 131, 3)).astype(np.uint8), rng.integers(0, 9, (90, 131)).astype("u1")
+    view, target = training_view(image, class_map, Framing([32, 40], "resize"), PLAIN, 0, sample_rng(0, 0))
+    expected = np.array(Image.fromarray(image).resize((40, 32), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(view.permute(1, 2, 0).numpy() - expected).max() <= 1
+    for y in range(32):
+        for x in range(40):
+            assert target[y, x] == class_map[int((y + 0.5) * 90 / 32), int((x + 0.5) * 131 / 40)]
+
+
+AUGMENTED = {
+    "hflip": {"hflip": True},
+    "vflip": {"vflip": True},
+    "scale": {"scale": [0.5, 1.6]},
+    "rotation": {"rotation": 180.0},
+    "elastic": {"elastic_px": 6.0},
+    "all": {"hflip": True, "vflip": True, "scale": [0.6, 1.5], "rotation": 40.0, "elastic_px": 4.0},
+}
+
+
+@pytest.mark.parametrize("margin", [0, 92])
+@pytest.mark.parametrize("fit", ["resize", "crop"])
+@pytest.mark.parametrize("name", AUGMENTED)
+def test_picture_and_classes_are_varied_alike(name, fit, margin):
+    """On a picture whose grey value tells the class, seen through every augmentation; no class is mixed or lost."""
+    yy, xx = np.mgrid[:64, :80]
+    class_map = ((xx // 20) + 4 * (yy // 32)).astype(np.uint8)  # 8 blocks, each its own class
+    image = (class_map * 30)[..., None]
+    augmentation = Augmentation(**(PLAIN.__dict__ | AUGMENTED[name]))
+    framing = Framing(252 if margin else [48, 64], fit)
+    shares, seen = [], set()
+    for sample_index in range(6):
+        view, target = training_view(image, class_map, framing, augmentation, margin, sample_rng(0, sample_index))
+        height, width = framing.input_hw
+        assert view.shape == (1, height, width) and target.shape == (height - 2 * margin, width - 2 * margin)
+        inside = view[0, margin : height - margin, margin : width - margin].float() / 30
+        shares.append(((inside - target).abs() < 0.17).float().mean().item())  # at blocks' borders greys are mixed
+        seen |= set(target.unique().tolist())
+        assert target.max() <= 7  # neither mixed classes nor what lies outside the picture
+    assert min(shares) > 0.75 and np.mean(shares) > 0.85, shares
+    assert seen == set(range(8))
+
+
+def test_views_differ_as_augmentation_says():
+    image, class_map = draw_pair(np.random.default_rng(3), 40, 56)
+    framing = Framing([40, 56], "resize")
+    flips = set()
+    for sample_index in range(12):
+        augmentation = Augmentation(**(PLAIN.__dict__ | {"hflip": True}))
+        view, target = training_view(image, class_map, framing, augmentation, 0, sample_rng(0, sample_index))
+        is_plain, is_flipped = (target.numpy() == class_map).all(), (target.numpy() == class_map[:, ::-1]).all()
+        assert is_plain or is_flipped
+        flips.add(bool(is_flipped))
+    assert flips == {False, True}
+    jitter = Augmentation(**(PLAIN.__dict__ | {"color_jitter": 0.3}))
+    view, target = training_view(image, class_map, framing, jitter, 0, sample_rng(0, 1))
+    assert (view.permute(1, 2, 0).numpy() != image).mean() > 0.5 and (target.numpy() == class_map).all()
+
+
+def test_rotation_turns_by_the_angle_drawn():
+    """A bright dot on a dark ground: where it lands is where a rotation about the centre takes it."""
+    image = np.zeros((65, 65, 1), np.uint8)
+    image[32 - 1 : 32 + 2, 52 - 1 : 52 + 2] = 255  # 20 px right of the centre
+    augmentation = Augmentation(**(PLAIN.__dict__ | {"rotation": 90.0}))
+    angles = []
+    for sample_index in range(20):
+        framing = Framing(65, "crop")
+        view, _ = training_view(image, image[..., 0], framing, augmentation, 0, sample_rng(0, sample_index))
+        yy, xx = np.mgrid[-32:33, -32:33]
+        view = torch.where(torch.from_numpy(np.hypot(yy, xx) < 26), view, 0)  # beyond, there may be its mirror image
+        weights = view[0].double() / view.sum()
+        y = (weights.sum(1) * torch.arange(65)).sum().item() - 32
+        x = (weights.sum(0) * torch.arange(65)).sum().item() - 32
+        assert math.hypot(x, y) == pytest.approx(20, abs=0.5)
+        angles.append(math.degrees(math.atan2(y, x)))
+    assert min(angles) < -40 and max(angles) > 40 and max(map(abs, angles)) < 91
+
+
+def test_elastic_displacement_is_the_papers():
+    """3 x 3 vectors of standard deviation 10 px, met exactly at the nodes, smooth and bicubic between them."""
+    vectors = np.random.default_rng(0).standard_normal((2, 3, 3)) * 10
+    field = train_unet.elastic_displacement(vectors, (41, 61)).numpy()
+    assert np.abs(field[:, ::20, ::30] - vectors).max() < 1e-4
+    assert np.abs(np.diff(field, axis=2)).max() < 4  # no jumps
+    linear = (field[:, 0, 0] + field[:, 0, 30]) / 2
+    assert np.abs(field[:, 0, 15] - linear).max() > 0.1
+    # what a sample gets: the displacement drawn for many samples has the standard deviation asked for
+    image = np.zeros((64, 64, 1), np.uint8)
+    drawn = []
+    real = train_unet.elastic_displacement
+    try:
+        train_unet.elastic_displacement = lambda vectors_px, hw: drawn.append(vectors_px) or real(vectors_px, hw)
+        for sample_index in range(100):
+            augmentation = Augmentation(**(PLAIN.__dict__ | {"elastic_px": 10.0}))
+            training_view(image, image[..., 0], Framing(16, "crop"), augmentation, 0, sample_rng(0, sample_index))
+    finally:
+        train_unet.elastic_displacement = real
+    assert np.std(drawn) == pytest.approx(10, rel=0.05) and np.shape(drawn) == (100, 2, 3, 3)
+
+
+def test_sample_is_a_function_of_seed_and_index(root):
+    overrides = [*tiny_overrides(root), "data.rotation=20", "data.elastic_px=2", "data.scale=[0.6,1.2]"]
+    one, other = make_dataset(compose_config(*overrides)), make_dataset(compose_config(*overrides))
+    torch.manual_seed(5)  # torch's own stream, and what was read before, have no say
+    assert not differences(one[7], [other[index] for index in (9, 7)][1])
+    other_seed = make_dataset(compose_config(*overrides, "seed=1"))
+    assert [one[index]["name"] for index in range(10)] != [other_seed[index]["name"] for index in range(10)]
+    state = torch.get_rng_state()
+    one[3]
+    assert torch.equal(torch.get_rng_state(), state)
+    same_item = [index for index in range(10) if one[index]["name"] == one[0]["name"]]
+    assert len(same_item) == 2 and differences(one[same_item[0]]["image"], one[same_item[1]]["image"])
+
+
+def test_border_weights_are_high_between_objects_of_class_1():
+    class_map = np.zeros((40, 60), np.uint8)
+    class_map[10:30, 5:28] = 1
+    class_map[10:30, 32:55] = 1  # a gap of 4 px
+    class_map[0, :] = 255
+    loss = LossSettings(**(LOSS.__dict__ | {"border_weight": 10.0}))
+    weights = train_unet.border_weights(class_map, loss, [0.5, 2.0])
+    assert weights[20, 10] == 2.0 and weights[38, 2] == pytest.approx(0.5, abs=1e-3)
+    assert weights[20, 29] == pytest.approx(0.5 + 10 * math.exp(-((2 + 3) ** 2) / 50), rel=1e-4)
+
+
+def test_border_weight_reaches_the_loss(root, tmp_path, quick, monkeypatch):
+    seen = []
+    real_loss = train_unet.weighted_loss
+    monkeypatch.setattr(train_unet, "weighted_loss", lambda *args: seen.append(args[-1]) or real_loss(*args))
+    config = compose_config(*tiny_overrides(root), "loss.border_weight=10", "loss.class_weights=auto", "train.steps=1")
+    last = train_in(tmp_path / "run", config)
+    assert len(last["class_weights"]) == 3 and last["class_weights"][0] < 1 < last["class_weights"][1]
+    assert seen[3].shape == (2, 32, 40)  # of the training step; one disc a picture has no gap to another
+    assert {round(weight, 4) for weight in seen[3].unique().tolist()} == {round(w, 4) for w in last["class_weights"]}
+    assert [one.shape[0] for one in seen] == [1, 1, 1, 2, 1, 1, 1, 1, 1]  # validation, step, validation, test
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tiles
+
+
+@pytest.fixture(scope="module")
+def paper_net():
+    torch.manual_seed(0)
+    return UNetPaper(1, 2, base_channels=3).eval()
+
+
+def predict_whole(model, image):
+    """Mirror the picture's borders with numpy and predict it with one forward, as the paper's figure 2 has it."""
+    _, height, width = image.shape
+    after = [math.ceil((size + 184 - 60) / 16) * 16 + 60 - size - 92 for size in (height, width)]
+    padded = np.pad(image.numpy(), ((0, 0), (92, after[0]), (92, after[1])), mode="reflect")
+    return model(torch.from_numpy(padded)[None])[0, :, :height, :width]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hw, tile_hw", [((100, 131), (204, 236)), ((37, 260), (220, 220)), ((150, 20), (284, 204))])
+def test_tiles_of_the_unpadded_network_are_seamless(hw, tile_hw, paper_net):
+    image = torch.from_numpy(np.random.default_rng(1).random((1, *hw), np.float32))
+    whole = predict_whole(paper_net, image)
+    tiled = predict_tiled(paper_net, image, 92, tile_hw, 0)
+    assert tiled.shape == (2, *hw)
+    assert (tiled - whole).abs().max() < 1e-5 < whole.std() / 100
+    at_once = predict_tiled(paper_net, image, 92, (1004, 1004), 0)
+    assert (at_once - whole).abs().max() < 1e-5
+    # what would not do: tiles that advance by 8, half of what four poolings need
+    shifted = np.pad(image.numpy(), ((0, 0), (92, 92 + 300), (92, 92 + 300)), mode="reflect")[:, 8:, :]
+    shifted = paper_net(torch.from_numpy(shifted)[None, :, :204, :204])[0]
+    rows, columns = min(20, hw[0] - 8), min(20, hw[1])
+    assert (shifted[:, :rows, :columns] - whole[:, 8 : 8 + rows, :columns]).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_padded_network_sees_a_picture_that_fits_at_once():
+    torch.manual_seed(0)
+    model = UNet(3, 4, 4, 2, "bilinear").eval()
+    image = torch.rand(3, 45, 70)
+    assert torch.equal(predict_tiled(model, image, 0, (45, 70), 16), model(image[None])[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "hw, tile, overlap", [((45, 150), (40, 64), 16), ((33, 33), (32, 32), 31), ((90, 7), (20, 5), 0)]
+)
+def test_blended_tiles_are_exact_where_a_network_looks_at_no_neighbours(hw, tile, overlap):
+    """The weights of all tiles add up to 1 on every pixel, at the borders too."""
+    if overlap >= min(tile):
+        overlap = 4
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(3, 2, 1)
+    image = torch.rand(3, *hw)
+    torch.testing.assert_close(
+        predict_tiled(model, image, 0, tile, overlap), model(image[None])[0], atol=1e-6, rtol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_blended_tiles_are_near_the_whole_picture():
+    """Far from tiles' edges equal, and nowhere a seam: blending is closer than tiles without overlap."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Conv2d(1, 1, 3, padding=1) for _ in range(4)])
+    image = torch.rand(1, 60, 200)
+    whole = model(image[None])[0]
+    inside = np.s_[:, :, 8:-8]  # at the picture's own border the tiles see it mirrored, and the whole picture zeros
+    blended = (predict_tiled(model, image, 0, (64, 64), 24) - whole).abs()[inside]
+    abrupt = (predict_tiled(model, image, 0, (64, 64), 0) - whole).abs()[inside]
+    assert blended.max() < 0.3 * abrupt.max() and abrupt.max() > 1e-3
+    assert (blended < 1e-6).float().mean() > 0.3
+
+
+def test_tiles_that_memory_allows(monkeypatch):
+    model = UNet(3, 3, 8, 3, "transposed")
+    auto = train_unet.TileSettings("auto", 64)
+    sides = []
+    for gigabytes in (0.01, 1, 4, 1000):
+        monkeypatch.setattr(train_unet, "free_memory", lambda device, size=gigabytes: int(size * 1e9))
+        height, width = train_unet.choose_tile(auto, model, Framing(128, "crop"), 0, 3, CPU)
+        assert height == width
+        sides.append(height)
+    assert sides[0] == 256 < sides[1] < sides[2] < sides[3] == 4096
+    assert sides[2] / sides[1] == pytest.approx(2, abs=0.02)  # four times the pixels
+    paper = train_unet.choose_tile(auto, UNetPaper(1, 2, 2), Framing(188, "crop"), 92, 1, CPU)
+    assert (paper[0] - 60) % 16 == 0
+    given = train_unet.TileSettings([100, 200], 64)
+    assert train_unet.choose_tile(given, model, Framing(128, "crop"), 0, 3, CPU) == (100, 200)
+
+
+@torch.no_grad()
+def test_resized_prediction_comes_back_at_the_files_size():
+    """Against Pillow's resizing of the picture and a naive bilinear enlargement of the logits."""
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(3, 2, 1)
+    image = np.random.default_rng(0).integers(0, 256, (60, 90, 3)).astype(np.uint8)
+    logits = predict_picture(model, image, Framing([20, 30], "resize"), 0, (99, 99), 0, CPU, "fp32")
+    small = np.array(Image.fromarray(image).resize((30, 20), Image.Resampling.BILINEAR)).astype(np.float32) / 255
+    small_logits = model(torch.from_numpy(small).permute(2, 0, 1)[None])[0].numpy()
+    assert logits.shape == (2, 60, 90)
+    for y, x in ((0, 0), (59, 89), (30, 41), (17, 88)):
+        sy, sx = np.clip((y + 0.5) / 3 - 0.5, 0, 19), np.clip((x + 0.5) / 3 - 0.5, 0, 29)
+        y0, x0 = int(sy), int(sx)
+        y1, x1, fy, fx = min(y0 + 1, 19), min(x0 + 1, 29), sy - y0, sx - x0
+        top = (1 - fx) * small_logits[:, y0, x0] + fx * small_logits[:, y0, x1]
+        bottom = (1 - fx) * small_logits[:, y1, x0] + fx * small_logits[:, y1, x1]
+        assert np.abs(logits[:, y, x].numpy() - ((1 - fy) * top + fy * bottom)).max() < 0.01
+
+
+@torch.no_grad()
+def test_dark_picture_is_not_brightened():
+    """Scaled by its type, not by its largest value (D1 8): a picture of ones is nearly black."""
+    model = torch.nn.Conv2d(1, 2, 1)
+    for value in (1, 200):
+        image = np.full((8, 8, 1), value, np.uint8)
+        logits = predict_picture(model, image, Framing(8, "crop"), 0, (8, 8), 0, CPU, "fp32")
+        expected = model(torch.full((1, 1, 8, 8), value / 255))[0]
+        torch.testing.assert_close(logits, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation
+
+
+class ColorReader(torch.nn.Module):
+    """A network that knows the tiny pictures' colours, and is wrong in its upper left corner."""
+
+    def forward(self, images):
+        colors = torch.from_numpy(COLORS).float() / 255
+        logits = -10 * (images[:, None] - colors[None, :, :, None, None]).abs().sum(2)  # (B, C, H, W)
+        logits[:, 2, :10, :10] = 5
+        return logits
+
+
+def run_evaluate(items, model, split="val"):
+    framing = Framing(64, "crop")
+    return train_unet.evaluate(model, items, split, framing, 0, (99, 99), 0, LOSS, None, CPU, "fp32", None, 0)
+
+
+def test_evaluation_equals_a_slow_loop(root):
+    items = val_items(root)
+    values, matrix = run_evaluate(items, ColorReader())
+    pred, truth, losses = [], [], []
+    for item in items:
+        image, class_map = read_item(item)
+        logits = ColorReader()(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255)
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.from_numpy(class_map).long()[None]).item())
+        pred.append(logits[0].argmax(0).flatten().numpy())
+        truth.append(class_map.flatten())
+    pred, truth = np.concatenate(pred), np.concatenate(truth)
+    ious = [((pred == c) & (truth == c)).sum() / ((pred == c) | (truth == c)).sum() for c in range(3)]
+    dices = [2 * ((pred == c) & (truth == c)).sum() / ((pred == c).sum() + (truth == c).sum()) for c in range(3)]
+    assert values["val/mean_iou"] == pytest.approx(np.mean(ious)) and 0.5 < np.mean(ious) < 1
+    assert values["val/dice"] == pytest.approx(np.mean(dices))
+    assert values["val/pixel_accuracy"] == pytest.approx((pred == truth).mean())
+    assert values["val/loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert [values[f"val/iou_{name}"] for name in NAMES] == pytest.approx(ious)
+    assert values["val/num_images"] == 3 and matrix.dtype == np.int64 and matrix.sum() == len(truth)
+    assert run_evaluate(items[::-1], ColorReader())[1].tolist() == matrix.tolist()
+    majority = train_unet.majority_metrics(matrix, "val")
+    counts = np.bincount(truth)
+    assert majority["val/pixel_accuracy"] == pytest.approx(counts.max() / counts.sum())
+    assert majority["val/mean_iou"] == pytest.approx(counts.max() / counts.sum() / 3)
+
+
+def test_validation_is_never_augmented_and_leaves_no_graph(root, monkeypatch):
+    """Twice the same (the series augments its test set); really without gradient (D3)."""
+
+    def refuse(*args):
+        raise AssertionError("validation data was augmented")
+
+    monkeypatch.setattr(train_unet, "training_view", refuse)
+    model, seen = UNet(3, 3, 4, 2, "bilinear"), []
+    model.register_forward_hook(lambda module, inputs, outputs: seen.append((module.training, outputs.requires_grad)))
+    model.train()
+    first, second = (run_evaluate(val_items(root), model)[0] for _ in range(2))
+    assert first == second and set(seen) == {(False, False)}
+
+
+def test_ignored_pixels_and_absent_classes_are_left_out(root, tmp_path):
+    image, class_map = draw_pair(np.random.default_rng(4), 48, 64)
+    class_map[class_map == 1] = 0  # no disc
+    class_map[:12] = 255  # the corner where the network is wrong
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    write_image(tmp_path / "images" / "a.png", COLORS[np.where(class_map == 255, 0, class_map)])
+    write_image(tmp_path / "masks" / "a.png", class_map)
+    overrides = ["data.val_list=null", "data.test_list=null", "data.val_fraction=1", "data.test_fraction=0"]
+    config = compose_config(*tiny_overrides(root), *overrides, f"data.root={tmp_path}", "data.ignore_values=[255]")
+    items = train_unet.list_splits(train_unet.read_data_settings(config["data"])[2])["val"]
+    values, matrix = run_evaluate(items, ColorReader())
+    assert values["val/mean_iou"] == values["val/pixel_accuracy"] == 1.0 and matrix.sum() == 36 * 64
+    assert "val/iou_disc" not in values and "val/iou_square" in values
+    lines = train_unet.remarks_on_predictions(matrix, NAMES, "val")
+    assert len(lines) == 1 and lines[0].startswith("no pixel of the val pictures is disc")
+
+
+@pytest.mark.parametrize("share, is_warned", [(0.996, True), (0.994, False)])
+def test_class_that_gets_nearly_all_predictions_is_named(share, is_warned):
+    truth = np.array([6000, 4000])
+    matrix = np.rint(np.stack([truth * share, truth * (1 - share)], 1)).astype(np.int64)
+    lines = train_unet.remarks_on_predictions(matrix, ("sea", "sky"), "val")
+    assert bool(lines) == is_warned
+    if is_warned:
+        assert "warning" in lines[0] and "sea" in lines[0] and "(in truth 60.00%)" in lines[0]
+
+
+def test_run_warns_of_a_network_with_one_answer(root, tmp_path, quick, capfd):
+    """milesial's all-black masks with a Dice of .91: here the class is named."""
+    config = compose_config(*tiny_overrides(root), "train.steps=2", "optim.lr=1e-9", "loss.class_weights=[100,0.01,0]")
+    real = train_unet.build_network
+
+    def biased(*args):
+        model = real(*args)
+        torch.nn.init.constant_(model.head.weight, 0)
+        model.head.bias.data = torch.tensor([0.0, 9.0, 0.0])
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_unet, "build_network", biased)
+        train_in(tmp_path / "run", config)
+    assert "100.00% of all val pixels are predicted to be disc" in "".join(capfd.readouterr())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings
+
+
+def test_typo_on_the_command_line_names_the_key(root):
+    for override in ("train.stepz=3", "trian.steps=3", "data.rooot=x", "model.dpth=2"):
+        with pytest.raises(ConfigCompositionException) as error:
+            compose_config(*tiny_overrides(root), override)
+        assert override.split("=")[0] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, key",
+    [
+        ("train: {stepz: 3}", "stepz"),
+        ("optim: {learning_rate: 3}", "learning_rate"),
+        ("loss: {focl: 1}", "focl"),
+        ("data: {rooot: x}", "rooot"),
+        ("model: {dpth: 64}", "dpth"),
+        ("tiles: {sise: 64}", "sise"),
+        ("train: {steps: many}", "train.steps"),
+        ("data: {image_size: large}", "data.image_size"),
+        ("model: {base_channels: wide}", "model.base_channels"),
+    ],
+)
+def test_typo_in_a_preset_names_the_key(content, key, root, tmp_path, quick):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{content}\n")
+    config = compose_config(*tiny_overrides(root), "experiment=mine", f"hydra.searchpath=[file://{tmp_path}]")
+    changed = OmegaConf.create(config)
+    OmegaConf.update(changed, content.split(":")[0], OmegaConf.create(content)[content.split(":")[0]], force_add=True)
+    with pytest.raises((TypeError, ValueError), match=rf"\b{key}\b"):
+        train_in(tmp_path / "run", OmegaConf.to_container(changed))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.steps=-1",
+        "train.batch_size=0",
+        "train.accumulate=0",
+        "train.eval_every=0",
+        "train.select_by=val/iou",
+        "train.clip_norm=0",
+        "optim.lr=0",
+        "train.eval_images=0",
+        "train.early_stop_evals=0",
+        "data.fit=pad",
+        "data.image_size=0",
+        "data.image_size=[1,2,3]",
+        "data.scale=[0,1]",
+        "data.scale=[1.5,1]",
+        "data.rotation=200",
+        "data.color_jitter=2",
+        "data.elastic_px=-1",
+        "loss.class_weights=balanced",
+        "loss.class_weights=[1,2]",
+        "loss.border_weight=-1",
+        "loss.border_sigma=0",
+        "optim.name=rmsprop",
+        "optim.schedule=plateau",
+        "optim.step_every=0",
+        "optim.betas=[0.9]",
+        "tiles.size=big",
+        "tiles.size=64",
+        "tiles.overlap=-1",
+    ],
+)
+def test_value_that_makes_no_sense_is_named(override, root, tmp_path, quick):
+    key, value = override.split("=")
+    shown = value.strip("[]").replace(",", ", ")
+    with pytest.raises(ValueError, match=rf"^{key} is \[?{shown}(\.0)?\]?; must be "):
+        train_in(tmp_path / "run", compose_config(*tiny_overrides(root), override))
+
+
+def test_size_that_the_unpadded_network_cannot_take_names_the_nearest():
+    with pytest.raises(ValueError, match=r"^data.image_size is 256; .*16 k \+ 60.*nearest are 252 and 268"):
+        train_unet.check_size("data.image_size", 256, 92)
+    with pytest.raises(ValueError, match=r"^tiles.size is 188; must be at least 204"):
+        train_unet.check_tiles(train_unet.TileSettings(188, 0), 92)
+    train_unet.check_tiles(train_unet.TileSettings([204, 572], 0), 92)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_composes_and_fixes_its_model(name):
+    config = compose_config(f"experiment={name}", "data_root=/nowhere")
+    framing, _, _ = train_unet.read_data_settings(config["data"])
+    train_unet.check_size("data.image_size", framing.image_size, train_unet.output_margin(config["model"]))
+    train_unet.build_network(config["model"], config["data"]["channels"], config["data"]["num_classes"])
+    assert "override /model:" in (ROOT / "configs" / "experiment" / f"{name}.yaml").read_text()
+
+
+def test_there_are_presets():
+    pets = {f"pets_{name}" for name in ("unet", "segnet", "segnet_dsc", "vit", "fcn")}
+    assert set(PRESETS) >= {"unet_isbi_paper", "camvid_unet", *pets}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_trains_two_steps(name, tmp_path, quick):
+    """On a tiny dataset in the layout that the preset reads, with a narrower network."""
+    data_root = write_data_root(tmp_path / "data")
+    overrides = [f"experiment={name}", f"data_root={data_root}", "device=cpu", "num_workers=0"]
+    overrides += ["train.steps=2", "train.batch_size=1", "tiles.size=auto"]
+    overrides += ["model.dim=24", "model.num_blocks=2"] if name == "pets_vit" else ["model.base_channels=4"]
+    overrides += ["data.image_size=204"] if name == "unet_isbi_paper" else ["data.image_size=64"]
+    last = train_in(tmp_path / "run", compose_config(*overrides))
+    assert last["step"] == 2
+    assert [row["step"] for row in last["metrics"] if "val/mean_iou" in row] == [0, 2]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["metrics"]["last"]["val/num_images"] >= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a user sees when something is wrong
+
+
+def fails_with(monkeypatch, capfd, run_dir, *arguments):
+    status, output = run_main(monkeypatch, capfd, run_dir, *arguments)
+    assert status == 1 and "Traceback" not in output and "error: " in output, output
+    return output[output.rindex("error: ") :]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["mode=predict"], "mode=predict needs checkpoint="),
+        (["mode=predict", "checkpoint={best}"], "mode=predict needs input="),
+        (["mode=evaluate"], "mode=evaluate needs checkpoint="),
+        (["mode=fly"], "mode is fly; must be one of train, evaluate, predict, summary"),
+        (["checkpoint={best}"], "checkpoint= is given but mode is train"),
+        (["input=x.png"], "input= is given but mode is train"),
+        (["mode=evaluate", "checkpoint={best}", "resume=x"], "resume= is given but mode is evaluate"),
+        (["mode=evaluate", "checkpoint={best}", "split=all"], "split is all; must be one of train, val, test"),
+        (["mode=evaluate", "checkpoint={best}", "train.steps=4"], "train.steps= has no effect with mode=evaluate"),
+        (["mode=evaluate", "checkpoint={best}", "data_root=/x"], "give data.root=<folder>"),
+        (["mode=evaluate", "checkpoint={best}", "data.root=/x"], "data.root /x is not a folder"),
+        (["mode=evaluate", "checkpoint={best}", "data.image_size=99"], "data.image_size is 99; checkpoint"),
+        (["mode=evaluate", "checkpoint={best}", "data=camvid"], "data.num_classes is 11; checkpoint"),
+        (["mode=predict", "checkpoint={best}", "input=x", "model=segnet"], "is of the model {'name': 'unet'"),
+        (["mode=predict", "checkpoint={best}", "input=/nowhere.png"], "input /nowhere.png does not exist"),
+        (["mode=predict", "checkpoint=/nowhere.pt", "input=x"], "checkpoint /nowhere.pt does not exist"),
+        (["optim=adamw"], "model.lr"),
+    ],
+)
+def test_command_that_makes_no_sense(arguments, message, overfitted, tmp_path, monkeypatch, capfd):
+    arguments = [argument.replace("{best}", str(overfitted[0] / "best.pt")) for argument in arguments]
+    assert message in fails_with(monkeypatch, capfd, tmp_path / "run", *arguments)
+
+
+def test_checkpoint_of_another_script_or_model(overfitted, tmp_path, monkeypatch, capfd):
+    arguments = ["mode=predict", "input=x.png", f"checkpoint={tmp_path / 'other.pt'}"]
+    torch.save({"model": {}, "config": {"model": {"name": "sam2_nano"}}, "format": 1}, tmp_path / "other.pt")
+    message = fails_with(monkeypatch, capfd, tmp_path / "run", *arguments)
+    assert "was not written by train_unet.py" in message
+    write_image(tmp_path / "x.png", np.zeros((9, 9, 3), np.uint8))
+    state = torch.load(overfitted[0] / "best.pt", weights_only=True)
+    state["config"]["model"]["base_channels"] = 4
+    torch.save(state, tmp_path / "other.pt")
+    arguments[1] = f"input={tmp_path / 'x.png'}"
+    message = fails_with(monkeypatch, capfd, tmp_path / "again", *arguments)
+    assert "does not hold the weights of its model unet" in message and "size mismatch" in message
+
+
+def test_mask_with_a_class_that_the_model_lacks(overfitted, tmp_path, monkeypatch, capfd, quick):
+    """In training and in evaluation of a checkpoint: the file is named, and the YAML line that mends it."""
+    root = write_dataset(tmp_path / "data")
+    mask = np.array(Image.open(root / "masks" / "008.png"))
+    mask[0, :5] = 3
+    write_image(root / "masks" / "008.png", mask)
+    message = fails_with(monkeypatch, capfd, tmp_path / "run", *tiny_overrides(root))
+    assert "008.png" in message and "num_classes: 4" in message
+    assert not (tmp_path / "run" / "run.json").exists()
+    arguments = ["mode=evaluate", f"checkpoint={overfitted[0] / 'best.pt'}", f"data.root={root}"]
+    message = fails_with(monkeypatch, capfd, tmp_path / "again", *arguments)
+    assert "008.png" in message
+    status, output = run_main(monkeypatch, capfd, tmp_path / "skip", *arguments, "data.on_bad=skip")
+    assert status == 0 and "1 images;" in output
+
+
+def test_check_lists_every_fault_and_stops(tmp_path, monkeypatch, capfd, quick):
+    root = write_dataset(tmp_path / "data")
+    for name in ("000", "001"):
+        (root / "images" / f"{name}.png").write_bytes(b"no picture")
+    (root / "masks" / "002.png").unlink()
+    status, output = run_main(monkeypatch, capfd, tmp_path / "run", *tiny_overrides(root), "check=true")
+    assert status == 1
+    listed = output.split("cannot be used")[0]
+    for name in ("000.png", "001.png", "002.png"):
+        assert name in listed
+    assert not (tmp_path / "run" / "last.pt").exists() and not (tmp_path / "run" / "run.json").exists()
+
+
+def test_grey_pictures_for_a_colour_network_are_repeated_and_remarked_on(root, tmp_path, monkeypatch, capfd, quick):
+    grey = write_dataset(tmp_path / "data")
+    for path in (grey / "images").glob("*.png"):
+        Image.fromarray(read_image(path)[..., 0]).save(path)
+    status, output = run_main(monkeypatch, capfd, tmp_path / "run", *tiny_overrides(grey), "train.steps=1")
+    assert status == 0 and "channels: 1" in output
+    status, _ = run_main(
+        monkeypatch, capfd, tmp_path / "one", *tiny_overrides(grey), "train.steps=1", "data.channels=1"
+    )
+    assert status == 0
