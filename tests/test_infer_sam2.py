@@ -32,6 +32,7 @@ MANY_MASKS = [  # random weights: masks cover the whole picture and no score is 
     "automatic.stability_score_offset=0.1",
     "automatic.box_nms_thresh=1.0",
     "automatic.points_per_side=6",
+    "automatic.crop_n_layers=0",
 ]
 
 
