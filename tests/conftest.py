@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: more threads would only wait
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
 
 @pytest.fixture(scope="session")
 def data_root() -> Path:

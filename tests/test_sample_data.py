@@ -1,4 +1,4 @@
-"""utils/sample_data.py: generated scenes and glassware, and how they lie on disk."""
+"""utils/sample_data.py: generated scenes, glassware and pets, and how they lie on disk."""
 
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -6,11 +6,22 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import numpy as np
 import pytest
+import skimage.data
 import yaml
+from torchvision.datasets import OxfordIIITPet
 
-from utils import sample_data
+from utils import sample_data, semantic_data
 from utils.instance_data import object_ids, read_item, split_items
-from utils.sample_data import REPOSITORY, draw_glassware, draw_scene, read_photographs, write_samples
+from utils.sample_data import (
+    REPOSITORY,
+    draw_glassware,
+    draw_moving_shapes,
+    draw_pet,
+    draw_scene,
+    read_photographs,
+    write_samples,
+)
+from utils.semantic_check import check_items
 
 
 def data_config(name: str, root) -> dict:
@@ -37,6 +48,22 @@ def test_a_scene_is_a_function_of_its_generator():
         assert ids.shape == (128, 128) and ids.dtype == np.int32 and ids.min() >= 0
     assert len({scene(index)[0].tobytes() for index in range(6)}) == 6
     assert scene(0, 96)[0].shape == (96, 96, 3)
+
+
+def test_textures_come_from_the_photographs_of_scikit_image():
+    photographs = read_photographs()
+    assert len(photographs) == 12 and all(one.shape[2] == 3 and one.dtype == np.uint8 for one in photographs)
+    assert np.array_equal(photographs[0], skimage.data.astronaut())
+    assert any(
+        not np.array_equal(scene(index)[0], draw_scene(np.random.default_rng([5, index]), 128, [])[0])
+        for index in range(4)
+    )
+
+
+def test_without_scikit_image_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(sample_data.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install scikit-image"):
+        read_photographs.__wrapped__()
 
 
 def test_scenes_have_objects_of_many_sizes_and_numbers():
@@ -268,3 +295,143 @@ def test_an_unknown_kind_is_refused(repository):
     with pytest.raises(ValueError, match="data.generate is 'cups'; must be one of glassware, scenes"):
         write_samples("cups", "data/cups")
     assert list(repository.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pets
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generated") / "oxford-iiit-pet"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample_data, "NUM_PETS", {"trainval": 10, "test": 5})
+        sample_data._write_pets(folder)
+    return folder
+
+
+def test_a_pet_is_a_function_of_its_generator():
+    for index in range(4):
+        image_rgb, trimap = draw_pet(np.random.default_rng([5, index]), index % 2 == 0, 96, 120)
+        again_rgb, again = draw_pet(np.random.default_rng([5, index]), index % 2 == 0, 96, 120)
+        assert np.array_equal(image_rgb, again_rgb) and np.array_equal(trimap, again)
+        assert image_rgb.shape == (96, 120, 3) and trimap.shape == (96, 120)
+        assert image_rgb.dtype == trimap.dtype == np.uint8 and set(np.unique(trimap)) == {1, 2, 3}
+
+
+def test_the_border_separates_pet_and_background():
+    shares = np.zeros(4)
+    for index in range(40):
+        _, trimap = draw_pet(np.random.default_rng([6, index]), index % 2 == 0, 128, 160)
+        for near, far in ((1, 2), (2, 1)):
+            grown = cv2.dilate((trimap == near).astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+            assert not (grown & (trimap == far)).any()
+        assert (trimap == 1).mean() > 0.03
+        shares += np.bincount(trimap.ravel(), minlength=4) / trimap.size / 40
+    assert 0.2 < shares[1] < 0.45 and 0.4 < shares[2] < 0.7 and 0.08 < shares[3] < 0.2  # real: 0.27, 0.61, 0.12
+
+
+def test_the_picture_shows_the_pet_where_the_trimap_says():
+    """Fur is brown, grey, black or white; the background green, blue or pink."""
+    fur, background = [], []
+    for index in range(30):
+        image_rgb, trimap = draw_pet(np.random.default_rng([7, index]), index % 2 == 0, 128, 160)
+        hue, saturation, _ = cv2.split(cv2.cvtColor(cv2.blur(image_rgb, (3, 3)), cv2.COLOR_RGB2HSV))  # hue 0..180
+        is_colored = (hue > 40) & (hue < 165) & (saturation > 45)
+        fur.append(is_colored[trimap == 1].mean())
+        background.append(is_colored[trimap == 2].mean())
+    assert np.median(fur) < 0.1 and np.median(background) > 0.9
+    assert np.mean(np.array(background) > np.array(fur)) > 0.9
+
+
+def test_pets_lie_in_the_layout_of_oxford_pet(pets):
+    """torchvision's reader is the judge; it reads the classes, too."""
+    annotations = pets / "annotations"
+    for split, num_pictures in (("trainval", 10), ("test", 5)):
+        theirs = OxfordIIITPet(pets.parent, split, ["category", "segmentation"])
+        assert len(theirs) == num_pictures and theirs.classes == ["Drawn Cat", "Drawn Dog"]
+        for path, (image, (category, trimap)) in zip(theirs._images, theirs, strict=True):
+            assert image.size == trimap.size and set(np.unique(trimap)) <= {1, 2, 3}
+            assert category == int("dog" in path.name) and path.name[0].isupper() == (category == 0)  # cats: capitals
+    lines = (annotations / "list.txt").read_text().splitlines()
+    assert lines[0].startswith("#") and len([line for line in lines if not line.startswith("#")]) == 15
+    assert len(list((pets / "images").iterdir())) == len(list((annotations / "trimaps").iterdir())) == 15
+
+
+def test_pets_are_read_by_the_default_config(pets):
+    config = yaml.safe_load((REPOSITORY / "configs" / "data" / "pets_sample.yaml").read_text())
+    assert config.pop("generate") == "pets" and config["root"] == "data/generated_pets"
+    splits = semantic_data.split_items(**config | {"root": str(pets)})
+    assert [len(split) for split in splits] == [8, 2, 5]
+    report = check_items(sum(splits, []))
+    assert report.counts["num_usable"] == 15 and not any(item.remarks for item in report.items)
+    for item in splits[2]:
+        image, class_map = semantic_data.read_item(item)
+        is_cat, index = "cat" in item.name, int(item.name.split("_")[-1]) - 10
+        drawn_rgb, trimap = draw_pet(np.random.default_rng([2, index]), is_cat, *image.shape[:2])
+        assert np.array_equal(class_map, trimap - 1)
+        assert np.abs(image.astype(int) - drawn_rgb).mean() < 12  # JPEG
+
+
+def test_pets_are_written_once(repository, monkeypatch, capsys):
+    monkeypatch.setattr(sample_data, "NUM_PETS", {"trainval": 2, "test": 1})
+    folder = write_samples("pets", "data/generated_pets")
+    assert folder == repository / "data" / "generated_pets" and "writing generated pets" in capsys.readouterr().out
+    first = contents(folder)
+    assert len(first) == 2 * 3 + 3
+    write_samples("pets", "data/generated_pets")
+    assert capsys.readouterr().out == ""
+    assert contents(write_samples("pets", "data/again")) == first
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# moving shapes
+
+
+def moving(index: int):
+    return draw_moving_shapes(np.random.default_rng([6, index]), 14, 160, 200)
+
+
+def test_moving_shapes_are_a_function_of_their_generator():
+    frames, boxes_xywh, cover = moving(0)
+    again, again_boxes, again_cover = moving(0)
+    assert all(np.array_equal(one, other) for one, other in zip(frames, again, strict=True))
+    assert np.array_equal(boxes_xywh, again_boxes) and np.array_equal(cover, again_cover)
+    assert len(frames) == 14 and frames[0].shape == (160, 200, 3) and frames[0].dtype == np.uint8
+    assert boxes_xywh.shape == (14, 4) and boxes_xywh.dtype == np.float64 and cover.dtype == np.int64
+    assert not np.array_equal(moving(1)[0][0], frames[0])
+
+
+def test_the_box_goes_where_the_shape_goes():
+    """The first frame's patch is found again near the later boxes, better than anywhere else nearby."""
+    found_near = []
+    for index in range(6):
+        frames, boxes_xywh, cover = moving(index)
+        assert (boxes_xywh[:, :2] >= 0).all() and (boxes_xywh[:, :2] + boxes_xywh[:, 2:] <= [200, 160]).all()
+        assert boxes_xywh[:, 2:].min() > 16 and cover.min() >= 0 and cover.max() == 8
+        x, y, w, h = boxes_xywh[0].astype(int)
+        patch = frames[0][y : y + h, x : x + w]
+        for t in (3, 6):
+            if cover[t] < 8:
+                continue
+            x, y = (boxes_xywh[t, :2] + (boxes_xywh[t, 2:] - boxes_xywh[0, 2:]) / 2).round().astype(int)
+            left, top = max(x - 25, 0), max(y - 25, 0)
+            window = frames[t][top : y + h + 25, left : x + w + 25]
+            match = cv2.matchTemplate(window, patch, cv2.TM_CCOEFF_NORMED)
+            best_y, best_x = np.unravel_index(match.argmax(), match.shape)
+            found_near.append(np.hypot(left + best_x - x, top + best_y - y) < 4)
+    assert len(found_near) >= 8 and np.mean(found_near) > 0.85
+
+
+def test_cover_is_what_is_seen_of_the_shape(monkeypatch):
+    """Draw shapes that stand still, all on one spot: one in front hides the target, or none does."""
+    still = np.array([[0.5, 0, 60], [0, 0.5, 40]])
+    monkeypatch.setattr(sample_data, "_draw_motion", lambda rng, num_frames, *size: [still] * num_frames)
+    square = np.array([[40.0, 40], [119, 40], [119, 119], [40, 119]])
+    monkeypatch.setattr(sample_data, "_sprite_outline", lambda rng: square)
+    covers = set()
+    for index in range(12):
+        _, boxes_xywh, cover = draw_moving_shapes(np.random.default_rng(index), 2, 160, 200)
+        assert np.abs(boxes_xywh - [80, 60, 40, 40]).max() <= 1
+        covers |= set(cover.tolist())
+    assert covers == {0, 8}

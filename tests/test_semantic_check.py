@@ -86,6 +86,15 @@ def test_a_missing_mask_and_a_stray_picture_are_named(tmp_path):
         assert f"no file {tmp_path}/{name}" in lines
 
 
+def test_a_few_odd_names_are_no_pairing_rule(tmp_path):
+    write_pairs(tmp_path, 20)
+    for name in ("005", "006"):
+        (tmp_path / "masks" / f"{name}.png").rename(tmp_path / "masks" / f"{name}_old.png")
+    message = refused(tmp_path)
+    assert "4 of 22 pairs lack a file" in message and "complete or remove the pair" in message
+    assert not yaml_lines(message)
+
+
 def test_a_stray_folder_of_pictures_is_named(tmp_path):
     """A folder among the pictures was taken for one of them (milesial #202, #312)."""
     write_pairs(tmp_path, 6)

@@ -2,7 +2,8 @@
 
 `draw_scene` draws what `sam2_nano` is pre-trained on: textured shapes that cover one another, parts on parts, crowds of
 small blobs, thin strokes, regions that fill the frame. `draw_glassware` draws vessels with materials inside, for the
-default run of train_sam2.py. Every picture is a function of its seed and index alone.
+default run of train_sam2.py, `draw_pet` cats and dogs, for that of train_unet.py, and `draw_moving_shapes` videos, for
+those of train_siamfc.py and track.py. Every picture is a function of its seed and index alone.
 """
 
 import functools
@@ -408,25 +409,291 @@ def _draw_glass(rng: np.random.Generator, picture: np.ndarray, vessel: np.ndarra
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# pets: the default dataset of train_unet.py
+
+FUR_COLORS = np.float32(
+    [[48, 44, 42], [226, 220, 212], [132, 132, 136], [200, 126, 62], [118, 78, 48], [222, 190, 150]]
+)
+
+
+def draw_pet(rng: np.random.Generator, is_cat: bool, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a cat or a dog, standing, sitting or close up, among objects that are none.
+
+    Args:
+        rng: the picture's own generator.
+        is_cat: pointed ears and a thin tail, or hanging ears, a snout and a thick tail.
+    Returns:
+        image_rgb uint8 (H, W, 3); trimap uint8 (H, W): 1 pet, 2 background, 3 the border between them.
+    """
+    size = max(height, width)
+    picture = _texture(rng, size, _random_hue(rng))[:height, :width].copy()
+    floor_y = int(height * rng.uniform(0.5, 0.9))
+    picture[floor_y:] = _texture(rng, size, _random_hue(rng))[: height - floor_y, :width]
+    for _ in range(int(rng.integers(0, 5))):
+        _draw_object(rng, picture, size)
+
+    body, head = _pet_outlines(rng, is_cat, height, width)
+    pet = np.zeros((height, width), bool)
+    fur, shades = _fur(rng, size)[:height, :width], rng.uniform(0.75, 1.1, len(body) + len(head))
+    for (points, thickness), shade in zip(body + head, shades, strict=True):
+        part = np.zeros((height, width), np.uint8)
+        if thickness == 0:
+            cv2.fillPoly(part, [points], 1)
+        else:
+            cv2.polylines(part, [points], False, 1, thickness)
+        pet |= part > 0
+        picture[part > 0] = fur[part > 0] * shade
+    _draw_face(rng, picture, head[0][0], is_cat)
+    if rng.random() < 0.2:
+        pet &= ~_draw_object(rng, picture, size)  # in front of the pet
+
+    picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.4, 0.9))
+    picture = picture + rng.standard_normal((height, width, 1), np.float32) * np.float32(rng.uniform(1, 6))
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (7, 7))
+    trimap = np.full((height, width), 2, np.uint8)
+    trimap[cv2.dilate(pet.astype(np.uint8), disc) > 0] = 3
+    trimap[cv2.erode(pet.astype(np.uint8), disc) > 0] = 1
+    return np.clip(picture, 0, 255).astype(np.uint8), trimap
+
+
+def _random_hue(rng: np.random.Generator) -> np.ndarray:
+    """Draw a colour that no fur has, from green over blue to pink: float32 (3,) RGB."""
+    hsv = np.float32([[[rng.uniform(90, 320), rng.uniform(0.25, 0.7), rng.uniform(0.35, 0.95)]]])
+    return 255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0]
+
+
+def _draw_object(rng: np.random.Generator, picture: np.ndarray, size: int) -> np.ndarray:
+    """Draw a shape that is no pet, in place; return its mask, bool (H, W)."""
+    height, width = picture.shape[:2]
+    radius = size * rng.uniform(0.04, 0.16)
+    mask = _fill(size, _outline(rng, rng.uniform(0, size, 2), radius, int(rng.integers(5))))[:height, :width]
+    if mask.any():
+        _paint(rng, picture, mask, _random_hue(rng), rng.random() < 0.4)
+    return mask
+
+
+def _fur(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Draw fur, plain, striped or in patches: float32 (size, size, 3)."""
+    color, other = FUR_COLORS[rng.choice(len(FUR_COLORS), 2, replace=False)] + rng.normal(0, 8, (2, 3))
+    kind = rng.integers(3)
+    if kind == 0:
+        weight = 0.15 * _smooth_noise(rng, size, 12)
+    elif kind == 1:
+        ramp = np.arange(size, dtype=np.float32)
+        phase = ramp[None] + 0.4 * ramp[:, None] + 20 * _smooth_noise(rng, size, 8)
+        weight = 0.35 * (np.sin(phase * np.float32(2 * np.pi / rng.uniform(6, 12))) > 0.3)
+    else:
+        weight = (_smooth_noise(rng, size, int(rng.integers(4, 8))) > 0.55).astype(np.float32)
+    grain = 1 + 0.25 * (_smooth_noise(rng, size, size // 2) - 0.5)
+    return ((color + weight[..., None] * (other - color)) * grain[..., None]).astype(np.float32)
+
+
+def _pet_outlines(rng: np.random.Generator, is_cat: bool, height: int, width: int) -> tuple[list, list]:
+    """Draw a pet's parts as (points int32 (K, 2) (x, y) px, thickness px, 0: filled): of the body, and of the head.
+
+    In its own frame a pet looks to the right and is about 2 wide and 2 high, y down.
+    """
+    angles = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    circle = np.stack([np.cos(angles), np.sin(angles)], 1)
+    pose = rng.choice(["standing", "sitting", "close up"], p=[0.4, 0.35, 0.25])
+    tail, leg = (0.12, 0.17) if is_cat else (0.2, 0.2)
+    bend = rng.uniform(-0.3, 0.3)
+    if pose == "standing":
+        head_xy, head_radius = np.array([0.72, -0.45]), 0.3
+        body = [(np.array([[-0.6, -0.1], [-0.85, -0.35 + bend], [-0.9, -0.75 + bend]]), tail)]
+        body += [(np.array([[x, 0.1], [x + 0.15 * bend, 0.85]]), leg) for x in (-0.5, -0.3, 0.3, 0.5)]
+        body += [(circle * [0.68, 0.36], 0), (np.array([[0.4, -0.1], [0.66, -0.4]]), 0.36)]
+    elif pose == "sitting":
+        head_xy, head_radius = np.array([0.12, -0.6]), 0.36
+        body = [(np.array([[-0.3, 0.7], [-0.7, 0.75], [-0.95, 0.5 + bend]]), tail)]
+        body += [(circle * [0.45, 0.6] + [0, 0.25], 0), (circle * [0.36, 0.28] + [-0.15, 0.6], 0)]
+        body += [(np.array([[x, 0.2], [x + 0.05, 0.85]]), leg) for x in (0.15, 0.35)]
+    else:
+        head_xy, head_radius = np.array([0.0, -0.1]), 0.72
+        body = [(circle * [0.75, 0.8] + [-0.1, 1.05], 0)]
+    head = [(circle * [1.0, 0.92], 0)]  # in units of its radius, about its centre
+    if is_cat:
+        head += [(np.array([[side * 0.9, -0.4], [side * 0.8, -1.4], [side * 0.2, -0.85]]), 0) for side in (-1, 1)]
+    else:
+        head += [(circle * [0.3, 0.65] + [side * 0.95, -0.05], 0) for side in (-1, 1)]
+        head += [(circle * [0.5, 0.4] + [0.55, 0.35], 0)]
+    head = [(points * head_radius + head_xy, thickness) for points, thickness in head]
+
+    turn, unit_px = rng.normal(0, 0.12), min(height, width) * rng.uniform(0.36, 0.56)
+    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    mirror = np.array([rng.choice([-1, 1]), 1])
+    center_xy = np.array([width, height]) * rng.uniform(0.4, 0.6, 2)
+
+    def place(parts: list) -> list:
+        return [
+            (
+                np.round(points @ rotation.T * mirror * unit_px + center_xy).astype(np.int32),
+                int(np.ceil(thickness * unit_px)),
+            )
+            for points, thickness in parts
+        ]
+
+    return place(body), place(head)
+
+
+def _draw_face(rng: np.random.Generator, picture: np.ndarray, head: np.ndarray, is_cat: bool) -> None:
+    """Draw eyes and a nose into a head's outline, in place."""
+    center_xy, radius = head.mean(0), np.ptp(head[:, 0]) / 2
+    eye_color = rng.choice([[90, 160, 60], [210, 170, 40], [70, 110, 180]] if is_cat else [[70, 45, 25]]).tolist()
+    for side in (-1, 1):
+        eye_xy = np.round(center_xy + radius * np.array([side * 0.4, -0.15])).astype(int).tolist()
+        cv2.circle(picture, eye_xy, max(1, round(radius * 0.17)), eye_color, -1)
+        cv2.circle(picture, eye_xy, max(1, round(radius * 0.08)), (15, 15, 15), -1)
+    nose_xy = np.round(center_xy + radius * np.array([0, 0.3])).astype(int).tolist()
+    cv2.circle(picture, nose_xy, max(1, round(radius * 0.12)), (190, 110, 115) if is_cat else (25, 20, 20), -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# moving shapes
+
+SPRITE_SIZE = 160  # px, of a shape's picture before it is scaled into a frame
+SPRITE_RADIUS = 48.0
+WAYPOINT_FRAMES = 12  # a shape reaches a new place every so many frames
+WAYPOINT_REACH = 55.0  # px, at most: 7 px a frame where it is fastest
+
+
+def draw_moving_shapes(
+    rng: np.random.Generator, num_frames: int, height: int, width: int
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Draw a short video: a textured shape that moves, turns and changes size among others, on ground that moves too.
+
+    Some of the others have its colours or its outline, and some pass in front of it.
+
+    Args:
+        rng: the video's own generator.
+        num_frames: at least 1.
+        height, width: px, at least 160.
+    Returns:
+        frames, uint8 (H, W, 3) each; boxes_xywh float64 (T, 4), 0-based px, tight around the shape's pixels, whether
+        seen or covered; cover int64 (T,), 0 hidden .. 8 wholly visible.
+    """
+    side, margin = max(height, width), 24
+    ground = _texture(rng, side + 2 * margin, _random_color(rng))
+    for _ in range(int(rng.integers(5, 14))):
+        radius = side * rng.uniform(0.03, 0.16)
+        _paint(rng, ground, _random_shape(rng, len(ground), radius), _random_color(rng), rng.random() < 0.3)
+    ground = cv2.GaussianBlur(ground.astype(np.float32), (0, 0), rng.uniform(0.4, 1.2))
+
+    color, outline = _random_color(rng), _sprite_outline(rng)
+    sprites = [_draw_sprite(rng, color, outline)]  # the target, then the others
+    sprites.append(_draw_sprite(rng, color, _sprite_outline(rng)))
+    sprites.append(_draw_sprite(rng, _random_color(rng), outline))
+    sprites += [_draw_sprite(rng, _random_color(rng), _sprite_outline(rng)) for _ in range(int(rng.integers(0, 3)))]
+    motions = [_draw_motion(rng, num_frames, alpha, height, width) for _, alpha in sprites]
+    order = list(range(1, len(sprites)))  # from back to front
+    order.insert(len(order) - int(rng.integers(2)), 0)  # the target in front, or behind one of the others
+
+    pan_xy = margin + margin * np.stack([_wave(rng, num_frames, 60, 200), _wave(rng, num_frames, 60, 200)], 1)
+    light = 1 + 0.12 * _wave(rng, num_frames, 30, 90)
+    grain = np.float32(rng.uniform(1, 5))
+    frames, boxes_xywh, cover = [], np.zeros((num_frames, 4)), np.zeros(num_frames, np.int64)
+    for t in range(num_frames):
+        shift = np.array([[1, 0, -pan_xy[t, 0]], [0, 1, -pan_xy[t, 1]]])
+        frame = cv2.warpAffine(ground, shift, (width, height), borderMode=cv2.BORDER_REPLICATE)
+        for index in order:
+            colors, alpha = sprites[index]
+            place = motions[index][t]  # (2, 3): sprite (x, y) -> frame (x, y)
+            alpha = cv2.warpAffine(alpha, place, (width, height))[..., None]  # (H, W, 1)
+            frame = frame + alpha * (cv2.warpAffine(colors, place, (width, height)) - frame)
+            inside = alpha[..., 0] > 0.5
+            if index == 0:
+                target = seen = inside
+            elif order.index(index) > order.index(0):
+                seen = seen & ~inside
+        xs, ys = np.flatnonzero(target.any(0)), np.flatnonzero(target.any(1))
+        boxes_xywh[t] = xs[0], ys[0], xs[-1] - xs[0] + 1, ys[-1] - ys[0] + 1
+        cover[t] = np.ceil(8 * seen.sum() / target.sum())
+        frame = frame * light[t] + rng.standard_normal((height, width, 1), np.float32) * grain
+        frames.append(np.clip(frame, 0, 255).astype(np.uint8))
+    return frames, boxes_xywh, cover
+
+
+def _wave(rng: np.random.Generator, num_frames: int, min_period: float, max_period: float) -> np.ndarray:
+    """Draw a slow wave: float (T,) in -1..1."""
+    period, phase = rng.uniform(min_period, max_period), rng.uniform(0, 2 * np.pi)
+    return np.sin(2 * np.pi * np.arange(num_frames) / period + phase)
+
+
+def _sprite_outline(rng: np.random.Generator) -> np.ndarray:
+    """Draw an outline in the middle of a sprite, not too thin: float (K, 2) px."""
+    while True:
+        outline = _outline(rng, (SPRITE_SIZE / 2, SPRITE_SIZE / 2), SPRITE_RADIUS, int(rng.integers(5)))
+        extent = np.ptp(outline, 0)
+        if extent.min() > 0.65 * extent.max():
+            return outline
+
+
+def _draw_sprite(rng: np.random.Generator, color: np.ndarray, outline: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a shape with parts: colours float32 (S, S, 3), alpha float32 (S, S) in 0..1."""
+    colors = _texture(rng, SPRITE_SIZE, color).astype(np.float32)
+    mask = _fill(SPRITE_SIZE, outline)
+    for _ in range(int(rng.integers(1, 4))):
+        center = rng.normal(SPRITE_SIZE / 2, 0.35 * SPRITE_RADIUS, 2)
+        part = _fill(SPRITE_SIZE, _outline(rng, center, SPRITE_RADIUS * rng.uniform(0.2, 0.5), int(rng.integers(5))))
+        if (part & mask).any():
+            _paint(rng, colors, part & mask, _random_color(rng), rng.random() < 0.3)
+    rim = mask & ~cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
+    colors[rim] *= rng.uniform(0.3, 1.0)
+    return colors, cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 1.0)
+
+
+def _draw_motion(
+    rng: np.random.Generator, num_frames: int, alpha: np.ndarray, height: int, width: int
+) -> list[np.ndarray]:
+    """Draw how a sprite moves, so that it stays in the frame: for each frame float (2, 3), sprite to frame (x, y)."""
+    middle = (SPRITE_SIZE - 1) / 2
+    reach = np.hypot(*(np.argwhere(alpha > 0) - middle).T).max()  # px, in the sprite
+    scales = rng.uniform(20, 32) / SPRITE_RADIUS * np.exp(rng.uniform(0, 0.25) * _wave(rng, num_frames, 80, 160))
+    angles = rng.uniform(0, 0.3) * _wave(rng, num_frames, 40, 120)
+    margin = min(reach * scales.max() + 1, min(height, width) / 2 - 1)
+    low, high = np.full(2, margin), np.array([width, height]) - margin
+    waypoints = [rng.uniform(low, high)]
+    while len(waypoints) < num_frames // WAYPOINT_FRAMES + 2:
+        waypoints.append(np.clip(waypoints[-1] + rng.uniform(-1, 1, 2) * WAYPOINT_REACH, low, high))
+    places = []
+    for t, (scale, angle) in enumerate(zip(scales, angles, strict=True)):
+        leg, share = divmod(t / WAYPOINT_FRAMES, 1)
+        share = 0.5 - 0.5 * np.cos(np.pi * share)  # slow at the waypoints
+        center_xy = (1 - share) * waypoints[int(leg)] + share * waypoints[int(leg) + 1]
+        turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        places.append(np.concatenate([turn, (center_xy - turn @ [middle, middle])[:, None]], 1))
+    return places
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # on disk
 
 SCENE_SIZE = 256  # px
 NUM_SCENES = 16000
 NUM_GLASSWARE = {"Train": 40, "Test": 16}
+NUM_PETS = {"trainval": 160, "test": 40}
+NUM_MOVING_SHAPES = {"train": 30, "val": 6}  # videos
+MOVING_SHAPES_FRAMES, MOVING_SHAPES_HW = 30, (240, 320)
 
 
 def write_samples(kind: str, root: str) -> Path:
     """Write a generated dataset to the repository, unless it is there already.
 
     Args:
-        kind: "glassware" (LabPics V1 layout) or "scenes" (pictures and label maps).
+        kind: "glassware" (LabPics V1 layout), "pets" (Oxford-IIIT Pet layout), "moving_shapes" (GOT-10k layout) or
+            "scenes" (pictures and label maps).
         root: the dataset's folder below the repository.
     Returns:
         the folder's path.
     Raises:
         ValueError: for another kind.
     """
-    writers = {"glassware": _write_glassware, "scenes": _write_scenes}
+    writers = {
+        "glassware": _write_glassware,
+        "pets": _write_pets,
+        "moving_shapes": _write_moving_shapes,
+        "scenes": _write_scenes,
+    }
     if kind not in writers:
         raise ValueError(f"data.generate is {kind!r}; must be one of {', '.join(writers)}")
     folder = REPOSITORY / root
@@ -458,6 +725,68 @@ def _write_glassware(folder: Path) -> None:
             ids_rgb = np.stack([vessel_ids, np.zeros_like(vessel_ids), material_ids], 2)
             write_image(folder / "Simple" / split / "Image" / f"Glass_{index:03d}.jpg", image_rgb)
             write_image(folder / "Simple" / split / "Instance" / f"Glass_{index:03d}.png", ids_rgb)
+
+
+def _write_pets(folder: Path) -> None:
+    """Write the pets: <folder>/images/<name>.jpg, annotations/trimaps/<name>.png, annotations/{list,trainval,test}.txt.
+
+    A line of a list has the name, the number of the class, the species (1 cat, 2 dog) and the number of the breed.
+    """
+    annotations = folder / "annotations"
+    (folder / "images").mkdir(parents=True)
+    (annotations / "trimaps").mkdir(parents=True)
+    lists = {"trainval": [], "test": []}
+    for split, num_pictures in NUM_PETS.items():
+        for index in range(num_pictures):
+            is_cat = index % 2 == 0
+            name = (
+                f"{'Drawn_cat' if is_cat else 'drawn_dog'}_{index + (NUM_PETS['trainval'] if split == 'test' else 0)}"
+            )
+            height, width = [(128, 160), (160, 128), (144, 144)][index % 3]
+            rng = np.random.default_rng([2 if split == "test" else 1, index])
+            image_rgb, trimap = draw_pet(rng, is_cat, height, width)
+            write_image(folder / "images" / f"{name}.jpg", image_rgb)
+            write_image(annotations / "trimaps" / f"{name}.png", trimap)
+            lists[split].append(f"{name} 1 1 1" if is_cat else f"{name} 2 2 1")
+    header = ["#Image CLASS-ID SPECIES BREED ID", "#SPECIES: 1:Cat 2:Dog"]
+    lists["list"] = header + sorted(lists["trainval"] + lists["test"])
+    for list_name, lines in lists.items():
+        (annotations / f"{list_name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_moving_shapes(folder: Path) -> None:
+    """Write the videos: <folder>/{train,val}/<name>/{00000001.jpg, ..., groundtruth.txt, *.label, meta_info.ini}.
+
+    As in GOT-10k, boxes count from 1. In the third training video the shape is away for a while: no box, cover 0.
+    """
+    height, width = MOVING_SHAPES_HW
+    for split, num_videos in NUM_MOVING_SHAPES.items():
+        names = [f"moving_shapes_{split}_{index + 1:06d}" for index in range(num_videos)]
+        for index, name in enumerate(names):
+            rng = np.random.default_rng([4 if split == "val" else 3, index])
+            frames, boxes_xywh, cover = draw_moving_shapes(rng, MOVING_SHAPES_FRAMES, height, width)
+            boxes_xywh[:, :2] += 1
+            is_cut = (boxes_xywh[:, :2] <= 1) | (boxes_xywh[:, :2] + boxes_xywh[:, 2:] > [width, height])
+            absent = np.zeros(len(frames), bool)
+            if split == "train" and index == 2:
+                absent[12:18] = True
+                frames[12:18] = [cv2.GaussianBlur(frame, (0, 0), 25) for frame in frames[12:18]]
+                boxes_xywh[absent], cover[absent] = -1, 0
+            labels = {"cover": cover, "absence": absent, "cut_by_image": is_cut.any(1)}
+            texts = {f"{label}.label": "".join(f"{value:d}\n" for value in values) for label, values in labels.items()}
+            texts["groundtruth.txt"] = "".join(",".join(f"{value:.4f}" for value in box) + "\n" for box in boxes_xywh)
+            texts["meta_info.ini"] = (
+                f"[METAINFO]\nurl: generated\nbegin: 00:00:00\nend: 00:00:{len(frames) // 10:02d}\nanno_fps: 10Hz\n"
+                "object_class: shape\nmotion_class: move\nmajor_class: shape\nroot_class: object\n"
+                f"motion_adverb: smoothly\nresolution: ({width}, {height})\n"
+            )
+            video_dir = folder / split / name
+            video_dir.mkdir(parents=True)
+            for t, frame in enumerate(frames):
+                write_image(video_dir / f"{t + 1:08d}.jpg", frame)
+            for file_name, text in texts.items():
+                (video_dir / file_name).write_text(text, encoding="utf-8", newline="")
+        (folder / split / "list.txt").write_text("\n".join(names) + "\n", encoding="utf-8", newline="")
 
 
 def _write_scenes(folder: Path) -> None:
