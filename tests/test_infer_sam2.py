@@ -475,3 +475,21 @@ def test_pictures_are_listed_sorted_without_hidden_files(tmp_path):
     for name in ("b.PNG", "a.jpg", ".hidden.png", "notes.txt"):
         (tmp_path / name).touch()
     assert [path.name for path in list_images(tmp_path)] == ["a.jpg", "b.PNG"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# real photographs
+
+
+@pytest.mark.slow
+def test_the_bundled_nano_finds_things_in_real_photographs(data_root, tmp_path):
+    pictures = data_root / "SAM2_media" / "images"
+    done = run_command(f"input={pictures}", "hydra.run.dir=run", cwd=tmp_path)  # as a user would: all else is default
+    assert done.returncode == 0, done.stderr
+    num_masks, num_objects = 0, 0
+    for path in sorted(pictures.glob("*.jpg")):
+        annotations = json.loads((tmp_path / "run" / f"{path.stem}.json").read_text())["annotations"]
+        label_map = cv2.imread(str(tmp_path / "run" / f"{path.stem}_labels.png"), cv2.IMREAD_UNCHANGED)
+        assert all(one["predicted_iou"] > 0.5 for one in annotations)
+        num_masks, num_objects = num_masks + len(annotations), num_objects + int(label_map.max())
+    assert num_masks >= 30 and num_objects >= 20
