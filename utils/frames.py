@@ -1,0 +1,292 @@
+"""The frames of a folder of pictures or of a video file, decoded ahead in a thread; and a writer of H.264 videos.
+
+Frames are uint8 (H, W, 3) RGB. Memory does not grow with the length of a video: a few frames are held at a time.
+"""
+
+import contextlib
+import os
+import queue
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
+
+from utils.images import PICTURE_SUFFIXES, read_image
+
+NUM_AHEAD = 4  # decoded frames that wait for the tracker
+STOP_CHECK_S = 0.1  # how often a full queue looks whether anyone still wants frames
+VIDEO_QUALITY = "20"  # x264's constant rate factor: 0 lossless, 18 looks the same, 51 worst
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a folder's pictures
+
+
+def natural_key(name: str) -> tuple:
+    """Make a sort key by which numbers in names count as numbers: 9.jpg comes before 10.jpg."""
+    parts = re.split(r"([0-9]+)", name.lower())  # text, digits, text, digits, ...
+    return tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), name
+
+
+def list_frames(folder: str | Path) -> list[Path]:
+    """List the pictures of a folder in natural order; hidden files, folders and other files are passed over.
+
+    Raises:
+        FileNotFoundError: where there is no such folder.
+        ValueError: for a folder without pictures, or with two of one name (a.jpg, a.png), which would be shown twice.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder} (seen from {Path.cwd()}); give a folder of frames or a video file")
+    names = picture_names(folder)
+    if not names:
+        inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and picture_names(path))
+        remedy = f"give {folder / inside[0]}, which has some" if inside else "give a folder of frames or a video file"
+        raise ValueError(f"{folder} has no pictures ({', '.join(PICTURE_SUFFIXES)}); {remedy}")
+    of_stem = {}
+    for name in names:
+        other = of_stem.setdefault(Path(name).stem, name)
+        if other != name:
+            raise ValueError(f"{folder} has both {other} and {name}; keep one picture for each frame")
+    return [folder / name for name in names]
+
+
+def picture_names(folder: Path) -> list[str]:
+    """List the names of a folder's pictures in natural order; hidden files and folders are passed over."""
+    with os.scandir(folder) as entries:
+        names = [
+            entry.name
+            for entry in entries
+            if Path(entry.name).suffix.lower() in PICTURE_SUFFIXES and entry.name[0] != "." and entry.is_file()
+        ]
+    return sorted(names, key=natural_key)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# frames, decoded ahead
+
+
+class FrameSource:
+    """The frames of a folder, of a list of pictures, or of a video file, in order.
+
+        for index, frame, error in FrameSource("video.mp4"): ...
+
+    A thread decodes up to `num_ahead` frames while the loop works. A frame that cannot be read comes as
+    (index, None, error), with the error that names its file, and the next ones follow. The loop may be left early, and
+    started again.
+
+    Attributes:
+        num_frames: of the folder, or what the video's header says; None where it does not say.
+        fps: of the video; None for pictures.
+        problem: after the last frame, what was wrong with the end of the video (such as a file cut off); else None.
+    """
+
+    def __init__(self, source: str | Path | Iterable[Path], num_ahead: int = NUM_AHEAD):
+        """Find the frames, and open a video to see that it is one; nothing is decoded yet.
+
+        Args:
+            source: a folder of pictures (taken in natural order), a video file, or pictures in the order given.
+            num_ahead: decoded frames that may wait, at least 1.
+        Raises:
+            FileNotFoundError, ValueError: where there is no such path, or neither pictures nor a video in it.
+        """
+        assert num_ahead >= 1, num_ahead
+        self.num_ahead = num_ahead
+        self.problem: str | None = None
+        self.fps: float | None = None
+        self._video_path: Path | None = None
+        if not isinstance(source, (str, Path)):
+            self._frame_paths = [Path(path) for path in source]
+        elif Path(source).suffix.lower() in PICTURE_SUFFIXES and Path(source).is_file():
+            self._frame_paths = [Path(source)]
+        elif Path(source).is_file():
+            self._frame_paths = []
+            self._video_path = Path(source)
+            with _open_video(self._video_path) as container:
+                stream = container.streams.video[0]
+                self.num_frames = stream.frames or None
+                self.fps = float(stream.average_rate) if stream.average_rate else None
+        elif Path(source).exists() and not Path(source).is_dir():
+            raise ValueError(f"{source} is neither a folder nor a file; give a folder of frames or a video file")
+        else:
+            self._frame_paths = list_frames(source)
+        if self._video_path is None:
+            self.num_frames = len(self._frame_paths)
+
+    def frame_name(self, index: int) -> str:
+        """Name a frame for messages: its file, or its number in the video."""
+        return f"{self._video_path}, frame {index}" if self._video_path else str(self._frame_paths[index])
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray | None, Exception | None]]:
+        """Yield (index from 0, frame uint8 (H, W, 3) RGB or None, error or None)."""
+        self.problem = None
+        decoded: queue.Queue = queue.Queue(maxsize=self.num_ahead)
+        stop = threading.Event()
+
+        def hand_over(item) -> None:
+            while not stop.is_set():
+                with contextlib.suppress(queue.Full):
+                    return decoded.put(item, timeout=STOP_CHECK_S)
+
+        def decode() -> None:
+            try:
+                frames = self._read_pictures() if self._video_path is None else self._read_video()
+                for item in frames:
+                    hand_over(item)
+                    if stop.is_set():
+                        frames.close()
+                        return
+                hand_over(None)
+            except BaseException as error:  # of our own making: the loop that waits must see it
+                hand_over(error)
+
+        thread = threading.Thread(target=decode, name="frames", daemon=True)
+        thread.start()
+        try:
+            while (item := decoded.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            thread.join()
+
+    def _read_pictures(self):
+        for index, path in enumerate(self._frame_paths):
+            try:
+                frame, error = read_image(path), None
+            except (OSError, ValueError) as failure:
+                frame, error = None, failure
+            yield index, frame, error
+
+    def _read_video(self):
+        index = 0
+        with _open_video(self._video_path) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            packets = container.demux(stream)
+            while True:
+                try:
+                    packet = next(packets)
+                except StopIteration:
+                    break
+                except av.FFmpegError as error:
+                    self.problem = f"{self._video_path} cannot be read after frame {index - 1}: {error.strerror}"
+                    break
+                try:
+                    pictures = packet.decode()
+                except av.FFmpegError as error:
+                    yield index, None, ValueError(f"{self.frame_name(index)} cannot be decoded: {error.strerror}")
+                    index += 1
+                    continue
+                for picture in pictures:
+                    yield index, _to_rgb(picture), None
+                    index += 1
+        if self.problem is None and self.num_frames is not None and index < self.num_frames:
+            self.problem = f"{self._video_path} ends after {index} of the {self.num_frames} frames that it should have"
+
+
+def _open_video(path: Path):
+    try:
+        container = av.open(str(path))
+    except (av.FFmpegError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be opened as a video ({error.strerror}): not one, or cut off; give a video file, such as "
+            "mp4, avi, mkv or webm, or a folder of frames"
+        ) from error
+    if not container.streams.video:
+        container.close()
+        raise ValueError(f"{path} has sound but no pictures; give a video file or a folder of frames")
+    return container
+
+
+def _to_rgb(picture: av.VideoFrame) -> np.ndarray:
+    """Convert to uint8 (H, W, 3) RGB, turned as the file asks to be shown (phones store upright videos lying)."""
+    frame = picture.to_ndarray(format="rgb24")
+    return np.ascontiguousarray(np.rot90(frame, round(picture.rotation / 90))) if picture.rotation else frame
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# write a video
+
+
+class VideoWriter:
+    """A video under way, as `write_video` gives it."""
+
+    def __init__(self, container, stream, size_hw: tuple[int, int]):
+        self.num_frames = 0
+        self._container, self._stream, self._size_hw = container, stream, size_hw
+
+    def add(self, image_rgb: np.ndarray) -> None:
+        """Append a frame.
+
+        Args:
+            image_rgb: uint8 (H, W, 3) RGB. One of another size than the video's is fitted in, between black borders.
+        """
+        assert image_rgb.dtype == np.uint8 and image_rgb.ndim == 3 and image_rgb.shape[2] == 3, image_rgb.shape
+        height, width = self._size_hw
+        image_rgb = _fit(image_rgb, height, width)
+        padding = (0, height % 2), (0, width % 2), (0, 0)  # yuv420p needs even sides
+        image_rgb = np.pad(image_rgb, padding, mode="edge")
+        picture = av.VideoFrame.from_ndarray(image_rgb, format="rgb24")
+        picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+        picture.pts = self.num_frames  # in units of 1 / fps
+        self._container.mux(self._stream.encode(picture))
+        self.num_frames += 1
+
+
+@contextlib.contextmanager
+def write_video(path: str | Path, size_hw: tuple[int, int], fps: float) -> Iterator[VideoWriter]:
+    """Open an .mp4 to write: H.264, yuv420p, index at the start, which browsers and common players show.
+
+        with write_video("overlay.mp4", (height, width), fps=25) as video:
+            video.add(image_rgb)
+
+    The file is written whole or not at all: it gets its name when the block ends without an exception.
+
+    Args:
+        size_hw: height and width, px; an odd side gains one pixel, a copy of the last.
+        fps: frames per second.
+    Raises:
+        ValueError: for an fps that is not above 0, or a video without frames.
+    """
+    if not 0 < fps < float("inf"):
+        raise ValueError(f"fps of {path} is {fps}; must be above 0")
+    path, (height, width) = Path(path), size_hw
+    assert height > 0 and width > 0, size_hw
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
+            rate = Fraction(fps).limit_denominator(1001)  # 30000/1001 is exact
+            stream = container.add_stream("libx264", rate=rate, options={"crf": VIDEO_QUALITY, "preset": "veryfast"})
+            stream.height, stream.width, stream.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
+            stream.codec_context.time_base = 1 / rate
+            stream.codec_context.colorspace = stream.codec_context.color_primaries = Colorspace.ITU709
+            stream.codec_context.color_trc = Colorspace.ITU709
+            stream.codec_context.color_range = ColorRange.MPEG
+            video = VideoWriter(container, stream, (height, width))
+            yield video
+            if not video.num_frames:
+                raise ValueError(f"no frame was added to {path}")
+            container.mux(stream.encode())  # what the encoder still holds
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _fit(image_rgb: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Scale a picture to fit a size, in the middle of black borders."""
+    if image_rgb.shape[:2] == (height, width):
+        return image_rgb
+    scale = min(height / image_rgb.shape[0], width / image_rgb.shape[1])
+    fitted_hw = [max(1, round(side * scale)) for side in image_rgb.shape[:2]]
+    top, left = (height - fitted_hw[0]) // 2, (width - fitted_hw[1]) // 2
+    fitted = np.zeros((height, width, 3), np.uint8)
+    inside = fitted[top : top + fitted_hw[0], left : left + fitted_hw[1]]
+    inside[:] = cv2.resize(image_rgb, fitted_hw[::-1], interpolation=cv2.INTER_AREA)
+    return fitted
