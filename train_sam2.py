@@ -309,7 +309,8 @@ def click_similarity(
         stride = image_size // features.shape[-1]
         cell_x, cell_y = (point_coords / stride).long().clamp(0, features.shape[-1] - 1).T
         clicked = features[image_index, :, cell_y, cell_x].float()  # (O, C)
-        similarity = torch.einsum("oc,ochw->ohw", clicked, features[image_index].float()) / clicked.shape[1] ** 0.5
+        everywhere = features.index_select(0, image_index).float()  # (O, C, h, w)
+        similarity = torch.einsum("oc,ochw->ohw", clicked, everywhere) / clicked.shape[1] ** 0.5
         logits = logits + upscale_masks(similarity[:, None], (image_size // 4, image_size // 4))
     return logits
 

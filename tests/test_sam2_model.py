@@ -762,3 +762,24 @@ def test_every_trainable_parameter_moves_and_every_frozen_one_stays(nano):
         nano.zero_grad(set_to_none=True)
         nano.load_state_dict(state)
         nano.requires_grad_(True).eval()
+
+
+def test_gradients_are_the_same_every_time_in_several_threads():
+    """Indexing with [] adds the gradients of an image's objects in whatever order threads come."""
+    model = build_random("sam2_nano", 256)
+    with torch.no_grad():
+        image_embeddings, features = encode(model, torch.randn(2, 3, 256, 256))
+    features = [one.requires_grad_() for one in features]
+    coords, labels = torch.rand(32, 1, 2) * 256, torch.ones(32, 1, dtype=torch.int32)
+    image_index = torch.arange(32) % 2
+    num_threads, first = torch.get_num_threads(), None
+    torch.set_num_threads(4)
+    try:
+        for _ in range(6):
+            embeddings = Embeddings(image_embeddings, features)
+            masks, _, _ = decode(model, embeddings, image_index, coords, labels, None, multimask_output=True)
+            grads = torch.autograd.grad(masks.square().sum(), features)
+            first = first or grads
+            assert all(torch.equal(one, other) for one, other in zip(first, grads, strict=True))
+    finally:
+        torch.set_num_threads(num_threads)

@@ -114,9 +114,9 @@ def decode(
     )
     high_res_features = embeddings.high_res_features
     if len(embeddings.image_embeddings) > 1:  # one image's are broadcast, which saves most of the memory
-        high_res_features = [features[image_index] for features in high_res_features]
+        high_res_features = [features.index_select(0, image_index) for features in high_res_features]
     low_res_masks, iou_predictions, _, object_score_logits = model.sam_mask_decoder(
-        image_embeddings=embeddings.image_embeddings[image_index],
+        image_embeddings=embeddings.image_embeddings.index_select(0, image_index),
         image_pe=model.sam_prompt_encoder.get_dense_pe(),
         sparse_prompt_embeddings=sparse_embeddings,
         dense_prompt_embeddings=dense_embeddings,
