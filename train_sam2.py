@@ -18,6 +18,7 @@ Metrics, each a mean over all validation objects, at their picture's own size, o
 Sources: Ravi et al. 2024 (SAM 2) for prompts and losses; Kirillov et al. 2023 (SAM), appendix A and D.
 """
 
+import functools
 import logging
 import math
 import os
@@ -47,6 +48,7 @@ from utils.run import (
     MetricsLog,
     SampleCounter,
     autocast,
+    check_keys,
     check_type,
     choose_device,
     choose_num_workers,
@@ -658,6 +660,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     check_type(config["check"], bool, "check")
     if "image_size" not in config["model"]:
         raise ValueError("model is not a SAM 2 model; choose a file of configs/model that starts with sam2")
+    check_keys(functools.partial(build_sam2, device="cpu"), config["model"], "model")
     check_type(config["model"]["image_size"], int, "model.image_size")
     check_settings(settings, prompts, loss, optim)
     device = choose_device(config["device"])
@@ -672,6 +675,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     if config["check"]:
         reader_keys["on_bad"] = "skip"  # so that pairs that lack a file are listed with all other faults
     max_listed = None if config["check"] else MAX_LISTED
+    check_keys(split_items, reader_keys, "data")
     train_items, val_items = split_items(**reader_keys)
     train_items, val_items, counts = check_data(train_items, val_items, augmentation, on_bad, run_dir, max_listed)
     if config["check"]:

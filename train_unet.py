@@ -25,6 +25,7 @@ its own size, classes that are not there left out:
 Sources: Ronneberger et al. 2015 (U-Net); Matani and Naresh 2023, "Efficient Image Segmentation Using PyTorch".
 """
 
+import functools
 import logging
 import math
 import os
@@ -47,7 +48,7 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from utils.checkpoint import find_resume, load_checkpoint, resumed_config, save_checkpoint
-from utils.images import id_colors, list_images, output_names, overlay_label_map, write_image
+from utils.images import IGNORE_INDEX, id_colors, list_images, output_names, overlay_label_map, write_image
 from utils.mask_losses import balanced_class_weights, border_weight_map, semantic_loss
 from utils.mask_metrics import confusion_matrix, segmentation_metrics, soft_iou
 from utils.model_summary import format_summary, measure_latency, summarize
@@ -55,6 +56,7 @@ from utils.run import (
     MetricsLog,
     SampleCounter,
     autocast,
+    check_keys,
     check_type,
     choose_device,
     choose_num_workers,
@@ -81,7 +83,7 @@ from utils.semantic_check import (
     plot_statistics,
     report_lines,
 )
-from utils.semantic_data import IGNORE_INDEX, Item, name_classes, read_item, read_picture, split_items
+from utils.semantic_data import Item, name_classes, read_item, read_picture, split_items
 from utils.unet import PAPER_MARGIN, UNet, UNetPaper, is_paper_input_size, nearest_paper_input_sizes, paper_input_size
 
 NETWORKS = {"unet_paper": UNetPaper, "unet": UNet, "fcn": FCN, "segnet": SegNet, "vit": ViTSegmenter}
@@ -723,10 +725,9 @@ def build_network(model_config: dict, in_channels: int, num_classes: int) -> tor
     name = keys.pop("name")
     if name not in NETWORKS:
         raise ValueError(f"model.name is {name}; must be one of {', '.join(NETWORKS)}")
-    try:
-        return NETWORKS[name](in_channels=in_channels, num_classes=num_classes, **keys)
-    except TypeError as error:  # Python's words for a key too many or too few
-        raise ValueError(f"model {name}: {error}") from error
+    network = functools.partial(NETWORKS[name], in_channels, num_classes)
+    check_keys(network, keys, "model")
+    return network(**keys)
 
 
 def output_margin(model_config: dict) -> int:
@@ -750,10 +751,8 @@ def list_splits(reader_keys: dict) -> dict[str, list[Item]]:
     generate = reader_keys.pop("generate", None)
     if generate is not None:
         reader_keys["root"] = write_samples(generate, reader_keys["root"])
-    try:
-        return dict(zip(("train", "val", "test"), split_items(**reader_keys), strict=True))
-    except TypeError as error:  # Python's words for a key too many or too few
-        raise ValueError(f"data: {error}") from error
+    check_keys(split_items, reader_keys, "data")
+    return dict(zip(("train", "val", "test"), split_items(**reader_keys), strict=True))
 
 
 def check_data(
@@ -856,6 +855,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     device = choose_device(config["device"])
     precision = choose_precision(config["precision"], device)
     seed_everything(config["seed"])
+    model = build_network(config["model"], reader_keys["channels"], reader_keys["num_classes"])  # a bad key ends here
 
     # data: list, check, leave out what cannot be used
     on_bad = reader_keys["on_bad"]
@@ -877,7 +877,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     write_splits(splits, run_dir / "splits")
 
     # model and optimizer
-    model = build_network(config["model"], reader_keys["channels"], len(class_names)).to(device)
+    model = model.to(device)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
     tile_hw = choose_tile(tiles, model, framing, margin, reader_keys["channels"], device)

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from monai.metrics import compute_dice, compute_iou
 
-from utils import mask_losses, mask_metrics, semantic_data
 from utils.mask_losses import soft_iou_loss
 from utils.mask_metrics import confusion_matrix, mask_iou, segmentation_metrics, soft_iou
 
@@ -287,7 +286,3 @@ def test_soft_iou_of_losses_and_metrics_agree():
     target[:, 0] = 255
     expected = 1 - soft_iou(logits.softmax(1), target).mean().item()
     assert soft_iou_loss(logits, target).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_every_file_means_the_same_by_ignored():
-    assert mask_losses.IGNORE_INDEX == mask_metrics.IGNORE_INDEX == semantic_data.IGNORE_INDEX == 255

@@ -1,6 +1,7 @@
 """utils/run.py: settings, device, precision, seeds, sample stream, learning rate, and the records of a run."""
 
 import csv
+import functools
 import json
 import math
 import os
@@ -404,3 +405,37 @@ def test_curves_show_sparse_columns_and_survive_nan(tmp_path):
     run.plot_curves([], tmp_path / "none.png")
     assert cv2.imread(str(tmp_path / "none.png")) is not None
     assert not list(tmp_path.glob("*.tmp"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# keys of functions, folders, long lists
+
+
+def test_keys_that_a_function_does_not_take_or_lacks_are_named():
+    def split(root, val_fraction, seed=0):
+        pass
+
+    bound = functools.partial(split, "folder")
+    run.check_keys(bound, {"val_fraction": 0.1}, "data")
+    run.check_keys(bound, {"val_fraction": 0.1, "seed": 3}, "data")
+    with pytest.raises(ValueError, match="^unknown key data.sed; must be among data.val_fraction, data.seed$"):
+        run.check_keys(bound, {"val_fraction": 0.1, "sed": 3}, "data")
+    with pytest.raises(ValueError, match="^the config lacks data.val_fraction$"):
+        run.check_keys(bound, {"seed": 3}, "data")
+    run.check_keys(lambda first, **others: None, {"first": 1, "anything": 2}, "data")
+
+
+def test_dataset_folder_is_there_or_named(tmp_path):
+    assert run.dataset_folder(str(tmp_path)) == run.dataset_folder(tmp_path) == tmp_path
+    for root in (3, None):
+        with pytest.raises(ValueError, match=f"data.root is {root}; must be a folder"):
+            run.dataset_folder(root)
+    (tmp_path / "file").touch()
+    for name in ("gone", "file"):
+        with pytest.raises(FileNotFoundError, match=f"data.root .*{name} is not a folder .*DATA_ROOT"):
+            run.dataset_folder(tmp_path / name)
+
+
+def test_long_lists_are_cut_and_say_so():
+    assert run.first_few(["a", "b"], 2) == run.first_few(["a", "b"], None) == ["a", "b"]
+    assert run.first_few(list("abcd"), 2) == ["a", "b", "... and 2 more"]

@@ -310,7 +310,7 @@ def test_values_that_make_no_sense(tmp_path, changes, message):
 
 
 def test_unknown_keys_missing_roots_and_empty_folders(tmp_path):
-    with pytest.raises(TypeError, match="valfraction"):
+    with pytest.raises(ValueError, match="unknown key data.valfraction; must be among data."):
         split_items(**data_keys("folders", write_pairs(tmp_path / "a")), valfraction=0.1)
     with pytest.raises(FileNotFoundError, match="data.root .*nowhere is not a folder"):
         split_items(**data_keys("folders", tmp_path / "nowhere"))

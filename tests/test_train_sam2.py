@@ -1041,8 +1041,8 @@ def test_typo_on_the_command_line_names_the_key(root):
         ("optim: {learning_rate: 3}", "unknown key optim.learning_rate"),
         ("prompts: {box_shre: 0.5}", "unknown key prompts.box_shre"),
         ("loss: {focl: 1}", "unknown key loss.focl"),
-        ("data: {rooot: x}", "rooot"),
-        ("model: {image_sise: 64}", "image_sise"),
+        ("data: {rooot: x}", "unknown key data.rooot"),
+        ("model: {image_sise: 64}", "unknown key model.image_sise"),
         ("trian: {steps: 3}", "trian"),
         ("sed: 1", "sed"),
     ],
@@ -1051,7 +1051,7 @@ def test_typo_in_a_preset_names_the_key(content, key, root, tmp_path, quick):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{content}\n")
     config = compose_config(*tiny_overrides(root), "experiment=mine", f"hydra.searchpath=[file://{tmp_path}]")
-    with pytest.raises((TypeError, ValueError), match=rf"\b{key}\b"):
+    with pytest.raises(ValueError, match=rf"\b{key}\b"):
         train_in(tmp_path / "run", config)
 
 

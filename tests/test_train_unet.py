@@ -859,7 +859,7 @@ def test_typo_on_the_command_line_names_the_key(root):
         ("optim: {learning_rate: 3}", "learning_rate"),
         ("loss: {focl: 1}", "focl"),
         ("data: {rooot: x}", "rooot"),
-        ("model: {dpth: 64}", "dpth"),
+        ("model: {dpth: 64}", "unknown key model.dpth"),
         ("tiles: {sise: 64}", "sise"),
         ("train: {steps: many}", "train.steps"),
         ("data: {image_size: large}", "data.image_size"),
@@ -872,7 +872,7 @@ def test_typo_in_a_preset_names_the_key(content, key, root, tmp_path, quick):
     config = compose_config(*tiny_overrides(root), "experiment=mine", f"hydra.searchpath=[file://{tmp_path}]")
     changed = OmegaConf.create(config)
     OmegaConf.update(changed, content.split(":")[0], OmegaConf.create(content)[content.split(":")[0]], force_add=True)
-    with pytest.raises((TypeError, ValueError), match=rf"\b{key}\b"):
+    with pytest.raises(ValueError, match=rf"\b{key}\b"):
         train_in(tmp_path / "run", OmegaConf.to_container(changed))
 
 

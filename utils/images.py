@@ -17,6 +17,7 @@ from PIL import Image
 (cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+IGNORE_INDEX = 255  # in class maps: this pixel neither trains nor counts
 POLYGON_SCALE = 5  # COCO draws polygons on a grid this much finer than the pixels
 NUM_COUNT_DIGITS = 7  # 5 bits each: more than any run length or difference of two has
 
@@ -424,6 +425,16 @@ def _polygon_to_mask(points: np.ndarray, height: int, width: int) -> np.ndarray:
     switches, num_times = np.unique(switches, return_counts=True)
     switches = switches[num_times % 2 == 1]
     return _counts_to_mask(np.diff(np.concatenate([[0], switches, [height * width]])), height, width)
+
+
+def remark_on_values(image: np.ndarray) -> tuple[str, str] | None:
+    """Say what looks wrong with a picture's values, unscaled as its file holds them: (kind, what was seen), or None."""
+    lowest, largest, full = int(image.min()), int(image.max()), np.iinfo(image.dtype).max
+    if lowest == largest:
+        return "one value all over", str(largest)
+    if largest < full / 4:
+        return "unused intensity range", f"largest value {largest} of {full}"
+    return None
 
 
 def mask_to_box(mask: np.ndarray) -> np.ndarray:

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils.images import read_image_unscaled
+from utils.images import read_image_unscaled, remark_on_values
 from utils.instance_data import Item, check_same_size, mask_names, object_ids, read_instances
+from utils.run import first_few
 
 TINY_PX = 16  # an object of fewer pixels is remarked on
 REMEDIES = {  # kind of remark -> what to do about it
@@ -91,7 +92,8 @@ def check_item(item: Item) -> ItemReport:
     try:
         image_rgb = read_image_unscaled(item.image_path)
         orig_hw, bits = image_rgb.shape[:2], 8 * image_rgb.itemsize
-        remarks += _remark_on_values(item, image_rgb)
+        if remark := remark_on_values(image_rgb):
+            remarks.append((remark[0], f"{item.image_path}: {remark[1]}"))
     except (OSError, ValueError) as error:
         faults.append(str(error))
     try:
@@ -127,7 +129,7 @@ def keep_usable(items: list[Item], report: CheckReport, on_bad: str) -> list[Ite
                 [
                     f"{len(report.bad)} of {len(report.items)} images cannot be used; repair them, "
                     "or leave them out with data.on_bad=skip (check=true lists all):",
-                    *_listed([fault for item in report.bad for fault in item.faults], MAX_LISTED),
+                    *first_few([fault for item in report.bad for fault in item.faults], MAX_LISTED),
                 ]
             )
         )
@@ -169,12 +171,13 @@ def report_lines(report: CheckReport, max_listed: int | None = MAX_LISTED) -> li
         lines.append(f"crowd regions left out: {counts['num_crowd']}")
     if report.bad:
         lines.append(f"{len(report.bad)} bad:")
-        lines += [f"  {line}" for line in _listed([fault for item in report.bad for fault in item.faults], max_listed)]
+        faults = [fault for item in report.bad for fault in item.faults]
+        lines += [f"  {line}" for line in first_few(faults, max_listed)]
     for kind, remedy in REMEDIES.items():
         found = [what for item in report.items for remark, what in item.remarks if remark == kind]
         if found:
             lines.append(f"{len(found)} with {kind}: {remedy}")
-            lines += [f"  {line}" for line in _listed(found, max_listed)]
+            lines += [f"  {line}" for line in first_few(found, max_listed)]
     return lines
 
 
@@ -232,15 +235,6 @@ def plot_statistics(report: CheckReport, path: str | Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _remark_on_values(item: Item, image_rgb: np.ndarray) -> list[tuple[str, str]]:
-    lowest, largest, full = int(image_rgb.min()), int(image_rgb.max()), np.iinfo(image_rgb.dtype).max
-    if lowest == largest:
-        return [("one value all over", f"{item.image_path}: {largest}")]
-    if largest < full / 4:
-        return [("unused intensity range", f"{item.image_path}: largest value {largest} of {full}")]
-    return []
-
-
 def _remark_on_objects(item: Item, objects: list[tuple[int, int, int]]) -> list[tuple[str, str]]:
     remarks = []
     ids = {object_id for _, object_id, _ in objects}
@@ -272,9 +266,3 @@ def _centers(layers: np.ndarray) -> np.ndarray:
         sums_xy = np.stack([np.bincount(flat, xs), np.bincount(flat, ys)], 1)  # (largest id + 1, 2)
         centers.append(sums_xy[values] / areas[values, None])
     return np.concatenate(centers)
-
-
-def _listed(found: list[str], max_listed: int | None) -> list[str]:
-    if max_listed is None or len(found) <= max_listed:
-        return found
-    return [*found[:max_listed], f"... and {len(found) - max_listed} more"]

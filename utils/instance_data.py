@@ -6,6 +6,7 @@ SA-1B, DAVIS.
 lives in exactly one layer, and objects that overlap lie in different layers (label maps have one layer).
 """
 
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.images import PICTURE_SUFFIXES, polygons_to_mask, read_channels, read_image, read_label_map, rle_to_mask
+from utils.run import check_keys, dataset_folder
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,9 @@ def split_items(format: str, root: str, **keys) -> tuple[list[Item], list[Item]]
     Returns:
         (train_items, val_items), each sorted by name.
     Raises:
-        TypeError: for a key that the format does not have.
         FileNotFoundError: for a folder that is not there, or a picture without annotation (or the reverse) where
             on_bad is "stop"; with "skip" such an item is listed, and the dataset check leaves it out and counts it.
-        ValueError: for an unknown format or a value that makes no sense.
+        ValueError: for an unknown format or key, or a value that makes no sense.
     """
     listers = {
         "labpics": split_labpics,
@@ -69,12 +70,9 @@ def split_items(format: str, root: str, **keys) -> tuple[list[Item], list[Item]]
     }
     if format not in listers:
         raise ValueError(f"data.format is {format!r}; must be one of {', '.join(listers)}")
-    if not Path(root).is_dir():
-        raise FileNotFoundError(
-            f"data.root {root} is not a folder (seen from {Path.cwd()}); set data.root to the dataset's folder, "
-            "or data_root (environment variable DATA_ROOT) to the folder that holds your datasets"
-        )
-    train_items, val_items = listers[format](Path(root), **keys)
+    split = functools.partial(listers[format], dataset_folder(root))
+    check_keys(split, keys, "data")
+    train_items, val_items = split(**keys)
     if not train_items and not val_items:
         raise ValueError(f"data.root {root} holds no pictures in the layout {format!r} (see data/README.md)")
     most_common = Counter(item.name for item in train_items + val_items).most_common(1)

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from utils.images import IGNORE_INDEX
+
 
 def focal_loss(logits: torch.Tensor, mask: torch.Tensor, alpha: float = 0.25, gamma: float = 2.0) -> torch.Tensor:
     """Compute the sigmoid focal loss, mean over pixels.
@@ -87,8 +89,6 @@ def shrink_masks(masks: torch.Tensor, size: int) -> torch.Tensor:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # losses of class maps: softmax over C classes, one value per batch; pixels of IGNORE_INDEX count nowhere
-
-IGNORE_INDEX = 255  # in a target: this pixel does not count
 
 
 def class_log_probs(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

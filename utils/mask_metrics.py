@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from utils.images import IGNORE_INDEX
+
 
 def mask_iou(pred_masks: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     """Compute the intersection over union of binary masks.
@@ -20,8 +22,6 @@ def mask_iou(pred_masks: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # class maps: one integer confusion matrix over the whole set, and everything that is reported from it
-
-IGNORE_INDEX = 255  # in a target: this pixel does not count
 
 
 def confusion_matrix(pred_classes: torch.Tensor, target: torch.Tensor, num_classes: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import functools
 import importlib.metadata
+import inspect
 import io
 import json
 import math
@@ -67,6 +68,25 @@ def read_settings(cls: type, section: dict, name: str):
     return cls(**section)
 
 
+def check_keys(function, keys: dict, name: str) -> None:
+    """Raise a ValueError for keyword arguments that a function does not take, or lacks, naming them as section.key.
+
+    Args:
+        function: a function or class; bind what is no key of the config with `functools.partial` before.
+        keys: {key: value}, to be passed as function(**keys).
+        name: the section's name in messages, such as "data".
+    """
+    parameters = inspect.signature(function).parameters.values()
+    known = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD]
+    takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters)
+    for key in keys:
+        if key not in known and not takes_all:
+            raise ValueError(f"unknown key {name}.{key}; must be among {', '.join(f'{name}.{one}' for one in known)}")
+    for one in parameters:
+        if one.default is one.empty and one.kind is not one.VAR_KEYWORD and one.name not in keys:
+            raise ValueError(f"the config lacks {name}.{one.name}")
+
+
 def check_type(value, kind: type, name: str) -> None:
     """Raise a ValueError, naming the key, its value and what it must be, for a value that is not of a type.
 
@@ -97,6 +117,29 @@ def _describe_type(kind: type) -> str:
     if typing.get_origin(kind) is list:
         return f"a list, each {_describe_type(typing.get_args(kind)[0])}"
     return TYPE_WORDS[kind]
+
+
+def dataset_folder(root: str | Path) -> Path:
+    """Turn the setting `data.root` into a folder that is there.
+
+    Raises:
+        ValueError, FileNotFoundError: for what is no path, or no folder.
+    """
+    if not isinstance(root, (str, Path)):
+        raise ValueError(f"data.root is {root!r}; must be a folder")
+    if not Path(root).is_dir():
+        raise FileNotFoundError(
+            f"data.root {root} is not a folder (seen from {Path.cwd()}); set data.root to the dataset's folder, "
+            "or data_root (environment variable DATA_ROOT) to the folder that holds your datasets"
+        )
+    return Path(root)
+
+
+def first_few(lines: list[str], most: int | None) -> list[str]:
+    """Keep the first lines of a list that may be long, and say how many more there are; None keeps all."""
+    if most is None or len(lines) <= most:
+        return lines
+    return [*lines[:most], f"... and {len(lines) - most} more"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.images import read_image, write_image, write_label_map
+from utils.run import check_type
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -686,7 +687,7 @@ def write_samples(kind: str, root: str) -> Path:
     Returns:
         the folder's path.
     Raises:
-        ValueError: for another kind.
+        ValueError: for another kind, and a root that is no text.
     """
     writers = {
         "glassware": _write_glassware,
@@ -696,6 +697,7 @@ def write_samples(kind: str, root: str) -> Path:
     }
     if kind not in writers:
         raise ValueError(f"data.generate is {kind!r}; must be one of {', '.join(writers)}")
+    check_type(root, str, "data.root")
     folder = REPOSITORY / root
     if not folder.is_dir():
         partial = folder.with_name(folder.name + ".tmp")  # renamed when whole: a killed run leaves nothing half made

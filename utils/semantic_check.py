@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils.images import read_image_unscaled
+from utils.images import IGNORE_INDEX, read_image_unscaled, remark_on_values
+from utils.run import first_few
 from utils.semantic_data import (
     BLURRED,
-    IGNORE_INDEX,
     UNKNOWN,
     Item,
     MaskCoding,
@@ -163,7 +163,7 @@ def keep_usable(items: list[Item], report: CheckReport, on_bad: str) -> list[Ite
                 [
                     f"{len(report.bad)} of {len(report.items)} images cannot be used; repair them, "
                     "or leave them out with data.on_bad=skip (check=true lists all):",
-                    *_listed([fault for item in report.bad for fault in item.faults], MAX_LISTED),
+                    *first_few([fault for item in report.bad for fault in item.faults], MAX_LISTED),
                     *suggestions(report),
                 ]
             )
@@ -305,13 +305,14 @@ def report_lines(report: CheckReport, max_listed: int | None = MAX_LISTED) -> li
             lines.append(f"ignored: {num_ignored / (num_ignored + class_pixels.sum()):.3%} of the pixels")
     if report.bad:
         lines.append(f"{len(report.bad)} bad:")
-        lines += [f"  {line}" for line in _listed([fault for item in report.bad for fault in item.faults], max_listed)]
+        faults = [fault for item in report.bad for fault in item.faults]
+        lines += [f"  {line}" for line in first_few(faults, max_listed)]
     lines += suggestions(report)
     for kind, remedy in REMEDIES.items():
         found = [what for item in report.items for remark, what in item.remarks if remark == kind]
         if found:
             lines.append(f"{len(found)} with {kind}: {remedy}")
-            lines += [f"  {line}" for line in _listed(found, max_listed)]
+            lines += [f"  {line}" for line in first_few(found, max_listed)]
     return lines
 
 
@@ -339,11 +340,8 @@ def _remark_on_picture(item: Item, image: np.ndarray, is_grey: bool) -> list[tup
         remarks.append(("grey for three channels", str(item.image_path)))
     if not is_grey and item.channels == 1:
         remarks.append(("colour for one channel", str(item.image_path)))
-    lowest, largest, full = int(image.min()), int(image.max()), np.iinfo(image.dtype).max
-    if lowest == largest:
-        remarks.append(("one value all over", f"{item.image_path}: {largest}"))
-    elif largest < full / 4:
-        remarks.append(("unused intensity range", f"{item.image_path}: largest value {largest} of {full}"))
+    if remark := remark_on_values(image):
+        remarks.append((remark[0], f"{item.image_path}: {remark[1]}"))
     return remarks
 
 
@@ -354,9 +352,3 @@ def _remark_on_classes(item: Item, class_pixels: np.ndarray) -> list[tuple[str, 
     if not len(present):
         return [("all pixels ignored", str(item.mask_path))]
     return [("a single class", f"{item.mask_path}: {item.coding.class_names[present[0]]}")]
-
-
-def _listed(found: list[str], max_listed: int | None) -> list[str]:
-    if max_listed is None or len(found) <= max_listed:
-        return found
-    return [*found[:max_listed], f"... and {len(found) - max_listed} more"]

@@ -17,9 +17,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from utils.images import PICTURE_SUFFIXES, read_image, read_label_map
+from utils.images import IGNORE_INDEX, PICTURE_SUFFIXES, read_image, read_label_map
+from utils.run import check_keys, dataset_folder
 
-IGNORE_INDEX = 255  # in class maps
 UNKNOWN = 254  # in class maps under way: a value of the file that the YAML gives no class
 MAX_VALUE = 65535  # a mask's values are looked up in a table; larger ones are unknown
 BLURRED = 24  # a file with more values than this has been compressed or resized: classes are not that many
@@ -86,9 +86,8 @@ def split_items(
     Returns:
         (train_items, val_items, test_items), each sorted by name.
     Raises:
-        TypeError: for a key that the format does not have.
         FileNotFoundError: for a folder or file that is not there, naming both files of a pair.
-        ValueError: for an unknown format or a value that makes no sense.
+        ValueError: for an unknown format or key, or a value that makes no sense.
     """
     listers = {"oxford_pet": split_oxford_pet, "isbi": split_isbi, "camvid": split_camvid, "folders": split_folders}
     if format not in listers:
@@ -98,12 +97,10 @@ def split_items(
     if on_bad not in ("stop", "skip"):
         raise ValueError(f"data.on_bad is {on_bad!r}; must be stop or skip")
     coding = mask_coding(num_classes, class_names, class_values, ignore_values, nearest_value)
-    if not Path(root).is_dir():
-        raise FileNotFoundError(
-            f"data.root {root} is not a folder (seen from {Path.cwd()}); set data.root to the dataset's folder, "
-            "or data_root (environment variable DATA_ROOT) to the folder that holds your datasets"
-        )
-    splits = listers[format](Path(root), functools.partial(Item, channels=channels, coding=coding), on_bad, **keys)
+    item = functools.partial(Item, channels=channels, coding=coding)
+    split = functools.partial(listers[format], dataset_folder(root), item, on_bad)
+    check_keys(split, keys, "data")
+    splits = split(**keys)
     items = [item for split in splits for item in split]
     if not items:
         raise ValueError(f"data.root {root} holds no pictures in the layout {format!r} (see data/README.md)")

@@ -22,7 +22,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.frames import list_frames, natural_key, picture_names
-from utils.images import read_label_map
+from utils.images import mask_to_box, read_label_map
+from utils.run import check_keys, dataset_folder
 
 MANY_VIDEOS = 500  # from here on, listing shows its progress
 EXIF_ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)  # the orientations that swap width and height
@@ -79,9 +80,8 @@ def split_sequences(format: str, root: str, index: str | None, **keys) -> tuple[
     Returns:
         (train_sequences, val_sequences), each in natural order of the names.
     Raises:
-        TypeError: for a key that the format does not have.
         FileNotFoundError: for a folder or file that is not there.
-        ValueError: for an unknown format, a value that makes no sense, or a faulty groundtruth file (with on_bad
+        ValueError: for an unknown format or key, a value that makes no sense, or a faulty groundtruth file (with on_bad
             "skip" such a sequence is left out, and a printed line says so).
     """
     listers = {
@@ -98,16 +98,14 @@ def split_sequences(format: str, root: str, index: str | None, **keys) -> tuple[
         allowed = {"box_origin": (0, 1), "on_bad": ("stop", "skip")}[key]
         if key in keys and keys[key] not in allowed:
             raise ValueError(f"data.{key} is {keys[key]!r}; must be {allowed[0]} or {allowed[1]}")
-    if not Path(root).is_dir():
-        raise FileNotFoundError(
-            f"data.root {root} is not a folder (seen from {Path.cwd()}); set data.root to the dataset's folder, "
-            "or data_root (environment variable DATA_ROOT) to the folder that holds your datasets"
-        )
-    asked = json.dumps({"format": format, "root": str(Path(root).resolve()), **keys}, sort_keys=True)
+    folder = dataset_folder(root)
+    split = functools.partial(listers[format], folder)
+    check_keys(split, keys, "data")
+    asked = json.dumps({"format": format, "root": str(folder.resolve()), **keys}, sort_keys=True)
     if index is not None and Path(index).is_file():
         train_sequences, val_sequences = _read_index(Path(index), asked)
     else:
-        train_sequences, val_sequences = (_in_order(part) for part in listers[format](Path(root), **keys))
+        train_sequences, val_sequences = (_in_order(part) for part in split(**keys))
         if not train_sequences and not val_sequences:
             raise ValueError(f"data.root {root} holds no sequences in the layout {format!r} (see data/README.md)")
         if index is not None:
@@ -294,10 +292,9 @@ def _read_davis(image_dir: Path, annotation_dir: Path, name: str) -> list[Sequen
             continue
         ids = read_label_map(masks[Path(frame_name).stem])
         for object_id in np.unique(ids[ids > 0]).tolist():
-            mask = ids == object_id
-            xs, ys = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+            left, top, right, bottom = mask_to_box(ids == object_id)
             of_object = boxes.setdefault(object_id, np.full((len(frame_names), 4), np.nan))
-            of_object[index] = xs[0], ys[0], xs[-1] - xs[0] + 1, ys[-1] - ys[0] + 1
+            of_object[index] = left, top, right - left + 1, bottom - top + 1
     if not boxes:
         raise ValueError(f"the masks in {annotation_dir / name} are all empty; remove the folder, or draw the object")
     return [
