@@ -292,7 +292,7 @@ def test_scenes_are_written_as_pictures_and_label_maps(repository, monkeypatch):
 
 
 def test_an_unknown_kind_is_refused(repository):
-    message = "data.generate is 'cups'; must be one of glassware, pets, moving_shapes, scenes"
+    message = "data.generate is 'cups'; must be one of glassware, pets, moving_shapes, many_moving_shapes, scenes"
     with pytest.raises(ValueError, match=message):
         write_samples("cups", "data/cups")
     assert list(repository.iterdir()) == []

@@ -674,6 +674,7 @@ NUM_SCENES = 16000
 NUM_GLASSWARE = {"Train": 40, "Test": 16}
 NUM_PETS = {"trainval": 160, "test": 40}
 NUM_MOVING_SHAPES = {"train": 30, "val": 6}  # videos
+NUM_MANY_MOVING_SHAPES = {"train": 400, "val": 6}  # the first of them are those above
 MOVING_SHAPES_FRAMES, MOVING_SHAPES_HW = 30, (240, 320)
 
 
@@ -681,8 +682,8 @@ def write_samples(kind: str, root: str) -> Path:
     """Write a generated dataset to the repository, unless it is there already.
 
     Args:
-        kind: "glassware" (LabPics V1 layout), "pets" (Oxford-IIIT Pet layout), "moving_shapes" (GOT-10k layout) or
-            "scenes" (pictures and label maps).
+        kind: "glassware" (LabPics V1 layout), "pets" (Oxford-IIIT Pet layout), "moving_shapes" (GOT-10k layout),
+            "many_moving_shapes" (the same, more of them) or "scenes" (pictures and label maps).
         root: the dataset's folder below the repository.
     Returns:
         the folder's path.
@@ -692,7 +693,8 @@ def write_samples(kind: str, root: str) -> Path:
     writers = {
         "glassware": _write_glassware,
         "pets": _write_pets,
-        "moving_shapes": _write_moving_shapes,
+        "moving_shapes": functools.partial(_write_moving_shapes, num_videos=NUM_MOVING_SHAPES),
+        "many_moving_shapes": functools.partial(_write_moving_shapes, num_videos=NUM_MANY_MOVING_SHAPES),
         "scenes": _write_scenes,
     }
     if kind not in writers:
@@ -756,39 +758,47 @@ def _write_pets(folder: Path) -> None:
         (annotations / f"{list_name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _write_moving_shapes(folder: Path) -> None:
-    """Write the videos: <folder>/{train,val}/<name>/{00000001.jpg, ..., groundtruth.txt, *.label, meta_info.ini}.
+def _write_moving_shapes(folder: Path, num_videos: dict[str, int]) -> None:
+    """Write the videos: <folder>/{train,val}/<name>/{00000001.jpg, ..., groundtruth.txt, *.label, meta_info.ini}."""
+    with ProcessPoolExecutor() as executor:
+        for split, number in num_videos.items():
+            (folder / split).mkdir(parents=True)
+            videos = executor.map(_write_moving_shape, [folder / split] * number, range(number))
+            names = list(tqdm(videos, total=number, unit=f" {split} videos"))
+            (folder / split / "list.txt").write_text("\n".join(names) + "\n", encoding="utf-8", newline="")
+
+
+def _write_moving_shape(split_dir: Path, index: int) -> str:
+    """Write one video and return its name.
 
     As in GOT-10k, boxes count from 1. In the third training video the shape is away for a while: no box, cover 0.
     """
-    height, width = MOVING_SHAPES_HW
-    for split, num_videos in NUM_MOVING_SHAPES.items():
-        names = [f"moving_shapes_{split}_{index + 1:06d}" for index in range(num_videos)]
-        for index, name in enumerate(names):
-            rng = np.random.default_rng([4 if split == "val" else 3, index])
-            frames, boxes_xywh, cover = draw_moving_shapes(rng, MOVING_SHAPES_FRAMES, height, width)
-            boxes_xywh[:, :2] += 1
-            is_cut = (boxes_xywh[:, :2] <= 1) | (boxes_xywh[:, :2] + boxes_xywh[:, 2:] > [width, height])
-            absent = np.zeros(len(frames), bool)
-            if split == "train" and index == 2:
-                absent[12:18] = True
-                frames[12:18] = [cv2.GaussianBlur(frame, (0, 0), 25) for frame in frames[12:18]]
-                boxes_xywh[absent], cover[absent] = -1, 0
-            labels = {"cover": cover, "absence": absent, "cut_by_image": is_cut.any(1)}
-            texts = {f"{label}.label": "".join(f"{value:d}\n" for value in values) for label, values in labels.items()}
-            texts["groundtruth.txt"] = "".join(",".join(f"{value:.4f}" for value in box) + "\n" for box in boxes_xywh)
-            texts["meta_info.ini"] = (
-                f"[METAINFO]\nurl: generated\nbegin: 00:00:00\nend: 00:00:{len(frames) // 10:02d}\nanno_fps: 10Hz\n"
-                "object_class: shape\nmotion_class: move\nmajor_class: shape\nroot_class: object\n"
-                f"motion_adverb: smoothly\nresolution: ({width}, {height})\n"
-            )
-            video_dir = folder / split / name
-            video_dir.mkdir(parents=True)
-            for t, frame in enumerate(frames):
-                write_image(video_dir / f"{t + 1:08d}.jpg", frame)
-            for file_name, text in texts.items():
-                (video_dir / file_name).write_text(text, encoding="utf-8", newline="")
-        (folder / split / "list.txt").write_text("\n".join(names) + "\n", encoding="utf-8", newline="")
+    split, (height, width) = split_dir.name, MOVING_SHAPES_HW
+    name = f"moving_shapes_{split}_{index + 1:06d}"
+    rng = np.random.default_rng([4 if split == "val" else 3, index])
+    frames, boxes_xywh, cover = draw_moving_shapes(rng, MOVING_SHAPES_FRAMES, height, width)
+    boxes_xywh[:, :2] += 1
+    is_cut = (boxes_xywh[:, :2] <= 1) | (boxes_xywh[:, :2] + boxes_xywh[:, 2:] > [width, height])
+    absent = np.zeros(len(frames), bool)
+    if split == "train" and index == 2:
+        absent[12:18] = True
+        frames[12:18] = [cv2.GaussianBlur(frame, (0, 0), 25) for frame in frames[12:18]]
+        boxes_xywh[absent], cover[absent] = -1, 0
+    labels = {"cover": cover, "absence": absent, "cut_by_image": is_cut.any(1)}
+    texts = {f"{label}.label": "".join(f"{value:d}\n" for value in values) for label, values in labels.items()}
+    texts["groundtruth.txt"] = "".join(",".join(f"{value:.4f}" for value in box) + "\n" for box in boxes_xywh)
+    texts["meta_info.ini"] = (
+        f"[METAINFO]\nurl: generated\nbegin: 00:00:00\nend: 00:00:{len(frames) // 10:02d}\nanno_fps: 10Hz\n"
+        "object_class: shape\nmotion_class: move\nmajor_class: shape\nroot_class: object\n"
+        f"motion_adverb: smoothly\nresolution: ({width}, {height})\n"
+    )
+    video_dir = split_dir / name
+    video_dir.mkdir()
+    for t, frame in enumerate(frames):
+        write_image(video_dir / f"{t + 1:08d}.jpg", frame)
+    for file_name, text in texts.items():
+        (video_dir / file_name).write_text(text, encoding="utf-8", newline="")
+    return name
 
 
 def _write_scenes(folder: Path) -> None:

@@ -10,12 +10,16 @@ github.com/huanglianghua/siamfc-pytorch under NumPy 2.
 
 import copy
 import math
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 
+from utils.frames import FrameSource
 from utils.siamfc import (
     EXEMPLAR_SIZE,
     INSTANCE_SIZE,
@@ -243,6 +247,47 @@ class SiamFCTracker:
         if self.is_fast and settings.keep_center_inside:
             last_xy = np.array([frame_hw[1] - 1, frame_hw[0] - 1], np.float32)
             target.center_xy = np.clip(target.center_xy, np.float32(0), last_xy)
+
+
+class TrackedFrame(NamedTuple):
+    """What `track_frames` found in one frame; N objects."""
+
+    index: int  # of the frame in its source, from 0
+    frame: np.ndarray | None  # uint8 (H, W, 3) RGB; None where it cannot be read
+    boxes_xywh: np.ndarray  # float64 (N, 4) px, 0-based
+    scores: np.ndarray  # float64 (N,): 1 in the first frame; nan where the frame cannot be read
+    is_lost: np.ndarray  # bool (N,)
+    time_s: float  # seconds that init or update took; nan where the frame cannot be read
+    error: Exception | None  # why the frame cannot be read, naming it
+
+
+def track_frames(tracker: SiamFCTracker, frames: FrameSource, boxes_xywh: np.ndarray) -> Iterator[TrackedFrame]:
+    """Track objects from the first frame to the last, one frame at a time.
+
+    In a frame that cannot be read the objects stay where they were, lost, and tracking goes on with the next.
+
+    Args:
+        boxes_xywh: (N, 4) px, 0-based, in the first frame.
+    Yields:
+        a TrackedFrame for each frame; the first has the given boxes.
+    Raises:
+        ValueError: where the first frame cannot be read, or its boxes not be tracked; OSError: likewise.
+    """
+    boxes_xywh = np.array(boxes_xywh, np.float64)
+    nothing = np.full(len(boxes_xywh), np.nan)
+    for index, frame, error in frames:
+        if error is not None and index == 0:
+            raise error
+        if error is not None:
+            yield TrackedFrame(index, None, boxes_xywh, nothing, np.ones(len(nothing), bool), math.nan, error)
+            continue
+        start = time.perf_counter()
+        if index == 0:
+            tracker.init(frame, boxes_xywh)
+            scores, is_lost = np.ones(len(boxes_xywh)), np.zeros(len(boxes_xywh), bool)
+        else:
+            boxes_xywh, scores, is_lost = tracker.update(frame)
+        yield TrackedFrame(index, frame, boxes_xywh, scores, is_lost, time.perf_counter() - start, None)
 
 
 def check_boxes(boxes_xywh: np.ndarray, frame_hw: tuple[int, int]) -> None:

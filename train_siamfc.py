@@ -1,0 +1,860 @@
+"""Train the SiamFC tracker on exemplar/instance pairs cut from video sequences, read straight from disk.
+
+    python train_siamfc.py                                         # generated moving shapes, on a CPU
+    python train_siamfc.py experiment=siamfc_got10k data.root=/my/GOT-10k
+    python train_siamfc.py data=folder_sequences data.root=/my/videos
+    python train_siamfc.py data=coco data.root=/my/coco            # pictures: both patches come from one
+    python train_siamfc.py check=true data=got10k                  # look at a dataset and stop
+    python train_siamfc.py train.steps=0 model.checkpoint=best.pt  # evaluate and stop
+    python train_siamfc.py resume=outputs/train_siamfc/<run>       # continue a killed run, exactly
+    python train_siamfc.py --cfg job                               # print every knob with its value
+
+Reads   sequences with a box per frame: data=got10k|imagenet_vid|davis_sequences|otb|vot|folder_sequences, pictures
+        with masks: data=coco|label_map|dsb2018|sa1b|labpics, or several of them (data=siamfc_bundled shows how).
+Writes  outputs/train_siamfc/<time>/: best.pt (for track.py), last.pt (to resume), metrics.csv, curves.png, samples/,
+        tensorboard/, run.json.
+Metrics, of tracking whole validation sequences from their first box:
+    val/ao           average overlap over all frames but the first, as GOT-10k
+    val/sr_50        share of those frames with an overlap above 0.5
+    val/success_auc  area under OTB's success curve, mean over sequences
+    val/loss         the training loss on validation pairs, the same each time
+    train/loss, train/hit_rate    running means over training steps (bias-corrected, 0.99); hit_rate: share of the pairs
+                     whose response is highest at a cell labelled 1
+Sources: Bertinetto et al. 2016, arXiv:1606.09549; values as in github.com/huanglianghua/siamfc-pytorch.
+"""
+
+import logging
+import math
+import os
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import hydra
+import numpy as np
+import torch
+import torch.nn.functional as F
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as transforms
+from tqdm import tqdm
+
+from utils.checkpoint import find_resume, load_checkpoint, resumed_config, save_checkpoint
+from utils.frames import FrameSource
+from utils.images import read_image, write_image
+from utils.run import (
+    MetricsLog,
+    SampleCounter,
+    autocast,
+    check_keys,
+    check_type,
+    choose_device,
+    choose_num_workers,
+    choose_precision,
+    finish_run,
+    first_few,
+    git_state,
+    plot_curves,
+    read_settings,
+    sample_rng,
+    seed_everything,
+    shuffled_item,
+    start_run,
+    values_of_step,
+)
+from utils.sample_data import write_samples
+from utils.sequence_data import STATIC_FORMATS, Sequence, file_coordinates, split_pictures, split_sequences
+from utils.siamfc import (
+    EXEMPLAR_SIZE,
+    SiamFC,
+    balanced_weights,
+    box_center,
+    context_side,
+    crop_and_resize,
+    load_siamfc,
+    mean_color,
+    response_labels,
+)
+from utils.siamfc_tracker import SiamFCTracker, TrackerSettings, track_frames
+from utils.tracking_metrics import got10k_overlaps, got10k_scores, mean_one_pass_scores, one_pass_scores
+
+INSTANCE_SIZE = 239  # px, in training: the response has 15 x 15 cells
+INTERPOLATIONS = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_LANCZOS4)
+BLUR_SIGMA = (0.5, 2.5)  # px
+RANDOM_BOX_SHARE = (0.08, 0.4)  # of the picture's shorter side
+RUNNING_MEAN_DECAY = 0.99
+MAX_SKIPPED_IN_A_ROW = 50  # steps whose fp16 gradients overflowed, each at half the scale of the one before
+MAX_LISTED = 5
+REPORTED = ("ao", "sr_50", "success_auc")  # what best.pt can be chosen by
+BEST_KEYS = ("format", "script", "model", "config", "git")  # what best.pt has of last.pt
+TOP_LEVEL_KEYS = (
+    "seed", "device", "precision", "num_workers", "resume", "data_root", "check", "model", "data", "optim", "tracker",
+    "pairs", "train",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Knobs of the training loop (`train:` in configs/train_siamfc.yaml, which explains each)."""
+
+    steps: int
+    batch_size: int  # pairs per forward
+    accumulate: int  # forwards per step
+    clip_norm: float | None
+    r_pos: float  # px of the instance
+    channels_last: bool
+    compile: bool
+    log_every: int  # steps
+    eval_every: int  # steps
+    save_every: int  # steps
+    eval_sequences: int | None
+    eval_frames: int | None
+    eval_pairs: int
+    select_by: str
+    early_stop_evals: int | None
+    picture_pairs: int
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """Which frames become pairs, and how patches are varied (`pairs:`)."""
+
+    max_gap: int  # frames
+    per_visit: int
+    stretch: float
+    exemplar_shift: float  # px of the exemplar
+    instance_shift: float  # px of the instance
+    grey: float
+    color_jitter: float
+    blur: float
+    random_interpolation: bool
+    random_boxes: float
+    min_side: float  # px of the frame
+    max_side: float  # px of the frame
+    min_share: float
+    max_share: float
+    max_aspect: float
+    min_cover: float
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """SGD and its schedule (`optim:`, configs/optim/siamfc_sgd.yaml)."""
+
+    lr: float
+    min_lr: float
+    hold_steps: int
+    momentum: float
+    weight_decay: float
+    decay_all: bool
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The network (`model:`, configs/model/siamfc.yaml)."""
+
+    name: str
+    score_bias: bool
+    checkpoint: str | None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# disk -> tensors
+
+
+def usable_frames(sequence: Sequence, pairs: PairSettings) -> np.ndarray:
+    """List the frames of a sequence whose box is fit for pairs: int64 (number of them,), in order.
+
+    Source: the filter of siamfc-pytorch, whose box area of at least 20 px follows here from min_side.
+    """
+    if sequence.frame_wh is None:
+        return np.zeros(0, np.int64)
+    wh = sequence.boxes_xywh[:, 2:]  # (T, 2)
+    share = wh / np.array(sequence.frame_wh)
+    with np.errstate(divide="ignore", invalid="ignore"):  # frames without box are nan, and nan is not within bounds
+        is_usable = sequence.visible & (wh >= pairs.min_side).all(1) & (wh <= pairs.max_side).all(1)
+        is_usable &= (share >= pairs.min_share).all(1) & (share <= pairs.max_share).all(1)
+        is_usable &= wh.max(1) <= pairs.max_aspect * wh.min(1)
+    if sequence.cover is not None:
+        is_usable &= sequence.cover > max(1.0, pairs.min_cover * sequence.cover.max())
+    return np.flatnonzero(is_usable)
+
+
+def draw_frames(usable: np.ndarray, max_gap: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Draw the exemplar's frame, then the instance's: another one within max_gap where there is one, else the same.
+
+    Args:
+        usable: int (n,), at least one frame.
+    """
+    exemplar_frame = int(rng.choice(usable))
+    near = usable[(np.abs(usable - exemplar_frame) <= max_gap) & (usable != exemplar_frame)]
+    return exemplar_frame, int(rng.choice(near)) if len(near) else exemplar_frame
+
+
+def draw_box(image_rgb: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw a box somewhere in a picture: of four random ones that with the most contrast, as flat ground is no object.
+
+    Args:
+        image_rgb: uint8 (H, W, 3).
+    Returns:
+        float64 (4,) px, 0-based, inside the picture.
+    """
+    height, width = image_rgb.shape[:2]
+    boxes, contrasts = [], []
+    for _ in range(4):
+        side, aspect = (
+            min(height, width) * np.exp(rng.uniform(*np.log(RANDOM_BOX_SHARE))),
+            np.exp(rng.uniform(-0.5, 0.5)),
+        )
+        w, h = max(1, round(side * aspect)), max(1, round(side / aspect))
+        x, y = int(rng.integers(max(1, width - w))), int(rng.integers(max(1, height - h)))
+        boxes.append(np.array([x, y, w, h], np.float64))
+        contrasts.append(image_rgb[y : y + h, x : x + w].std())
+    return boxes[int(np.argmax(contrasts))]
+
+
+def cut_patch(
+    image_rgb: np.ndarray,
+    box_xywh: np.ndarray,
+    out_size: int,
+    shift_px: float,
+    pairs: PairSettings,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Cut a patch around a box, at the exemplar's scale, a little off and stretched: the geometry that the tracker has.
+
+    Args:
+        image_rgb: uint8 (H, W, 3).
+        box_xywh: (4,) px of the image, 0-based.
+        out_size: px of the patch; 127 shows the box's context square.
+        shift_px: px of the patch, at most, along each axis.
+    Returns:
+        uint8 (out_size, out_size, 3).
+    """
+    side = context_side(box_xywh[2:]) * out_size / EXEMPLAR_SIZE * (1 + pairs.stretch * rng.uniform(-1, 1))
+    shift_xy = rng.uniform(-shift_px, shift_px, 2) * side / out_size  # px of the image
+    interpolation = INTERPOLATIONS[rng.integers(len(INTERPOLATIONS)) if pairs.random_interpolation else 0]
+    center_xy = box_center(box_xywh) + shift_xy
+    return crop_and_resize(image_rgb, center_xy, side, out_size, mean_color(image_rgb), interpolation)
+
+
+def vary_colors(patch: np.ndarray, is_grey: bool, pairs: PairSettings, rng: np.random.Generator) -> torch.Tensor:
+    """Blur a patch, change its colours, or take them away: uint8 (S, S, 3) -> uint8 (3, S, S)."""
+    if rng.random() < pairs.blur:
+        patch = cv2.GaussianBlur(patch, (0, 0), rng.uniform(*BLUR_SIGMA))
+    picture = torch.from_numpy(patch).permute(2, 0, 1)
+    for adjust in (transforms.adjust_brightness, transforms.adjust_contrast, transforms.adjust_saturation):
+        factor = 1 + pairs.color_jitter * rng.uniform(-1, 1)
+        if pairs.color_jitter > 0:
+            picture = adjust(picture, factor)
+    if is_grey:
+        picture = transforms.rgb_to_grayscale(picture, num_output_channels=3)
+    return picture.contiguous()
+
+
+class SiamesePairs(Dataset):
+    """Training samples: an exemplar and an instance of one object. A sample is a function of (seed, sample_index).
+
+    Args:
+        sequences: those to draw from; one that is listed twice has two turns in each epoch.
+        usable: of each sequence, from `usable_frames`, at least one frame.
+    """
+
+    def __init__(self, sequences: list[Sequence], usable: list[np.ndarray], seed: int, pairs: PairSettings):
+        self.sequences, self.usable, self.seed, self.pairs = sequences, usable, seed, pairs
+
+    def __getitem__(self, sample_index: int) -> dict:
+        """Read two frames of a sequence, or one twice, and cut the patches.
+
+        Returns:
+            exemplar uint8 (3, 127, 127); instance uint8 (3, 239, 239), the object in its middle; name: both files.
+        """
+        _, number = shuffled_item(self.seed, sample_index // self.pairs.per_visit, len(self.sequences))
+        sequence, pairs = self.sequences[number], self.pairs
+        rng = sample_rng(self.seed, sample_index)
+        is_random = rng.random() < pairs.random_boxes
+        frames = draw_frames(self.usable[number], pairs.max_gap, rng)
+        paths = [sequence.frame_path(frame) for frame in (frames[:1] * 2 if is_random else frames)]
+        exemplar_rgb = read_image(paths[0])
+        instance_rgb = exemplar_rgb if paths[0] == paths[1] else read_image(paths[1])
+        exemplar_box, instance_box = (sequence.boxes_xywh[frame] for frame in frames)
+        if is_random:
+            exemplar_box = instance_box = draw_box(exemplar_rgb, rng)
+        exemplar = cut_patch(exemplar_rgb, exemplar_box, EXEMPLAR_SIZE, pairs.exemplar_shift, pairs, rng)
+        instance = cut_patch(instance_rgb, instance_box, INSTANCE_SIZE, pairs.instance_shift, pairs, rng)
+        is_grey = rng.random() < pairs.grey
+        return {
+            "exemplar": vary_colors(exemplar, is_grey, pairs, rng),
+            "instance": vary_colors(instance, is_grey, pairs, rng),
+            "name": f"{paths[0]} with {paths[1]}",
+        }
+
+
+def collate(samples: list[dict]) -> dict:
+    """Join samples: exemplars uint8 (B, 3, 127, 127), instances uint8 (B, 3, 239, 239), names."""
+    return {
+        "exemplars": torch.stack([sample["exemplar"] for sample in samples]),
+        "instances": torch.stack([sample["instance"] for sample in samples]),
+        "names": [sample["name"] for sample in samples],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loss and the learning rate
+
+
+def balanced_loss(response: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Compute the logistic loss in fp32, cells labelled 1 and 0 counting the same, the mean over pairs.
+
+    Args:
+        response: (B, 1, r, r), logits.
+        labels: (r, r), 0 or 1, from `response_labels`.
+        weights: (r, r), from `balanced_weights`.
+    """
+    logits = response[:, 0].float()  # (B, r, r)
+    losses = F.binary_cross_entropy_with_logits(logits, labels.expand_as(logits), reduction="none")
+    return (weights * losses).sum() / len(logits)
+
+
+def hit_rate(response: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Compute the share of responses (B, 1, r, r) that are highest at a cell labelled 1."""
+    return labels.flatten()[response.flatten(1).argmax(1)].mean()
+
+
+def exponential_lr(step: int, steps: int, optim: OptimSettings) -> float:
+    """Compute the learning rate of the update that follows `step` done ones: from lr to min_lr, both reached.
+
+    Args:
+        step: updates already done, 0..steps-1.
+        steps: updates in the whole run.
+    """
+    last = max(1, math.ceil(steps / optim.hold_steps) - 1)  # rates are 0..last
+    return optim.lr * (optim.min_lr / optim.lr) ** min(1.0, step // optim.hold_steps / last)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation
+
+
+def evaluate_tracking(
+    model: SiamFC, sequences: list[Sequence], tracker_settings: TrackerSettings, precision: str, num_frames: int | None
+) -> dict[str, float]:
+    """Track sequences from the first frame with a visible box to the end, and compare with groundtruth.
+
+    Args:
+        num_frames: of each sequence the first so many; None: all.
+    Returns:
+        {"val/ao": float, ...}; val/still_ao, ...: of a box that stays where it is.
+    Raises:
+        ValueError: for a frame that cannot be read.
+    """
+    tracker = SiamFCTracker(model, tracker_settings, precision)
+    tracks, track_s, num_tracked = {"val/": [], "val/still_": []}, 0.0, 0
+    for sequence in tqdm(sequences, desc="evaluate", leave=False, disable=None):
+        first = int(np.flatnonzero(sequence.visible)[0])
+        stop = len(sequence) if num_frames is None else min(len(sequence), first + num_frames)
+        first_box, boxes = sequence.boxes_xywh[first], []
+        for tracked in track_frames(tracker, FrameSource(sequence.frame_paths[first:stop]), first_box[None]):
+            if tracked.error is not None:
+                raise ValueError(f"sequence {sequence.name}: {tracked.error}") from tracked.error
+            boxes.append(tracked.boxes_xywh[0])
+            track_s += tracked.time_s
+        num_tracked += len(boxes)
+        for prefix, found in (("val/", np.stack(boxes)), ("val/still_", np.tile(first_box, (len(boxes), 1)))):
+            tracks[prefix].append((sequence, first, file_coordinates(found, sequence.box_origin)))
+    values = {}
+    for prefix, found in tracks.items():
+        overlaps, one_pass = [], []
+        for sequence, first, boxes in found:  # (T', 4), counted as in the dataset's files
+            stop = min(first + len(boxes), sequence.num_annotated)
+            truth = file_coordinates(sequence.boxes_xywh[first:stop], sequence.box_origin)
+            cover = None if sequence.cover is None else sequence.cover[first:stop]
+            overlaps.append(got10k_overlaps(boxes, truth, sequence.frame_wh, cover))
+            one_pass.append(one_pass_scores(boxes, truth, "got10k"))
+        scores = got10k_scores(overlaps) | mean_one_pass_scores(one_pass)
+        values |= {f"{prefix}{name}": scores[name] for name in REPORTED}
+        num_scored = scores["num_frames"]
+    return values | {"val/num_frames": num_scored, "val/tracked_per_s": num_tracked / track_s}
+
+
+@torch.no_grad()
+def evaluate_pairs(
+    model: SiamFC,
+    dataset: SiamesePairs,
+    num_pairs: int,
+    batch_size: int,
+    labels: torch.Tensor,
+    weights: torch.Tensor,
+    precision: str,
+    picture_path: Path,
+    picture_pairs: int,
+) -> dict[str, float]:
+    """Compute the loss on the first `num_pairs` of validation pairs and draw `picture_pairs` of them.
+
+    Returns:
+        {"val/loss": float, "val/hit_rate": float}; empty where num_pairs is 0.
+    """
+    if num_pairs == 0:
+        return {}
+    model.eval()
+    loss, hits, pictures = 0.0, 0.0, []
+    for start in range(0, num_pairs, batch_size):
+        batch = collate([dataset[index] for index in range(start, min(start + batch_size, num_pairs))])
+        exemplars, instances = (batch[key].to(labels.device).float() for key in ("exemplars", "instances"))
+        with autocast(labels.device, precision):
+            response = model(exemplars, instances)  # (B, 1, 15, 15)
+        share = len(response) / num_pairs
+        loss += share * balanced_loss(response, labels, weights).item()
+        hits += share * hit_rate(response, labels).item()
+        for exemplar, instance, one in zip(batch["exemplars"], batch["instances"], response, strict=True):
+            if len(pictures) < picture_pairs:
+                pictures.append(draw_pair(exemplar, instance, one[0].float().cpu()))
+    if pictures:
+        write_image(picture_path, np.concatenate(pictures))
+    return {"val/loss": loss, "val/hit_rate": hits}
+
+
+def draw_pair(exemplar: torch.Tensor, instance: torch.Tensor, response: torch.Tensor) -> np.ndarray:
+    """Draw exemplar, instance with the response's highest cell marked, and response side by side.
+
+    Args:
+        exemplar: uint8 (3, 127, 127).
+        instance: uint8 (3, 239, 239).
+        response: (15, 15), logits.
+    Returns:
+        uint8 (243, 637, 3); the response from blue, its lowest value, to red, its highest.
+    """
+    panels = []
+    scaled = (response - response.min()) / (response.max() - response.min()).clamp(min=1e-12)
+    heat = cv2.applyColorMap((255 * scaled.numpy()).astype(np.uint8), cv2.COLORMAP_JET)[..., ::-1]  # BGR to RGB
+    heat = cv2.resize(heat, (INSTANCE_SIZE, INSTANCE_SIZE), interpolation=cv2.INTER_NEAREST)
+    for patch in (exemplar.permute(1, 2, 0).numpy(), instance.permute(1, 2, 0).numpy(), heat):
+        panel = np.full((INSTANCE_SIZE + 4, patch.shape[1] + 10, 3), 255, np.uint8)
+        panel[2 : 2 + len(patch), 5 : 5 + patch.shape[1]] = patch
+        panels.append(panel)
+    row, column = np.unravel_index(int(response.argmax()), response.shape)
+    stride, middle = 8, (INSTANCE_SIZE - 1) // 2
+    x, y = (5 + middle + stride * (column - 7), 2 + middle + stride * (row - 7))
+    cv2.drawMarker(panels[1], (int(x), int(y)), (255, 0, 0), cv2.MARKER_CROSS, 21, 2)
+    return np.concatenate(panels, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run
+
+
+def check_settings(settings: Settings, pairs: PairSettings, optim: OptimSettings) -> None:
+    """Raise a ValueError for values that make no sense, naming the key, the value and what it must be."""
+    selectable, clip_norm = [f"val/{name}" for name in REPORTED], settings.clip_norm
+    rules = [
+        ("pairs.stretch", pairs.stretch, 0 <= pairs.stretch < 1, "0 or more, and below 1"),
+        ("pairs.max_gap", pairs.max_gap, pairs.max_gap >= 1, "1 or more"),
+        ("pairs.per_visit", pairs.per_visit, pairs.per_visit >= 1, "1 or more"),
+        ("pairs.exemplar_shift", pairs.exemplar_shift, pairs.exemplar_shift >= 0, "0 or more"),
+        ("pairs.instance_shift", pairs.instance_shift, pairs.instance_shift >= 0, "0 or more"),
+        ("pairs.max_aspect", pairs.max_aspect, pairs.max_aspect >= 1, "1 or more"),
+        ("optim.lr", optim.lr, optim.lr > 0, "above 0"),
+        ("optim.min_lr", optim.min_lr, 0 < optim.min_lr <= optim.lr, "above 0 and at most optim.lr"),
+        ("optim.hold_steps", optim.hold_steps, optim.hold_steps >= 1, "1 or more"),
+        ("optim.momentum", optim.momentum, 0 <= optim.momentum < 1, "0 or more, and below 1"),
+        ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "0 or more"),
+        ("train.steps", settings.steps, settings.steps >= 0, "0 or more"),
+        ("train.clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "null, or above 0"),
+        ("train.eval_pairs", settings.eval_pairs, settings.eval_pairs >= 0, "0 or more"),
+        ("train.select_by", settings.select_by, settings.select_by in selectable, "one of " + ", ".join(selectable)),
+    ]
+    for key in ("grey", "color_jitter", "blur", "random_boxes"):
+        rules.append((f"pairs.{key}", getattr(pairs, key), 0 <= getattr(pairs, key) <= 1, "between 0 and 1"))
+    for key in ("batch_size", "accumulate", "log_every", "eval_every", "save_every"):
+        rules.append((f"train.{key}", getattr(settings, key), getattr(settings, key) >= 1, "1 or more"))
+    for key, least in (("eval_sequences", 1), ("eval_frames", 2), ("early_stop_evals", 1)):
+        value = getattr(settings, key)
+        rules.append((f"train.{key}", value, value is None or value >= least, f"null, or {least} or more"))
+    for name, value, is_good, remedy in rules:
+        if not is_good:
+            raise ValueError(f"{name} is {value}; must be {remedy}")
+
+
+def list_data(data: dict) -> tuple[list[Sequence], list[Sequence]]:
+    """List a dataset's sequences, or those of several (`data.parts`): training and validation.
+
+    With parts, `data.turns` says how many turns each sequence of a part has in an epoch of training.
+    """
+    if "parts" not in data:
+        data = dict(data)
+        generate = data.pop("generate", None)
+        if generate is not None:
+            data["root"] = write_samples(generate, data["root"])
+        split = split_pictures if data.get("format") in STATIC_FORMATS else split_sequences
+        check_keys(split, data, "data")
+        return split(**data)
+    check_keys(lambda parts, turns: None, data, "data")
+    if sorted(data["parts"]) != sorted(data["turns"]):
+        raise ValueError(f"data.turns names {', '.join(data['turns'])}; must name {', '.join(data['parts'])}")
+    train_sequences, val_sequences = [], []
+    for name, part in data["parts"].items():
+        check_type(turns := data["turns"][name], int, f"data.turns.{name}")
+        if turns < 0:
+            raise ValueError(f"data.turns.{name} is {turns}; must be 0 or more")
+        try:
+            train_part, val_part = list_data(part)
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"data.parts.{name}: {error}") from error
+        train_sequences += train_part * turns
+        val_sequences += val_part
+    return train_sequences, val_sequences
+
+
+def keep_usable(sequences: list[Sequence], pairs: PairSettings, split: str) -> tuple[list[Sequence], list[np.ndarray]]:
+    """Leave out sequences without a frame that is fit for pairs, and say how many frames were left out.
+
+    Returns:
+        the other sequences, and the usable frames of each.
+    """
+    found: dict[int, np.ndarray] = {}  # a sequence with several turns is looked at once
+    for sequence in sequences:
+        if id(sequence) not in found:
+            found[id(sequence)] = usable_frames(sequence, pairs)
+    different = {id(sequence): sequence for sequence in sequences}
+    useless = [sequence.name for key, sequence in different.items() if not len(found[key])]
+    num_frames, num_usable = sum(map(len, different.values())), sum(map(len, found.values()))
+    print(
+        f"{split}: {len(different)} sequences, {num_frames} frames; pairs are cut from {num_usable} frames of "
+        f"{len(different) - len(useless)} sequences"
+    )
+    if useless:
+        print(f"  without a usable box (see pairs.*): {', '.join(first_few(useless, MAX_LISTED))}")
+    kept = [sequence for sequence in sequences if len(found[id(sequence)])]
+    return kept, [found[id(sequence)] for sequence in kept]
+
+
+def build_model(model_settings: ModelSettings, is_resumed: bool) -> SiamFC:
+    """Build the network with random weights, or those of a checkpoint; a resumed run has its own."""
+    if model_settings.name != "siamfc":
+        raise ValueError(f"model.name is {model_settings.name}; must be siamfc")
+    model = SiamFC(model_settings.score_bias)
+    if model_settings.checkpoint is not None and not is_resumed:
+        missing, unknown = model.load_state_dict(load_siamfc(model_settings.checkpoint).state_dict(), strict=False)
+        if unknown:
+            raise ValueError(
+                f"model.score_bias is false; must be true: model.checkpoint {model_settings.checkpoint} has one"
+            )
+        if missing:
+            print(f"{', '.join(missing)}: not in {model_settings.checkpoint}, starts from 0")
+    return model
+
+
+def build_optimizer(model: SiamFC, optim: OptimSettings) -> torch.optim.SGD:
+    """Build SGD; without `decay_all` biases and batch norm have no weight decay. The rate is set at each step."""
+    groups = {optim.weight_decay: [], 0.0: []}
+    for parameter in model.parameters():
+        groups[optim.weight_decay if optim.decay_all or parameter.ndim > 1 else 0.0].append(parameter)
+    groups = [{"params": group, "weight_decay": decay} for decay, group in groups.items() if group]
+    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
+
+
+def print_table(start: dict, best: dict, last: dict) -> None:
+    """Print one row per metric: the first box kept still, before training, best checkpoint, last."""
+    print(f"\n{'metric':<16}{'still box':>10}{'step 0':>9}{'best':>9}{'last':>9}")
+    for name in REPORTED:
+        values = [best[f"val/still_{name}"], *(one[f"val/{name}"] for one in (start, best, last))]
+        print(f"{name:<16}{values[0]:>10.3f}" + "".join(f"{value:>9.3f}" for value in values[1:]))
+    print(f"best checkpoint: step {best['step']}, chosen on {best['val/num_frames']} validation frames")
+
+
+def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
+    """Train as configured and return the best value of `train.select_by`.
+
+    Args:
+        config: the whole resolved config; of a resumed run, the stored one.
+        run_dir: a new folder.
+        resume_path: the last.pt to continue from, or None.
+    """
+    if unknown := sorted(config.keys() - set(TOP_LEVEL_KEYS)):  # a preset can add keys, Hydra does not mind
+        raise ValueError(f"unknown key {', '.join(unknown)} in the config; must be among {', '.join(TOP_LEVEL_KEYS)}")
+    settings = read_settings(Settings, config["train"], "train")
+    pairs = read_settings(PairSettings, config["pairs"], "pairs")
+    optim = read_settings(OptimSettings, config["optim"], "optim")
+    model_settings = read_settings(ModelSettings, config["model"], "model")
+    tracker_settings = read_settings(TrackerSettings, config["tracker"], "tracker")
+    check_type(config["check"], bool, "check")
+    check_settings(settings, pairs, optim)
+    device = choose_device(config["device"])
+    precision = choose_precision(config["precision"], device)
+    tracker_precision = precision if tracker_settings.mode == "fast" else "fp32"
+    seed_everything(config["seed"])
+    model = build_model(model_settings, resume_path is not None)
+
+    # data: list, leave out what cannot be used
+    train_sequences, val_sequences = list_data(config["data"])
+    train_sequences, train_usable = keep_usable(train_sequences, pairs, "train")
+    val_sequences = val_sequences[: settings.eval_sequences]
+    val_pair_sequences, val_usable = keep_usable(val_sequences, pairs, "val")
+    val_sequences = [one for one in val_sequences if one.visible[:-1].any() and one.frame_wh is not None]
+    train_dataset = SiamesePairs(train_sequences, train_usable, config["seed"], pairs)
+    if config["check"]:
+        check_pairs(train_dataset, run_dir, settings.picture_pairs)
+        return float("nan")
+    if settings.steps > 0 and not train_sequences:
+        raise ValueError("the dataset has no training sequence with a usable box: see data.* and pairs.*")
+    if not val_sequences:
+        raise ValueError("the dataset has no validation sequence with a box: see data.val_fraction, data.val_sequences")
+    eval_pairs = settings.eval_pairs if val_pair_sequences else 0
+    val_pairs = SiamesePairs(val_pair_sequences, val_usable, config["seed"] + 1, pairs)
+
+    counts = {"train_sequences": len({id(one) for one in train_sequences}), "val_sequences": len(val_sequences)}
+    start_run(run_dir, config, counts)
+
+    # model and optimizer
+    labels = response_labels(15, settings.r_pos).to(device)  # (15, 15)
+    weights = balanced_weights(labels)
+    model = model.to(device)
+    if settings.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    print(f"siamfc: {sum(p.numel() for p in model.parameters()):,} parameters; {device}, {precision}")
+    optimizer = build_optimizer(model, optim)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    respond = torch.compile(model) if settings.compile else model
+
+    # what a resumed run takes over
+    start_step, evaluated_step, bad_evals, num_skipped, skipped_in_a_row = 0, -1, 0, 0, 0
+    best: dict[str, float] = {}
+    start_metrics: dict[str, float] = {}
+    running = {"loss": 0.0, "hit_rate": 0.0, "updates": 0}
+    rows = []
+    if resume_path is not None:
+        state = load_checkpoint(resume_path)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["torch_rng"])
+        start_step, evaluated_step, bad_evals = state["step"], state["evaluated_step"], state["bad_evals"]
+        num_skipped, skipped_in_a_row = state["num_skipped"], state["skipped_in_a_row"]
+        best, start_metrics, running, rows = state["best"], state["start_metrics"], state["running"], state["metrics"]
+        if best["step"] == start_step:  # last.pt is the best; killed just after saving it, best.pt is that of before
+            best_state = {key: state[key] for key in BEST_KEYS} | {"metrics": best}
+        else:
+            best_state = load_checkpoint(resume_path.parent / "best.pt")
+        save_checkpoint(run_dir / "best.pt", best_state)
+        print(f"resumed from {resume_path} at step {start_step}")
+    log = MetricsLog(run_dir, rows)
+
+    pairs_per_step = settings.batch_size * settings.accumulate
+    num_workers = choose_num_workers(config["num_workers"])
+    loader = DataLoader(
+        train_dataset,
+        batch_size=settings.batch_size,
+        sampler=SampleCounter(start_step * pairs_per_step, settings.steps * pairs_per_step),
+        num_workers=num_workers,
+        collate_fn=collate,
+        worker_init_fn=limit_threads,
+        generator=torch.Generator(),  # its own: torch's stream, which a resumed run restores, must not be drawn from
+        pin_memory=device.type == "cuda",
+        persistent_workers=num_workers > 0,
+    )
+    batches = iter(loader)
+    progress = tqdm(total=settings.steps, initial=start_step, desc="train", disable=None)
+    wait_s, window_start, window_step = 0.0, time.perf_counter(), start_step
+
+    def save_last(step: int) -> None:
+        save_checkpoint(
+            run_dir / "last.pt",
+            {
+                "format": 1,
+                "script": "train_siamfc",
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "torch_rng": torch.get_rng_state(),
+                "step": step,
+                "evaluated_step": evaluated_step,
+                "bad_evals": bad_evals,
+                "num_skipped": num_skipped,
+                "skipped_in_a_row": skipped_in_a_row,
+                "best": best,
+                "start_metrics": start_metrics,
+                "running": running,
+                "metrics": log.rows,
+                "config": config,
+                "git": git_state(),
+            },
+        )
+
+    if resume_path is not None:
+        save_last(start_step)  # from now on this folder can be resumed too
+    step = start_step
+    while True:
+        # 1. evaluate and save
+        is_last = step >= settings.steps
+        if (step % settings.eval_every == 0 or is_last) and step > evaluated_step:
+            samples_dir = run_dir / "samples" / f"step_{step:06d}"
+            samples_dir.mkdir(parents=True, exist_ok=True)
+            eval_start = time.perf_counter()
+            values = evaluate_tracking(model, val_sequences, tracker_settings, tracker_precision, settings.eval_frames)
+            values |= evaluate_pairs(
+                model, val_pairs, eval_pairs, settings.batch_size, labels, weights, precision,
+                samples_dir / "pairs.png", settings.picture_pairs,
+            )  # fmt: skip
+            tqdm.write(f"step {step}: " + "  ".join(f"{name} {values[f'val/{name}']:.3f}" for name in REPORTED))
+            log.log(step, values)
+            plot_curves(log.rows, run_dir / "curves.png")
+            evaluated_step = step
+            start_metrics = start_metrics or {"step": step, **values}
+            is_best = not best or values[settings.select_by] > best[settings.select_by]
+            bad_evals = 0 if is_best else bad_evals + 1
+            if is_best:
+                best = {"step": step, **values}
+            save_last(step)  # before best.pt: a resumed run makes best.pt from it where it is the best
+            if is_best:
+                save_checkpoint(
+                    run_dir / "best.pt",
+                    {
+                        "format": 1,
+                        "script": "train_siamfc",
+                        "model": model.state_dict(),
+                        "config": config,
+                        "git": git_state(),
+                        "metrics": best,
+                    },
+                )
+            window_start += time.perf_counter() - eval_start  # speed is that of training alone
+        elif step > start_step and step % settings.save_every == 0:
+            save_last(step)
+        if settings.early_stop_evals is not None and bad_evals >= settings.early_stop_evals:
+            tqdm.write(f"early stop: {settings.select_by} has not risen in {bad_evals} evaluations")
+            break
+        if is_last:
+            break
+        model.train()
+
+        # 2. learning rate
+        lr = exponential_lr(step, settings.steps, optim)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        step_loss, step_hit_rate, step_names = 0.0, 0.0, []
+        for _ in range(settings.accumulate):
+            wait_start = time.perf_counter()
+            batch = next(batches)
+            wait_s += time.perf_counter() - wait_start
+            step_names += batch["names"]
+            exemplars, instances = (
+                batch[key].to(device, non_blocking=True).float() for key in ("exemplars", "instances")
+            )  # (B, 3, 127, 127), (B, 3, 239, 239), 0..255
+            if settings.channels_last:
+                exemplars, instances = (
+                    images.to(memory_format=torch.channels_last) for images in (exemplars, instances)
+                )
+
+            # 3. forward
+            with autocast(device, precision):
+                response = respond(exemplars, instances)  # (B, 1, 15, 15)
+            micro_loss = balanced_loss(response, labels, weights) / settings.accumulate
+            if not math.isfinite(loss_value := micro_loss.item()):
+                raise FloatingPointError(f"loss is {loss_value} at step {step}, pairs {', '.join(batch['names'])}")
+            step_loss += loss_value
+            step_hit_rate += hit_rate(response, labels).item() / settings.accumulate
+
+            # 4. backward and clip
+            scaler.scale(micro_loss).backward()
+        scaler.unscale_(optimizer)
+        clip_norm = math.inf if settings.clip_norm is None else settings.clip_norm
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
+        is_skipped = not math.isfinite(grad_norm)
+        if is_skipped and not scaler.is_enabled():
+            raise FloatingPointError(f"gradient norm is {grad_norm} at step {step}, pairs {', '.join(step_names)}")
+        num_skipped, skipped_in_a_row = num_skipped + is_skipped, skipped_in_a_row + 1 if is_skipped else 0
+        if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(
+                f"fp16 gradients overflowed at {skipped_in_a_row} steps in a row, the last is step {step}: nothing is "
+                "learned; use precision=bf16 or precision=fp32, or start from other weights"
+            )
+
+        # 5. update (the scaler leaves out a step whose fp16 gradients overflowed)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        # 6. log
+        running["loss"] = RUNNING_MEAN_DECAY * running["loss"] + (1 - RUNNING_MEAN_DECAY) * step_loss
+        running["hit_rate"] = RUNNING_MEAN_DECAY * running["hit_rate"] + (1 - RUNNING_MEAN_DECAY) * step_hit_rate
+        running["updates"] += 1
+        correction = 1 - RUNNING_MEAN_DECAY ** running["updates"]
+        progress.update()
+        if step % settings.log_every == 0 or step == settings.steps:
+            elapsed_s = time.perf_counter() - window_start
+            pairs_per_s = (step - window_step) * pairs_per_step / elapsed_s
+            values = {
+                "train/loss": running["loss"] / correction,
+                "train/hit_rate": running["hit_rate"] / correction,
+                "train/grad_norm": grad_norm,
+                "lr": lr,
+                "skipped_steps": num_skipped,
+                "pairs_per_s": pairs_per_s,
+                "data_wait_share": wait_s / elapsed_s,
+            }
+            log.log(step, values)
+            progress.set_postfix_str(
+                f"loss {values['train/loss']:.3f}, {pairs_per_s:.1f} pairs/s, "
+                f"waits for data {values['data_wait_share']:.0%}"
+            )
+            wait_s, window_start, window_step = 0.0, time.perf_counter(), step
+
+    progress.close()
+    last = {"step": step, **values_of_step(log.rows, evaluated_step)}
+    plot_curves(log.rows, run_dir / "curves.png")
+    log.close()
+    finish_run(run_dir, {"start": start_metrics, "best": best, "last": last})
+    print_table(start_metrics, best, last)
+    shown_dir = os.path.relpath(run_dir)
+    print(f"\nWritten to {shown_dir}. Next, track something with it:")
+    print(f"  python track.py {shlex.quote(f'checkpoint={shown_dir}/best.pt')}")
+    return best[settings.select_by]
+
+
+def limit_threads(worker: int) -> None:
+    """Let a data-loading process decode in one thread: there are as many processes as cores already."""
+    cv2.setNumThreads(0)
+
+
+def check_pairs(dataset: SiamesePairs, run_dir: Path, num_pairs: int) -> None:
+    """Draw the first training pairs: exemplar and instance side by side."""
+    if not dataset.sequences or num_pairs == 0:
+        return
+    nothing = torch.zeros(15, 15)
+    samples = [dataset[index] for index in range(num_pairs)]
+    pictures = [draw_pair(sample["exemplar"], sample["instance"], nothing) for sample in samples]
+    write_image(run_dir / "pairs.png", np.concatenate(pictures))
+    print(f"the first {num_pairs} pairs are drawn in {os.path.relpath(run_dir / 'pairs.png')}")
+
+
+RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data.root", "data.index")
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train_siamfc")
+def main(cfg) -> float:
+    """Read the config, train, and end with one line on what went wrong and status 1, if anything did."""
+    try:
+        config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        hydra_config = HydraConfig.get()
+        run_dir, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
+        resume_path = None
+        if config["resume"] is not None:
+            resume_path = find_resume(config["resume"])
+            config = resumed_config(load_checkpoint(resume_path)["config"], config, overrides, RESUMABLE)
+        return train(config, run_dir, resume_path)
+    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+        logging.getLogger("train_siamfc").debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+    else:
+        main()
