@@ -5,7 +5,11 @@ frame (`pysot`, `pytracking`), and GOT-10k's scores cut boxes at the frame's bor
 toolkits print, give boxes counted as in the files (`sequence_data.file_coordinates`, `read_result`).
 """
 
+from pathlib import Path
+
 import numpy as np
+
+from utils.sequence_data import Sequence, file_coordinates, find_result, read_result
 
 PROTOCOLS = ("got10k", "pysot", "pytracking")
 SUCCESS_THRESHOLDS = np.linspace(0, 1, 21)  # IoU; a frame succeeds where it is above
@@ -224,3 +228,40 @@ def got10k_scores(overlaps: list[np.ndarray]) -> dict:
 
 def _success_rate(iou: np.ndarray, threshold: float) -> float:
     return float(np.mean(iou > threshold))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# result files
+
+
+def score_result(folder: str | Path, sequence: Sequence, protocol: str) -> dict:
+    """Score a tracker's result file of a sequence, on the annotated frames from the first with a visible object on.
+
+    Args:
+        folder: the tracker's, in any layout that `read_result` reads.
+        sequence: with two or more such frames.
+        protocol: as for `success_curve`.
+    Returns:
+        the scores of `one_pass_scores`; overlaps, from `got10k_overlaps`; num_frames, that were scored.
+    Raises:
+        FileNotFoundError, ValueError: for a file that is missing, faulty, or shorter than the groundtruth (in protocol
+            pytracking the frames that it lacks are misses), naming it.
+    """
+    first, last = int(sequence.visible.argmax()), sequence.num_annotated
+    truth = file_coordinates(sequence.boxes_xywh, sequence.box_origin)[first:last]
+    boxes = read_result(folder, sequence.name)
+    if len(boxes) < last and protocol != "pytracking":
+        raise ValueError(
+            f"{find_result(folder, sequence.name)} has {len(boxes)} boxes, but {sequence.name} groundtruth for {last} "
+            "frames; track all of them"
+        )
+    boxes = boxes[first:last]
+    if len(boxes) and np.isnan(boxes[0]).any():
+        boxes[0] = truth[0]  # VOT's files have a mark where the tracker was started
+    scores = one_pass_scores(boxes, truth, protocol)
+    boxes = np.concatenate([boxes, np.full((len(truth) - len(boxes), 4), np.nan)])
+    cover = None if sequence.cover is None else sequence.cover[first:last]
+    return scores | {
+        "overlaps": got10k_overlaps(boxes, truth, sequence.frame_wh, cover),
+        "num_frames": len(truth),
+    }
