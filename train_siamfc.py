@@ -3,21 +3,22 @@
     python train_siamfc.py                                         # generated moving shapes, on a CPU
     python train_siamfc.py experiment=siamfc_got10k data.root=/my/GOT-10k
     python train_siamfc.py data=folder_sequences data.root=/my/videos
-    python train_siamfc.py data=coco data.root=/my/coco            # pictures: both patches come from one
     python train_siamfc.py check=true data=got10k                  # look at a dataset and stop
     python train_siamfc.py train.steps=0 model.checkpoint=best.pt  # evaluate and stop
     python train_siamfc.py resume=outputs/train_siamfc/<run>       # continue a killed run, exactly
     python train_siamfc.py --cfg job                               # print every knob with its value
 
-Reads   sequences with a box per frame: data=got10k|imagenet_vid|davis_sequences|otb|vot|folder_sequences, pictures
-        with masks: data=coco|label_map|dsb2018|sa1b|labpics, or several of them (data=siamfc_bundled shows how).
+Reads   sequences with a box per frame: data=got10k|imagenet_vid|davis_sequences|otb|vot|folder_sequences. Pictures with
+        masks train too, both patches from one: as parts beside sequences that validate (data=siamfc_bundled shows how).
 Writes  outputs/train_siamfc/<time>/: best.pt (for track.py), last.pt (to resume), metrics.csv, curves.png, samples/,
         tensorboard/, run.json.
 Metrics, of tracking whole validation sequences from their first box:
     val/ao           average overlap over all frames but the first, as GOT-10k
     val/sr_50        share of those frames with an overlap above 0.5
     val/success_auc  area under OTB's success curve, mean over sequences
-    val/loss         the training loss on validation pairs, the same each time
+                     (frames without object are misses, as in OTB's toolkit)
+    val/still_...    the same of the first box kept still
+    val/loss, val/hit_rate   the training loss on validation pairs, augmented alike, the same each time
     train/loss, train/hit_rate    running means over training steps (bias-corrected, 0.99); hit_rate: share of the pairs
                      whose response is highest at a cell labelled 1
 Sources: Bertinetto et al. 2016, arXiv:1606.09549; values as in github.com/huanglianghua/siamfc-pytorch.
@@ -70,19 +71,19 @@ from utils.sample_data import write_samples
 from utils.sequence_data import STATIC_FORMATS, Sequence, file_coordinates, split_pictures, split_sequences
 from utils.siamfc import (
     EXEMPLAR_SIZE,
+    TOTAL_STRIDE,
     SiamFC,
     balanced_weights,
     box_center,
     context_side,
     crop_and_resize,
     load_siamfc,
-    mean_color,
     response_labels,
 )
 from utils.siamfc_tracker import SiamFCTracker, TrackerSettings, track_frames
 from utils.tracking_metrics import got10k_overlaps, got10k_scores, mean_one_pass_scores, one_pass_scores
 
-INSTANCE_SIZE = 239  # px, in training: the response has 15 x 15 cells
+INSTANCE_SIZE, RESPONSE_SIZE = 239, 15  # px, cells along each side, in training
 INTERPOLATIONS = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_LANCZOS4)
 BLUR_SIGMA = (0.5, 2.5)  # px
 RANDOM_BOX_SHARE = (0.08, 0.4)  # of the picture's shorter side
@@ -239,7 +240,7 @@ def cut_patch(
     shift_xy = rng.uniform(-shift_px, shift_px, 2) * side / out_size  # px of the image
     interpolation = INTERPOLATIONS[rng.integers(len(INTERPOLATIONS)) if pairs.random_interpolation else 0]
     center_xy = box_center(box_xywh) + shift_xy
-    return crop_and_resize(image_rgb, center_xy, side, out_size, mean_color(image_rgb), interpolation)
+    return crop_and_resize(image_rgb, center_xy, side, out_size, None, interpolation)
 
 
 def vary_colors(patch: np.ndarray, is_grey: bool, pairs: PairSettings, rng: np.random.Generator) -> torch.Tensor:
@@ -350,7 +351,7 @@ def evaluate_tracking(
     Returns:
         {"val/ao": float, ...}; val/still_ao, ...: of a box that stays where it is.
     Raises:
-        ValueError: for a frame that cannot be read.
+        ValueError: for a frame that cannot be read, or a first box that cannot be tracked, with the sequence.
     """
     tracker = SiamFCTracker(model, tracker_settings, precision)
     tracks, track_s, num_tracked = {"val/": [], "val/still_": []}, 0.0, 0
@@ -358,11 +359,14 @@ def evaluate_tracking(
         first = int(np.flatnonzero(sequence.visible)[0])
         stop = len(sequence) if num_frames is None else min(len(sequence), first + num_frames)
         first_box, boxes = sequence.boxes_xywh[first], []
-        for tracked in track_frames(tracker, FrameSource(sequence.frame_paths[first:stop]), first_box[None]):
-            if tracked.error is not None:
-                raise ValueError(f"sequence {sequence.name}: {tracked.error}") from tracked.error
-            boxes.append(tracked.boxes_xywh[0])
-            track_s += tracked.time_s
+        try:
+            for tracked in track_frames(tracker, FrameSource(sequence.frame_paths[first:stop]), first_box[None]):
+                if tracked.error is not None:
+                    raise tracked.error
+                boxes.append(tracked.boxes_xywh[0])
+                track_s += tracked.time_s
+        except (OSError, ValueError) as error:  # of a frame that cannot be read, or a first box that is none
+            raise ValueError(f"sequence {sequence.name}: {error}") from error
         num_tracked += len(boxes)
         for prefix, found in (("val/", np.stack(boxes)), ("val/still_", np.tile(first_box, (len(boxes), 1)))):
             tracks[prefix].append((sequence, first, file_coordinates(found, sequence.box_origin)))
@@ -426,7 +430,7 @@ def draw_pair(exemplar: torch.Tensor, instance: torch.Tensor, response: torch.Te
         instance: uint8 (3, 239, 239).
         response: (15, 15), logits.
     Returns:
-        uint8 (243, 637, 3); the response from blue, its lowest value, to red, its highest.
+        uint8 (243, 635, 3); the response from blue, its lowest value, to red, its highest.
     """
     panels = []
     scaled = (response - response.min()) / (response.max() - response.min()).clamp(min=1e-12)
@@ -437,8 +441,8 @@ def draw_pair(exemplar: torch.Tensor, instance: torch.Tensor, response: torch.Te
         panel[2 : 2 + len(patch), 5 : 5 + patch.shape[1]] = patch
         panels.append(panel)
     row, column = np.unravel_index(int(response.argmax()), response.shape)
-    stride, middle = 8, (INSTANCE_SIZE - 1) // 2
-    x, y = (5 + middle + stride * (column - 7), 2 + middle + stride * (row - 7))
+    middle_px, middle = (INSTANCE_SIZE - 1) // 2, RESPONSE_SIZE // 2
+    x, y = 5 + middle_px + TOTAL_STRIDE * (column - middle), 2 + middle_px + TOTAL_STRIDE * (row - middle)
     cv2.drawMarker(panels[1], (int(x), int(y)), (255, 0, 0), cv2.MARKER_CROSS, 21, 2)
     return np.concatenate(panels, 1)
 
@@ -465,6 +469,7 @@ def check_settings(settings: Settings, pairs: PairSettings, optim: OptimSettings
         ("train.steps", settings.steps, settings.steps >= 0, "0 or more"),
         ("train.clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "null, or above 0"),
         ("train.eval_pairs", settings.eval_pairs, settings.eval_pairs >= 0, "0 or more"),
+        ("train.picture_pairs", settings.picture_pairs, settings.picture_pairs >= 0, "0 or more"),
         ("train.select_by", settings.select_by, settings.select_by in selectable, "one of " + ", ".join(selectable)),
     ]
     for key in ("grey", "color_jitter", "blur", "random_boxes"):
@@ -503,7 +508,8 @@ def list_data(data: dict) -> tuple[list[Sequence], list[Sequence]]:
         try:
             train_part, val_part = list_data(part)
         except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"data.parts.{name}: {error}") from error
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"data.parts.{name}: {error}") from error
         train_sequences += train_part * turns
         val_sequences += val_part
     return train_sequences, val_sequences
@@ -527,7 +533,8 @@ def keep_usable(sequences: list[Sequence], pairs: PairSettings, split: str) -> t
         f"{len(different) - len(useless)} sequences"
     )
     if useless:
-        print(f"  without a usable box (see pairs.*): {', '.join(first_few(useless, MAX_LISTED))}")
+        listed = ", ".join(first_few(useless, MAX_LISTED))
+        print(f"  without a usable box (see pairs.*), or with a first frame that cannot be read: {listed}")
     kept = [sequence for sequence in sequences if len(found[id(sequence)])]
     return kept, [found[id(sequence)] for sequence in kept]
 
@@ -592,9 +599,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     # data: list, leave out what cannot be used
     train_sequences, val_sequences = list_data(config["data"])
     train_sequences, train_usable = keep_usable(train_sequences, pairs, "train")
-    val_sequences = val_sequences[: settings.eval_sequences]
-    val_pair_sequences, val_usable = keep_usable(val_sequences, pairs, "val")
-    val_sequences = [one for one in val_sequences if one.visible[:-1].any() and one.frame_wh is not None]
+    val_pair_sequences, val_usable = keep_usable(val_sequences[: settings.eval_sequences], pairs, "val")
+    val_sequences = [one for one in val_sequences if one.visible[:-1].any()][: settings.eval_sequences]
     train_dataset = SiamesePairs(train_sequences, train_usable, config["seed"], pairs)
     if config["check"]:
         check_pairs(train_dataset, run_dir, settings.picture_pairs)
@@ -602,7 +608,10 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     if settings.steps > 0 and not train_sequences:
         raise ValueError("the dataset has no training sequence with a usable box: see data.* and pairs.*")
     if not val_sequences:
-        raise ValueError("the dataset has no validation sequence with a box: see data.val_fraction, data.val_sequences")
+        raise ValueError(
+            "the dataset has no validation sequence with a box: see data.val_fraction, data.val_sequences; pictures "
+            "alone cannot be tracked: add a part of sequences (data.parts), as configs/data/siamfc_bundled.yaml does"
+        )
     eval_pairs = settings.eval_pairs if val_pair_sequences else 0
     val_pairs = SiamesePairs(val_pair_sequences, val_usable, config["seed"] + 1, pairs)
 
@@ -610,7 +619,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     start_run(run_dir, config, counts)
 
     # model and optimizer
-    labels = response_labels(15, settings.r_pos).to(device)  # (15, 15)
+    labels = response_labels(RESPONSE_SIZE, settings.r_pos).to(device)  # (15, 15)
     weights = balanced_weights(labels)
     model = model.to(device)
     if settings.channels_last:
@@ -826,14 +835,15 @@ def check_pairs(dataset: SiamesePairs, run_dir: Path, num_pairs: int) -> None:
     """Draw the first training pairs: exemplar and instance side by side."""
     if not dataset.sequences or num_pairs == 0:
         return
-    nothing = torch.zeros(15, 15)
+    middle = torch.zeros(RESPONSE_SIZE, RESPONSE_SIZE)
+    middle[RESPONSE_SIZE // 2, RESPONSE_SIZE // 2] = 1  # where the object is, but for the shift
     samples = [dataset[index] for index in range(num_pairs)]
-    pictures = [draw_pair(sample["exemplar"], sample["instance"], nothing) for sample in samples]
+    pictures = [draw_pair(sample["exemplar"], sample["instance"], middle) for sample in samples]
     write_image(run_dir / "pairs.png", np.concatenate(pictures))
     print(f"the first {num_pairs} pairs are drawn in {os.path.relpath(run_dir / 'pairs.png')}")
 
 
-RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data.root", "data.index")
+RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data_root", "data.root", "data.index")
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train_siamfc")
@@ -846,11 +856,18 @@ def main(cfg) -> float:
         resume_path = None
         if config["resume"] is not None:
             resume_path = find_resume(config["resume"])
-            config = resumed_config(load_checkpoint(resume_path)["config"], config, overrides, RESUMABLE)
+            stored = load_checkpoint(resume_path)["config"]
+            places = [
+                f"data.parts.{part}.{key}" for part in stored["data"].get("parts", {}) for key in ("root", "index")
+            ]
+            config = resumed_config(stored, config, overrides, (*RESUMABLE, *places))
         return train(config, run_dir, resume_path)
     except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
         logging.getLogger("train_siamfc").debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true
-        sys.exit(f"error: {error}")
+        message = str(error).strip()
+        if message.startswith("Caught "):  # by a data-loading process, whose traceback stands before its last line
+            message = message.splitlines()[-1]
+        sys.exit(f"error: {message}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """utils/sequence_data.py: groundtruth files, every layout, splits, the kept list, result files; against the GOT-10k
 toolkit where it reads the same."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -25,6 +26,7 @@ from utils.sequence_data import (
     list_sequences,
     read_boxes,
     read_result,
+    split_pictures,
     split_sequences,
     write_boxes,
     write_result,
@@ -178,10 +180,9 @@ def shapes_root(tmp_path_factory) -> Path:
     """The generated sample, with fewer and smaller videos."""
     folder = tmp_path_factory.mktemp("shapes") / "moving_shapes"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample_data, "NUM_MOVING_SHAPES", {"train": 4, "val": 2})
         patch.setattr(sample_data, "MOVING_SHAPES_FRAMES", 20)
         patch.setattr(sample_data, "MOVING_SHAPES_HW", (160, 200))
-        sample_data._write_moving_shapes(folder)
+        sample_data._write_moving_shapes(folder, {"train": 4, "val": 2})
     return folder
 
 
@@ -498,6 +499,99 @@ def test_the_frame_size_is_that_of_the_turned_picture(tmp_path):
     assert split("folder_sequences", tmp_path, val_fraction=1)[1][0].frame_wh == (30, 40)
     (tmp_path / "a" / "1.jpg").write_bytes(b"damaged")
     assert split("folder_sequences", tmp_path, val_fraction=1)[1][0].frame_wh is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures with masks
+
+
+def write_label_maps(root: Path, jpeg: Path) -> dict[str, np.ndarray]:
+    """Write five pictures of 40 x 30 px and their maps of 0 to 3 objects, of any form. Returns the maps."""
+    rng = np.random.default_rng(2)
+    write_frames(root / "images", jpeg, 5)
+    (root / "labels").mkdir()
+    maps = {}
+    for number, path in enumerate(sorted((root / "images").iterdir())):
+        ids = np.zeros((30, 40), np.int32)
+        for object_id in (1, 2, 7)[: number % 4]:
+            y, x = rng.integers(0, [25, 35])
+            ids[y : y + 5, x : x + 5] = np.where(rng.random(ids[y : y + 5, x : x + 5].shape) < 0.5, object_id, 0)
+            ids[y, x] = object_id
+        maps[path.stem] = ids
+        write_label_map(root / "labels" / f"{path.stem}.png", ids)
+    return maps
+
+
+def tight_box(mask: np.ndarray) -> list[int]:
+    pixels = [(x, y) for y in range(mask.shape[0]) for x in range(mask.shape[1]) if mask[y, x]]
+    left, top = min(x for x, _ in pixels), min(y for _, y in pixels)
+    return [left, top, max(x for x, _ in pixels) - left + 1, max(y for _, y in pixels) - top + 1]
+
+
+def test_objects_of_pictures_are_sequences_of_one_frame_with_tight_boxes(tmp_path, jpeg):
+    maps = write_label_maps(tmp_path, jpeg)
+    train, val = split_pictures(**data_keys("label_map", tmp_path, val_fraction=0.4))
+    expected = {f"{name}.{one}": (name, ids == one) for name, ids in maps.items() for one in np.unique(ids[ids > 0])}
+    assert sorted(names(train) + names(val)) == sorted(expected) and len(expected) == 1 + 2 + 3
+    assert {one.video for one in train}.isdisjoint({one.video for one in val}) and train and val
+    for sequence in train + val:
+        name, mask = expected[sequence.name]
+        assert sequence.boxes_xywh.dtype == np.float64 and sequence.boxes_xywh.tolist() == [tight_box(mask)]
+        assert sequence.frame_paths == (tmp_path / "images" / f"{name}.jpg",) and sequence.frame_wh == (40, 30)
+        assert sequence.visible.tolist() == [True] and sequence.box_origin == 0 and sequence.cover is None
+        assert (sequence.video, sequence.num_annotated) == (name, 1)
+    kept, _ = split_pictures(**data_keys("label_map", tmp_path, val_fraction=0, ignore_ids=[1, 7]))
+    assert names(kept) == [name for name in sorted(expected) if name.endswith(".2")] != []
+
+
+def test_objects_that_overlap_have_boxes_of_their_own(tmp_path, jpeg):
+    """COCO's polygons, and a file per mask: what another object covers belongs to the box too."""
+    polygons = {5: [4, 4, 24, 4, 24, 14, 4, 14], 9: [10, 8, 30, 8, 30, 28, 10, 28]}
+    write_frames(tmp_path / "coco" / "train2017", jpeg, 1)
+    annotations = [
+        {"id": key, "image_id": 1, "iscrowd": 0, "segmentation": [points]} for key, points in polygons.items()
+    ]
+    content = {"images": [{"id": 1, "file_name": "0001.jpg", "width": 40, "height": 30}], "annotations": annotations}
+    (tmp_path / "coco" / "annotations").mkdir()
+    path = tmp_path / "coco" / "annotations" / "all.json"
+    path.write_text(json.dumps(content))
+    changes = {"train_images": "train2017", "train_annotations": "annotations/all.json", "val_annotations": None}
+    coco, _ = split_pictures(**data_keys("coco", tmp_path / "coco", val_fraction=0, **changes))
+    masks = {}
+    for key, points in polygons.items():
+        xs, ys = points[::2], points[1::2]
+        masks[key] = np.zeros((30, 40, 3), np.uint8)
+        masks[key][min(ys) : max(ys), min(xs) : max(xs)] = 255
+    folder = tmp_path / "files" / "a"
+    write_frames(folder / "images", jpeg, 1)
+    (folder / "masks").mkdir()
+    for key, mask in masks.items():
+        write_image(folder / "masks" / f"{key}.png", mask)
+    keys = data_keys("masks_per_file", tmp_path / "files", val_fraction=0)
+    for sequences in (coco, split_pictures(**keys)[0]):
+        assert len(sequences) == 2 and len(set(names(sequences))) == 2
+        assert sorted(one.boxes_xywh[0].tolist() for one in sequences) == [[4, 4, 20, 10], [10, 8, 20, 20]]
+        assert {one.video for one in sequences} == {sequences[0].video}
+
+
+def test_faulty_pictures_stop_or_are_left_out(tmp_path, jpeg, capsys):
+    """Also one that does not fit its annotation, whose boxes would lie beside the objects."""
+    write_label_maps(tmp_path, jpeg)
+    write_image(tmp_path / "images" / "0002.jpg", np.zeros((40, 30, 3), np.uint8))
+    (tmp_path / "labels" / "0003.png").write_bytes(b"no picture")
+    (tmp_path / "images" / "0004.jpg").write_bytes(b"no picture")
+    whole, _ = split_pictures(**data_keys("label_map", tmp_path, val_fraction=0, on_bad="skip"))
+    assert whole == []
+    printed = capsys.readouterr().out
+    assert printed.count("left out 000") == 3 and "is 40 x 30 px (height x width), but its annotation" in printed
+    with pytest.raises(ValueError, match=r"0002.jpg is 40 x 30 .*data.on_bad=skip leaves such"):
+        split_pictures(**data_keys("label_map", tmp_path, val_fraction=0))
+    (tmp_path / "images" / "0005.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match="0005"):
+        split_pictures(**data_keys("label_map", tmp_path, val_fraction=0))
+    split_pictures(**data_keys("label_map", tmp_path, val_fraction=0, on_bad="skip"))
+    with pytest.raises(ValueError, match="unknown key data.frame_dir"):
+        split_pictures(**data_keys("label_map", tmp_path), frame_dir="x")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

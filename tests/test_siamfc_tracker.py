@@ -5,31 +5,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_tracking import SmallBackbone
 from torch import nn
 
-from utils.images import read_image
+from utils.frames import FrameSource
+from utils.images import read_image, write_image
 from utils.siamfc import SiamFC, mean_color
-from utils.siamfc_tracker import SiamFCTracker, TrackerSettings, vertex_offset
+from utils.siamfc_tracker import SiamFCTracker, TrackerSettings, track_frames, vertex_offset
 
 PARITY = TrackerSettings(mode="parity")
 needs_numpy_2 = pytest.mark.skipif(np.__version__ < "2", reason="NumPy 1 gives the plain tracker other float types")
-
-
-class SmallBackbone(nn.Module):
-    """Random features of AlexNet V1's sizes at a thousandth of its work: 127 px -> 6, 255 px -> 22."""
-
-    def __init__(self, num_channels=8, is_matching=False):
-        super().__init__()
-        self.conv = nn.Conv2d(3, num_channels, 10)
-        self.is_matching = is_matching
-        if is_matching:  # blind to brightness and contrast: the correlation is highest at the same pattern
-            with torch.no_grad():
-                self.conv.weight -= self.conv.weight.mean((1, 2, 3), keepdim=True)
-                self.conv.bias.zero_()
-
-    def forward(self, images):
-        features = self.conv(F.avg_pool2d(images, 8))
-        return F.normalize(features) * 10 if self.is_matching else features
 
 
 def small_model(seed=0, **keys):
@@ -355,6 +340,67 @@ def test_one_forward_for_all_objects_until_there_are_many(monkeypatch):
         alone = SiamFCTracker(model, TrackerSettings())
         alone.init(frames[0], boxes_xywh[n : n + 1])
         np.testing.assert_allclose(alone.update(frames[1])[0][0], boxes[n], atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a whole video
+
+
+def write_moving(folder, num_frames=6):
+    frames, boxes = moving_object(num_frames)
+    for t, frame in enumerate(frames):
+        write_image(folder / f"{t}.png", frame)
+    return frames, np.concatenate([boxes[:1], boxes[:1] + [30, 10, 0, 4]])
+
+
+def test_tracking_a_video_is_init_and_updates(tmp_path):
+    frames, boxes_xywh = write_moving(tmp_path)
+    model = small_model(num_channels=32, is_matching=True)
+    expected = SiamFCTracker(model, TrackerSettings())
+    expected.init(frames[0], boxes_xywh)
+    given = boxes_xywh.copy()
+    found = list(track_frames(SiamFCTracker(model, TrackerSettings()), FrameSource(tmp_path), given))
+    assert [one.index for one in found] == list(range(6)) and np.array_equal(given, boxes_xywh)
+    assert all(one.error is None and one.time_s > 0 for one in found)
+    assert all(np.array_equal(one.frame, frame) for one, frame in zip(found, frames, strict=True))
+    assert np.array_equal(found[0].boxes_xywh, boxes_xywh) and found[0].boxes_xywh.dtype == np.float64
+    assert found[0].scores.tolist() == [1, 1] and found[0].is_lost.tolist() == [False, False]
+    for one, frame in zip(found[1:], frames[1:], strict=True):
+        for value, other in zip((one.boxes_xywh, one.scores, one.is_lost), expected.update(frame), strict=True):
+            assert np.array_equal(value, other)
+    assert np.abs(found[-1].boxes_xywh - boxes_xywh).max() > 2  # earlier answers are not changed by later frames
+
+
+def test_a_frame_that_cannot_be_read_leaves_the_objects_where_they_were(tmp_path):
+    frames, boxes_xywh = write_moving(tmp_path)
+    for t in (2, 3):
+        (tmp_path / f"{t}.png").write_bytes(b"no picture")
+    model = small_model(num_channels=32, is_matching=True)
+    expected = SiamFCTracker(model, TrackerSettings())
+    expected.init(frames[0], boxes_xywh)
+    found = list(track_frames(SiamFCTracker(model, TrackerSettings()), FrameSource(tmp_path), boxes_xywh))
+    assert [one.index for one in found] == list(range(6))
+    assert [one.error is not None for one in found] == [False, False, True, True, False, False]
+    before = expected.update(frames[1])[0]
+    for t in (2, 3):
+        assert f"{t}.png" in str(found[t].error) and found[t].frame is None and np.isnan(found[t].time_s)
+        assert np.array_equal(found[t].boxes_xywh, before) and np.isnan(found[t].scores).all()
+        assert found[t].is_lost.tolist() == [True, True]
+    for t in (4, 5):
+        assert np.array_equal(found[t].boxes_xywh, expected.update(frames[t])[0])
+
+
+def test_a_video_whose_first_frame_or_box_is_no_good(tmp_path):
+    _, boxes_xywh = write_moving(tmp_path, 3)
+    tracker = SiamFCTracker(small_model(), TrackerSettings())
+    with pytest.raises(ValueError, match="box 1 of 1 is .* outside the first frame"):
+        next(track_frames(tracker, FrameSource(tmp_path), [[900, 900, 10, 10]]))
+    (tmp_path / "0.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="0.png"):
+        next(track_frames(tracker, FrameSource(tmp_path), boxes_xywh))
+    (tmp_path / "0.png").unlink()
+    with pytest.raises(FileNotFoundError, match="0.png"):
+        next(track_frames(tracker, FrameSource([tmp_path / "0.png", tmp_path / "1.png"]), boxes_xywh))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

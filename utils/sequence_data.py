@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from utils.frames import list_frames, natural_key, picture_names
 from utils.images import mask_to_box, read_label_map
-from utils.instance_data import Item, object_ids, read_instances, split_items
+from utils.instance_data import Item, check_same_size, object_ids, read_instances, split_items
 from utils.run import check_keys, dataset_folder
 
 MANY_VIDEOS = 500  # from here on, listing shows its progress
@@ -429,14 +429,17 @@ def split_pictures(format: str, root: str, **keys) -> tuple[list[Sequence], list
 
 
 def _read_picture(item: Item) -> list[Sequence]:
+    path, frame_wh = item.image_path, read_frame_wh(item.image_path)
+    if frame_wh is None:
+        raise ValueError(f"image {path} is missing or cannot be read; copy it again, or remove its annotation")
     layers = read_instances(item)  # int32 (L, H, W)
+    check_same_size(item, frame_wh[::-1], layers.shape[1:])
     sequences = []
     for layer, object_id, _ in object_ids(layers):
         left, top, right, bottom = mask_to_box(layers[layer] == object_id)
         box_xywh = np.array([[left, top, right - left + 1, bottom - top + 1]], np.float64)
         name = f"{item.name}.{object_id}" if len(layers) == 1 else f"{item.name}.{layer}.{object_id}"
-        path = item.image_path
-        sequences.append(_make(name, item.name, path.parent, (path.name,), box_xywh, 0, frame_wh=layers.shape[:0:-1]))
+        sequences.append(_make(name, item.name, path.parent, (path.name,), box_xywh, 0, frame_wh=frame_wh))
     return sequences
 
 

@@ -205,7 +205,7 @@ def crop_and_resize(
     center_xy: np.ndarray,
     side: float,
     out_size: int,
-    border_rgb: np.ndarray,
+    border_rgb: np.ndarray | None,
     interpolation: int = cv2.INTER_LINEAR,
 ) -> np.ndarray:
     """Cut a square out of a frame and resize it; what lies outside the frame has the border's colour.
@@ -219,7 +219,7 @@ def crop_and_resize(
         center_xy: (2,) px, 0-based, used as float32.
         side: px of the frame; rounded to a whole number, half to even, and at least 1.
         out_size: px of the patch.
-        border_rgb: (3,) 0..255, from `mean_color`.
+        border_rgb: (3,) 0..255, from `mean_color`; None: this image's, which is computed where it is needed.
         interpolation: of cv2.resize, such as cv2.INTER_LINEAR.
     Returns:
         uint8 (out_size, out_size, 3).
@@ -230,6 +230,8 @@ def crop_and_resize(
     left, top = int(first_xy[0]), int(first_xy[1])
     right, bottom = left + side, top + side  # not included
     pads = (max(0, -top), max(0, bottom - height), max(0, -left), max(0, right - width))
+    if border_rgb is None:
+        border_rgb = mean_color(image) if any(pads) else np.zeros(3)
     border = tuple(np.rint(np.asarray(border_rgb, np.float64)).tolist())  # half to even, as OpenCV
     if left >= width or top >= height or right <= 0 or bottom <= 0:  # nothing of the frame
         return np.full((out_size, out_size, 3), border, np.uint8)

@@ -1,0 +1,1353 @@
+"""train_siamfc.py on tiny videos: the real command, pairs, loss, rates, validation by tracking, presets, and bad input.
+
+F1 to F13 are the published codes' faults (siamfc-pytorch); F2, no resume, is in test_train_siamfc_resume.py.
+"""
+
+import csv
+import itertools
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from hydra.errors import ConfigCompositionException
+from tiny_tracking import (
+    ROOT,
+    SmallBackbone,
+    SmallNormBackbone,
+    changed_config,
+    compose_config,
+    make_dataset,
+    make_runs_quick,
+    make_sequence,
+    pair_settings,
+    run_main,
+    script_evaluation,
+    tiny_overrides,
+    train_in,
+    use_backbone,
+    write_data_root,
+    write_davis,
+    write_got10k,
+    write_pictures,
+)
+from tiny_training import differences
+
+import train_siamfc
+from train_siamfc import (
+    INSTANCE_SIZE,
+    OptimSettings,
+    balanced_loss,
+    cut_patch,
+    draw_box,
+    draw_frames,
+    evaluate_tracking,
+    exponential_lr,
+    hit_rate,
+    usable_frames,
+    vary_colors,
+)
+from utils.images import read_image
+from utils.run import sample_rng
+from utils.siamfc import (
+    SiamFC,
+    balanced_weights,
+    box_center,
+    context_side,
+    crop_and_resize,
+    instance_side,
+    load_siamfc,
+    mean_color,
+    response_labels,
+)
+from utils.siamfc_tracker import SiamFCTracker, TrackerSettings
+
+PRESETS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("siamfc_*.yaml"))
+LABELS = response_labels(15, 16.0)
+WEIGHTS = balanced_weights(LABELS)
+NAN = math.nan
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_got10k(tmp_path_factory.mktemp("tiny") / "data")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    make_runs_quick(monkeypatch)
+
+
+def textured(seed, height, width):
+    noise = np.random.default_rng(seed).normal(size=(height, width, 3)).astype(np.float32)
+    noise = cv2.GaussianBlur(noise, (0, 0), 2)
+    return np.clip(128 + 50 * noise / noise.std(), 0, 255).astype(np.uint8)
+
+
+def read_rows(run_dir):
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the real command
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory):
+    """The folder and the output of a run of two steps with the real network."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    command = [
+        sys.executable, str(ROOT / "train_siamfc.py"), *tiny_overrides(root), f"hydra.run.dir={run_dir}",
+        "train.steps=2", "train.eval_every=2", "train.picture_pairs=2", "train.eval_frames=2",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=run_dir.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run_dir, done.stdout + done.stderr
+
+
+def test_command_writes_the_promised_files(finished):
+    run_dir, output = finished
+    for name in ("best.pt", "last.pt", "metrics.csv", "curves.png", "run.json", ".hydra/config.yaml"):
+        assert (run_dir / name).stat().st_size > 0, name
+    assert list((run_dir / "tensorboard").glob("events*"))
+    pictures = sorted(path.relative_to(run_dir / "samples").as_posix() for path in (run_dir / "samples").glob("*/*"))
+    assert pictures == ["step_000000/pairs.png", "step_000002/pairs.png"]
+    assert read_image(run_dir / "samples" / "step_000002" / "pairs.png").shape == (2 * 243, 635, 3)
+    assert not list(run_dir.rglob("*.tmp"))
+    assert "python track.py checkpoint=run/best.pt" in output  # from where the user stands
+
+
+def test_metrics_are_recorded(finished):
+    run_dir, _ = finished
+    record, rows = json.loads((run_dir / "run.json").read_text()), read_rows(run_dir)
+    measured = {row["step"]: row for row in rows if "val/ao" in row}
+    assert sorted(measured) == [0, 2]
+    metrics = record["metrics"]
+    assert metrics.keys() == {"start", "best", "last"} and "end" in record
+    assert metrics["start"]["step"] == 0 and metrics["last"]["step"] == 2
+    assert metrics["best"]["step"] == max(measured, key=lambda step: measured[step]["val/ao"])
+    for part in metrics.values():
+        assert {f"val/{name}" for name in ("ao", "sr_50", "success_auc", "still_ao", "loss", "num_frames")} <= set(part)
+        assert all(part[name] == pytest.approx(measured[part["step"]][name]) for name in part if "/" in name)
+    assert metrics["last"]["val/num_frames"] == 2  # of two sequences, 2 frames each, those after the first
+    logged = [row for row in rows if "train/loss" in row]
+    assert [row["step"] for row in logged] == [1, 2]
+    expected = {"train/loss", "train/hit_rate", "train/grad_norm", "lr", "pairs_per_s", "data_wait_share"}
+    assert all(expected <= row.keys() for row in logged)
+    assert [row["lr"] for row in logged] == pytest.approx([1e-2, 1e-5])
+    assert record["data"] == {"train_sequences": 3, "val_sequences": 2}
+
+
+def test_best_checkpoint_is_plain_and_tracks_as_validation_did(finished):
+    run_dir, _ = finished
+    best = torch.load(run_dir / "best.pt", map_location="cpu", weights_only=True)
+    assert best.keys() == {*train_siamfc.BEST_KEYS, "metrics"} and best["format"] == 1
+    plain = [best[key] for key in best if key != "model"]
+    assert json.loads(json.dumps(plain)) == plain
+    model = load_siamfc(run_dir / "best.pt")
+    assert not differences(dict(model.state_dict()), dict(best["model"]))
+    _, sequences = train_siamfc.list_data(best["config"]["data"])
+    values = evaluate_tracking(model, sequences, TrackerSettings(**best["config"]["tracker"]), "fp32", 2)
+    for name in train_siamfc.REPORTED:
+        assert values[f"val/{name}"] == pytest.approx(best["metrics"][f"val/{name}"], abs=1e-3)
+    last = torch.load(run_dir / "last.pt", map_location="cpu", weights_only=True)
+    assert not differences(dict(load_siamfc(run_dir / "last.pt").state_dict()), dict(last["model"]))
+
+
+def test_tiny_data_is_overfitted(root, tmp_path, monkeypatch, capfd, quick):
+    """By the command, with a small network: it learns to leave the bright rectangles, which random features follow."""
+    arguments = ["data.val_folder=train", "train.steps=40", "train.batch_size=6", "train.eval_every=20"]
+    arguments += ["optim.lr=0.03", "optim.min_lr=1e-3", "train.eval_frames=null"]
+    status, output = run_main(monkeypatch, capfd, tmp_path / "run", *tiny_overrides(root), *arguments)
+    assert status == 0, output
+    metrics = json.loads((tmp_path / "run" / "run.json").read_text())["metrics"]
+    assert metrics["start"]["val/ao"] < metrics["start"]["val/still_ao"] < 0.6 < 0.8 < metrics["best"]["val/ao"]
+    assert metrics["best"]["val/sr_50"] > 0.9 and metrics["best"]["step"] > 0
+    logged = [row for row in read_rows(tmp_path / "run") if "train/loss" in row]
+    assert logged[-1]["train/loss"] < 0.7 * logged[0]["train/loss"] and logged[-1]["train/hit_rate"] > 0.9
+    table = [line.split() for line in output.splitlines() if line.startswith("ao ")]
+    parts = [metrics["best"]["val/still_ao"], *(metrics[part]["val/ao"] for part in ("start", "best", "last"))]
+    assert table == [["ao", *(f"{value:.3f}" for value in parts)]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which frames
+
+
+LIMITS = {
+    "min_side": 20, "max_side": 500, "min_share": 0.02, "max_share": 0.5, "max_aspect": 4.0, "min_cover": 0.3,
+}  # fmt: skip
+
+
+def usable_by_loop(sequence, limits):
+    """The filter of siamfc-pytorch (`_filter`), a frame at a time."""
+    found = []
+    for t, (_, _, w, h) in enumerate(sequence.boxes_xywh.tolist()):
+        if not sequence.visible[t] or sequence.frame_wh is None or math.isnan(w) or math.isnan(h):
+            continue
+        frame_w, frame_h = sequence.frame_wh
+        sides = [limits["min_side"] <= side <= limits["max_side"] for side in (w, h)]
+        shares = [limits["min_share"] <= share <= limits["max_share"] for share in (w / frame_w, h / frame_h)]
+        aspect = 1 / limits["max_aspect"] <= w / max(1, h) <= limits["max_aspect"]
+        is_seen = True
+        if sequence.cover is not None:
+            is_seen = sequence.cover[t] > max(1.0, limits["min_cover"] * max(sequence.cover))
+        if all(sides) and all(shares) and aspect and w * h >= 20 and is_seen:
+            found.append(t)
+    return found
+
+
+def varied_sequence():
+    """Boxes at, below and above each limit, in a frame of 1200 x 900 px; covers of 0 to 8; frames without box."""
+    sides = [0, 17, 18, 19, 20, 21, 23, 24, 25, 30, 80, 100, 119, 120, 121, 400, 449, 450, 451, 500, 501, 599, 600, 601]
+    boxes = [[5, 6, w, h] for w, h in itertools.product(sides, sides)]
+    boxes += [[NAN] * 4, [3, 4, NAN, 100], [NAN, NAN, 100, 100]]
+    cover = [8 if t % 3 else t // 3 % 9 for t in range(len(boxes))]
+    hidden = np.arange(len(boxes)) % 17 == 0
+    boxes = np.array(boxes)
+    visible = (boxes[:, 2:] > 0).all(1) & np.isfinite(boxes).all(1) & ~hidden
+    return make_sequence(boxes, (1200, 900), cover, visible)
+
+
+@pytest.mark.parametrize("limit", [None, *LIMITS])
+def test_usable_frames_equal_a_naive_loop(limit):
+    """With every limit, and with each of them lifted: then there are more, so each has a say."""
+    lifted = {} if limit is None else {limit: 0 if limit.startswith("min") else 1e9}
+    sequence, limits = varied_sequence(), LIMITS | lifted
+    found = usable_frames(sequence, pair_settings(**limits))
+    assert found.dtype == np.int64 and found.tolist() == usable_by_loop(sequence, limits)
+    all_limits = usable_by_loop(sequence, LIMITS)
+    assert len(all_limits) > 50 and set(all_limits) <= set(found.tolist())
+    assert (len(found) > len(all_limits)) == (limit is not None)
+
+
+def test_usable_frames_without_cover_or_size():
+    boxes = [[0, 0, 50, 50], [0, 0, NAN, NAN], [0, 0, 50, 60]]
+    assert usable_frames(make_sequence(boxes), pair_settings()).tolist() == [0, 2]
+    assert usable_frames(make_sequence(boxes, frame_wh=None), pair_settings()).tolist() == []
+    for cover, expected in [([1, 1, 1], []), ([2, 8, 3], [2]), ([0, 2, 2], [2]), ([2, 2, 2], [0, 2])]:
+        assert usable_frames(make_sequence(boxes, cover=cover), pair_settings()).tolist() == expected
+
+
+def test_large_objects_are_left_out_by_the_config_alone(root, tmp_path, capsys):
+    """F5: limits of 500 px and half the frame are hidden in the published code; here the config has them."""
+    sequence = make_sequence([[0, 0, 600, 500], [0, 0, 100, 100]])
+    large = make_sequence([[0, 0, 600, 500]], name="large")
+    kept, usable = train_siamfc.keep_usable([sequence, large, large], pair_settings(), "train")
+    assert kept == [sequence] and usable[0].tolist() == [1]
+    output = capsys.readouterr().out
+    assert "train: 2 sequences, 3 frames; pairs are cut from 1 frames of 1 sequences" in output and "large" in output
+    kept, usable = train_siamfc.keep_usable([sequence, large, large], pair_settings(max_side=700, max_share=1), "train")
+    assert kept == [sequence, large, large] and [one.tolist() for one in usable] == [[0, 1], [0], [0]]
+
+
+def test_drawn_frames_are_any_two_within_the_gap():
+    """F7: in both directions, up to the gap itself, and never the same frame where there is another."""
+    usable = np.array([3, 4, 7, 13, 14, 40])
+    drawn = Counter(draw_frames(usable, 6, sample_rng(0, index)) for index in range(4000))
+    near = {(a, b) for a in usable.tolist() for b in usable.tolist() if a != b and abs(a - b) <= 6}
+    assert set(drawn) == near | {(40, 40)} and (7, 13) in drawn and (13, 7) in drawn
+    exemplars = Counter(exemplar for exemplar, _ in drawn.elements())
+    assert all(count == pytest.approx(4000 / 6, rel=0.2) for count in exemplars.values())
+    assert draw_frames(np.array([9]), 6, sample_rng(0, 0)) == (9, 9)
+    # the published form: the exemplar comes first, the gap is below the limit, and a bad draw is one frame twice
+    published = {(a, b) for a, b in near if 0 < b - a < 6} | {(a, a) for a in usable.tolist()}
+    assert published != set(drawn)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# patches
+
+
+BOXES = [(60, 40, 31, 22), (60.37, 40.81, 30.6, 21.9), (-9, -12, 30, 25), (150, 112, 25, 40), (10, 50, 140, 36)]
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_patch_without_variation_is_the_crop_itself(box):
+    image, box = textured(0, 120, 160), np.array(box, np.float64)
+    for out_size in (127, INSTANCE_SIZE):
+        patch = cut_patch(image, box, out_size, 0.0, pair_settings(), sample_rng(0, 0))
+        side = instance_side(context_side(box[2:]), out_size)
+        expected = crop_and_resize(image, box_center(box), side, out_size, mean_color(image), cv2.INTER_LINEAR)
+        assert patch.dtype == np.uint8 and np.array_equal(patch, expected)
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_exemplar_is_the_trackers_to_the_byte(box):
+    image, box = textured(0, 120, 160), np.array(box, np.float64)
+    model = SiamFC(score_bias=False)
+    model.backbone = SmallBackbone()
+    tracker = SiamFCTracker(model, TrackerSettings(mode="parity"))
+    seen = []
+    real = tracker._features
+    tracker._features = lambda patches: seen.append(np.stack(patches)) or real(patches)
+    tracker.init(image, box[None])
+    patch = cut_patch(image, box, 127, 0.0, pair_settings(), sample_rng(0, 0))
+    assert np.array_equal(patch, seen[0][0])
+    shifted = cut_patch(image, box, 127, 4.0, pair_settings(), sample_rng(0, 0))
+    assert not np.array_equal(shifted, seen[0][0])  # F6: the published exemplar is off the middle
+
+
+def marked(center_xy, height=400, width=500):
+    """A dark picture with one bright pixel."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[center_xy[1], center_xy[0]] = 255
+    return image
+
+
+def brightest(patch):
+    """Where a patch is brightest: its centre of mass (x, y)."""
+    patch = patch.astype(np.float64).sum(2)
+    patch[patch < 0.05 * patch.max()] = 0
+    yy, xx = np.mgrid[: patch.shape[0], : patch.shape[1]]
+    return np.array([(patch * xx).sum(), (patch * yy).sum()]) / patch.sum()
+
+
+@pytest.mark.parametrize("out_size", [127, INSTANCE_SIZE])
+def test_object_is_in_the_middle_of_the_patch(out_size):
+    """F8: a 0-based box is taken as it is; one that is thought to count from 1 is cut a pixel too far left and up."""
+    middle = (out_size - 1) / 2
+    # a context square of 127 px is shown px by px
+    box = np.array([250 - 31.25, 200 - 31.25, 63.5, 63.5])  # its middle pixel is (250, 200)
+    patch = cut_patch(marked((250, 200)), box, out_size, 0.0, pair_settings(), sample_rng(0, 0))
+    assert np.argwhere(patch[..., 0] == 255).tolist() == [[middle, middle]]
+    patch = cut_patch(marked((250, 200)), box - [1, 1, 0, 0], out_size, 0.0, pair_settings(), sample_rng(0, 0))
+    assert np.argwhere(patch[..., 0] == 255).tolist() == [[middle + 1, middle + 1]]
+    # one of 63 px is shown at twice its size: half a px of the picture, from rounding, is one of the patch
+    box = np.array([250 - 15, 200 - 15, 31, 31])
+    patch = cut_patch(marked((250, 200)), box, out_size, 0.0, pair_settings(), sample_rng(0, 0))
+    assert np.abs(brightest(patch) - middle).max() < 1.1
+    patch = cut_patch(marked((250, 200)), box - [1, 1, 0, 0], out_size, 0.0, pair_settings(), sample_rng(0, 0))
+    assert (brightest(patch) - middle > 0.9).all()
+
+
+def test_box_origin_of_the_files_moves_the_crop(root):
+    """F8: the same files, said to count from 0, are cut one pixel to the lower right."""
+    one, other = (
+        make_dataset(compose_config(*tiny_overrides(root), f"data.box_origin={box_origin}")).sequences[0].boxes_xywh
+        for box_origin in (1, 0)
+    )
+    assert (other - one == [1, 1, 0, 0]).all()
+    frame = read_image(root / "train" / "train_001" / "00000001.jpg").astype(int)
+    x, y, w, h = one[0].astype(int)
+    inside, around = frame[y : y + h, x : x + w], frame[y + 1 : y + h + 1, x + 1 : x + w + 1]
+    ground = (np.abs(frame - 105) < 25).all(2)
+    assert ground[y : y + h, x - 2].mean() > ground[y : y + h, x].mean() and inside.shape == around.shape
+
+
+def test_shift_and_stretch_are_within_their_bounds(monkeypatch):
+    """What is handed to the crop: each axis is uniform up to the bound, in px of the patch, the side by its share."""
+    asked = []
+    monkeypatch.setattr(train_siamfc, "crop_and_resize", lambda *args: asked.append(args))
+    image, box = textured(0, 120, 160), np.array([60.0, 40, 31, 22])
+    for out_size, shift_px in ((127, 4.0), (INSTANCE_SIZE, 7.0)):
+        asked.clear()
+        pairs = pair_settings(stretch=0.1, random_interpolation=True)
+        for index in range(600):
+            cut_patch(image, box, out_size, shift_px, pairs, sample_rng(0, index))
+        sides = np.array([args[2] for args in asked])
+        stretch = sides / (context_side(box[2:]) * out_size / 127) - 1
+        shifts = (
+            (np.array([args[1] for args in asked]) - box_center(box)) * out_size / sides[:, None]
+        )  # px of the patch
+        for values, bound in ((stretch, 0.1), (shifts[:, 0], shift_px), (shifts[:, 1], shift_px)):
+            assert -bound * 1.001 <= values.min() < -0.97 * bound and 0.97 * bound < values.max() <= bound * 1.001
+            assert np.std(values) == pytest.approx(bound / math.sqrt(3), rel=0.1)
+        found = np.corrcoef([stretch, *shifts.T])
+        assert np.abs(found - np.eye(3)).max() < 0.15
+        counts = Counter(args[5] for args in asked)
+        assert set(counts) == {cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_LANCZOS4}
+        assert min(counts.values()) > 80
+        assert {args[3] for args in asked} == {out_size}
+
+
+def test_shifted_patch_shows_the_object_off_its_middle():
+    """In pictures, not in arguments: the mark moves up to the bound and a half px, and no farther."""
+    box = np.array([250 - 31.25, 200 - 31.25, 63.5, 63.5])
+    image = marked((250, 200))
+    found = np.array(
+        [brightest(cut_patch(image, box, 127, 4.0, pair_settings(), sample_rng(0, index))) - 63 for index in range(80)]
+    )
+    assert 3 <= np.abs(found).max(0).min() and np.abs(found).max() <= 4.5
+    assert found.min() < -2.5 and found.max() > 2.5
+
+
+def test_exemplar_and_instance_have_their_own_shifts(root):
+    """F6: `exemplar_shift: 0` keeps the exemplar in the middle, whatever the instance's."""
+    base = ["pairs.stretch=0", "pairs.random_interpolation=false"]
+    settings = {
+        "none": [0, 0], "exemplar": [8, 0], "instance": [0, 8], "both": [8, 8],
+    }  # fmt: skip
+    samples = {
+        name: make_dataset(
+            compose_config(
+                *tiny_overrides(root), *base, f"pairs.exemplar_shift={shifts[0]}", f"pairs.instance_shift={shifts[1]}"
+            )
+        )[4]
+        for name, shifts in settings.items()
+    }
+
+    def equal(one, other, key):
+        return torch.equal(samples[one][key], samples[other][key])
+
+    assert equal("none", "instance", "exemplar") and equal("none", "exemplar", "instance")
+    assert not equal("none", "exemplar", "exemplar") and not equal("none", "instance", "instance")
+    assert equal("both", "exemplar", "exemplar") and equal("both", "instance", "instance")
+
+
+def test_colors_stay_as_they_are_unless_asked():
+    patch = textured(1, 127, 127)
+    found = vary_colors(patch, False, pair_settings(), sample_rng(0, 0))
+    assert found.shape == (3, 127, 127) and found.dtype == torch.uint8 and found.is_contiguous()
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), patch)
+
+
+def test_grey_blur_and_jitter():
+    patch = textured(1, 127, 127)
+    grey = vary_colors(patch, True, pair_settings(), sample_rng(0, 0)).numpy()
+    assert (grey[0] == grey[1]).all() and (grey[0] == grey[2]).all()
+    assert np.abs(grey[0].astype(float) - patch @ np.array([0.299, 0.587, 0.114])).max() <= 1.1
+
+    def roughness(picture):
+        return np.abs(np.diff(picture.astype(float), axis=-1)).mean()
+
+    plain = roughness(patch.transpose(2, 0, 1))
+    shares = [
+        roughness(vary_colors(patch, False, pair_settings(blur=1.0), sample_rng(0, index)).numpy()) / plain
+        for index in range(20)
+    ]
+    assert 0.3 < min(shares) < 0.7 and 0.85 < max(shares) < 1  # sigma 2.5 px, and 0.5
+    is_blurred = [
+        not np.array_equal(
+            vary_colors(patch, False, pair_settings(blur=0.3), sample_rng(0, i)).numpy()[0], patch[..., 0]
+        )
+        for i in range(200)
+    ]
+    assert np.mean(is_blurred) == pytest.approx(0.3, abs=0.1)
+
+    flat = np.full((9, 9, 3), 100, np.uint8)  # only brightness changes what is flat and grey
+    values = [
+        int(vary_colors(flat, False, pair_settings(color_jitter=0.2), sample_rng(0, i))[0, 0, 0]) for i in range(99)
+    ]
+    assert 79 <= min(values) < 84 and 116 < max(values) <= 121
+
+    def jittered(picture):
+        pairs = pair_settings(color_jitter=0.5)
+        return torch.stack([vary_colors(picture, False, pairs, sample_rng(0, i)) for i in range(300)]).double()
+
+    flat[:, ::2] = 80  # two greys: brightness leaves their ratio, so what changes it is contrast
+    found = jittered(flat[:, :8])
+    contrast = (found[..., 1] - found[..., 0]).mean((1, 2)) / (found[..., 1] + found[..., 0]).mean((1, 2)) * 9
+    assert 0.4 < contrast.min() < 0.6 and 1.4 < contrast.max() < 1.65
+    flat[:] = 120, 100, 90  # of a flat colour contrast takes some too: beyond half as much again it is saturation
+    found = jittered(flat)[..., 0, 0]
+    color = (found[:, 0] - found[:, 2]) / (found @ torch.tensor([0.299, 0.587, 0.114]).double()) * 104.84 / 30
+    assert color.min() < 0.4 and 1.7 < color.max() < 2.4
+
+
+@pytest.mark.parametrize("height, width", [(120, 160), (500, 90), (12, 700), (3, 3), (1, 1), (1, 50)])
+def test_drawn_box_is_inside_the_picture(height, width):
+    image = textured(0, height, width)
+    boxes = np.array([draw_box(image, sample_rng(0, index)) for index in range(300)])
+    assert boxes.dtype == np.float64 and (boxes == np.round(boxes)).all()
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] >= 1).all()
+    assert (boxes[:, 0] + boxes[:, 2] <= width).all() and (boxes[:, 1] + boxes[:, 3] <= height).all()
+    if min(height, width) >= 90:
+        sides = np.sqrt(boxes[:, 2] * boxes[:, 3]) / min(height, width)
+        assert 0.07 < sides.min() < 0.1 and 0.36 < sides.max() < 0.42
+        aspects = boxes[:, 2] / boxes[:, 3]
+        assert aspects.min() < 0.6 and aspects.max() > 1.7
+
+
+def test_drawn_box_prefers_contrast():
+    image = np.full((200, 300, 3), 128, np.uint8)
+    image[:, 150:] = textured(0, 200, 150)
+    boxes = np.array([draw_box(image, sample_rng(0, index)) for index in range(200)])
+    assert (boxes[:, 0] + boxes[:, 2] > 150).mean() > 0.85
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# samples
+
+
+VARIED = [
+    "pairs.stretch=0.05", "pairs.grey=0.3", "pairs.color_jitter=0.2", "pairs.blur=0.3", "pairs.random_boxes=0.3",
+]  # fmt: skip
+
+
+def varied_dataset(root, *overrides):
+    return make_dataset(compose_config(*tiny_overrides(root), *VARIED, *overrides))
+
+
+def load_all(dataset, num_samples, num_workers):
+    """The samples that a data loader, set up as in train, hands over."""
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=4, sampler=train_siamfc.SampleCounter(0, num_samples), num_workers=num_workers,
+        collate_fn=train_siamfc.collate, worker_init_fn=train_siamfc.limit_threads, generator=torch.Generator(),
+    )  # fmt: skip
+    return list(loader)
+
+
+def test_sample_is_a_function_of_seed_and_index(root):
+    one, other = varied_dataset(root), varied_dataset(root)
+    torch.manual_seed(5)  # torch's own stream, and what was read before, have no say
+    np.random.seed(5)
+    assert not differences(one[7], [other[index] for index in (9, 7)][1])
+    assert one[7]["exemplar"].shape == (3, 127, 127) and one[7]["instance"].shape == (3, 239, 239)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    one[3]
+    assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
+    other_seed = varied_dataset(root, "seed=1")
+    assert [one[index]["name"] for index in range(9)] != [other_seed[index]["name"] for index in range(9)]
+    assert differences(one[0]["exemplar"], one[len(one.sequences)]["exemplar"])
+
+
+def test_workers_do_not_change_samples(root, monkeypatch):
+    """F4: with generators of their own, workers give other pairs than the main process, and each the same."""
+    batches = load_all(varied_dataset(root), 12, 0)
+    assert not differences(batches, load_all(varied_dataset(root), 12, 2))
+    shared = np.random.default_rng(0)
+    monkeypatch.setattr(train_siamfc, "sample_rng", lambda seed, sample_index: shared)
+    alone = load_all(varied_dataset(root), 12, 0)
+    shared = np.random.default_rng(0)
+    assert differences(alone, load_all(varied_dataset(root), 12, 2))
+
+
+def test_each_epoch_visits_every_sequence(root):
+    dataset = varied_dataset(root, "pairs.random_boxes=0")
+    videos = [[Path(part).parent.name for part in dataset[index]["name"].split(" with ")] for index in range(12)]
+    assert all(one == other for one, other in videos)
+    epochs = [[videos[index][0] for index in range(start, start + 3)] for start in range(0, 12, 3)]
+    assert all(sorted(epoch) == ["train_001", "train_002", "train_003"] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_several_pairs_of_each_visit(root):
+    dataset = varied_dataset(root, "pairs.random_boxes=0", "pairs.per_visit=4")
+    names = [dataset[index]["name"] for index in range(12)]
+    videos = [Path(name.split(" with ")[0]).parent.name for name in names]
+    assert [len(set(videos[start : start + 4])) for start in (0, 4, 8)] == [1, 1, 1] and len(set(videos)) == 3
+    assert min(len(set(names[start : start + 4])) for start in (0, 4, 8)) > 1
+
+
+def test_boxes_are_those_of_the_drawn_frames(root, monkeypatch):
+    """The exemplar is cut around the first frame's box, the instance around the second's, each from its own file."""
+    cuts = []
+    real = cut_patch
+    monkeypatch.setattr(train_siamfc, "cut_patch", lambda *args: cuts.append(args) or real(*args))
+    dataset = make_dataset(compose_config(*tiny_overrides(root)))
+    for index in range(6):
+        cuts.clear()
+        names = dataset[index]["name"].split(" with ")
+        assert names[0] != names[1]
+        for name, (image, box, out_size, shift, *_), size, expected_shift in zip(
+            names, cuts, (127, 239), (4.0, 4.0), strict=True
+        ):
+            sequence = next(one for one in dataset.sequences if one.name == Path(name).parent.name)
+            frame = int(Path(name).stem) - 1
+            assert np.array_equal(image, read_image(name)) and np.array_equal(box, sequence.boxes_xywh[frame])
+            assert (out_size, shift) == (size, expected_shift)
+
+
+def test_share_of_random_boxes_and_of_grey_pairs(root):
+    dataset = make_dataset(
+        compose_config(*tiny_overrides(root), "pairs.random_boxes=0.4", "pairs.grey=0.25", "pairs.exemplar_shift=0")
+    )
+    is_random, is_grey = [], []
+    for index in range(150):
+        sample = dataset[index]
+        one, other = sample["name"].split(" with ")
+        is_random.append(one == other)
+        grey = [
+            bool((sample[key][0] == sample[key][1]).all() and (sample[key][0] == sample[key][2]).all())
+            for key in ("exemplar", "instance")
+        ]
+        assert grey[0] == grey[1]
+        is_grey.append(grey[0])
+    assert np.mean(is_random) == pytest.approx(0.4, abs=0.12) and np.mean(is_grey) == pytest.approx(0.25, abs=0.1)
+
+
+def test_turns_of_parts(root, tmp_path):
+    data = compose_config(*tiny_overrides(root))["data"]
+    pictures = compose_config("data=label_map", f"data.root={write_pictures(tmp_path / 'pictures')}")["data"]
+    pictures |= {"ignore_ids": [2], "val_fraction": 0.0}
+    parts = {"videos": data, "pictures": pictures}
+    train, val = train_siamfc.list_data({"parts": parts, "turns": {"videos": 2, "pictures": 3}})
+    counts = Counter(sequence.name for sequence in train)
+    assert counts == {"train_001": 2, "train_002": 2, "train_003": 2, "0.1": 3, "1.1": 3, "2.1": 3}
+    assert [one.name for one in val] == ["val_001", "val_002"]
+    dataset = train_siamfc.SiamesePairs(*train_siamfc.keep_usable(train, pair_settings(), "train"), 0, pair_settings())
+    visits = Counter(Path(dataset[index]["name"].split(" with ")[0]).parent.name for index in range(len(train)))
+    assert visits == {"train_001": 2, "train_002": 2, "train_003": 2, "images": 9}
+    train, val = train_siamfc.list_data({"parts": parts, "turns": {"videos": 0, "pictures": 1}})
+    assert [one.name for one in train] == ["0.1", "1.1", "2.1"] and len(val) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loss
+
+
+def published_loss(response):
+    """The paper's balanced logistic loss, a cell at a time, and its derivative: in float64."""
+    gradient = np.zeros_like(response)
+    total = 0.0
+    for b, y, x in np.ndindex(response.shape):
+        is_near = abs(y - 7) + abs(x - 7) <= 2  # 16 px, 8 px from one cell to the next
+        sign, weight = (1, 0.5 / 13) if is_near else (-1, 0.5 / (225 - 13))
+        total += weight * np.logaddexp(0, -sign * response[b, y, x])
+        gradient[b, y, x] = -sign * weight / (1 + np.exp(sign * response[b, y, x])) / len(response)
+    return total / len(response), gradient
+
+
+def test_loss_is_the_published_one_with_its_gradient():
+    response = np.random.default_rng(0).normal(size=(3, 15, 15)) * 3 - 1
+    expected, gradient = published_loss(response)
+    logits = torch.from_numpy(response[:, None]).float().requires_grad_()
+    loss = balanced_loss(logits, LABELS, WEIGHTS)
+    loss.backward()
+    assert loss.shape == () and loss.item() == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(logits.grad[:, 0].numpy(), gradient, atol=1e-8, rtol=1e-4)
+    assert balanced_loss(torch.zeros(2, 1, 15, 15), LABELS, WEIGHTS).item() == pytest.approx(math.log(2))
+    flat = torch.nn.functional.binary_cross_entropy_with_logits(logits[:, 0], LABELS.expand(3, 15, 15))
+    assert abs(flat.item() - expected) > 0.05  # without the balance it is another loss
+
+
+def test_loss_is_fp32_and_finite():
+    """In the context of bf16, and, as in the loop, outside it."""
+    response = (torch.randn(2, 1, 15, 15, generator=torch.Generator().manual_seed(0)) * 4).bfloat16()
+    expected, _ = published_loss(response[:, 0].double().numpy())
+    losses = [balanced_loss(response, LABELS, WEIGHTS)]
+    with torch.autocast("cpu", torch.bfloat16):
+        losses.append(balanced_loss(response, LABELS, WEIGHTS))
+    for loss in losses:
+        assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, rel=1e-6)
+    assert balanced_loss(torch.full((1, 1, 15, 15), 1e4), LABELS, WEIGHTS).item() == pytest.approx(0.5e4)
+
+
+def test_hit_rate():
+    response = torch.zeros(4, 1, 15, 15)
+    for number, (row, column) in enumerate([(7, 7), (9, 7), (9, 8), (0, 14)]):  # 0, 2, 3 and 14 cells off
+        response[number, 0, row, column] = 1
+    assert hit_rate(response, LABELS).item() == 0.5
+    assert hit_rate(-response[:1], LABELS).item() == 0  # the first of equals is in the corner
+
+
+@pytest.mark.parametrize(
+    "steps, hold_steps, num_rates", [(50, 1, 50), (58300, 1166, 50), (299250, 5985, 50), (7, 3, 3)]
+)
+def test_rates_are_a_logspace_from_first_to_last(steps, hold_steps, num_rates):
+    """F1: the published code, with 1/50 in place of 1/49 as its exponent, ends at 1.15e-5."""
+    optim = OptimSettings(**(compose_config()["optim"] | {"hold_steps": hold_steps}))
+    rates = np.logspace(-2, -5, num_rates)
+    for number in range(num_rates):
+        for step in (number * hold_steps, min(steps, (number + 1) * hold_steps) - 1):
+            assert exponential_lr(step, steps, optim) == pytest.approx(rates[number], rel=1e-9)
+    assert exponential_lr(0, steps, optim) == 1e-2
+    assert exponential_lr(steps - 1, steps, optim) == pytest.approx(1e-5, rel=1e-12)
+    published = 1e-2 * (1e-5 / 1e-2) ** ((num_rates - 1) / num_rates)
+    assert published > 1.1 * exponential_lr(steps - 1, steps, optim)
+
+
+def test_rate_of_very_short_runs():
+    optim = OptimSettings(**compose_config()["optim"])
+    assert exponential_lr(0, 1, optim) == optim.lr
+    assert [exponential_lr(step, 2, optim) for step in (0, 1)] == pytest.approx([optim.lr, optim.min_lr])
+    constant = OptimSettings(**(compose_config()["optim"] | {"min_lr": 1e-2}))
+    assert {exponential_lr(step, 9, constant) for step in range(9)} == {1e-2}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# optimizer and weights
+
+
+def test_weight_decay_groups():
+    """F13: the published code decays biases and batch norm, the paper's does not, and has a score bias."""
+    model = SiamFC(score_bias=True)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decays = {}
+    for decay_all in (True, False):
+        optim = OptimSettings(**(compose_config()["optim"] | {"decay_all": decay_all}))
+        optimizer = train_siamfc.build_optimizer(model, optim)
+        found = [(names[id(one)], group["weight_decay"]) for group in optimizer.param_groups for one in group["params"]]
+        decays[decay_all] = dict(found)
+        assert len(found) == len(names) and decays[decay_all].keys() == set(names.values())
+        assert all(group["momentum"] == 0.9 and not group["nesterov"] for group in optimizer.param_groups)
+    assert set(decays[True].values()) == {5e-4}
+    weights = {name for name, decay in decays[False].items() if decay == 5e-4}
+    assert weights == {f"backbone.conv{number}.0.weight" for number in range(1, 6)}
+    assert {decays[False][name] for name in names.values() if name not in weights} == {0.0}
+    none = OptimSettings(**(compose_config()["optim"] | {"weight_decay": 0, "decay_all": False}))
+    assert sum(len(group["params"]) for group in train_siamfc.build_optimizer(model, none).param_groups) == len(names)
+
+
+@pytest.mark.parametrize("score_bias", [False, True])
+def test_every_parameter_moves_and_the_score_bias_is_one(score_bias, root, tmp_path, quick, monkeypatch):
+    """Without weight decay, which would move a parameter that gets no gradient."""
+    script_evaluation(monkeypatch)
+    config = compose_config(
+        *tiny_overrides(root), f"model.score_bias={str(score_bias).lower()}", "optim.weight_decay=0", "train.steps=2"
+    )
+    trained = train_in(tmp_path / "run", config)["model"]
+    train_siamfc.seed_everything(config["seed"])  # the weights that the run started from
+    before = dict(train_siamfc.SiamFC(score_bias).named_parameters())
+    assert ("score_bias" in before) == score_bias
+    assert not [name for name, values in before.items() if torch.equal(values, trained[name])]
+    assert not torch.equal(trained["backbone.conv1.1.running_mean"], torch.zeros(16))
+
+
+@pytest.fixture(scope="module")
+def weights_path(tmp_path_factory):
+    """A checkpoint of the real network without score bias, as published: weights alone."""
+    torch.manual_seed(7)
+    state = SiamFC(score_bias=False).state_dict()
+    path = tmp_path_factory.mktemp("weights") / "siamfc_alexnet_e50.pth"
+    torch.save({key: value for key, value in state.items() if "num_batches" not in key}, path)
+    return path
+
+
+def build(**changes):
+    keys = {"name": "siamfc", "score_bias": False, "checkpoint": None} | changes
+    return train_siamfc.build_model(train_siamfc.ModelSettings(**keys), is_resumed=False)
+
+
+def test_training_starts_from_a_checkpoint(weights_path, tmp_path, capsys):
+    weights = torch.load(weights_path, weights_only=True)
+    found = build(checkpoint=str(weights_path)).state_dict()
+    assert not differences({key: found[key] for key in weights}, dict(weights))
+    found = build(checkpoint=str(weights_path), score_bias=True).state_dict()
+    assert not differences({key: found[key] for key in weights}, dict(weights)) and found["score_bias"].item() == 0
+    assert "score_bias: not in" in capsys.readouterr().out
+    assert differences(dict(build().state_dict()), dict(found))
+    torch.save({"model": SiamFC(score_bias=True).state_dict()}, tmp_path / "best.pt")
+    with pytest.raises(ValueError, match="model.score_bias is false; must be true: model.checkpoint .*best.pt has one"):
+        build(checkpoint=str(tmp_path / "best.pt"))
+    with pytest.raises(FileNotFoundError, match="gone.pt does not exist"):
+        build(checkpoint=str(tmp_path / "gone.pt"))
+    with pytest.raises(ValueError, match="model.name is siamrpn; must be siamfc"):
+        build(name="siamrpn")
+
+
+def test_no_steps_evaluate_a_checkpoint(finished, root, tmp_path, monkeypatch, capfd):
+    """Where there is no training sequence either."""
+    monkeypatch.setattr(train_siamfc, "plot_curves", lambda rows, path: None)
+    best = torch.load(finished[0] / "best.pt", weights_only=True)["metrics"]
+    arguments = ["train.steps=0", f"model.checkpoint={finished[0] / 'best.pt'}", "data.train_folder=null"]
+    arguments += ["data.val_fraction=1", "train.eval_frames=2"]
+    status, output = run_main(monkeypatch, capfd, tmp_path / "run", *tiny_overrides(root), *arguments)
+    assert status == 0, output
+    metrics = json.loads((tmp_path / "run" / "run.json").read_text())["metrics"]
+    assert metrics["start"] == metrics["best"] == metrics["last"] and metrics["last"]["step"] == 0
+    for name in ("ao", "sr_50", "success_auc", "loss", "still_ao"):
+        assert metrics["last"][f"val/{name}"] == pytest.approx(best[f"val/{name}"], rel=1e-3, abs=1e-3), name
+
+
+def first_momenta(root, run_dir, *overrides):
+    """SGD's momentum after one step, which is the gradient, and the row that the step logged."""
+    config = compose_config(*tiny_overrides(root), "train.steps=1", "optim.weight_decay=0", *overrides)
+    last = train_in(run_dir, config)
+    return [state["momentum_buffer"] for state in last["optimizer"]["state"].values()], last["metrics"][1]
+
+
+def test_accumulation_equals_a_larger_batch(root, tmp_path, quick, monkeypatch):
+    """2 x B=2 against B=4, without batch norm."""
+    script_evaluation(monkeypatch)
+    use_backbone(monkeypatch, SmallBackbone)
+    (momenta, row), (others, other_row) = (
+        first_momenta(root, tmp_path / name, f"train.batch_size={batch_size}", f"train.accumulate={accumulate}")
+        for name, batch_size, accumulate in (("large", 4, 1), ("small", 2, 2))
+    )
+    assert len(momenta) == 2
+    for one, other in zip(momenta, others, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    for name in ("train/loss", "train/grad_norm", "train/hit_rate"):
+        assert row[name] == pytest.approx(other_row[name], rel=1e-4), name
+
+
+def test_gradients_are_clipped_to_a_norm(root, tmp_path, quick, monkeypatch):
+    script_evaluation(monkeypatch)
+    found = {}
+    for clip_norm in ("null", "0.01", "1e6"):
+        momenta, row = first_momenta(root, tmp_path / clip_norm, f"train.clip_norm={clip_norm}")
+        found[clip_norm] = torch.cat([one.flatten() for one in momenta])
+        assert row["train/grad_norm"] == pytest.approx(found["null"].norm().item(), rel=1e-4)  # before it is clipped
+    assert found["null"].norm() > 0.05 and torch.equal(found["null"], found["1e6"])
+    torch.testing.assert_close(found["0.01"], found["null"] * 0.01 / found["null"].norm(), rtol=1e-3, atol=1e-7)
+
+
+def test_compile_is_a_switch(root, tmp_path, quick, monkeypatch):
+    script_evaluation(monkeypatch)
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda forward: compiled.append(forward) or forward)
+    for value in ("false", "true"):
+        train_in(tmp_path / value, compose_config(*tiny_overrides(root), "train.steps=1", f"train.compile={value}"))
+    assert len(compiled) == 1
+    states = [torch.load(tmp_path / value / "last.pt", weights_only=True)["model"] for value in ("false", "true")]
+    assert not differences(*states)  # the names of the weights too
+
+
+def test_running_means_are_bias_corrected(root, tmp_path, quick, monkeypatch):
+    script_evaluation(monkeypatch)
+    losses, hits = [], []
+    real_loss, real_hits = balanced_loss, hit_rate
+    monkeypatch.setattr(train_siamfc, "balanced_loss", lambda *args: losses.append(real_loss(*args)) or losses[-1])
+    monkeypatch.setattr(train_siamfc, "hit_rate", lambda *args: hits.append(real_hits(*args)) or hits[-1])
+    last = train_in(tmp_path / "run", compose_config(*tiny_overrides(root), "train.steps=3"))
+    weights = 0.99 ** np.arange(3)[::-1]
+    for name, values in (("train/loss", losses), ("train/hit_rate", hits)):
+        values = [one.item() for one in values]
+        found = [row[name] for row in last["metrics"] if name in row]
+        expected = [np.average(values[: n + 1], weights=weights[2 - n :]) for n in range(3)]
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# precision, and numbers that are not finite
+
+
+@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_low_precision_has_its_loss_in_fp32(precision, dtype, root, tmp_path, quick, monkeypatch):
+    dtypes, features = [], []
+    real_loss, real_forward = balanced_loss, SmallNormBackbone.forward
+
+    def record(response, *rest):
+        loss = real_loss(response, *rest)
+        dtypes.append((response.dtype, loss.dtype))
+        return loss
+
+    def forward(self, images):
+        found = real_forward(self, images)
+        features.append(found.dtype)
+        return found
+
+    monkeypatch.setattr(train_siamfc, "balanced_loss", record)
+    monkeypatch.setattr(SmallNormBackbone, "forward", forward)
+    last = train_in(tmp_path / "run", compose_config(*tiny_overrides(root), f"precision={precision}", "train.steps=2"))
+    assert set(dtypes) == {(torch.float32, torch.float32)} and set(features) == {dtype}
+    assert all(values.dtype in (torch.float32, torch.int64) for values in last["model"].values())
+    assert ("scale" in last["scaler"]) == (precision == "fp16")
+    assert last["metrics"][0]["val/num_frames"] == 4
+
+
+def test_tracker_in_parity_validates_in_fp32(root, tmp_path, quick):
+    config = compose_config(*tiny_overrides(root), "precision=bf16", "tracker.mode=parity", "train.steps=1")
+    assert train_in(tmp_path / "run", config)["step"] == 1
+
+
+def test_fp16_overflow_is_a_skipped_step_that_is_counted(root, tmp_path, quick, monkeypatch):
+    script_evaluation(monkeypatch)
+    real_scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **keys: real_scaler(*args, init_scale=1e36, **keys))
+    config = compose_config(*tiny_overrides(root), "precision=fp16", "train.steps=2")
+    last = train_in(tmp_path / "run", config)
+    assert (last["step"], last["num_skipped"], last["skipped_in_a_row"]) == (2, 2, 2)
+    assert last["optimizer"]["state"] == {} and last["metrics"][-2]["skipped_steps"] == 2
+    monkeypatch.setattr(train_siamfc, "MAX_SKIPPED_IN_A_ROW", 2)
+    with pytest.raises(FloatingPointError, match="overflowed at 2 steps in a row, the last is step 1.*precision=bf16"):
+        train_in(tmp_path / "stopped", config)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_loss_that_is_not_finite_stops_before_backward(accumulate, root, tmp_path, quick, monkeypatch):
+    script_evaluation(monkeypatch)
+    calls, backward_calls, names = [], [], []
+    real_loss, real_backward, real_collate = balanced_loss, torch.Tensor.backward, train_siamfc.collate
+
+    def spoil(*args):
+        calls.append(1)
+        return real_loss(*args) * (NAN if len(calls) == 2 * accumulate else 1.0)
+
+    def record_names(samples):
+        batch = real_collate(samples)
+        names.append(batch["names"])
+        return batch
+
+    monkeypatch.setattr(train_siamfc, "balanced_loss", spoil)
+    monkeypatch.setattr(train_siamfc, "collate", record_names)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *args: backward_calls.append(1) or real_backward(*args))
+    config = compose_config(
+        *tiny_overrides(root), "train.steps=3", "train.save_every=1", f"train.accumulate={accumulate}"
+    )
+    with pytest.raises(FloatingPointError, match="loss is nan at step 1, pairs ") as error:
+        train_in(tmp_path / "run", config)
+    shown = str(error.value).split("pairs ")[1].split(", ")
+    assert shown == names[2 * accumulate - 1] and str(root) in shown[0] and " with " in shown[0]
+    assert len(backward_calls) == 2 * accumulate - 1
+    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert last["step"] == 1 and "end" not in json.loads((tmp_path / "run" / "run.json").read_text())
+
+
+def test_gradient_that_is_not_finite_stops_before_the_update(root, tmp_path, quick, monkeypatch):
+    script_evaluation(monkeypatch)
+    real_loss = balanced_loss
+
+    def spoil(*args):
+        loss = real_loss(*args)
+        return loss + (loss - loss.detach()).sqrt()  # finite, with an infinite slope
+
+    monkeypatch.setattr(train_siamfc, "balanced_loss", spoil)
+    with pytest.raises(FloatingPointError, match="gradient norm is (nan|inf) at step 0, pairs .*jpg with "):
+        train_in(tmp_path / "run", compose_config(*tiny_overrides(root), "train.steps=3"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what counts as better
+
+
+def test_only_a_better_one_replaces_the_best_checkpoint(root, tmp_path, quick, monkeypatch):
+    script_evaluation(monkeypatch, [0.5, 0.7, 0.6, 0.7, 0.9])
+    config = compose_config(*tiny_overrides(root), "train.steps=4", "train.eval_every=1", "train.early_stop_evals=2")
+    last = train_in(tmp_path / "run", config)
+    assert (last["step"], last["evaluated_step"]) == (3, 3)  # two evaluations without a rise: stopped before 0.9
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert (best["metrics"]["step"], best["metrics"]["val/ao"]) == (1, 0.7)
+    assert differences(best["model"], last["model"])
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [record["metrics"][part]["step"] for part in ("start", "best", "last")] == [0, 1, 3]
+
+
+def test_what_selects_the_best_is_a_setting(root, tmp_path, quick, monkeypatch):
+    values = iter([(0.1, 0.9), (0.2, 0.8), (0.3, 0.95)])
+
+    def evaluate(*args):
+        ao, success_auc = next(values)
+        found = {"val/ao": ao, "val/sr_50": 0.0, "val/success_auc": success_auc, "val/num_frames": 1}
+        return found | {f"val/still_{name}": 0.0 for name in train_siamfc.REPORTED}
+
+    monkeypatch.setattr(train_siamfc, "evaluate_tracking", evaluate)
+    overrides = ["train.steps=1", "train.eval_every=1", "train.select_by=val/success_auc"]
+    (tmp_path / "run").mkdir()
+    config = compose_config(*tiny_overrides(root), *overrides)
+    assert train_siamfc.train(config, tmp_path / "run", None) == 0.9
+    assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)["metrics"]["step"] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# validation
+
+
+class TruthTracker:
+    """Stands in for the tracker: it follows groundtruth, moved by (dx, dy) px."""
+
+    moved_xy = (0.0, 0.0)
+    sequences = ()
+
+    def __init__(self, model, settings, precision):
+        self.made_with = (settings, precision)
+
+    def init(self, image, boxes_xywh):
+        [self.sequence] = [
+            one for one in self.sequences if np.array_equal(one.boxes_xywh[int(one.visible.argmax())], boxes_xywh[0])
+        ]
+        self.index = int(self.sequence.visible.argmax())
+
+    def update(self, image):
+        self.index += 1
+        box = self.sequence.boxes_xywh[self.index] + [*self.moved_xy, 0, 0]
+        return box[None], np.ones(1), np.zeros(1, bool)
+
+
+@pytest.fixture
+def truth(root, monkeypatch):
+    """The validation sequences, one of which starts without a visible box, and a tracker that knows them."""
+    _, sequences = train_siamfc.list_data(compose_config(*tiny_overrides(root))["data"])
+    late = sequences[1]
+    for array in (late.visible, late.cover):
+        array[:2] = 0
+    monkeypatch.setattr(TruthTracker, "sequences", tuple(sequences))
+    monkeypatch.setattr(train_siamfc, "SiamFCTracker", TruthTracker)
+    return sequences
+
+
+def run_evaluation(sequences, num_frames=None):
+    return evaluate_tracking(None, sequences, TrackerSettings(), "fp32", num_frames)
+
+
+def slow_iou(a, b):
+    wh = [min(a[i] + a[i + 2], b[i] + b[i + 2]) - max(a[i], b[i]) for i in (0, 1)]
+    inter = max(0.0, wh[0]) * max(0.0, wh[1])
+    return inter / (a[2] * a[3] + b[2] * b[3] - inter)
+
+
+def test_perfect_tracking_scores_one(truth):
+    values = run_evaluation(truth)
+    assert values["val/ao"] == pytest.approx(1.0) and values["val/sr_50"] == 1.0
+    assert values["val/success_auc"] == pytest.approx(20 / 21)
+    assert values["val/num_frames"] == 4 + 2  # of 5 frames those after the first, and from the third on
+    assert values["val/tracked_per_s"] > 0
+
+
+@pytest.mark.parametrize("num_frames", [None, 3])
+def test_scores_equal_a_slow_loop(truth, num_frames, monkeypatch):
+    """Of a tracker that is off by (6, -3) px, and of a box that stays; all frames weigh the same in ao."""
+    monkeypatch.setattr(TruthTracker, "moved_xy", (6.0, -3.0))
+    values = run_evaluation(truth, num_frames)
+    expected = {"val/": [], "val/still_": []}
+    curves = {"val/": [], "val/still_": []}
+    for sequence, first in zip(truth, (0, 2), strict=True):
+        boxes = sequence.boxes_xywh[first:] if num_frames is None else sequence.boxes_xywh[first : first + num_frames]
+        for prefix, found in (("val/", boxes + [6, -3, 0, 0]), ("val/still_", boxes[:1].repeat(len(boxes), 0))):
+            overlaps = [slow_iou(one, other) for one, other in zip(found[1:], boxes[1:], strict=True)]
+            expected[prefix] += overlaps
+            thresholds = np.linspace(0, 1, 21)
+            curves[prefix].append(np.mean([[one > t for t in thresholds] for one in [1 - 1e-9, *overlaps]]))
+    for prefix, overlaps in expected.items():
+        assert values[f"{prefix}ao"] == pytest.approx(np.mean(overlaps)), prefix
+        assert values[f"{prefix}sr_50"] == pytest.approx(np.mean(np.array(overlaps) > 0.5)), prefix
+        assert values[f"{prefix}success_auc"] == pytest.approx(np.mean(curves[prefix])), prefix
+        assert values["val/num_frames"] == len(overlaps) == (6 if num_frames is None else 4)
+    assert 0.2 < values["val/ao"] < 0.95 and values["val/ao"] != values["val/still_ao"]
+
+
+def test_hidden_frames_do_not_count(truth):
+    truth[0].cover[2] = 0
+    truth[0].boxes_xywh[3] = NAN
+    truth[0].visible[2:4] = False
+    truth[0].cover[3] = 0
+    assert run_evaluation(truth[:1])["val/num_frames"] == 2
+
+
+def test_frame_that_cannot_be_read_is_named_with_its_sequence(truth, tmp_path):
+    broken = tmp_path / "00000002.jpg"
+    broken.write_bytes(b"no picture")
+    sequence = train_siamfc.Sequence(**(truth[0].__dict__ | {"frame_dir": tmp_path}))
+    for name in ("00000001.jpg", "00000003.jpg"):
+        (tmp_path / name).write_bytes(truth[0].frame_path(0).read_bytes())
+    with pytest.raises(ValueError, match="sequence val_001: .*00000002.jpg"):
+        run_evaluation([sequence])
+    (tmp_path / "00000001.jpg").unlink()  # the first, too
+    with pytest.raises(ValueError, match="sequence val_001: .*00000001.jpg"):
+        run_evaluation([sequence])
+
+
+def test_first_box_outside_its_frame_names_the_sequence(root):
+    _, [sequence, _] = train_siamfc.list_data(compose_config(*tiny_overrides(root))["data"])
+    sequence.boxes_xywh[0] = [500, 500, 20, 20]
+    model = SiamFC(score_bias=False)
+    model.backbone = SmallBackbone()
+    with pytest.raises(ValueError, match="sequence val_001: box 1 of 1 is .* outside the first frame"):
+        evaluate_tracking(model, [sequence], TrackerSettings(), "fp32", None)
+
+
+def test_validation_leaves_the_model_and_the_streams_alone(root):
+    """Training goes on as if there had been none: batch norm's statistics, gradients, and random numbers."""
+    config = compose_config(*tiny_overrides(root))
+    model = SiamFC(score_bias=False)
+    model.backbone = SmallNormBackbone()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    stream = torch.get_rng_state()
+    _, sequences = train_siamfc.list_data(config["data"])
+    first = evaluate_tracking(model.train(), sequences, TrackerSettings(), "fp32", 3)
+    pairs = make_dataset(config)
+    arguments = (pairs, 3, 2, LABELS, WEIGHTS, "fp32", None, 0)
+    values = train_siamfc.evaluate_pairs(model.train(), *arguments)
+    assert values == train_siamfc.evaluate_pairs(model.train(), *arguments)  # the same pairs each time
+    assert not differences(dict(model.state_dict()), before) and torch.equal(torch.get_rng_state(), stream)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    second = evaluate_tracking(model, sequences, TrackerSettings(), "fp32", 3)
+    assert {name: first[name] for name in first if "per_s" not in name} == {
+        name: second[name] for name in second if "per_s" not in name
+    }
+    # three pairs in batches of two weigh the same
+    with torch.no_grad():
+        samples = [train_siamfc.collate([pairs[index]]) for index in range(3)]
+        responses = [model.eval()(one["exemplars"].float(), one["instances"].float()) for one in samples]
+    with np.errstate(over="ignore"):
+        losses = [published_loss(response[:, 0].double().numpy())[0] for response in responses]
+    assert values["val/loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert values["val/hit_rate"] == pytest.approx(np.mean([hit_rate(one, LABELS).item() for one in responses]))
+
+
+def test_drawn_pair_marks_the_highest_cell():
+    exemplar, instance = torch.zeros(3, 127, 127, dtype=torch.uint8), torch.zeros(3, 239, 239, dtype=torch.uint8)
+    for row, column in ((7, 7), (0, 14), (12, 3)):
+        response = torch.zeros(15, 15)
+        response[row, column] = 1
+        picture = train_siamfc.draw_pair(exemplar, instance, response)
+        assert picture.shape == (243, 635, 3)
+        is_mark = (picture[:, 137:386] == [255, 0, 0]).all(2)
+        y, x = np.argwhere(is_mark).mean(0)
+        expected = 119 + 8 * np.array([row - 7, column - 7])  # px of the instance, whose frame is 2 and 5 px wide
+        assert np.abs([y - 2, x - 5] - expected).max() < 1
+        heat = picture[2:241, 386 + 5 : 386 + 244].astype(int)
+        hot = np.argwhere(heat[..., 0] - heat[..., 2] > 100)  # red
+        assert np.abs(hot.mean(0) - (np.array([row, column]) + 0.5) * 239 / 15).max() < 1
+
+
+def test_validation_sequences_are_chosen_after_what_cannot_be_tracked(root, tmp_path, quick):
+    """Pictures, which have one frame, do not use up `eval_sequences`; their pairs count in val/loss."""
+    pictures = compose_config("data=label_map", f"data.root={write_pictures(tmp_path / 'pictures')}")["data"]
+    pictures |= {"ignore_ids": [2], "val_fraction": 0.5}
+    config = compose_config(*tiny_overrides(root), "train.steps=1", "train.eval_sequences=1")
+    config["data"] = {"parts": {"a": pictures, "b": config["data"]}, "turns": {"a": 1, "b": 1}}
+    last = train_in(tmp_path / "run", config)
+    assert last["metrics"][0]["val/num_frames"] == 2 and last["metrics"][0]["val/loss"] > 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["data"] == {"train_sequences": 4, "val_sequences": 1}
+
+
+def test_no_validation_pairs_is_a_setting(root, tmp_path, quick):
+    last = train_in(tmp_path / "run", compose_config(*tiny_overrides(root), "train.steps=1", "train.eval_pairs=0"))
+    assert "val/ao" in last["metrics"][0] and "val/loss" not in last["metrics"][0]
+    assert not list((tmp_path / "run" / "samples").glob("*/*"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# other datasets, and presets
+
+
+def test_pictures_alone_train_beside_videos_that_validate(root, tmp_path, quick):
+    """data=label_map: exemplar and instance are cut from one picture; a part with 0 turns only validates."""
+    pictures = compose_config("data=label_map", f"data.root={write_pictures(tmp_path / 'pictures')}")["data"]
+    pictures |= {"ignore_ids": [2], "val_fraction": 0.0}
+    config = compose_config(*tiny_overrides(root), "train.steps=2")
+    config["data"] = {"parts": {"pictures": pictures, "videos": config["data"]}, "turns": {"pictures": 1, "videos": 0}}
+    last = train_in(tmp_path / "run", config)
+    assert last["step"] == 2 and last["metrics"][0]["val/num_frames"] == 4
+    dataset = make_dataset(config)
+    names = [dataset[index]["name"].split(" with ") for index in range(6)]
+    assert all(one == other and "pictures" in one for one, other in names)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_composes(name):
+    config = compose_config(f"experiment={name}", "data_root=/nowhere")
+    for cls, section in (
+        (train_siamfc.Settings, "train"), (train_siamfc.PairSettings, "pairs"), (OptimSettings, "optim"),
+        (train_siamfc.ModelSettings, "model"), (TrackerSettings, "tracker"),
+    ):  # fmt: skip
+        train_siamfc.read_settings(cls, config[section], section)
+    assert "override /model:" in (ROOT / "configs" / "experiment" / f"{name}.yaml").read_text()
+    optim = OptimSettings(**config["optim"])
+    steps = config["train"]["steps"]
+    assert exponential_lr(steps - 1, steps, optim) == pytest.approx(optim.min_lr)
+    if name in ("siamfc_got10k", "siamfc_paper"):  # 50 epochs, a rate each
+        assert len({exponential_lr(step, steps, optim) for step in range(0, steps, optim.hold_steps)}) == 50
+
+
+def test_presets_say_what_their_sources_do():
+    assert set(PRESETS) >= {"siamfc_got10k", "siamfc_paper", "siamfc_bundled"}
+    published, paper = (compose_config(f"experiment={name}") for name in ("siamfc_got10k", "siamfc_paper"))
+    assert published["train"]["steps"] * published["train"]["batch_size"] == 50 * 9328
+    assert paper["train"]["steps"] * paper["train"]["batch_size"] == 50 * 47880
+    assert [one["model"]["score_bias"] for one in (published, paper)] == [False, True]
+    assert [one["optim"]["decay_all"] for one in (published, paper)] == [True, False]
+    assert [one["pairs"]["exemplar_shift"] for one in (published, paper)] == [4.0, 0.0]
+    assert [one["pairs"]["grey"] for one in (published, paper)] == [0.0, 0.25]
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory):
+    return write_data_root(tmp_path_factory.mktemp("all") / "data")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_trains_two_steps(name, data_folder, tmp_path, quick):
+    """On tiny videos in the layout that the preset reads, with a small network."""
+    overrides = [f"experiment={name}", f"data_root={data_folder}", "device=cpu", "num_workers=0"]
+    overrides += ["train.steps=2", "train.batch_size=2", "train.eval_pairs=2", "train.eval_frames=3"]
+    if name == "siamfc_bundled":  # its moving shapes are many, and below the repository
+        part = "data.parts.moving_shapes"
+        overrides += [f"{part}.generate=null", f"{part}.root={data_folder / 'GOT-10k'}"]
+    last = train_in(tmp_path / "run", compose_config(*overrides))
+    assert last["step"] == 2 and [row["step"] for row in last["metrics"] if "val/ao" in row] == [0, 2]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    expected = {
+        "siamfc_got10k": {"train_sequences": 3, "val_sequences": 2},
+        "siamfc_paper": {"train_sequences": 2, "val_sequences": 1},
+        "siamfc_bundled": {"train_sequences": 1 + 3 + 3, "val_sequences": 2},
+    }[name]
+    assert record["data"] == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings
+
+
+def test_typo_on_the_command_line_names_the_key(root):
+    """F3: the published code takes any keyword and ignores it."""
+    for override in ("train.stepz=3", "trian.steps=3", "data.rooot=x", "pairs.max_gab=2", "tracker.scale_lrr=1"):
+        with pytest.raises(ConfigCompositionException) as error:
+            compose_config(*tiny_overrides(root), override)
+        assert override.split("=")[0] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("train: {stepz: 3}", "unknown key train.stepz"),
+        ("pairs: {max_gab: 3}", "unknown key pairs.max_gab"),
+        ("optim: {learning_rate: 3}", "unknown key optim.learning_rate"),
+        ("model: {score_bia: true}", "unknown key model.score_bia"),
+        ("tracker: {scale_lrr: 0.5}", "unknown key tracker.scale_lrr"),
+        ("data: {rooot: x}", "unknown key data.rooot"),
+        ("trian: {steps: 3}", "unknown key trian in the config"),
+        ("train: {steps: many}", "train.steps is 'many'; must be a whole number"),
+        ("pairs: {max_gap: 1.5}", "pairs.max_gap is 1.5; must be a whole number"),
+        ("pairs: {random_interpolation: 1}", "pairs.random_interpolation is 1; must be true or false"),
+        ("optim: {lr: fast}", "optim.lr is 'fast'; must be a number"),
+        ("model: {score_bias: maybe}", "model.score_bias is 'maybe'; must be true or false"),
+        ("tracker: {scale_num: 3.5}", "tracker.scale_num is 3.5; must be a whole number"),
+        ("check: 1", "check is 1; must be true or false"),
+        ("seed: -1", "seed is -1; must be a whole number"),
+        ("num_workers: few", "num_workers is few; must be"),
+        ("data: {box_origin: 2}", "data.box_origin is 2; must be 0 or 1"),
+    ],
+)
+def test_mistake_in_a_preset_names_the_key(content, message, root, tmp_path, quick):
+    """F3: what a preset adds, Hydra does not mind."""
+    config = changed_config(compose_config(*tiny_overrides(root)), yaml.safe_load(content))
+    with pytest.raises(ValueError, match=f"^{message}"):
+        train_in(tmp_path / "run", config)
+
+
+def test_key_that_is_missing_is_named(root, tmp_path, quick):
+    for section, key in (("train", "steps"), ("pairs", "max_gap"), ("optim", "lr"), ("data", "on_bad")):
+        config = compose_config(*tiny_overrides(root))
+        del config[section][key]
+        with pytest.raises(ValueError, match=f"the config lacks {section}.{key}"):
+            train_in(tmp_path / section, config)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.steps=-1", "train.batch_size=0", "train.accumulate=0", "train.log_every=0", "train.eval_every=0",
+        "train.save_every=0", "train.select_by=val/auc", "train.clip_norm=0", "train.eval_sequences=0",
+        "train.eval_frames=1", "train.eval_pairs=-1", "train.early_stop_evals=0", "train.picture_pairs=-1",
+        "pairs.stretch=1.0", "pairs.stretch=-0.1", "pairs.max_gap=0", "pairs.per_visit=0", "pairs.exemplar_shift=-1",
+        "pairs.instance_shift=-1", "pairs.max_aspect=0.5", "pairs.grey=1.5", "pairs.color_jitter=-0.1",
+        "pairs.blur=2", "pairs.random_boxes=-1", "optim.lr=0", "optim.min_lr=0", "optim.min_lr=0.1",
+        "optim.hold_steps=0", "optim.momentum=1.0", "optim.weight_decay=-1", "tracker.scale_num=2",
+    ],
+)  # fmt: skip
+def test_value_that_makes_no_sense_is_named(override, root, tmp_path, quick):
+    key, value = override.split("=")
+    with pytest.raises(ValueError, match=rf"^{key} is {value}(\.0)?; must be "):
+        train_in(tmp_path / "run", changed_config(compose_config(*tiny_overrides(root)), override))
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_radius_that_labels_all_cells_alike_is_named(root, tmp_path, quick):
+    with pytest.raises(ValueError, match="train.r_pos is 500.0; gives all 15 x 15 cells"):
+        train_in(tmp_path / "run", compose_config(*tiny_overrides(root), "train.r_pos=500.0"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a user sees when something is wrong
+
+
+def fails_with(monkeypatch, capfd, run_dir, *arguments):
+    status, output = run_main(monkeypatch, capfd, run_dir, *arguments)
+    assert status == 1 and "Traceback" not in output and "error: " in output, output
+    return output[output.rindex("error: ") :]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["data.root=/nowhere"], "data.root /nowhere is not a folder"),
+        (["data.train_folder=null"], "no training sequence with a usable box: see data.* and pairs.*"),
+        (["pairs.min_side=400"], "no training sequence with a usable box"),
+        (["data.val_folder=null", "data.val_fraction=0"], "no validation sequence with a box: see data.val_fraction"),
+        (["data=label_map", "data.root={pictures}", "data.ignore_ids=[2]"], "pictures alone cannot be tracked"),
+        (["resume=/nowhere"], "resume is /nowhere, which does not exist"),
+        (["model.checkpoint=/nowhere.pt"], "checkpoint /nowhere.pt does not exist"),
+        (["device=tpu"], "device is tpu; must be auto, cpu"),
+    ],
+)
+def test_command_that_makes_no_sense(arguments, message, root, tmp_path, monkeypatch, capfd, quick):
+    pictures = write_pictures(tmp_path / "pictures")
+    arguments = [argument.replace("{pictures}", str(pictures)) for argument in arguments]
+    assert message in fails_with(monkeypatch, capfd, tmp_path / "run", *tiny_overrides(root), *arguments)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"turns": {"a": 1}}, "data.turns names a; must name a, b"),
+        ({"turns": {"a": 1, "b": 1, "c": 1}}, "data.turns names a, b, c; must name a, b"),
+        ({"turns": {"a": 1, "b": -1}}, "data.turns.b is -1; must be 0 or more"),
+        ({"turns": {"a": 1, "b": 1.5}}, "data.turns.b is 1.5; must be a whole number"),
+        ({"rooot": "x"}, "unknown key data.rooot; must be among data.parts, data.turns"),
+        ({"turns": None}, "the config lacks data.turns"),
+    ],
+)
+def test_parts_that_make_no_sense(change, message, root):
+    part = compose_config(*tiny_overrides(root))["data"]
+    data = {"parts": {"a": part, "b": part}, "turns": {"a": 1, "b": 1}} | change
+    with pytest.raises(ValueError, match=f"^{message}"):
+        train_siamfc.list_data({key: value for key, value in data.items() if value is not None})
+
+
+def test_fault_in_a_part_names_it(root, tmp_path):
+    part = compose_config(*tiny_overrides(root))["data"]
+    turns = {"a": 1, "b": 1}
+    for change, kind, message in [
+        ({"rooot": 1}, ValueError, "data.parts.b: unknown key data.rooot"),
+        ({"root": str(tmp_path / "gone")}, FileNotFoundError, "data.parts.b: data.root .*gone is not a folder"),
+        ({"format": "got1k"}, ValueError, "data.parts.b: data.format is 'got1k'"),
+    ]:
+        with pytest.raises(kind, match=f"^{message}"):
+            train_siamfc.list_data({"parts": {"a": part, "b": part | change}, "turns": turns})
+    copy = write_got10k(tmp_path / "copy", 1, 1, 2)
+    (copy / "train" / "list.txt").write_bytes("träin".encode("latin-1"))  # an error that cannot be made anew
+    with pytest.raises(ValueError, match="^data.parts.b: .*utf-8"):
+        train_siamfc.list_data({"parts": {"a": part, "b": part | {"root": str(copy)}}, "turns": turns})
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_training_frame_that_cannot_be_read_is_named_in_one_line(num_workers, tmp_path, monkeypatch, capfd, quick):
+    broken = write_got10k(tmp_path / "data", 1, 1, 3)
+    for number in (1, 2, 3):
+        (broken / "train" / "train_001" / f"{number:08d}.jpg").write_bytes(b"no picture")
+    arguments = [*tiny_overrides(broken), f"num_workers={num_workers}"]
+    message = fails_with(monkeypatch, capfd, tmp_path / "run", *arguments)
+    assert "train_001/0000000" in message and len(message.strip().splitlines()) == 1
+
+
+def test_validation_frame_that_cannot_be_read_is_named(tmp_path, monkeypatch, capfd, quick):
+    """Also the first, which tells the frame's size where no file does."""
+    for number, has_size in ((1, False), (2, True)):
+        folder = write_got10k(tmp_path / f"data_{number}_{has_size}", 1, 1, 3)
+        (folder / "val" / "val_001" / f"{number:08d}.jpg").write_bytes(b"no picture")
+        if not has_size:
+            (folder / "val" / "val_001" / "meta_info.ini").unlink()
+        run_dir = tmp_path / f"run_{number}_{has_size}"
+        message = fails_with(monkeypatch, capfd, run_dir, *tiny_overrides(folder), "train.eval_pairs=0")
+        assert "sequence val_001: " in message and f"{number:08d}.jpg" in message
+
+
+def test_check_draws_pairs_and_stops(root, tmp_path, monkeypatch, capfd, quick):
+    status, output = run_main(
+        monkeypatch, capfd, tmp_path / "run", *tiny_overrides(root), "check=true", "train.picture_pairs=3"
+    )
+    assert status == 0 and "train: 3 sequences, 15 frames; pairs are cut from 15 frames of 3 sequences" in output
+    assert "val: 2 sequences" in output
+    assert read_image(tmp_path / "run" / "pairs.png").shape == (3 * 243, 635, 3)
+    assert not (tmp_path / "run" / "run.json").exists() and not (tmp_path / "run" / "last.pt").exists()
+    dataset = make_dataset(compose_config(*tiny_overrides(root)))
+    picture = read_image(tmp_path / "run" / "pairs.png")
+    assert np.array_equal(picture[2:129, 5:132], dataset[0]["exemplar"].permute(1, 2, 0).numpy())
+    marks = np.argwhere((picture[:243, 137:386] == [255, 0, 0]).all(2))
+    assert np.abs(marks.mean(0) - [121, 124]).max() < 2  # the middle of the instance
+    status, output = run_main(
+        monkeypatch, capfd, tmp_path / "none", *tiny_overrides(root), "check=true", "pairs.min_side=400"
+    )
+    assert status == 0 and "pairs are cut from 0 frames of 0 sequences" in output and "train_002" in output
+
+
+def test_davis_trains_and_a_score_bias_is_kept(tmp_path, quick):
+    config = compose_config(
+        *[one for one in tiny_overrides(tmp_path) if not one.startswith("data")], "data=davis_sequences",
+        f"data.root={write_davis(tmp_path / 'DAVIS')}", "train.steps=1", "model.score_bias=true",
+    )  # fmt: skip
+    last = train_in(tmp_path / "run", config)
+    assert "score_bias" in last["model"] and last["metrics"][0]["val/num_frames"] == 2

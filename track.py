@@ -1,0 +1,981 @@
+"""Track objects with SiamFC through a folder of frames or a video file; or track and evaluate a dataset's sequences.
+
+    python track.py                                                     # the generated sequences
+    python track.py input=video.mp4 'box=[120,80,60,40]'                # x, y, width, height px, in the first frame
+    python track.py input=frames/                                       # the box is in groundtruth.txt there, or above
+    python track.py input=frames/ box=select show=true                  # drawn with the mouse; shown while it runs
+    python track.py input=video.mp4 'boxes=[[120,80,60,40],[300,90,50,50]]'
+    python track.py data=otb 'sequences=[Crossing,Jumping]' checkpoint=outputs/train_siamfc/<run>/best.pt
+    python track.py mode=benchmark data=otb 'results=[results/other_tracker]'
+    python track.py mode=evaluate data=otb 'results=[results/a,results/b]' protocol=pysot
+    python track.py --cfg job                                           # every knob with its value
+
+Reads   frames as pictures (8 or 16 bit, grey or colour) or a video; data=otb|vot|got10k|davis_sequences|imagenet_vid|
+        folder_sequences; a checkpoint: the bundled one, best.pt of train_siamfc.py, a published siamfc_alexnet_e*.pth.
+Writes  outputs/track/<date_time>/, for each sequence of a dataset below <sequence>/:
+    boxes.txt       x,y,width,height a line for each frame, 0-based unless box_origin=1; several objects: boxes_1.txt,
+                    boxes_2.txt, ...
+    tracks.json     boxes, scores, what seems lost, times, what could not be read
+    overlay.mp4     the boxes over the frames (H.264); a grey box is that of a lost object
+  mode=benchmark and evaluate:
+    results/siamfc/, results/still_box/   result files in the layout of the dataset's toolkit; still_box: the first box
+    table.csv, success.png, precision.png
+    sheets/<sequence>.png, scores/<sequence>.png   frames with groundtruth (green) and tracked box (red); score and IoU
+A frame that cannot be read, and what a video lacks at its end, is named when all is written; the exit status is then 1.
+
+Metrics, of tracking once from the first box:
+    score           how far the response's peak stands above its mean; 1 is as far as in the first frame
+    mean_iou        mean over the frames after the first in which the object is visible
+    success_auc     OTB: mean over 21 thresholds of the share of frames with a higher IoU; at most 20/21 = 0.952
+    precision_20    OTB: share of frames whose centre is at most 20 px off; success_50: whose IoU is above 0.5
+    ao sr_50 sr_75  GOT-10k: mean IoU, and share of frames with an IoU above 0.5 and 0.75, without the first
+    frames_per_s    from the first frame asked for to the last one written; tracker_frames_per_s: the tracker alone.
+                    Both are frames over seconds, with p50 and p95 of the ms per frame.
+Source: Bertinetto et al. 2016, arXiv:1606.09549.
+"""
+
+import contextlib
+import csv
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import hydra
+import numpy as np
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from utils.frames import FrameSource, write_video
+from utils.images import id_colors, write_image
+from utils.run import (
+    check_keys,
+    choose_device,
+    choose_precision,
+    finish_run,
+    first_few,
+    read_settings,
+    seed_everything,
+    start_run,
+)
+from utils.sample_data import write_samples
+from utils.sequence_data import (
+    Sequence,
+    choose_sequences,
+    find_groundtruth,
+    find_result,
+    list_sequences,
+    read_boxes,
+    split_sequences,
+    write_boxes,
+    write_result,
+)
+from utils.siamfc import SiamFC, load_siamfc
+from utils.siamfc_tracker import SiamFCTracker, TrackerSettings, track_frames
+from utils.tracking_metrics import (
+    PRECISION_THRESHOLDS,
+    PROTOCOLS,
+    SUCCESS_THRESHOLDS,
+    box_iou,
+    got10k_scores,
+    mean_one_pass_scores,
+    score_result,
+)
+
+log = logging.getLogger("track")
+REPOSITORY = Path(__file__).resolve().parent
+BUNDLED_CHECKPOINT = REPOSITORY / "checkpoints" / "siamfc_alexnet.pt"
+SHARED_KEYS = ("seed", "device", "precision", "num_workers", "resume", "data_root", "data", "tracker")
+KEYS_OF_MODE = {  # of those keys that say what to do
+    "track": ("checkpoint", "input", "box", "boxes", "sequences", "show"),
+    "benchmark": ("checkpoint", "sequences", "results"),
+    "evaluate": ("sequences", "results"),
+}
+RESULT_LAYOUTS = {
+    "otb": "otb", "davis": "otb", "folders": "otb", "imagenet_vid": "otb", "got10k": "got10k", "vot": "vot",
+}  # fmt: skip
+SCORE_NAMES = ("success_auc", "precision_20", "success_50", "ao", "sr_50", "sr_75")
+OUR_NAME, STILL_NAME = "siamfc", "still_box"  # of trackers, in tables and results/
+LOST_RGB = (150, 150, 150)
+TRUTH_RGB, TRACKED_RGB = (0, 220, 0), (255, 40, 40)
+SHEET_FRAMES, SHEET_COLUMNS, SHEET_TILE_WIDTH = 8, 4, 320  # px
+MAX_LISTED = 50  # failures that are printed at the end
+MAX_DRAWN_PX = 1e6  # boxes in mode parity may lie anywhere; OpenCV draws within 32 bits
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The keys of configs/track.yaml that only this script has."""
+
+    mode: str  # track, benchmark or evaluate
+    checkpoint: str  # auto, a file, or random
+    input: str | None  # folder of frames or video file; None: the dataset's sequences
+    box: list | str | None  # [x, y, width, height] px, a groundtruth file, or select
+    boxes: list | str | None  # [[x, y, width, height], ...] px, or a file
+    box_origin: int  # 0 or 1: what boxes in and out count from
+    sequences: list | None  # names; None: the validation sequences
+    overlay: bool  # write overlay.mp4
+    show: bool  # show the tracking in a window
+    fps: float  # of the overlay of pictures
+    protocol: str  # got10k, pysot or pytracking
+    results: list[str]  # folders of other trackers
+
+
+class Track(NamedTuple):
+    """What was found in a video: T frames, N objects."""
+
+    boxes_xywh: np.ndarray  # float64 (T, N, 4) px, 0-based; nan before the object is there
+    scores: np.ndarray  # float64 (T, N); nan where the frame was not read
+    is_lost: np.ndarray  # bool (T, N)
+    times_s: np.ndarray  # float64 (T,), seconds that the tracker took; nan where the frame was not read
+    frame_times_s: np.ndarray  # float64 (frames tried,), seconds from one frame done to the next
+    total_s: float  # from the first frame asked for to the overlay written
+    unreadable: dict[int, str]  # frame -> why it was not read
+    problem: str | None  # what the video lacks at its end
+    sheet_frames: dict[int, np.ndarray]  # frame -> uint8 (H, W, 3), those asked for
+
+
+def track(config: dict, run_dir: Path) -> list[str]:
+    """Do what the mode says, and write the results.
+
+    Args:
+        config: the resolved config of configs/track.yaml, plain types.
+        run_dir: where everything is written.
+    Returns:
+        One line for each frame or sequence that failed; where nothing can be tracked, that is raised instead.
+    Raises:
+        ValueError, OSError: for what makes the whole run impossible.
+    """
+    settings = read_settings(Settings, {key: config[key] for key in config if key not in SHARED_KEYS}, "")
+    check_settings(settings)
+    if settings.show or settings.box == "select":
+        check_screen("show=true" if settings.show else "box=select")
+
+    if settings.input is not None:
+        source = FrameSource(settings.input)
+        boxes_xywh = choose_first_boxes(settings, source)  # (N, 4)
+        tracker = build_tracker(settings, config)
+        start_run(run_dir, config, {"frames": source.num_frames, "objects": len(boxes_xywh)})
+        return track_input(tracker, source, boxes_xywh, settings, run_dir)
+
+    sequences = choose_dataset(config["data"], settings.sequences)
+    counts = {"sequences": len(sequences), "frames": sum(map(len, sequences))}
+    if settings.mode == "track":
+        tracker = build_tracker(settings, config)
+        start_run(run_dir, config, counts)
+        return track_dataset(tracker, sequences, settings, run_dir)
+
+    ours = (OUR_NAME, STILL_NAME) if settings.mode == "benchmark" else ()
+    others = name_trackers(settings.results, ours)
+    for folder in others.values():
+        for sequence in sequences:
+            find_result(folder, sequence.name)  # a missing file stops the run now, not after an hour of tracking
+    if settings.mode == "evaluate":
+        start_run(run_dir, config, counts)
+        finish_run(run_dir, evaluate(sequences, others, settings.protocol, run_dir))
+        return []
+    tracker = build_tracker(settings, config)
+    start_run(run_dir, config, counts)
+    layout = RESULT_LAYOUTS[config["data"]["format"]]
+    return benchmark(tracker, sequences, layout, others, settings.protocol, run_dir)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what to track, and with what
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuse values that make no sense, and keys that the mode does not use."""
+    if settings.mode not in KEYS_OF_MODE:
+        raise ValueError(f"mode is {settings.mode}; must be one of {', '.join(KEYS_OF_MODE)}")
+    if settings.box_origin not in (0, 1):
+        raise ValueError(f"box_origin is {settings.box_origin}; must be 0 or 1")
+    if not (math.isfinite(settings.fps) and settings.fps > 0):
+        raise ValueError(f"fps is {settings.fps}; must be above 0")
+    if settings.protocol not in PROTOCOLS:
+        raise ValueError(f"protocol is {settings.protocol}; must be one of {', '.join(PROTOCOLS)}")
+    absent = {"checkpoint": "auto", "results": [], "show": False}
+    for key in ("checkpoint", "input", "box", "boxes", "sequences", "show", "results"):
+        is_given = getattr(settings, key) != (absent[key] if key in absent else None)
+        modes = [mode for mode, keys in KEYS_OF_MODE.items() if key in keys]
+        if is_given and settings.mode not in modes:
+            raise ValueError(
+                f"{key}= is given but mode is {settings.mode}, which does not use it: leave it out, or take mode="
+                + " or mode=".join(modes)
+            )
+    if settings.mode == "evaluate" and not settings.results:
+        raise ValueError("mode=evaluate needs results=[<folder of a tracker's result files>, ...]")
+    if settings.sequences == []:
+        raise ValueError("sequences is []; name some, or leave it out for the validation sequences")
+    if settings.box is not None and settings.boxes is not None:
+        raise ValueError("box= and boxes= are both given; leave out one of them")
+    if settings.input is None and (settings.box is not None or settings.boxes is not None):
+        key = "box" if settings.box is not None else "boxes"
+        raise ValueError(f"{key}= is given but input= is not: add input=<folder of frames or video file>")
+    if settings.input is not None and settings.sequences is not None:
+        raise ValueError("sequences= is given together with input=; sequences are those of a dataset: leave out one")
+
+
+def choose_first_boxes(settings: Settings, source: FrameSource) -> np.ndarray:
+    """Find the boxes of the objects in the first frame: from the command line, a file, or the user's mouse.
+
+    Returns:
+        boxes_xywh float64 (N, 4) px, 0-based; whether they lie in the frame is for the tracker to say.
+    """
+    box, boxes = settings.box, settings.boxes
+    if box == "select":
+        return select_box(read_first_frame(source), source.frame_name(0))[None]
+    if isinstance(box, list):
+        boxes = [box]
+    if isinstance(boxes, list):
+        for one in boxes:
+            if not is_box(one):
+                key = "box" if box is not None else "boxes has"
+                raise ValueError(f"{key} {'is ' if box is not None else ''}{one}; must be [x, y, width, height] px")
+        if not boxes:
+            raise ValueError("boxes is []; must be [[x, y, width, height], ...] px")
+        return np.array(boxes, np.float64) - [settings.box_origin, settings.box_origin, 0, 0]
+    if boxes is not None:
+        return read_boxes(boxes, settings.box_origin)
+    if box is not None and not Path(box).is_file():
+        raise FileNotFoundError(
+            f"box is {box}, which is no file (seen from {Path.cwd()}); must be [x, y, width, height] px, a groundtruth "
+            "file, or select"
+        )
+    path = box or find_groundtruth(settings.input)
+    if path is None:
+        raise ValueError(
+            f"input {settings.input} comes without a groundtruth file; give the first frame's box: "
+            "'box=[x,y,width,height]' px, box=<groundtruth file>, box=select (with the mouse), or boxes= for several"
+        )
+    box_xywh = read_boxes(path, settings.box_origin)[0]
+    if not np.isfinite(box_xywh).all():
+        raise ValueError(f"{path} has no box in its first line; give 'box=[x,y,width,height]' px")
+    log.info(f"the first box is that of {path}, counted from {settings.box_origin} (box_origin)")
+    return box_xywh[None]
+
+
+def is_box(values) -> bool:
+    """Tell whether values is a list of four finite numbers."""
+    return (
+        isinstance(values, list)
+        and len(values) == 4
+        and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+    )
+
+
+def read_first_frame(source: FrameSource) -> np.ndarray:
+    """Read the first frame alone, uint8 (H, W, 3) RGB."""
+    for _, frame, error in source:
+        if error is not None:
+            raise error
+        return frame
+    raise ValueError(source.problem or f"{source.frame_name(0)} cannot be read: there are no frames")
+
+
+def choose_dataset(data: dict, names: list | None) -> list[Sequence]:
+    """List the sequences to track; generate them if need be.
+
+    Args:
+        data: the values of a file of configs/data.
+        names: of any of the dataset's sequences; None: the validation sequences, or if there are none the training ones
+    """
+    if "index" not in data:  # a key of all that have sequences
+        raise ValueError(
+            "data= is a dataset of pictures, without sequences; take one of those, such as data=otb, davis_sequences, "
+            "got10k or folder_sequences"
+        )
+    reader_keys = dict(data)
+    generate = reader_keys.pop("generate", None)
+    if generate is not None:
+        reader_keys["root"] = write_samples(generate, reader_keys["root"])
+    check_keys(split_sequences, reader_keys, "data")
+    if names is not None:
+        return choose_sequences(list_sequences(**reader_keys), names)
+    train_sequences, val_sequences = split_sequences(**reader_keys)
+    return val_sequences or train_sequences
+
+
+def name_trackers(folders: list[str], taken: tuple[str, ...]) -> dict[str, Path]:
+    """Name trackers after their folders: {name: folder}; by the whole path where names meet each other or `taken`."""
+    uses = Counter([*taken, *(Path(folder).resolve().name for folder in folders)])
+    named = {}
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"results has {folder}, which is no folder (seen from {Path.cwd()})")
+        name = Path(folder).resolve().name
+        named[name if uses[name] == 1 else str(folder)] = Path(folder)
+    return named
+
+
+def build_tracker(settings: Settings, config: dict) -> SiamFCTracker:
+    """Load the weights and make the tracker on the chosen device."""
+    tracker_settings = read_settings(TrackerSettings, config["tracker"], "tracker")
+    device = choose_device(config["device"])
+    is_parity = tracker_settings.mode == "parity" and config["precision"] == "auto"
+    precision = choose_precision("fp32" if is_parity else config["precision"], device)
+    return SiamFCTracker(load_model(settings.checkpoint, config["seed"]).to(device), tracker_settings, precision)
+
+
+def load_model(checkpoint: str, seed: int) -> SiamFC:
+    """Load SiamFC from a checkpoint, from the bundled one ("auto"), or draw its weights from the seed ("random")."""
+    if checkpoint == "random":
+        seed_everything(seed)
+        return SiamFC(score_bias=False).eval()
+    if checkpoint == "auto" and not BUNDLED_CHECKPOINT.is_file():
+        raise FileNotFoundError(
+            f"checkpoint is auto, but the bundled {BUNDLED_CHECKPOINT} does not exist; give checkpoint=<best.pt> of "
+            "train_siamfc.py, or checkpoint=random to try without"
+        )
+    return load_siamfc(BUNDLED_CHECKPOINT if checkpoint == "auto" else Path(checkpoint))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# track one video
+
+
+def track_video(
+    tracker: SiamFCTracker,
+    source: FrameSource,
+    boxes_xywh: np.ndarray,
+    name: str,
+    start: int = 0,
+    overlay_path: Path | None = None,
+    fps: float = 25,
+    show: bool = False,
+    sheet_indices: tuple[int, ...] = (),
+) -> Track:
+    """Track objects through a video, and draw what is asked for on the way; no frame is kept but those of the sheet.
+
+    Args:
+        boxes_xywh: (N, 4) px, 0-based, in the source's first frame.
+        name: of the video, for the progress bar and the window.
+        start: frames of the video that come before the source's first: nan, and lost, in what is returned.
+        overlay_path: the .mp4 to write; None: none.
+        fps: of the overlay where the source is not a video.
+        show: show the frames in a window.
+        sheet_indices: frames of the video to return.
+    Raises:
+        ValueError, OSError: where the first frame cannot be read, or its boxes not be tracked.
+    """
+    num_objects = len(boxes_xywh)
+    boxes = [np.full((num_objects, 4), np.nan)] * start
+    scores, is_lost = [np.full(num_objects, np.nan)] * start, [np.ones(num_objects, bool)] * start
+    times_s, frame_times_s = [math.nan] * start, []
+    unreadable, sheet_frames = {}, {}
+    last_frame = video = window = None
+    is_resized = False
+    with contextlib.ExitStack() as opened:
+        progress = opened.enter_context(tqdm(total=source.num_frames, desc=name, unit="frame", leave=False))
+        begin = last_done = time.perf_counter()
+        for found in track_frames(tracker, source, boxes_xywh):
+            index = start + found.index
+            boxes.append(found.boxes_xywh)
+            scores.append(found.scores)
+            is_lost.append(found.is_lost)
+            times_s.append(found.time_s)
+            if found.error is not None:
+                unreadable[index] = str(found.error)
+            else:
+                if last_frame is not None and found.frame.shape != last_frame.shape and not is_resized:
+                    is_resized = True  # said once
+                    (old_height, old_width), (height, width) = last_frame.shape[:2], found.frame.shape[:2]
+                    log.info(
+                        f"{source.frame_name(found.index)}: the frames' size changes here from {old_width} x "
+                        f"{old_height} to {width} x {height} px; boxes are in px of their own frame"
+                    )
+                last_frame = found.frame
+                if index in sheet_indices:
+                    sheet_frames[index] = found.frame
+            if overlay_path is not None or show:
+                drawn = draw_boxes(last_frame, found.boxes_xywh, found.scores, found.is_lost)
+            if overlay_path is not None:
+                if video is None:
+                    video = opened.enter_context(write_video(overlay_path, drawn.shape[:2], source.fps or fps))
+                video.add(drawn)
+            if show:
+                if window is None:
+                    window = open_window(name)
+                    opened.callback(close_window, window)
+                show_image(window, drawn)
+            progress.update()
+            now = time.perf_counter()
+            frame_times_s.append(now - last_done)
+            last_done = now
+    if not frame_times_s:
+        raise ValueError(source.problem or f"{name} has no frames")
+    return Track(
+        np.stack(boxes),
+        np.stack(scores),
+        np.stack(is_lost),
+        np.array(times_s),
+        np.array(frame_times_s),
+        time.perf_counter() - begin,
+        unreadable,
+        source.problem,
+        sheet_frames,
+    )
+
+
+def measure_speed(tracks: list[Track]) -> dict[str, float]:
+    """Compute frames over seconds and percentiles of the ms per frame, end to end and of the tracker alone.
+
+    Only frames that were read count.
+    """
+    times_s = np.concatenate([track.times_s[np.isfinite(track.times_s)] for track in tracks])
+    frame_times_s = np.concatenate([track.frame_times_s for track in tracks])
+    total_s = sum(track.total_s for track in tracks)
+    return {
+        "frames_per_s": len(times_s) / total_s,
+        "p50_ms": float(1000 * np.percentile(frame_times_s, 50)),
+        "p95_ms": float(1000 * np.percentile(frame_times_s, 95)),
+        "tracker_frames_per_s": len(times_s) / float(times_s.sum()),
+        "tracker_p50_ms": float(1000 * np.percentile(times_s, 50)),
+        "tracker_p95_ms": float(1000 * np.percentile(times_s, 95)),
+    }
+
+
+def describe_speed(speed: dict[str, float]) -> str:
+    """Put what `measure_speed` found into words."""
+    parts = [
+        f"{words} {speed[f'{key}frames_per_s']:.1f} frames/s "
+        f"(p50 {speed[f'{key}p50_ms']:.1f} ms, p95 {speed[f'{key}p95_ms']:.1f} ms)"
+        for words, key in (("end to end", ""), ("tracker alone", "tracker_"))
+    ]
+    return ", ".join(parts)
+
+
+def failures_of(track: Track) -> list[str]:
+    """List what could not be read of a video, a line each."""
+    return [*track.unreadable.values(), *([track.problem] if track.problem else [])]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mode=track
+
+
+def track_input(
+    tracker: SiamFCTracker, source: FrameSource, boxes_xywh: np.ndarray, settings: Settings, run_dir: Path
+) -> list[str]:
+    """Track the user's video, and write its files into the run's folder; return what could not be read."""
+    overlay_path = run_dir / "overlay.mp4" if settings.overlay else None
+    name = Path(settings.input).resolve().name
+    found = track_video(
+        tracker, source, boxes_xywh, name, overlay_path=overlay_path, fps=settings.fps, show=settings.show
+    )
+    fps = source.fps or settings.fps
+    write_tracks(run_dir, found, settings.input, fps, settings.box_origin)
+    failures, speed = failures_of(found), measure_speed([found])
+    num_lost = int(found.is_lost.any(1).sum())
+    counts = {"num_frames": len(found.boxes_xywh), "num_lost": num_lost, "num_failed": len(failures)}
+    finish_run(run_dir, {"last": counts | speed})
+    log.info(
+        f"{name}: {len(found.boxes_xywh)} frames, an object seems lost in {num_lost} of them; {describe_speed(speed)}"
+    )
+    log.info(f"written to {run_dir}")
+    return failures
+
+
+def track_dataset(tracker: SiamFCTracker, sequences: list[Sequence], settings: Settings, run_dir: Path) -> list[str]:
+    """Track sequences, each into a folder of its own, and print their mean IoU; return what failed, a line each."""
+    failures, tracks, mean_ious, still_ious = [], [], [], []
+    for sequence in sequences:
+        folder = run_dir / sequence.name
+        folder.mkdir()
+        overlay_path = folder / "overlay.mp4" if settings.overlay else None
+        try:
+            found = track_sequence(tracker, sequence, overlay_path, settings.fps, settings.show)
+        except (ValueError, OSError) as error:
+            failures.append(f"{sequence.name}: {error}")
+            continue
+        write_tracks(folder, found, str(sequence.frame_dir), settings.fps, settings.box_origin)
+        failures += failures_of(found)
+        tracks.append(found)
+        mean_iou = mean_visible_iou(found.boxes_xywh[:, 0], sequence)
+        still_iou = mean_visible_iou(still_boxes(sequence), sequence)
+        line = f"{sequence.name}: {len(sequence)} frames"
+        if mean_iou is not None:
+            mean_ious.append(mean_iou)
+            still_ious.append(still_iou)
+            line += f", mean IoU {mean_iou:.3f} (the first box kept still: {still_iou:.3f})"
+        log.info(line)
+    if not tracks:
+        raise ValueError("no sequence could be tracked:\n" + "\n".join(f"  {line}" for line in failures))
+    speed = measure_speed(tracks)
+    last = {"num_sequences": len(tracks), "num_failed": len(failures)} | speed
+    if mean_ious:
+        last |= {"mean_iou": float(np.mean(mean_ious)), "still_box_mean_iou": float(np.mean(still_ious))}
+        log.info(
+            f"mean IoU over {len(mean_ious)} sequences: {last['mean_iou']:.3f} "
+            f"(the first box kept still: {last['still_box_mean_iou']:.3f})"
+        )
+    finish_run(run_dir, {"last": last})
+    log.info(describe_speed(speed))
+    log.info(f"written to {run_dir}")
+    return failures
+
+
+def track_sequence(
+    tracker: SiamFCTracker,
+    sequence: Sequence,
+    overlay_path: Path | None = None,
+    fps: float = 25,
+    show: bool = False,
+    sheet_indices: tuple[int, ...] = (),
+) -> Track:
+    """Track a sequence from the first frame in which its object is visible.
+
+    Raises:
+        ValueError, OSError: where there is no such frame, it cannot be read, or its box not be tracked.
+    """
+    if not sequence.visible.any():
+        raise ValueError("its groundtruth has no visible box; there is nothing to track")
+    start = int(sequence.visible.argmax())
+    source = FrameSource(sequence.frame_paths[start:])
+    first_box = sequence.boxes_xywh[start][None]  # (1, 4)
+    return track_video(tracker, source, first_box, sequence.name, start, overlay_path, fps, show, sheet_indices)
+
+
+def still_boxes(sequence: Sequence) -> np.ndarray:
+    """Make the boxes of a tracker that keeps the first box, float64 (T, 4); nan before it."""
+    start = int(sequence.visible.argmax())
+    boxes_xywh = np.full((len(sequence), 4), np.nan)
+    boxes_xywh[start:] = sequence.boxes_xywh[start]
+    return boxes_xywh
+
+
+def mean_visible_iou(boxes_xywh: np.ndarray, sequence: Sequence) -> float | None:
+    """Compute the mean IoU over the frames after the first in which the object is visible; None if there are none."""
+    counts = sequence.visible.copy()
+    counts[counts.argmax()] = False
+    return float(box_iou(boxes_xywh[counts], sequence.boxes_xywh[counts]).mean()) if counts.any() else None
+
+
+def write_tracks(folder: Path, found: Track, source: str, fps: float, box_origin: int) -> None:
+    """Write boxes.txt (of several objects boxes_1.txt, ...) and tracks.json, boxes counted from box_origin."""
+    num_objects = found.boxes_xywh.shape[1]
+    names = ["boxes.txt"] if num_objects == 1 else [f"boxes_{n + 1}.txt" for n in range(num_objects)]
+    for n, name in enumerate(names):
+        write_boxes(folder / name, found.boxes_xywh[:, n], box_origin)
+    in_file = found.boxes_xywh + [box_origin, box_origin, 0, 0]
+    record = {
+        "source": source,
+        "num_frames": len(in_file),
+        "fps": fps,
+        "box_origin": box_origin,
+        "objects": [
+            {
+                "file": name,
+                "boxes_xywh": without_nan(in_file[:, n]),
+                "scores": without_nan(found.scores[:, n]),
+                "lost": found.is_lost[:, n].tolist(),
+            }
+            for n, name in enumerate(names)
+        ],
+        "times_s": without_nan(found.times_s),
+        "not_read": [{"frame": index, "error": error} for index, error in found.unreadable.items()],
+        "problem": found.problem,
+    }
+    partial = folder / "tracks.json.tmp"
+    partial.write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
+    os.replace(partial, folder / "tracks.json")
+
+
+def without_nan(values: np.ndarray) -> list:
+    """Turn an array into lists, with None for nan, which JSON lacks."""
+    return np.where(np.isnan(values), None, values).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mode=benchmark and evaluate
+
+
+def benchmark(
+    tracker: SiamFCTracker,
+    sequences: list[Sequence],
+    layout: str,
+    others: dict[str, Path],
+    protocol: str,
+    run_dir: Path,
+) -> list[str]:
+    """Track sequences once from their first box, write result files and pictures, and evaluate; return what failed.
+
+    Args:
+        layout: of the result files (`write_result`).
+        others: folders of other trackers' result files, by name.
+    """
+    result_dirs = {name: run_dir / "results" / name for name in (OUR_NAME, STILL_NAME)}
+    for name in ("sheets", "scores"):
+        (run_dir / name).mkdir()
+    failures, tracks, tracked = [], [], []
+    for sequence in tqdm(sequences, desc="sequences", disable=len(sequences) == 1):
+        start, last = sequence.visible.argmax(), len(sequence) - 1
+        sheet_indices = np.linspace(start, last, SHEET_FRAMES).round().astype(int).tolist()
+        try:
+            found = track_sequence(tracker, sequence, sheet_indices=tuple(sheet_indices))
+        except (ValueError, OSError) as error:
+            failures.append(f"{sequence.name}: {error}")
+            continue
+        boxes_xywh, still = found.boxes_xywh[:, 0], still_boxes(sequence)
+        write_result(layout, result_dirs[OUR_NAME], sequence.name, boxes_xywh, found.times_s, sequence.box_origin)
+        write_result(layout, result_dirs[STILL_NAME], sequence.name, still, np.zeros(len(still)), sequence.box_origin)
+        sheet = draw_sheet(found.sheet_frames, boxes_xywh, sequence.boxes_xywh)
+        write_image(run_dir / "sheets" / f"{sequence.name}.png", sheet)
+        plot_scores(found, sequence, run_dir / "scores" / f"{sequence.name}.png")
+        failures += failures_of(found)
+        tracks.append(found._replace(sheet_frames={}))  # no frame is kept
+        tracked.append(sequence)
+    if not tracks:
+        raise ValueError("no sequence could be tracked:\n" + "\n".join(f"  {line}" for line in failures))
+    speed = measure_speed(tracks)
+    metrics = evaluate(tracked, result_dirs | others, protocol, run_dir)
+    counts = {"num_sequences": len(tracks), "num_failed": len(failures)}
+    finish_run(run_dir, {"last": counts | speed} | metrics)
+    log.info(describe_speed(speed))
+    log.info(f"written to {run_dir}")
+    return failures
+
+
+def evaluate(
+    sequences: list[Sequence], trackers: dict[str, Path], protocol: str, run_dir: Path
+) -> dict[str, dict[str, float]]:
+    """Score trackers from their result files; print and write the table, and draw the curves.
+
+    Args:
+        trackers: folders of result files, by the trackers' names.
+    Returns:
+        {tracker: {metric: value}}, over all sequences; empty where there is nothing to compare with.
+    """
+    scored = []
+    for sequence in sequences:
+        start = int(sequence.visible.argmax())
+        num_unknown = int(np.isnan(sequence.boxes_xywh[start : sequence.num_annotated]).any(1).sum())
+        if start:
+            log.info(f"{sequence.name}: its first {start} frames, before the object is there, are not scored")
+        if sequence.num_annotated < len(sequence):
+            log.info(
+                f"{sequence.name}: groundtruth ends after {sequence.num_annotated} of {len(sequence)} frames; "
+                "the others are not scored"
+            )
+        if num_unknown:
+            log.info(f"{sequence.name}: {num_unknown} frames without a box in the groundtruth; see protocol {protocol}")
+        if sequence.visible.any() and sequence.num_annotated - start > 1:
+            scored.append(sequence)
+        else:
+            log.info(f"{sequence.name} is not scored: its groundtruth has no box, or the first one alone")
+    if not scored:
+        folders = ", ".join(map(str, trackers.values()))
+        log.info(f"no sequence has groundtruth to evaluate with; the result files are in {folders}")
+        return {}
+    rows = [
+        score_result(folder, sequence, protocol)
+        | {"sequence": sequence.name, "tracker": name, "times_s": read_times(folder, sequence.name)}
+        for sequence in scored
+        for name, folder in trackers.items()
+    ]
+    for row in rows:
+        row |= overlap_scores([row["overlaps"]]) | {"fps": frames_per_s([row["times_s"]])}
+    means = [mean_row([row for row in rows if row["tracker"] == name]) for name in trackers]
+    columns = ["sequence", "tracker", "num_frames", *SCORE_NAMES, "fps"]
+    with (run_dir / "table.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["frames" if column == "num_frames" else column for column in columns])
+        writer.writerows([["" if row[column] is None else row[column] for column in columns] for row in rows])
+    log.info(f"protocol {protocol}\n" + "\n".join(table_lines(rows + means)))
+    for row in means:
+        log.info(
+            f"{row['tracker']}, GOT-10k's scores: over all frames AO {number(row['ao_by_frame'])}, SR0.5 "
+            f"{number(row['sr_50_by_frame'])}, SR0.75 {number(row['sr_75_by_frame'])}; over sequences AO "
+            f"{number(row['ao'])}, SR0.5 {number(row['sr_50'])}, SR0.75 {number(row['sr_75'])}"
+        )
+    plot_curves(means, protocol, run_dir)
+    names = ("num_frames", *SCORE_NAMES, "ao_by_frame", "sr_50_by_frame", "sr_75_by_frame", "fps")
+    return {row["tracker"]: {name: row[name] for name in names} for row in means}
+
+
+def overlap_scores(overlaps: list[np.ndarray]) -> dict[str, float | None]:
+    """Compute GOT-10k's scores: means of the sequences' own, and over all frames `_by_frame`; None without frames."""
+    scores = got10k_scores(overlaps) if any(len(one) for one in overlaps) else None
+    named = {}
+    for name in ("ao", "sr_50", "sr_75"):
+        named[name] = scores[f"{name}_by_sequence"] if scores else None
+        named[f"{name}_by_frame"] = scores[name] if scores else None
+    return named
+
+
+def mean_row(rows: list[dict]) -> dict:
+    """Average a tracker's rows, each sequence counting the same; fps is frames over seconds."""
+    return (
+        mean_one_pass_scores(rows)
+        | overlap_scores([row["overlaps"] for row in rows])
+        | {
+            "sequence": f"mean of {len(rows)}",
+            "tracker": rows[0]["tracker"],
+            "num_frames": sum(row["num_frames"] for row in rows),
+            "fps": frames_per_s([row["times_s"] for row in rows]),
+        }
+    )
+
+
+def read_times(folder: Path, name: str) -> np.ndarray:
+    """Read the seconds that a tracker took for each frame, float64 (T,), from the file beside its result, if any."""
+    path = find_result(folder, name)
+    stem = path.stem.removesuffix("_001")
+    for time_path in (path.with_name(f"{stem}_time.txt"), path.parent / "times" / f"{stem}_time.txt"):
+        if time_path.is_file():
+            lines = time_path.read_text(encoding="utf-8").replace(",", " ").splitlines()
+            try:
+                return np.array([float(line.split()[0]) for line in lines if line.strip()])
+            except ValueError as error:
+                raise ValueError(f"{time_path} must have seconds, a number a line: {error}") from error
+    return np.zeros(0)
+
+
+def frames_per_s(times_s: list[np.ndarray]) -> float | None:
+    """Compute frames over seconds; None where no time is known."""
+    known = np.concatenate(times_s)
+    known = known[np.isfinite(known) & (known > 0)]
+    return len(known) / float(known.sum()) if len(known) else None
+
+
+def table_lines(rows: list[dict]) -> list[str]:
+    """Lay rows out as a table of plain text."""
+    columns = ["sequence", "tracker", "num_frames", *SCORE_NAMES, "fps"]
+    cells = [["frames" if column == "num_frames" else column for column in columns]]
+    for row in rows:
+        cells.append(
+            [row["sequence"], row["tracker"], str(row["num_frames"])]
+            + [number(row[name]) for name in SCORE_NAMES]
+            + [number(row["fps"], decimals=1)]
+        )
+    widths = [max(len(line[k]) for line in cells) for k in range(len(columns))]
+    return [
+        "  ".join(cell.ljust(width) if k < 2 else cell.rjust(width) for k, (cell, width) in enumerate(pairs)).rstrip()
+        for pairs in (list(zip(line, widths, strict=True)) for line in cells)
+    ]
+
+
+def number(value: float | None, decimals: int = 3) -> str:
+    """Write a number for a table; "-" where there is none."""
+    return "-" if value is None else f"{value:.{decimals}f}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures
+
+
+def draw_boxes(frame: np.ndarray, boxes_xywh: np.ndarray, scores: np.ndarray, is_lost: np.ndarray) -> np.ndarray:
+    """Draw objects over a frame: a colour each with the score, grey and the word "lost" where it seems lost.
+
+    Args:
+        frame: uint8 (H, W, 3) RGB; it stays as it is.
+        boxes_xywh, scores, is_lost: (N, 4), (N,), (N,); a score of nan says that this frame could not be read.
+    """
+    image_rgb = frame.copy()
+    colors = id_colors(np.arange(2, len(boxes_xywh) + 2)).tolist()  # the first id's dark blue is hard to see
+    for n, (box_xywh, score, lost) in enumerate(zip(boxes_xywh, scores, is_lost, strict=True)):
+        text = [str(n + 1)] if len(boxes_xywh) > 1 else []
+        text += ["not read" if math.isnan(score) else f"{score:.2f}"]
+        text += ["lost"] if lost else []
+        color = LOST_RGB if lost else tuple(colors[n])
+        draw_box(image_rgb, box_xywh, color)
+        draw_text(image_rgb, " ".join(text), box_xywh, color)
+    return image_rgb
+
+
+def draw_box(image_rgb: np.ndarray, box_xywh: np.ndarray, color: tuple[int, int, int]) -> None:
+    """Draw a box's outline, placed to 1/16 px, into a picture; nothing for nan."""
+    if not np.isfinite(box_xywh).all():
+        return
+    x, y, width, height = box_xywh
+    corners = np.clip([[x, y], [x + width - 1, y + height - 1]], -MAX_DRAWN_PX, MAX_DRAWN_PX)  # the outermost pixels
+    first, last = (tuple(round(16 * value) for value in corner) for corner in corners.tolist())
+    thickness = line_width(image_rgb)
+    cv2.rectangle(image_rgb, first, last, (0, 0, 0), thickness + 2, cv2.LINE_AA, shift=4)  # visible on any ground
+    cv2.rectangle(image_rgb, first, last, color, thickness, cv2.LINE_AA, shift=4)
+
+
+def draw_text(image_rgb: np.ndarray, text: str, box_xywh: np.ndarray, color: tuple[int, int, int]) -> None:
+    """Write above a box, or as near as the picture allows, on black; (0, 0, 0, 0) is the picture's corner."""
+    height, width = image_rgb.shape[:2]
+    font, scale = cv2.FONT_HERSHEY_SIMPLEX, max(0.45, min(height, width) / 900)
+    thickness = max(1, round(scale))
+    (text_width, text_height), below = cv2.getTextSize(text, font, scale, thickness)
+    x = round(min(max(float(box_xywh[0]), 0), max(0, width - text_width)))
+    y = round(min(max(float(box_xywh[1]) - below - 2, text_height), height - below))  # of the letters' foot
+    cv2.rectangle(image_rgb, (x, y - text_height), (x + text_width, y + below), (0, 0, 0), cv2.FILLED)
+    cv2.putText(image_rgb, text, (x, y), font, scale, color, thickness, cv2.LINE_AA)
+
+
+def line_width(image_rgb: np.ndarray) -> int:
+    """Choose how thick lines are in a picture, px."""
+    return max(2, round(min(image_rgb.shape[:2]) / 300))
+
+
+def draw_sheet(frames: dict[int, np.ndarray], boxes_xywh: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Draw a sequence's frames side by side, with groundtruth in green, the tracked box in red, and their number.
+
+    Args:
+        frames: {index: uint8 (H, W, 3) RGB}.
+        boxes_xywh, truth: (T, 4) px, 0-based.
+    Returns:
+        uint8 (H', W', 3) RGB.
+    """
+    first_height, first_width = next(iter(frames.values())).shape[:2]
+    tile_hw = max(1, round(first_height * SHEET_TILE_WIDTH / first_width)), SHEET_TILE_WIDTH
+    tiles = []
+    for index, frame in sorted(frames.items()):
+        to_tile = np.array([tile_hw[1] / frame.shape[1], tile_hw[0] / frame.shape[0]] * 2)
+        tile = cv2.resize(frame, tile_hw[::-1], interpolation=cv2.INTER_AREA)
+        draw_box(tile, truth[index] * to_tile, TRUTH_RGB)
+        draw_box(tile, boxes_xywh[index] * to_tile, TRACKED_RGB)
+        draw_text(tile, str(index), np.zeros(4), (255, 255, 255))
+        tiles.append(tile)
+    columns = min(SHEET_COLUMNS, len(tiles))
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
+    rows = [np.concatenate(tiles[first : first + columns], 1) for first in range(0, len(tiles), columns)]
+    return np.concatenate(rows)
+
+
+def plot_scores(found: Track, sequence: Sequence, path: Path) -> None:
+    """Draw score and IoU against the frame; frames in which the object seems lost are marked."""
+    from matplotlib.figure import Figure  # slow to import
+
+    frames = np.arange(len(sequence))
+    iou = np.where(sequence.visible, box_iou(found.boxes_xywh[:, 0], sequence.boxes_xywh), np.nan)
+    is_lost = found.is_lost[:, 0] & (frames >= sequence.visible.argmax())
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    ax = figure.subplots()
+    ax.plot(frames, found.scores[:, 0], label="score", color="tab:blue")
+    ax.plot(frames, iou, label="IoU", color="tab:green")
+    ax.plot(frames[is_lost], np.zeros(is_lost.sum()), "x", label="seems lost", color="tab:red")
+    ax.set(title=sequence.name, xlabel="frame", ylim=(-0.05, max(1.05, np.nanmax(found.scores) + 0.05)))
+    ax.grid(alpha=0.3)
+    ax.legend(loc="upper right")
+    figure.savefig(path, dpi=100)
+
+
+def plot_curves(means: list[dict], protocol: str, run_dir: Path) -> None:
+    """Draw success.png and precision.png: a curve for each tracker, best first, with its score in the legend."""
+    from matplotlib.figure import Figure  # slow to import
+
+    for kind, score, thresholds, label in (
+        ("success", "success_auc", SUCCESS_THRESHOLDS, "IoU above"),
+        ("precision", "precision_20", PRECISION_THRESHOLDS, "centre at most so many px off"),
+    ):
+        figure = Figure(figsize=(6, 5), layout="constrained")
+        ax = figure.subplots()
+        for row in sorted(means, key=lambda row: -row[score]):
+            ax.plot(thresholds, row[f"{kind}_curve"], label=f"{row['tracker']} [{row[score]:.3f}]")
+        ax.set(title=f"{kind}, {row['sequence']} sequences", xlabel=label, ylabel="share of frames", ylim=(0, 1.02))
+        ax.grid(alpha=0.3)
+        ax.legend(title=f"{score}, protocol {protocol}")
+        figure.savefig(run_dir / f"{kind}.png", dpi=100)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the window: box=select and show=true; nothing else needs a screen
+
+
+def check_screen(key: str) -> None:
+    """Stop where matplotlib cannot show windows."""
+    from matplotlib import pyplot
+
+    try:
+        figure = pyplot.figure()
+        framework = figure.canvas.required_interactive_framework  # None of a backend that only writes files
+        pyplot.close(figure)
+    except ImportError:  # a backend was asked for that does not work here
+        framework = None
+    if framework is None:
+        raise ValueError(
+            f"{key} opens a window, which matplotlib (backend {pyplot.get_backend()}) cannot do here: it needs a "
+            "screen and tkinter, PyQt or the like; without them give 'box=[x,y,width,height]', and leave out show="
+        )
+
+
+def select_box(frame: np.ndarray, title: str) -> np.ndarray:
+    """Let the user draw a box with the mouse.
+
+    Args:
+        frame: uint8 (H, W, 3) RGB.
+    Returns:
+        box_xywh float64 (4,) px, 0-based.
+    Raises:
+        ValueError: where none was drawn.
+    """
+    from matplotlib import pyplot
+    from matplotlib.widgets import RectangleSelector
+
+    figure, ax = pyplot.subplots()
+    ax.imshow(frame)
+    ax.set_title(f"{title}\ndraw a box around the object, then press Enter or close the window", fontsize="small")
+    selector = RectangleSelector(ax, lambda press, release: None, interactive=True)
+    figure.canvas.mpl_connect("key_press_event", lambda event: event.key == "enter" and pyplot.close(figure))
+    pyplot.show(block=True)
+    x1, x2, y1, y2 = (float(value) for value in selector.extents)
+    if not (x2 > x1 and y2 > y1):
+        raise ValueError("box=select: no box was drawn; draw one, or give 'box=[x,y,width,height]'")
+    return np.array([x1 + 0.5, y1 + 0.5, x2 - x1, y2 - y1])  # matplotlib's pixel (0, 0) reaches from -0.5 to 0.5
+
+
+def open_window(title: str):
+    """Open a window for `show_image`."""
+    from matplotlib import pyplot
+
+    figure = pyplot.figure(title)
+    figure.add_axes([0, 0, 1, 1]).set_axis_off()
+    pyplot.show(block=False)
+    return figure
+
+
+def show_image(window, image_rgb: np.ndarray) -> None:
+    """Show a picture in a window; once the user has closed it, nothing."""
+    from matplotlib import pyplot
+
+    if not pyplot.fignum_exists(window.number):
+        return
+    (ax,) = window.axes
+    if ax.images and ax.images[0].get_size() == image_rgb.shape[:2]:
+        ax.images[0].set_data(image_rgb)
+    else:
+        for shown in list(ax.images):
+            shown.remove()
+        ax.imshow(image_rgb)
+    pyplot.pause(0.001)
+
+
+def close_window(window) -> None:
+    """Close a window, if the user has not."""
+    from matplotlib import pyplot
+
+    pyplot.close(window)
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="track")
+def main(cfg: DictConfig) -> None:
+    """Read the config, track, and end with one line on what went wrong and status 1, if anything did."""
+    try:
+        config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        failures = track(config, Path(HydraConfig.get().runtime.output_dir))
+    except (ValueError, OSError) as error:
+        log.debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true
+        sys.exit(f"error: {error}")
+    if failures:
+        lines = first_few(failures, MAX_LISTED)
+        sys.exit(f"{len(failures)} failures; all else is written:\n" + "\n".join(f"  {line}" for line in lines))
+
+
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+    else:
+        main()
