@@ -7,6 +7,7 @@
     python infer_sam2.py input=photo.jpg mode=prompts 'points=[[420,310,1],[80,40,0]]'
     python infer_sam2.py input=photo.jpg mode=prompts 'boxes=[[300,200,560,430],[10,20,90,80]]'
     python infer_sam2.py input=photos/ mode=prompts prompts_file=prompts.json
+    python infer_sam2.py input=photos/ mode=prompts prompts_file=more.json cache=auto   # encode each picture once
 
 Inputs: pictures (8 or 16 bit), and a checkpoint: our best.pt, an official SAM 2 file, or nothing for the bundled one.
 prompts.json is a list of objects, each with at least one positive point, a box or a mask of the picture's size
@@ -19,7 +20,8 @@ Written to outputs/infer_sam2/<date_time>/, for each picture:
     <name>_overlay.png   the objects in colour over the picture
     <name>.json          the masks in SA-1B's layout; those in the label map come first, with their id of the label map
     summary.csv          for each picture: name; masks: in its json; objects: in its label map; encode_ms: preprocessing
-                         and image encoder; ms_per_prompt: all that follows up to the finished masks, per prompt
+                         and image encoder, or reading the cache; ms_per_prompt: all that follows up to the finished
+                         masks, per prompt
 An image that cannot be read is named at the end, the others are done, and the exit status is 1.
 
 Sources: Ravi et al., "SAM 2: Segment Anything in Images and Videos", 2024; points in a region and stitching as in
@@ -44,6 +46,15 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from utils.checkpoint import load_checkpoint
+from utils.embedding_cache import (
+    CachePlan,
+    check_cache_settings,
+    encode_picture,
+    plan_cache,
+    read_entry,
+    restore_maps,
+    write_entry,
+)
 from utils.images import (
     list_images,
     output_names,
@@ -73,7 +84,16 @@ from utils.run import (
     sample_rng,
     start_run,
 )
-from utils.sam2_model import build_sam2, decode, encode, preprocess, recognise_weights, scale_points
+from utils.sam2_model import (
+    Embeddings,
+    build_sam2,
+    decode,
+    encode,
+    finish_embeddings,
+    preprocess,
+    recognise_weights,
+    scale_points,
+)
 
 log = logging.getLogger("infer_sam2")
 REPOSITORY = Path(__file__).resolve().parent
@@ -97,6 +117,8 @@ class Settings:
     mask: str | None  # mode=prompts: mask file of the picture's size, of one object
     prompts_file: str | None  # mode=prompts: json file (see the top of infer_sam2.py)
     max_overlap: float  # a mask of which a larger share is taken by better ones is left out of the label map, 0..1
+    cache: str | bool  # off (false is what YAML makes of it), auto, or a folder: see utils/embedding_cache.py
+    cache_precision: str  # fp16 or fp32
 
 
 @dataclass(frozen=True)
@@ -121,6 +143,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     """
     settings = read_settings(Settings, {key: config[key] for key in config if key not in SHARED_KEYS}, "")
     check_mode(settings)
+    check_cache_settings(settings.cache, settings.cache_precision)
     image_paths = list_images(Path(settings.input))
     objects_of = read_prompts(settings, image_paths) if settings.mode == "prompts" else {}
     if settings.mode == "prompts":
@@ -134,6 +157,9 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     automatic = read_settings(AutomaticSettings, model_config["automatic"] | changed, "automatic")
     check_type(model_config["image_size"], int, "model.image_size")
     model = build_sam2(**model_config, device=device)
+    pictures = [(path, False) for path in image_paths]  # none is mirrored
+    obstacle = "mode=automatic encodes crops of pictures, too" if settings.mode == "automatic" else None
+    plan = plan_cache(model, settings.cache, settings.cache_precision, precision, True, pictures, obstacle)
     start_run(run_dir, config | {"model": model_config, "automatic": asdict(automatic)}, {"images": len(image_paths)})
 
     is_folder, names = Path(settings.input).is_dir(), output_names(image_paths)
@@ -160,7 +186,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
                 if settings.mode == "automatic":
                     found = generate_masks(model, image_rgb, automatic)
                 else:
-                    found = segment_objects(model, image_rgb, objects, automatic)
+                    found = segment_objects(model, image_rgb, objects, automatic, plan, path)
             label_map, ids = stitch_masks(
                 [one["segmentation"] for one in found.annotations],
                 [one["predicted_iou"] for one in found.annotations],
@@ -359,20 +385,43 @@ def objects_in_region(
     return [ObjectPrompt(point[None], np.ones(1, np.int32), None) for point in points]
 
 
+def embed(model: torch.nn.Module, image_rgb: np.ndarray, plan: CachePlan | None, path: Path) -> Embeddings:
+    """Encode a picture, or take its embeddings from the cache, where they are put first if they are missing.
+
+    Args:
+        image_rgb: uint8 (H, W, 3).
+        plan: from `plan_cache`; None: no cache.
+        path: the picture's file.
+    """
+    if plan is None:
+        return encode(model, preprocess(image_rgb, model.image_size)[None].to(model.device))
+    entry_path = plan.entries[path, False]
+    if (path, False) in plan.missing:
+        write_entry(entry_path, encode_picture(model, image_rgb, plan.cache), plan.cache.stored, path)
+    # read even if just written: the first run rounds as all others do
+    return finish_embeddings(model, restore_maps(read_entry(entry_path), model.device))
+
+
 def segment_objects(
-    model: torch.nn.Module, image_rgb: np.ndarray, objects: list[ObjectPrompt], automatic: AutomaticSettings
+    model: torch.nn.Module,
+    image_rgb: np.ndarray,
+    objects: list[ObjectPrompt],
+    automatic: AutomaticSettings,
+    plan: CachePlan | None,
+    path: Path,
 ) -> GeneratedMasks:
     """Predict one mask for each object: the best of three by predicted IoU for a single point, else the only one.
 
     Args:
         image_rgb: uint8 (H, W, 3).
         automatic: of it, points_per_batch, stability_score_offset and min_region_area are used.
+        plan, path: of the embedding cache, see `embed`.
     Returns:
         GeneratedMasks in the order of the objects, less empty masks.
     """
     orig_hw = image_rgb.shape[:2]
     start = now_s(model.device)
-    embeddings = encode(model, preprocess(image_rgb, model.image_size)[None].to(model.device))
+    embeddings = embed(model, image_rgb, plan, path)
     encoded = now_s(model.device)
     groups = {}  # one decode call holds objects with as many points, and all or none with a mask
     for index, one in enumerate(objects):

@@ -3,6 +3,7 @@
     python train_sam2.py                                           # generated glassware, the bundled nano, on a CPU
     python train_sam2.py model=sam2.1_hiera_small data=label_map data.root=/my/dataset
     python train_sam2.py check=true data=coco data.root=/my/coco   # look at a dataset and stop
+    python train_sam2.py cache=auto model=sam2.1_hiera_small ...   # encode each picture once, for all runs to come
     python train_sam2.py train.steps=0 model.checkpoint=best.pt    # evaluate and stop
     python train_sam2.py resume=outputs/train_sam2/<run>           # continue a killed run, exactly
     python train_sam2.py --cfg job                                 # print every knob with its value
@@ -39,9 +40,10 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from utils.checkpoint import find_resume, load_checkpoint, resumed_config, save_checkpoint
+from utils.embedding_cache import check_cache_settings, fill_cache, join_maps, plan_cache, read_entry, restore_maps
 from utils.images import id_colors, mask_to_box, write_image
 from utils.instance_check import MAX_LISTED, check_items, keep_usable, plot_statistics, report_lines
-from utils.instance_data import Item, object_ids, read_item, split_items
+from utils.instance_data import Item, object_ids, read_instances, read_item, split_items
 from utils.mask_losses import cross_entropy_loss, dice_loss, focal_loss, shrink_masks
 from utils.mask_metrics import mask_iou
 from utils.run import (
@@ -69,6 +71,7 @@ from utils.sam2_model import (
     build_sam2,
     decode,
     encode,
+    finish_embeddings,
     freeze_except,
     preprocess,
     scale_points,
@@ -80,7 +83,7 @@ from utils.sample_data import write_samples
 RUNNING_MEAN_DECAY = 0.99
 MAX_SKIPPED_IN_A_ROW = 50  # steps whose fp16 gradients overflowed, each at half the scale of the one before
 TOP_LEVEL_KEYS = (
-    "seed", "device", "precision", "num_workers", "resume", "data_root", "check",
+    "seed", "device", "precision", "num_workers", "resume", "data_root", "check", "cache", "cache_precision",
     "model", "data", "prompts", "loss", "optim", "train",
 )  # fmt: skip
 LOGIT_LIMIT = 32.0  # of logits that are fed back as a mask prompt, as SAM 2's predictor limits them
@@ -180,32 +183,37 @@ class PromptedMasks(Dataset):
         objects_per_image: int,
         augmentation: Augmentation,
         prompts: PromptSettings,
+        entries: dict[tuple[Path, bool], Path] | None = None,  # of the embedding cache: then no picture is read
     ):
-        self.items, self.seed, self.image_size = items, seed, image_size
+        self.items, self.seed, self.image_size, self.entries = items, seed, image_size, entries
         self.objects_per_image, self.augmentation, self.prompts = objects_per_image, augmentation, prompts
 
     def __getitem__(self, sample_index: int) -> dict:
         """Read a picture and draw its prompts: N objects, S = image_size, R correction rounds, all in the S x S frame.
 
         Returns:
-            image float (3, S, S); masks bool (N, S, S); point_coords float (N, 2, 2) and point_labels int32 (N, 2): the
-            first prompt, a box or one point and padding; num_points int64 (N,): 2 or 1; num_rounds int64 (N,): 1 to
-            R + 1; is_click bool (N, R), is_truth_click bool (N, R), uniform float (N, R) in [0, 1): the rounds' draws;
-            name: the picture's file.
+            image float (3, S, S), or maps (StoredMaps of this picture) from the cache; masks bool (N, S, S);
+            point_coords float (N, 2, 2) and point_labels int32 (N, 2): the first prompt, a box or one point and
+            padding; num_points int64 (N,): 2 or 1; num_rounds int64 (N,): 1 to R + 1; is_click bool (N, R),
+            is_truth_click bool (N, R), uniform float (N, R) in [0, 1): the rounds' draws; name: the picture's file.
         """
         _, item_number = shuffled_item(self.seed, sample_index, len(self.items))
         item = self.items[item_number]
         rng = sample_rng(self.seed, sample_index)
-        image_rgb, layers = read_item(item)  # (H, W, 3), (L, H, W)
-        if self.augmentation.hflip and rng.random() < 0.5:
-            image_rgb, layers = image_rgb[:, ::-1], layers[:, :, ::-1]
+        is_mirrored = self.augmentation.hflip and rng.random() < 0.5
+        if self.entries is None:
+            image_rgb, layers = read_item(item)  # (H, W, 3), (L, H, W)
+        else:
+            layers = read_instances(item)  # of the picture's size, as the dataset check has seen
+        if is_mirrored:
+            layers = layers[:, :, ::-1]
         objects = kept_objects(layers, self.augmentation.min_area_px)
         chosen = rng.permutation(len(objects))[: self.objects_per_image]
         if self.prompts.repeat_objects:
             chosen = np.resize(chosen, self.objects_per_image)
         num_boxes = int(len(chosen) * self.prompts.box_share + rng.random())  # the share exactly, on average
 
-        height, width = image_rgb.shape[:2]
+        height, width = layers.shape[1:]
         side = self.image_size
         rows = ((np.arange(side) + 0.5) * height / side).astype(np.int64)  # nearest pixel of the original
         columns = ((np.arange(side) + 0.5) * width / side).astype(np.int64)
@@ -237,9 +245,13 @@ class PromptedMasks(Dataset):
         if self.prompts.mask_only_rounds > 1:
             is_click[np.arange(num_objects), rng.integers(0, last_round)] = False
         point_labels = np.array(point_labels, np.int32).reshape(-1, 2)
-        image = preprocess(image_rgb, side)
-        return {
-            "image": self._jitter(image_rgb, rng) if self.augmentation.color_jitter > 0 else image,
+        if self.entries is not None:
+            picture = {"maps": read_entry(self.entries[item.image_path, is_mirrored])}
+        else:
+            image_rgb = image_rgb[:, ::-1] if is_mirrored else image_rgb
+            is_jittered = self.augmentation.color_jitter > 0
+            picture = {"image": self._jitter(image_rgb, rng) if is_jittered else preprocess(image_rgb, side)}
+        return picture | {
             "masks": torch.from_numpy(np.array(masks, bool).reshape(-1, side, side)),
             "point_coords": torch.from_numpy(
                 scale_points(np.array(point_coords, np.float32).reshape(-1, 2, 2), (height, width), side)
@@ -264,7 +276,10 @@ class PromptedMasks(Dataset):
 
 def collate(samples: list[dict]) -> dict:
     """Join samples: pictures in one axis B, objects of all pictures in one axis O with `image_index` (O,)."""
-    batch = {"images": torch.stack([sample["image"] for sample in samples])}
+    if "maps" in samples[0]:  # from the embedding cache
+        batch = {"maps": join_maps([sample["maps"] for sample in samples])}
+    else:
+        batch = {"images": torch.stack([sample["image"] for sample in samples])}
     for key in (
         "masks", "point_coords", "point_labels", "num_points", "num_rounds", "is_click", "is_truth_click", "uniform",
     ):  # fmt: skip
@@ -354,12 +369,15 @@ def prompted_loss(
     """Prompt every object of a batch, correct its mask round by round, and compute the loss of every round.
 
     Args:
-        batch: from `collate`, on the model's device.
+        batch: from `collate`, on the model's device; its maps, if it has them, restored.
         loss_size: side of the square on which the loss is computed, pixels.
     Returns:
         loss (O,): mean over the object's rounds; iou (O,): of the mask of highest predicted IoU, mean over rounds.
     """
-    embeddings = encode(model, batch["images"])
+    if "maps" in batch:
+        embeddings = finish_embeddings(model, batch["maps"])
+    else:
+        embeddings = encode(model, batch["images"])
     masks = batch["masks"]  # (O, S, S)
     truth = shrink_masks(masks, loss_size)  # (O, s, s)
     num_objects, num_rounds = len(masks), batch["num_rounds"].cpu()
@@ -467,12 +485,14 @@ def evaluate(
     precision: str,
     samples_dir: Path | None,
     picture_images: int,
+    entries: dict[tuple[Path, bool], Path] | None = None,
 ) -> dict[str, float]:
     """Measure a model on every object of the items, at each picture's own size.
 
     Args:
         clicks: numbers of clicks to report, such as [1, 2, 3, 5, 9].
         samples_dir: where to put pictures (image with prompts, prediction, truth) of the first `picture_images` items.
+        entries: of the embedding cache; None: encode the pictures.
     Returns:
         {"val/iou_1_click": mean over objects, ...} and "val/num_images", "val/num_objects".
     """
@@ -483,12 +503,20 @@ def evaluate(
     }
     num_objects = 0
     for number, item in enumerate(tqdm(items, desc="evaluate", leave=False, disable=None)):
-        image_rgb, layers = read_item(item)
-        orig_hw = image_rgb.shape[:2]
+        is_pictured = samples_dir is not None and number < picture_images
+        if entries is None or is_pictured:
+            image_rgb, layers = read_item(item)
+        else:
+            layers = read_instances(item)
+        orig_hw = layers.shape[1:]
         objects = kept_objects(layers, augmentation.min_area_px)
         num_objects += len(objects)
         with autocast(device, precision):
-            embeddings = encode(model, preprocess(image_rgb, model.image_size)[None].to(device))
+            if entries is None:
+                embeddings = encode(model, preprocess(image_rgb, model.image_size)[None].to(device))
+            else:
+                maps = restore_maps(read_entry(entries[item.image_path, False]), device)
+                embeddings = finish_embeddings(model, maps)
         pictured = []  # (prompt point, predicted mask) of this picture's objects
         chunk_size = max(1, min(64, 2**26 // (orig_hw[0] * orig_hw[1])))  # bounds the full-size logits
         for start in range(0, len(objects), chunk_size):
@@ -518,7 +546,7 @@ def evaluate(
                 if count == 1:
                     ious["val/oracle_iou_1_click"].append(mask_iou(pred_masks, truth[:, None]).amax(1))
                     pictured += list(zip(points, pred_mask, strict=True))
-        if samples_dir is not None and number < picture_images:
+        if is_pictured:
             truth_masks = [layers[layer] == object_id for layer, object_id in objects]
             picture = draw_sample(image_rgb, [p for p, _ in pictured], [m for _, m in pictured], truth_masks)
             write_image(samples_dir / f"{item.name.replace('/', '_')}.png", picture)  # stems repeat across folders
@@ -617,6 +645,16 @@ def check_data(
     return kept[0], kept[1], counts
 
 
+def find_cache_obstacle(trainable: list[tuple[str, torch.nn.Parameter]], color_jitter: float) -> str | None:
+    """Say why a run cannot take its embeddings from a cache; None if it can."""
+    trained = [name for name, _ in trainable if name.startswith("image_encoder.")]
+    if trained:
+        return f"train.trainable has parts of the image encoder ({trained[0]}, ...), so embeddings change at every step"
+    if color_jitter > 0:
+        return f"data.color_jitter is {color_jitter}, so no picture is seen twice as it was"
+    return None
+
+
 def parameter_groups(trainable: list[tuple[str, torch.nn.Parameter]], optim: OptimSettings) -> list[dict]:
     """Group parameters by learning-rate factor (encoder or not) and weight decay (not of biases, norms, embeddings)."""
     groups = {}
@@ -658,6 +696,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     ours = {key: reader_keys.pop(key) for key in Augmentation.__dataclass_fields__ if key in reader_keys}
     augmentation = read_settings(Augmentation, ours, "data")
     check_type(config["check"], bool, "check")
+    check_cache_settings(config["cache"], config["cache_precision"])
     if "image_size" not in config["model"]:
         raise ValueError("model is not a SAM 2 model; choose a file of configs/model that starts with sam2")
     check_keys(functools.partial(build_sam2, device="cpu"), config["model"], "model")
@@ -707,6 +746,18 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         model.image_encoder.forward = torch.compile(model.image_encoder.forward)
     loss_size = settings.loss_size or model.image_size // 4
 
+    # embeddings of a frozen encoder, from disk
+    flips = [False, True] if augmentation.hflip else [False]
+    pictures = [(item.image_path, flip) for item in train_items for flip in flips] if settings.steps > 0 else []
+    pictures += [(item.image_path, False) for item in val_items]
+    convs = ("sam_mask_decoder.conv_s0.", "sam_mask_decoder.conv_s1.")
+    is_projected = not any(name.startswith(convs) for name, _ in trainable)
+    obstacle = find_cache_obstacle(trainable, augmentation.color_jitter)
+    plan = plan_cache(model, config["cache"], config["cache_precision"], precision, is_projected, pictures, obstacle)
+    if plan is not None:
+        fill_cache(model, plan, precision)
+    entries = None if plan is None else plan.entries
+
     # what a resumed run takes over
     start_step, evaluated_step, bad_evals, num_skipped, skipped_in_a_row = 0, -1, 0, 0, 0
     best: dict[str, float] = {}
@@ -730,7 +781,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     log = MetricsLog(run_dir, rows)
 
     dataset = PromptedMasks(
-        train_items, config["seed"], model.image_size, settings.objects_per_image, augmentation, prompts
+        train_items, config["seed"], model.image_size, settings.objects_per_image, augmentation, prompts, entries
     )
     images_per_step = settings.batch_size * settings.accumulate
     num_workers = choose_num_workers(config["num_workers"])
@@ -790,6 +841,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
                 precision,
                 samples_dir,
                 settings.picture_images,
+                entries,
             )
             tqdm.write(
                 f"step {step}: "
@@ -834,7 +886,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
                 key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
                 for key, value in batch.items()
             }
-            if settings.channels_last:
+            if entries is not None:
+                batch["maps"] = restore_maps(batch["maps"], device)
+            elif settings.channels_last:
                 batch["images"] = batch["images"].to(memory_format=torch.channels_last)
 
             # 3. forward
@@ -904,7 +958,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     return best[settings.select_by]
 
 
-RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data.root", "data.train_list", "data.val_list")
+RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data.root", "data.train_list", "data.val_list", "cache")
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train_sam2")
@@ -917,9 +971,9 @@ def main(cfg) -> float:
         resume_path = None
         if config["resume"] is not None:
             resume_path = find_resume(config["resume"])
-            config = resumed_config(
-                load_checkpoint(resume_path)["config"], config, list(hydra_config.overrides.task), RESUMABLE
-            )
+            stored = {"cache": "off", "cache_precision": "fp16"}  # runs from before there was a cache lack both
+            stored |= load_checkpoint(resume_path)["config"]
+            config = resumed_config(stored, config, list(hydra_config.overrides.task), RESUMABLE)
         return train(config, run_dir, resume_path)
     except (ValueError, FileNotFoundError, FileExistsError, ConnectionError, FloatingPointError) as error:
         logging.getLogger("train_sam2").debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true

@@ -40,6 +40,15 @@ class Embeddings(NamedTuple):
     high_res_features: list[torch.Tensor]  # (B, C/8, S/4, S/4) and (B, C/4, S/8, S/8), after conv_s0 and conv_s1
 
 
+class FrozenMaps(NamedTuple):
+    """What an image encoder computes of B images before anything that trains while it is frozen."""
+
+    stride_4: torch.Tensor  # (B, T, S/4, S/4) of the trunk (T channels: 96 in tiny); projected (B, C/8, S/4, S/4)
+    stride_8: torch.Tensor  # (B, 2T, S/8, S/8) of the trunk; projected (B, C/4, S/8, S/8)
+    stride_16: torch.Tensor  # (B, C, S/16, S/16) of the neck, without no_mem_embed
+    is_projected: bool  # the fine maps have been through `project_high_res`
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # forward: one image and its prompts through the model
 
@@ -80,13 +89,66 @@ def encode(model: nn.Module, images: torch.Tensor) -> Embeddings:
         model: from `build_sam2`.
         images: (B, 3, S, S), S = model.image_size.
     Returns:
-        Embeddings of the B images.
+        Embeddings of the B images; bit for bit `finish_embeddings(model, encode_frozen(model, images))`.
     """
     assert images.shape[-2:] == (model.image_size, model.image_size), (images.shape, model.image_size)
     stride_4, stride_8, stride_16 = model.forward_image(images)["backbone_fpn"]  # conv_s0 and conv_s1 are applied there
+    return finish_embeddings(model, FrozenMaps(stride_4, stride_8, stride_16, is_projected=True))
+
+
+def encode_frozen(model: nn.Module, images: torch.Tensor) -> FrozenMaps:
+    """Compute the part of `encode` that never changes while the image encoder is frozen: the trunk, most of the neck.
+
+    The neck's lateral convolutions of the two fine levels are left to `project_high_res`: what they put out is larger
+    than what they take, and nothing but conv_s0 and conv_s1 reads it.
+
+    Args:
+        images: (B, 3, S, S), S = model.image_size.
+    Returns:
+        FrozenMaps of the B images, not projected.
+    Raises:
+        ValueError: for a neck that also mixes coarse levels into fine ones, or drops other levels: none of SAM 2's.
+    """
+    assert images.shape[-2:] == (model.image_size, model.image_size), (images.shape, model.image_size)
+    encoder = model.image_encoder
+    neck = encoder.neck
+    layout = sorted(neck.fpn_top_down_levels), encoder.scalp, len(neck.convs), neck.fuse_type
+    if layout != ([2, 3], 1, 4, "sum") or not model.use_high_res_features_in_sam:
+        raise ValueError(
+            "the model's neck has (fpn_top_down_levels, scalp, levels, fuse_type) "
+            f"{layout}, use_high_res_features_in_sam {model.use_high_res_features_in_sam}; "
+            "must be ([2, 3], 1, 4, 'sum') and True, as in all configs of SAM 2"
+        )
+    stride_4, stride_8, stride_16, stride_32 = encoder.trunk(images)
+    top_down = F.interpolate(  # as FpnNeck.forward has it; the output at stride 32 itself is dropped (scalp)
+        neck.convs[0](stride_32).float(),
+        scale_factor=2.0,
+        mode=neck.fpn_interp_model,
+        align_corners=None if neck.fpn_interp_model == "nearest" else False,
+        antialias=False,
+    )  # (B, C, S/16, S/16)
+    return FrozenMaps(stride_4, stride_8, neck.convs[1](stride_16) + top_down, is_projected=False)
+
+
+def project_high_res(model: nn.Module, maps: FrozenMaps) -> FrozenMaps:
+    """Bring the two fine maps through the neck's lateral convolutions, then conv_s0 and conv_s1."""
+    assert not maps.is_projected
+    lateral_convs, decoder = model.image_encoder.neck.convs, model.sam_mask_decoder
+    stride_4 = decoder.conv_s0(lateral_convs[3](maps.stride_4))  # (B, C/8, S/4, S/4)
+    stride_8 = decoder.conv_s1(lateral_convs[2](maps.stride_8))  # (B, C/4, S/8, S/8)
+    return FrozenMaps(stride_4, stride_8, maps.stride_16, is_projected=True)
+
+
+def finish_embeddings(model: nn.Module, maps: FrozenMaps) -> Embeddings:
+    """Turn what a frozen image encoder computed into embeddings, with all that trains by default: conv_s0, conv_s1 and
+    no_mem_embed.
+    """
+    if not maps.is_projected:
+        maps = project_high_res(model, maps)
+    stride_16 = maps.stride_16
     if model.directly_add_no_mem_embed:  # "no memory of earlier frames": still images
         stride_16 = stride_16 + model.no_mem_embed.view(1, -1, 1, 1)
-    return Embeddings(stride_16, [stride_4, stride_8])
+    return Embeddings(stride_16, [maps.stride_4, maps.stride_8])
 
 
 def decode(
