@@ -26,8 +26,11 @@ from utils.sam2_model import (
     build_sam2,
     decode,
     encode,
+    encode_frozen,
+    finish_embeddings,
     freeze_except,
     preprocess,
+    project_high_res,
     recognise_weights,
     scale_points,
     upscale_masks,
@@ -263,6 +266,40 @@ def test_another_image_size_is_the_same_model_with_the_same_weights(tiny):
     assert [tuple(f.shape) for f in embeddings.high_res_features] == [(2, 32, 24, 24), (2, 64, 12, 12)]
     with pytest.raises(AssertionError):
         encode(other, torch.zeros(1, 3, 128, 128))
+
+
+@pytest.mark.parametrize("name", ["sam2_nano", "sam2.1_hiera_tiny"])
+@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_encoding_in_two_parts_is_sam2s_own_bit_for_bit(name, is_training, precision):
+    """And no gradient of what trains by default is lost between the parts."""
+    model = build_random(name, 256).train(is_training)
+    with torch.no_grad():
+        model.no_mem_embed.normal_()
+    freeze_except(model, ["prompt_encoder", "mask_decoder"])
+    images = torch.stack([preprocess(picture(90, 120, seed), 256) for seed in range(2)])
+    with torch.autocast("cpu", precision, enabled=precision is not None):
+        maps = encode_frozen(model, images)
+        assert not any(values.requires_grad for values in maps[:3])
+        expected = model.forward_image(images)["backbone_fpn"]
+        expected[2] = expected[2] + model.no_mem_embed.view(1, -1, 1, 1)
+        for embeddings in (
+            finish_embeddings(model, maps),
+            finish_embeddings(model, project_high_res(model, maps)),
+            encode(model, images),
+        ):
+            found = [*embeddings.high_res_features, embeddings.image_embeddings]
+            for one, other in zip(found, expected, strict=True):
+                assert one.dtype == other.dtype and torch.equal(one, other)
+            sum(values.float().square().sum() for values in found).backward()
+    still = {name for name, values in model.named_parameters() if values.requires_grad and values.grad is None}
+    assert not {name for name in still if "conv_s" in name or "no_mem_embed" in name}
+
+
+def test_neck_of_another_kind_is_refused(nano, monkeypatch):
+    monkeypatch.setattr(nano.image_encoder.neck, "fpn_top_down_levels", [0, 1, 2, 3])
+    with pytest.raises(ValueError, match="the model's neck has .*; must be .* as in all configs of SAM 2"):
+        encode_frozen(nano, torch.zeros(1, 3, 128, 128))
 
 
 @pytest.mark.parametrize("image_size", [0, -32, 250, 1000, 16])
