@@ -46,7 +46,7 @@ from utils.embedding_cache import (
     write_entry,
 )
 from utils.images import read_image, write_image
-from utils.sam2_model import FrozenMaps, build_sam2, encode, finish_embeddings, freeze_except, preprocess
+from utils.sam2_model import FrozenMaps, build_sam2, encode, finish_embeddings, preprocess
 
 CPU = torch.device("cpu")
 NUM_ENTRIES = 8  # of the tiny dataset: 4 training pictures in both flips; the validation pictures are copies of them
