@@ -203,7 +203,7 @@ def test_hash_is_of_the_weights_that_were_used():
         model.sam_mask_decoder.conv_s1.bias[3] += 1e-3
     assert embedding_cache.hash_weights(model, False) == hashes[0]
     assert embedding_cache.hash_weights(model, True) != hashes[1]
-    for name, values in model.image_encoder.named_parameters():
+    for name, values in list(model.image_encoder.named_parameters())[::9]:
         before = embedding_cache.hash_weights(model, False)
         values.data.view(-1)[-1] += 1e-3
         assert embedding_cache.hash_weights(model, False) != before, name
