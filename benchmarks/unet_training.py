@@ -2,7 +2,7 @@
 
     python -m benchmarks.unet_training              # the 31 M network at 256 px; a small one on the generated pets
 
-A step: the same network (`utils.unet.UNet`, 64 base channels, 31 M parameters), batch and loss; ours in channels_last and
+A step: the same network (`utils.unet.UNet`, 64 base channels, 31 M parameters), batch and loss; ours channels_last and
 bf16. An epoch: `train_unet.py` with data-loading processes and precision=bf16 against a loop that reads, resizes and
 augments one picture after the other in fp32, on the same pictures, network, batch size, optimizer and schedule, over
 three seeds; the mean loss of the last fifth of the steps must agree within 3 %.
