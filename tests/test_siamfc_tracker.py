@@ -163,8 +163,8 @@ def test_the_real_network_in_parity_and_fast():
     plain = PlainTracker(plain_network(model.state_dict()))
     trackers = {
         "parity": SiamFCTracker(model.train(), PARITY),  # trackers copy the model, whatever its mode
-        "fast": SiamFCTracker(model, TrackerSettings(subpixel_peak=False)),
-        "subpixel": SiamFCTracker(model, TrackerSettings()),
+        "fast": SiamFCTracker(model, TrackerSettings()),
+        "subpixel": SiamFCTracker(model, TrackerSettings(subpixel_peak=True)),
     }
     assert model.training
     _, frames, box_xywh = next(suite())

@@ -51,7 +51,7 @@ class TrackerSettings:
     scale_lr: float = 0.59  # share of a change of scale that is followed at once, 0..1
     window_influence: float = 0.176  # weight of the window, which prefers small movements, 0..1
     response_up: int = 16  # how many times the response is enlarged
-    subpixel_peak: bool = True  # fast: place the peak between the cells of the enlarged response
+    subpixel_peak: bool = False  # fast: place the peak between the cells of the enlarged response
     max_scale_change: float | None = 5.0  # fast: limit of growing and shrinking from the first box; null: none
     keep_center_inside: bool = True  # fast: the box's centre stays inside the frame
     lost_score: float = 0.4  # an object of a lower score seems lost; the first frame's score is 1
