@@ -15,6 +15,7 @@ from utils.siamfc import SiamFC, mean_color
 from utils.siamfc_tracker import SiamFCTracker, TrackerSettings, track_frames, vertex_offset
 
 PARITY = TrackerSettings(mode="parity")
+SUBPIXEL = TrackerSettings(subpixel_peak=True)
 needs_numpy_2 = pytest.mark.skipif(np.__version__ < "2", reason="NumPy 1 gives the plain tracker other float types")
 
 
@@ -164,7 +165,7 @@ def test_the_real_network_in_parity_and_fast():
     trackers = {
         "parity": SiamFCTracker(model.train(), PARITY),  # trackers copy the model, whatever its mode
         "fast": SiamFCTracker(model, TrackerSettings()),
-        "subpixel": SiamFCTracker(model, TrackerSettings(subpixel_peak=True)),
+        "subpixel": SiamFCTracker(model, SUBPIXEL),
     }
     assert model.training
     _, frames, box_xywh = next(suite())
@@ -372,7 +373,7 @@ def center(box_xywh):
 
 def test_one_cell_is_eight_instance_px():
     side = np.sqrt((20 + 25) * (30 + 25)) * 255 / 127
-    no_window = {"window_influence": 0.0, "keep_center_inside": False}
+    no_window = {"window_influence": 0.0, "keep_center_inside": False, "subpixel_peak": True}
     for row, column in [(8, 8), (8, 11), (4, 10)]:
         box = track_responses(TrackerSettings(**no_window), one_peak(row, column))[0]
         expected = np.array([109.5, 94.5]) + np.array([column - 8, row - 8]) * 8 * side / 255
@@ -387,10 +388,11 @@ def test_an_object_at_rest_stays_where_it_is():
     """F10: the published peak is never in the middle, but a quarter of an instance px to its left and above."""
     side = np.sqrt((20 + 25) * (30 + 25)) * 255 / 127
     for responses in (one_peak(8, 8), np.ones((3, 17, 17))):
-        box = track_responses(TrackerSettings(), responses)[0]
+        box = track_responses(SUBPIXEL, responses)[0]
         np.testing.assert_allclose(box, [100, 80, 20, 30], atol=1e-4)
-        box = track_responses(PARITY, responses)[0]
-        np.testing.assert_allclose(center(box), np.array([109.5, 94.5]) - 0.25 * side / 255, atol=1e-4)
+        for settings in (PARITY, TrackerSettings()):  # the default stays with the published peak
+            box = track_responses(settings, responses)[0]
+            np.testing.assert_allclose(center(box), np.array([109.5, 94.5]) - 0.25 * side / 255, atol=1e-4)
 
 
 def test_a_negative_peak_does_not_favour_a_change_of_scale():
@@ -404,7 +406,7 @@ def test_a_negative_peak_does_not_favour_a_change_of_scale():
 def test_the_scale_is_limited(scale_index, limit):
     """F9: the published scale runs away without end."""
     responses = one_peak(8, 8, scale_index)
-    boxes = track_responses(TrackerSettings(), responses, 120)
+    boxes = track_responses(SUBPIXEL, responses, 120)
     np.testing.assert_allclose(boxes[-1, 2:], [20 * limit, 30 * limit], rtol=1e-4)
     np.testing.assert_allclose(center(boxes[-1]), [109.5, 94.5], atol=0.1)
     free = track_responses(TrackerSettings(max_scale_change=None), responses, 120)
@@ -470,7 +472,7 @@ def test_bf16_features_give_nearly_the_same_boxes():
     frames, boxes = moving_object(6)
     results = []
     for precision in ("fp32", "bf16"):
-        tracker = SiamFCTracker(small_model(num_channels=32, is_matching=True), TrackerSettings(), precision)
+        tracker = SiamFCTracker(small_model(num_channels=32, is_matching=True), SUBPIXEL, precision)
         tracker.init(frames[0], boxes[:1])
         results.append(np.stack([tracker.update(frame)[0] for frame in frames[1:]]))
     assert tracker.exemplar_features[0].dtype == torch.bfloat16

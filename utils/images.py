@@ -86,14 +86,16 @@ def read_image_unscaled(path: str | Path) -> np.ndarray:
         uint8 or uint16 (H, W, 3), RGB.
     """
     data = _read_bytes(path)
-    has_rgb = hasattr(cv2, "IMREAD_COLOR_RGB")  # from OpenCV 4.11 on: the same pixels, without changing their order
-    color = cv2.IMREAD_COLOR_RGB if has_rgb else cv2.IMREAD_COLOR
-    decoded = _decode(path, data, cv2.IMREAD_ANYDEPTH | color)  # (H, W, 3)
+    if _is_jpeg(data) and hasattr(cv2, "IMREAD_COLOR_RGB"):  # from OpenCV 4.11 on: the same pixels, faster
+        rgb = _decode(path, data, cv2.IMREAD_COLOR_RGB)
+        if rgb is not None:
+            return rgb
+    decoded = _decode(path, data, cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR)  # (H, W, 3) BGR
     if decoded is None:
         decoded = _decode_unchanged(path, data)  # readable, but not as a picture (floats): the next lines say so
     if decoded.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"image {path} has dtype {decoded.dtype}; save it as 8-bit or 16-bit unsigned integers")
-    return decoded if has_rgb else cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)
+    return cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)
 
 
 def read_label_map(path: str | Path) -> np.ndarray:
