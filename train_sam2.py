@@ -56,6 +56,7 @@ from utils.run import (
     choose_num_workers,
     choose_precision,
     cosine_lr,
+    describe_error,
     finish_run,
     git_state,
     plot_curves,
@@ -977,7 +978,7 @@ def main(cfg) -> float:
         return train(config, run_dir, resume_path)
     except (ValueError, FileNotFoundError, FileExistsError, ConnectionError, FloatingPointError) as error:
         logging.getLogger("train_sam2").debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {describe_error(error)}")
 
 
 if __name__ == "__main__":

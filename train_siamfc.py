@@ -56,6 +56,7 @@ from utils.run import (
     choose_device,
     choose_num_workers,
     choose_precision,
+    describe_error,
     finish_run,
     first_few,
     git_state,
@@ -81,7 +82,7 @@ from utils.siamfc import (
     response_labels,
 )
 from utils.siamfc_tracker import SiamFCTracker, TrackerSettings, track_frames
-from utils.tracking_metrics import got10k_overlaps, got10k_scores, mean_one_pass_scores, one_pass_scores
+from utils.tracking_metrics import got10k_scores, mean_one_pass_scores, score_boxes
 
 INSTANCE_SIZE, RESPONSE_SIZE = 239, 15  # px, cells along each side, in training
 INTERPOLATIONS = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_LANCZOS4)
@@ -372,14 +373,11 @@ def evaluate_tracking(
             tracks[prefix].append((sequence, first, file_coordinates(found, sequence.box_origin)))
     values = {}
     for prefix, found in tracks.items():
-        overlaps, one_pass = [], []
-        for sequence, first, boxes in found:  # (T', 4), counted as in the dataset's files
-            stop = min(first + len(boxes), sequence.num_annotated)
-            truth = file_coordinates(sequence.boxes_xywh[first:stop], sequence.box_origin)
-            cover = None if sequence.cover is None else sequence.cover[first:stop]
-            overlaps.append(got10k_overlaps(boxes, truth, sequence.frame_wh, cover))
-            one_pass.append(one_pass_scores(boxes, truth, "got10k"))
-        scores = got10k_scores(overlaps) | mean_one_pass_scores(one_pass)
+        rows = [
+            score_boxes(boxes, sequence, first, min(first + len(boxes), sequence.num_annotated), "got10k")
+            for sequence, first, boxes in found
+        ]
+        scores = got10k_scores([row["overlaps"] for row in rows]) | mean_one_pass_scores(rows)
         values |= {f"{prefix}{name}": scores[name] for name in REPORTED}
         num_scored = scores["num_frames"]
     return values | {"val/num_frames": num_scored, "val/tracked_per_s": num_tracked / track_s}
@@ -472,6 +470,9 @@ def check_settings(settings: Settings, pairs: PairSettings, optim: OptimSettings
         ("train.picture_pairs", settings.picture_pairs, settings.picture_pairs >= 0, "0 or more"),
         ("train.select_by", settings.select_by, settings.select_by in selectable, "one of " + ", ".join(selectable)),
     ]
+    for key in ("side", "share"):
+        least, most = getattr(pairs, f"min_{key}"), getattr(pairs, f"max_{key}")
+        rules.append((f"pairs.max_{key}", most, most >= least, f"at least pairs.min_{key}, {least}"))
     for key in ("grey", "color_jitter", "blur", "random_boxes"):
         rules.append((f"pairs.{key}", getattr(pairs, key), 0 <= getattr(pairs, key) <= 1, "between 0 and 1"))
     for key in ("batch_size", "accumulate", "log_every", "eval_every", "save_every"):
@@ -495,6 +496,11 @@ def list_data(data: dict) -> tuple[list[Sequence], list[Sequence]]:
         if generate is not None:
             data["root"] = write_samples(generate, data["root"])
         split = split_pictures if data.get("format") in STATIC_FORMATS else split_sequences
+        if split is split_sequences and "index" not in data:  # a key of all that have sequences
+            raise ValueError(
+                f"data.format is {data.get('format')}, which has neither boxes nor objects; take a dataset of "
+                "sequences, such as data=got10k, davis_sequences or folder_sequences"
+            )
         check_keys(split, data, "data")
         return split(**data)
     check_keys(lambda parts, turns: None, data, "data")
@@ -593,6 +599,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     device = choose_device(config["device"])
     precision = choose_precision(config["precision"], device)
     tracker_precision = precision if tracker_settings.mode == "fast" else "fp32"
+    labels = response_labels(RESPONSE_SIZE, settings.r_pos).to(device)  # (15, 15)
+    weights = balanced_weights(labels)
     seed_everything(config["seed"])
     model = build_model(model_settings, resume_path is not None)
 
@@ -619,8 +627,6 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     start_run(run_dir, config, counts)
 
     # model and optimizer
-    labels = response_labels(RESPONSE_SIZE, settings.r_pos).to(device)  # (15, 15)
-    weights = balanced_weights(labels)
     model = model.to(device)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -864,10 +870,7 @@ def main(cfg) -> float:
         return train(config, run_dir, resume_path)
     except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
         logging.getLogger("train_siamfc").debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true
-        message = str(error).strip()
-        if message.startswith("Caught "):  # by a data-loading process, whose traceback stands before its last line
-            message = message.splitlines()[-1]
-        sys.exit(f"error: {message}")
+        sys.exit(f"error: {describe_error(error)}")
 
 
 if __name__ == "__main__":

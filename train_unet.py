@@ -62,6 +62,7 @@ from utils.run import (
     choose_num_workers,
     choose_precision,
     cosine_lr,
+    describe_error,
     finish_run,
     git_state,
     plot_curves,
@@ -1332,7 +1333,7 @@ def main(cfg) -> float | None:
         failures = predict(config, state, run_dir)
     except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
         logging.getLogger("train_unet").debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {describe_error(error)}")
     if failures:
         sys.exit(f"{len(failures)} pictures failed:\n" + "\n".join(f"  {line}" for line in failures))
 

@@ -3,8 +3,8 @@
     python -m benchmarks.tracker
 
 The plain tracker is `benchmarks.plain_siamfc.PlainTracker` around the same network in PyTorch's default layout. Both
-track the same frames, a block each in turn. End to end is from JPEG files to an overlay video: plainly frame by frame,
-here with frames decoded ahead.
+track the same frames, a block of an init and eight updates each in turn. End to end is from JPEG files to an overlay
+video: plainly frame by frame, here with frames decoded ahead.
 """
 
 import argparse

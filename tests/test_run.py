@@ -439,3 +439,22 @@ def test_dataset_folder_is_there_or_named(tmp_path):
 def test_long_lists_are_cut_and_say_so():
     assert run.first_few(["a", "b"], 2) == run.first_few(["a", "b"], None) == ["a", "b"]
     assert run.first_few(list("abcd"), 2) == ["a", "b", "... and 2 more"]
+
+
+def test_an_error_of_a_data_loading_process_is_described_by_its_last_line():
+    caught = "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  ...\n"
+    assert run.describe_error(ValueError(caught + "ValueError: a.jpg is empty\n")) == "ValueError: a.jpg is empty"
+    assert run.describe_error(ValueError("differs:\n  train.steps")) == "differs:\n  train.steps"
+
+
+def test_validation_is_drawn_by_a_seeded_order_that_new_names_do_not_change():
+    names = {f"video_{number}" for number in range(20)}
+    drawn = run.draw_validation(names, 0.25, 0)
+    assert len(drawn) == 5 and drawn < names and drawn != run.draw_validation(names, 0.25, 1)
+    more = run.draw_validation(names | {"video_20"}, 0.25, 0)
+    assert len(more & drawn) >= 4  # the new name may take the place of one
+    assert [len(run.draw_validation(names, share, 0)) for share in (0, 0.001, 0.999, 1)] == [0, 1, 19, 20]
+    with pytest.raises(ValueError, match="data.val_fraction is 2; must be in 0..1"):
+        run.draw_validation(names, 2, 0)
+    with pytest.raises(ValueError, match="there is only alone to split"):
+        run.draw_validation({"alone"}, 0.5, 0)

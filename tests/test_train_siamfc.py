@@ -1224,7 +1224,8 @@ def test_key_that_is_missing_is_named(root, tmp_path, quick):
         "train.eval_frames=1", "train.eval_pairs=-1", "train.early_stop_evals=0", "train.picture_pairs=-1",
         "pairs.stretch=1.0", "pairs.stretch=-0.1", "pairs.max_gap=0", "pairs.per_visit=0", "pairs.exemplar_shift=-1",
         "pairs.instance_shift=-1", "pairs.max_aspect=0.5", "pairs.grey=1.5", "pairs.color_jitter=-0.1",
-        "pairs.blur=2", "pairs.random_boxes=-1", "optim.lr=0", "optim.min_lr=0", "optim.min_lr=0.1",
+        "pairs.blur=2", "pairs.random_boxes=-1", "pairs.max_side=1", "pairs.max_share=0.0001",
+        "optim.lr=0", "optim.min_lr=0", "optim.min_lr=0.1",
         "optim.hold_steps=0", "optim.momentum=1.0", "optim.weight_decay=-1", "tracker.scale_num=2",
     ],
 )  # fmt: skip
@@ -1351,3 +1352,16 @@ def test_davis_trains_and_a_score_bias_is_kept(tmp_path, quick):
     )  # fmt: skip
     last = train_in(tmp_path / "run", config)
     assert "score_bias" in last["model"] and last["metrics"][0]["val/num_frames"] == 2
+
+
+def test_a_dataset_without_boxes_is_named(root, tmp_path, quick):
+    config = compose_config("data=camvid", f"data.root={tmp_path}", "device=cpu")
+    with pytest.raises(ValueError, match="data.format is camvid, which has neither boxes nor objects; take a dataset"):
+        train_in(tmp_path / "run", config)
+
+
+def test_a_radius_without_negative_cells_stops_before_the_run_is_recorded(root, tmp_path, quick):
+    config = changed_config(compose_config(*tiny_overrides(root)), "train.r_pos=500")
+    with pytest.raises(ValueError, match="train.r_pos is 500"):
+        train_in(tmp_path / "run", config)
+    assert not (tmp_path / "run" / "run.json").exists()

@@ -7,7 +7,6 @@ lives in exactly one layer, and objects that overlap lie in different layers (la
 """
 
 import functools
-import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.images import PICTURE_SUFFIXES, polygons_to_mask, read_channels, read_image, read_label_map, rle_to_mask
-from utils.run import check_keys, dataset_folder
+from utils.run import check_keys, dataset_folder, draw_validation
 
 
 @dataclass(frozen=True)
@@ -327,19 +326,7 @@ def _stop_at_missing(missing: list[tuple[Path, Path]], num_pairs: int, on_bad: s
 
 def _split_by_fraction(items: list[Item], val_fraction: float, split_seed: int) -> tuple[list[Item], list[Item]]:
     """Split by a seeded order of the names: a new picture does not reshuffle the others. Groups stay whole."""
-    if not 0 <= val_fraction <= 1:
-        raise ValueError(f"data.val_fraction is {val_fraction}; must be in 0..1")
-    units = {item.split_unit for item in items}
-    num_val = round(val_fraction * len(units))
-    if 0 < val_fraction < 1 and units:
-        if len(units) == 1:
-            raise ValueError(
-                f"data.val_fraction is {val_fraction}, but there is only {units.pop()} to split; "
-                "set data.val_fraction=0 to train on all, or 1 to only evaluate"
-            )
-        num_val = min(max(num_val, 1), len(units) - 1)
-    in_seeded_order = sorted(units, key=lambda unit: hashlib.sha256(f"{split_seed} {unit}".encode()).digest())
-    val_units = set(in_seeded_order[:num_val])
+    val_units = draw_validation({item.split_unit for item in items}, val_fraction, split_seed)
     train_items = [item for item in items if item.split_unit not in val_units]
     return train_items, [item for item in items if item.split_unit in val_units]
 

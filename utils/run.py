@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import inspect
 import io
@@ -142,6 +143,12 @@ def first_few(lines: list[str], most: int | None) -> list[str]:
     return [*lines[:most], f"... and {len(lines) - most} more"]
 
 
+def describe_error(error: Exception) -> str:
+    """Turn an error into what a user reads; one from a data-loading process comes with its whole traceback."""
+    message = str(error).strip()
+    return message.splitlines()[-1] if message.startswith("Caught ") else message
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # where and how to compute
 
@@ -258,6 +265,26 @@ def shuffled_item(seed: int, sample_index: int, num_items: int) -> tuple[int, in
     """
     epoch, position = divmod(sample_index, num_items)
     return epoch, int(_epoch_order(seed, epoch, num_items)[position])
+
+
+def draw_validation(names: set[str], val_fraction: float, split_seed: int) -> set[str]:
+    """Draw a fraction of names by a seeded order of them: a new name does not reshuffle the others.
+
+    Raises:
+        ValueError: for a fraction outside 0..1, and for a single name to divide.
+    """
+    if not 0 <= val_fraction <= 1:
+        raise ValueError(f"data.val_fraction is {val_fraction}; must be in 0..1")
+    num_val = round(val_fraction * len(names))
+    if 0 < val_fraction < 1 and names:
+        if len(names) == 1:
+            raise ValueError(
+                f"data.val_fraction is {val_fraction}, but there is only {min(names)} to split; "
+                "set data.val_fraction=0 to train on all, or 1 to only evaluate"
+            )
+        num_val = min(max(num_val, 1), len(names) - 1)
+    in_seeded_order = sorted(names, key=lambda name: hashlib.sha256(f"{split_seed} {name}".encode()).digest())
+    return set(in_seeded_order[:num_val])
 
 
 @functools.lru_cache(maxsize=4)  # samples come nearly in order, so this is drawn once an epoch in each worker

@@ -7,7 +7,6 @@ Many files count from 1; `box_origin` in the YAML says which, and reading and wr
 """
 
 import functools
-import hashlib
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from utils.frames import list_frames, natural_key, picture_names
 from utils.images import mask_to_box, read_label_map
 from utils.instance_data import Item, check_same_size, object_ids, read_instances, split_items
-from utils.run import check_keys, dataset_folder
+from utils.run import check_keys, dataset_folder, draw_validation
 
 MANY_VIDEOS = 500  # from here on, listing shows its progress
 STATIC_FORMATS = ("coco", "label_map", "labpics", "masks_per_file", "sa1b")  # of `split_pictures`
@@ -767,19 +766,7 @@ def _split_by_fraction(
     sequences: list[Sequence], val_fraction: float, split_seed: int
 ) -> tuple[list[Sequence], list[Sequence]]:
     """Split by a seeded order of the videos' names: a new video does not reshuffle the others."""
-    if not 0 <= val_fraction <= 1:
-        raise ValueError(f"data.val_fraction is {val_fraction}; must be in 0..1")
-    videos = {sequence.video for sequence in sequences}
-    num_val = round(val_fraction * len(videos))
-    if 0 < val_fraction < 1 and videos:
-        if len(videos) == 1:
-            raise ValueError(
-                f"data.val_fraction is {val_fraction}, but there is only {videos.pop()} to split; "
-                "set data.val_fraction=0 to train on all, or 1 to only evaluate"
-            )
-        num_val = min(max(num_val, 1), len(videos) - 1)
-    in_seeded_order = sorted(videos, key=lambda video: hashlib.sha256(f"{split_seed} {video}".encode()).digest())
-    val_videos = set(in_seeded_order[:num_val])
+    val_videos = draw_validation({sequence.video for sequence in sequences}, val_fraction, split_seed)
     train = [sequence for sequence in sequences if sequence.video not in val_videos]
     return train, [sequence for sequence in sequences if sequence.video in val_videos]
 

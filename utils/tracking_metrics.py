@@ -258,10 +258,21 @@ def score_result(folder: str | Path, sequence: Sequence, protocol: str) -> dict:
     boxes = boxes[first:last]
     if len(boxes) and np.isnan(boxes[0]).any():
         boxes[0] = truth[0]  # VOT's files have a mark where the tracker was started
+    return score_boxes(boxes, sequence, first, last, protocol)
+
+
+def score_boxes(boxes: np.ndarray, sequence: Sequence, first: int, stop: int, protocol: str) -> dict:
+    """Score tracked boxes of a sequence's frames first..stop-1.
+
+    Args:
+        boxes: float (T, 4), counted as in the dataset's files; boxes[0] is of frame `first`.
+        protocol: as for `success_curve`.
+    Returns:
+        the scores of `one_pass_scores`; overlaps, from `got10k_overlaps`; num_frames, that were scored.
+    """
+    truth = file_coordinates(sequence.boxes_xywh, sequence.box_origin)[first:stop]
     scores = one_pass_scores(boxes, truth, protocol)
-    boxes = np.concatenate([boxes, np.full((len(truth) - len(boxes), 4), np.nan)])
-    cover = None if sequence.cover is None else sequence.cover[first:last]
-    return scores | {
-        "overlaps": got10k_overlaps(boxes, truth, sequence.frame_wh, cover),
-        "num_frames": len(truth),
-    }
+    boxes = np.concatenate([boxes, np.full((max(0, len(truth) - len(boxes)), 4), np.nan)])
+    cover = None if sequence.cover is None else sequence.cover[first:stop]
+    overlaps = got10k_overlaps(boxes, truth, sequence.frame_wh, cover)
+    return scores | {"overlaps": overlaps, "num_frames": len(truth)}
