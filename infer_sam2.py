@@ -119,6 +119,7 @@ class Settings:
     max_overlap: float  # a mask of which a larger share is taken by better ones is left out of the label map, 0..1
     cache: str | bool  # off (false is what YAML makes of it), auto, or a folder: see utils/embedding_cache.py
     cache_precision: str  # fp16 or fp32
+    fast_decoder: bool  # the same masks up to rounding, sooner: see utils/fast_decoder.py
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     changed = {key: value for key, value in config["automatic"].items() if value is not None}
     automatic = read_settings(AutomaticSettings, model_config["automatic"] | changed, "automatic")
     check_type(model_config["image_size"], int, "model.image_size")
-    model = build_sam2(**model_config, device=device)
+    model = build_sam2(**model_config, device=device, fast_decoder=settings.fast_decoder)
     pictures = [(path, False) for path in image_paths]  # none is mirrored
     obstacle = "mode=automatic encodes crops of pictures, too" if settings.mode == "automatic" else None
     plan = plan_cache(model, settings.cache, settings.cache_precision, precision, True, pictures, obstacle)

@@ -85,7 +85,7 @@ RUNNING_MEAN_DECAY = 0.99
 MAX_SKIPPED_IN_A_ROW = 50  # steps whose fp16 gradients overflowed, each at half the scale of the one before
 TOP_LEVEL_KEYS = (
     "seed", "device", "precision", "num_workers", "resume", "data_root", "check", "cache", "cache_precision",
-    "model", "data", "prompts", "loss", "optim", "train",
+    "fast_decoder", "model", "data", "prompts", "loss", "optim", "train",
 )  # fmt: skip
 LOGIT_LIMIT = 32.0  # of logits that are fed back as a mask prompt, as SAM 2's predictor limits them
 
@@ -697,6 +697,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     ours = {key: reader_keys.pop(key) for key in Augmentation.__dataclass_fields__ if key in reader_keys}
     augmentation = read_settings(Augmentation, ours, "data")
     check_type(config["check"], bool, "check")
+    check_type(config["fast_decoder"], bool, "fast_decoder")
     check_cache_settings(config["cache"], config["cache_precision"])
     if "image_size" not in config["model"]:
         raise ValueError("model is not a SAM 2 model; choose a file of configs/model that starts with sam2")
@@ -732,7 +733,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
 
     # model and optimizer
     weights = {} if resume_path is None else {"checkpoint": str(resume_path)}  # the file it started from may be gone
-    model = build_sam2(**config["model"] | weights, device=device)
+    model = build_sam2(**config["model"] | weights, device=device, fast_decoder=config["fast_decoder"])
     trainable = freeze_except(model, settings.trainable)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -972,7 +973,7 @@ def main(cfg) -> float:
         resume_path = None
         if config["resume"] is not None:
             resume_path = find_resume(config["resume"])
-            stored = {"cache": "off", "cache_precision": "fp16"}  # runs from before there was a cache lack both
+            stored = {"cache": "off", "cache_precision": "fp16", "fast_decoder": False}  # older runs lack these
             stored |= load_checkpoint(resume_path)["config"]
             config = resumed_config(stored, config, list(hydra_config.overrides.task), RESUMABLE)
         return train(config, run_dir, resume_path)

@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=1024, help="px")
     parser.add_argument("--steps", type=int, default=7, help="timed steps of each way, after one that warms up")
     parser.add_argument("--cache-precision", choices=("fp16", "fp32"), default="fp16")
+    parser.add_argument("--fast-decoder", action="store_true", help="ours with fast_decoder=true")
     arguments = parser.parse_args()
     seed_everything(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +77,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict:
     optim = OptimSettings(**read_config("optim", "adamw") | {"lr": 1e-5})
     loss = LossSettings(**read_config("loss", "tutorial"))
     prompts = PromptSettings(**read_config("prompts", "point"))
-    model = build_sam2(**config, device=CPU)
+    model = build_sam2(**config, device=CPU, fast_decoder=arguments.fast_decoder)
     trainable = freeze_except(model, ["prompt_encoder", "mask_decoder"])
     optimizer = torch.optim.AdamW(parameter_groups(trainable, optim), lr=optim.lr)
     items = write_pictures(folder / "data", side)

@@ -20,6 +20,7 @@ from pycocotools import mask as coco_mask
 
 from infer_sam2 import choose_model, infer, list_images, main, output_names
 from utils.checkpoint import save_checkpoint
+from utils.fast_decoder import decode_fast
 from utils.images import overlay_label_map, read_image, write_image
 from utils.instance_data import Item, read_instances
 from utils.sam2_model import build_sam2, decode
@@ -222,6 +223,23 @@ def test_one_point_as_the_tutorial_reads_it_is_a_row_of_the_mask(folder, tmp_pat
     assert masks[:, 0].shape == (3, 160)
     with pytest.raises(IndexError):
         scores[:, 0]
+
+
+@pytest.mark.parametrize("mode", [MANY_MASKS, ["mode=prompts", f"boxes={[BOX]}".replace(" ", "")]], ids=["grid", "box"])
+def test_fast_decoder_finds_the_same_masks(folder, tmp_path, mode, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "utils.sam2_model.decode_fast", lambda *args, **keys: calls.append(1) or decode_fast(*args, **keys)
+    )
+    exact = run(folder, tmp_path / "exact", f"input={folder / 'photo.png'}", *mode)
+    assert not calls
+    fast = run(folder, tmp_path / "fast", f"input={folder / 'photo.png'}", *mode, "fast_decoder=true")
+    assert calls
+    np.testing.assert_array_equal(fast[1]["photo"], exact[1]["photo"])
+    found, expected = masks_of(fast[0]["photo"]), masks_of(exact[0]["photo"])
+    assert len(found) == len(expected) >= 1
+    for one, other in zip(found, expected, strict=True):
+        assert (one & other).sum() >= 0.999 * (one | other).sum()
 
 
 def test_automatic_masks_and_their_files(folder, tmp_path):

@@ -466,7 +466,7 @@ def test_other_weights_are_recognised_as_nothing(state_dicts):
 @pytest.mark.parametrize("name", NAMES)
 def test_model_files_hold_build_sam2s_keywords_and_what_their_header_says(state_dicts, name):
     config = model_config(name)
-    assert config.keys() == inspect.signature(build_sam2).parameters.keys() - {"device"}
+    assert config.keys() == inspect.signature(build_sam2).parameters.keys() - {"device", "fast_decoder"}
     assert config["name"] == name and config["checkpoint"] == "auto"
     text = (ROOT / "configs" / "model" / f"{name}.yaml").read_text()
     millions = f"{state_dicts[f'count {name}'] / 1e6 - 0.05:.1f}"  # cut, not rounded, as SAM 2's README has them

@@ -33,6 +33,8 @@ from tiny_training import (
 
 import train_sam2
 from train_sam2 import LossSettings, PromptSettings, collate, evaluate, mask_prediction_loss, prompted_loss
+from utils import sam2_model
+from utils.fast_decoder import decode_fast
 from utils.images import read_image, write_image, write_label_map
 from utils.instance_data import Item, read_item
 from utils.run import seed_everything
@@ -256,6 +258,24 @@ def test_encoding_without_gradient_would_leave_three_parts_untrained(root, tmp_p
     untrained = {name for name in still if name.startswith(("sam_mask_decoder.", "no_mem_embed"))}
     convolutions = {f"sam_mask_decoder.conv_s{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")}
     assert untrained == convolutions | {"no_mem_embed"}
+
+
+@pytest.mark.parametrize("cache", ["off", "folder"])
+def test_fast_decoder_trains_the_same_up_to_rounding_and_off_is_the_default(cache, root, tmp_path, quick, monkeypatch):
+    cache = f"cache={tmp_path / 'cache'}" if cache == "folder" else "cache=off"
+    overrides = [*tiny_overrides(root), "train.steps=2", "train.eval_every=2", "cache_precision=fp32", cache]
+    overrides += ["train.clip_norm=1e9"]  # Adam's first steps are the gradients' signs: compare losses, not weights
+    found, calls = {}, []
+    monkeypatch.setattr(sam2_model, "decode_fast", lambda *args, **keys: calls.append(1) or decode_fast(*args, **keys))
+    for name in ("default", "fast_decoder=false", "fast_decoder=true"):
+        config = compose_config(*overrides, *([] if name == "default" else [name]))
+        found[name] = train_in(tmp_path / name, config)["metrics"]
+        assert bool(calls) == (name == "fast_decoder=true")
+    losses = {name: [row["train/loss"] for row in rows if "train/loss" in row] for name, rows in found.items()}
+    assert losses["default"] == losses["fast_decoder=false"] and len(losses["default"]) == 2
+    np.testing.assert_allclose(losses["fast_decoder=true"], losses["default"], rtol=1e-4)
+    norms = [next(row["train/grad_norm"] for row in rows if "train/grad_norm" in row) for rows in found.values()]
+    np.testing.assert_allclose(norms[2], norms[0], rtol=1e-4)
 
 
 def test_loss_tutorial_trains_one_of_four_mask_tokens(root, tmp_path, quick, monkeypatch):
@@ -1098,6 +1118,7 @@ def test_value_that_makes_no_sense_is_named(override, root):
         ("optim.betas=0.9", "0.9; must be a list, each a number"),
         ("data.hflip=maybe", "'maybe'; must be true or false"),
         ("check=maybe", "'maybe'; must be true or false"),
+        ("fast_decoder=3", "3; must be true or false"),
         ("model.image_size=big", "'big'; must be a whole number"),
     ],
 )

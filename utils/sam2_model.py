@@ -22,6 +22,7 @@ from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from utils.checkpoint import load_checkpoint
+from utils.fast_decoder import decode_fast
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # What sam2.build_sam.build_sam2 sets by default: where the single mask is unstable, the best of three is given instead.
@@ -131,12 +132,27 @@ def encode_frozen(model: nn.Module, images: torch.Tensor) -> FrozenMaps:
 
 
 def project_high_res(model: nn.Module, maps: FrozenMaps) -> FrozenMaps:
-    """Bring the two fine maps through the neck's lateral convolutions, then conv_s0 and conv_s1."""
+    """Bring the two fine maps through the neck's lateral convolutions, then conv_s0 and conv_s1.
+
+    With `model.fast_decoder` each pair is one convolution, since both are of one pixel: it rounds differently.
+    """
     assert not maps.is_projected
     lateral_convs, decoder = model.image_encoder.neck.convs, model.sam_mask_decoder
-    stride_4 = decoder.conv_s0(lateral_convs[3](maps.stride_4))  # (B, C/8, S/4, S/4)
-    stride_8 = decoder.conv_s1(lateral_convs[2](maps.stride_8))  # (B, C/4, S/8, S/8)
+    project = _convolve_once if model.fast_decoder else _convolve_twice
+    stride_4 = project(maps.stride_4, lateral_convs[3].conv, decoder.conv_s0)  # (B, C/8, S/4, S/4)
+    stride_8 = project(maps.stride_8, lateral_convs[2].conv, decoder.conv_s1)  # (B, C/4, S/8, S/8)
     return FrozenMaps(stride_4, stride_8, maps.stride_16, is_projected=True)
+
+
+def _convolve_twice(maps: torch.Tensor, first: nn.Conv2d, second: nn.Conv2d) -> torch.Tensor:
+    return second(first(maps))
+
+
+def _convolve_once(maps: torch.Tensor, first: nn.Conv2d, second: nn.Conv2d) -> torch.Tensor:
+    """Apply two 1 x 1 convolutions as one: an eighth of the multiplications in hiera_tiny."""
+    weight = second.weight[:, :, 0, 0] @ first.weight[:, :, 0, 0]  # (C'', C)
+    bias = second.weight[:, :, 0, 0] @ first.bias + second.bias
+    return F.conv2d(maps, weight[:, :, None, None], bias)
 
 
 def finish_embeddings(model: nn.Module, maps: FrozenMaps) -> Embeddings:
@@ -175,6 +191,17 @@ def decode(
         points=(point_coords, point_labels), boxes=None, masks=mask_inputs
     )
     high_res_features = embeddings.high_res_features
+    if model.fast_decoder:
+        return decode_fast(
+            model,
+            embeddings.image_embeddings,
+            high_res_features,
+            image_index,
+            sparse_embeddings,
+            dense_embeddings,
+            is_dense_shared=mask_inputs is None,
+            multimask_output=multimask_output,
+        )
     if len(embeddings.image_embeddings) > 1:  # one image's are broadcast, which saves most of the memory
         high_res_features = [features.index_select(0, image_index) for features in high_res_features]
     low_res_masks, iou_predictions, _, object_score_logits = model.sam_mask_decoder(
@@ -285,6 +312,7 @@ def build_sam2(
     automatic: dict,
     lr: float,
     device,
+    fast_decoder: bool = False,
 ) -> nn.Module:
     """Build a SAM 2 model with its weights, in eval mode. The keywords are the keys of configs/model/*.yaml.
 
@@ -297,6 +325,7 @@ def build_sam2(
         image_size: side S of the input in pixels, a multiple of 32; fixed from here on.
         automatic, lr: thresholds for infer_sam2.py and learning rate for train_sam2.py; not used here.
         device: where to put the model.
+        fast_decoder: compute masks as utils/fast_decoder.py does, which rounds differently. Not a key of those files.
     Raises:
         ValueError: a wrong image size, or weights of another model, which is named.
         FileNotFoundError: a checkpoint that is not there.
@@ -313,6 +342,7 @@ def build_sam2(
         if not isinstance(state_dict, dict):
             raise ValueError(f"checkpoint {path} has no 'model' entry, so it is not a SAM 2 checkpoint")
         _load_weights(model, state_dict, name, path)
+    model.fast_decoder = fast_decoder
     return model.to(device).eval()
 
 
