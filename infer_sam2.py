@@ -28,12 +28,17 @@ Sources: Ravi et al., "SAM 2: Segment Anything in Images and Videos", 2024; poin
 github.com/sagieppel/fine-tune-train_segment_anything_2_in_60_lines_of_code.
 """
 
+import sys
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
+    print(__doc__, end="")  # in one write, which `| head -1` cannot break off
+    sys.exit()
+
 import csv
 import json
 import logging
 import math
 import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -534,7 +539,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-    else:
-        main()
+    main()

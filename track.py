@@ -34,13 +34,18 @@ Metrics, of tracking once from the first box:
 Source: Bertinetto et al. 2016, arXiv:1606.09549.
 """
 
+import sys
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
+    print(__doc__, end="")  # in one write, which `| head -1` cannot break off
+    sys.exit()
+
 import contextlib
 import csv
 import json
 import logging
 import math
 import os
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -975,7 +980,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-    else:
-        main()
+    main()

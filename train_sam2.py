@@ -19,12 +19,17 @@ Metrics, each a mean over all validation objects, at their picture's own size, o
 Sources: Ravi et al. 2024 (SAM 2) for prompts and losses; Kirillov et al. 2023 (SAM), appendix A and D.
 """
 
+import sys
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
+    print(__doc__, end="")  # in one write, which `| head -1` cannot break off
+    sys.exit()
+
 import functools
 import logging
 import math
 import os
 import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -983,7 +988,4 @@ def main(cfg) -> float:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-    else:
-        main()
+    main()

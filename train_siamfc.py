@@ -24,11 +24,16 @@ Metrics, of tracking whole validation sequences from their first box:
 Sources: Bertinetto et al. 2016, arXiv:1606.09549; values as in github.com/huanglianghua/siamfc-pytorch.
 """
 
+import sys
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
+    print(__doc__, end="")  # in one write, which `| head -1` cannot break off
+    sys.exit()
+
 import logging
 import math
 import os
 import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -874,7 +879,4 @@ def main(cfg) -> float:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-    else:
-        main()
+    main()

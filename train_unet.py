@@ -25,12 +25,17 @@ its own size, classes that are not there left out:
 Sources: Ronneberger et al. 2015 (U-Net); Matani and Naresh 2023, "Efficient Image Segmentation Using PyTorch".
 """
 
+import sys
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
+    print(__doc__, end="")  # in one write, which `| head -1` cannot break off
+    sys.exit()
+
 import functools
 import logging
 import math
 import os
 import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -1339,7 +1344,4 @@ def main(cfg) -> float | None:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-    else:
-        main()
+    main()
