@@ -18,6 +18,7 @@ from utils.images import mask_to_rle, rle_to_mask
 from utils.mask_generation import (
     AutomaticSettings,
     _measure_chunk,
+    bound_stability,
     generate_masks,
     is_cut_off,
     make_crops,
@@ -282,6 +283,25 @@ def test_stability_and_boxes_are_those_of_the_full_size(official, full_hw):
     torch.testing.assert_close(on_gpu[:, 0], expected_stability, atol=1e-6, rtol=0)
     torch.testing.assert_close(on_gpu[:, 1:], expected_boxes.float(), atol=0, rtol=0)
     assert measure_full_size(low_res_masks[:0], full_hw, 1.0)[1].shape == (0, 4)
+
+
+@pytest.mark.parametrize("full_hw", [(640, 960), (135, 240), (64, 64), (40, 30), (31, 500)])
+@pytest.mark.parametrize("scale", [0.5, 4.0, 40.0])
+def test_no_mask_is_more_stable_than_its_bound(official, full_hw, scale):
+    low_res_masks = scale * F.interpolate(
+        torch.randn(60, 1, 6, 6, generator=torch.manual_seed(0)), (64, 64), mode="bicubic"
+    )
+    low_res_masks[0], low_res_masks[1], low_res_masks[2] = -5, -0.5, 5  # empty, nearly so, and everywhere
+    low_res_masks[3], low_res_masks[3, 0, 20, 30] = -5, 5
+    whole = F.interpolate(low_res_masks, full_hw, mode="bilinear", align_corners=False)[:, 0]
+    stability = official.calculate_stability_score(whole, 0.0, 1.0).nan_to_num(0.0)
+    bound = bound_stability(low_res_masks[:, 0], full_hw, 1.0)
+    assert (bound >= stability).all() and bound.max() == 1
+    with torch.autocast("cpu", torch.bfloat16):  # as infer_sam2.py runs on a GPU
+        assert torch.equal(bound_stability(low_res_masks[:, 0], full_hw, 1.0), bound)
+    if scale == 4 and min(full_hw) >= 64:  # near enough to be of use
+        assert (bound - stability)[4:].max() < 0.2 < stability[4:].min()
+    assert bound_stability(low_res_masks[:0, 0], full_hw, 1.0).shape == (0,)
 
 
 def test_points_crops_and_edges_are_the_official_ones(official):

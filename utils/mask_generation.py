@@ -1,21 +1,25 @@
 """Masks of a whole image from a grid of points, and one label map from many masks.
 
 `generate_masks` finds what SAM 2's own SAM2AutomaticMaskGenerator finds, with less work and memory: masks are filtered
-by predicted IoU before they leave the decoder's resolution, only the part of a mask that can be above the threshold is
-brought to full size, one mask at a time, and only the survivors of non-maximum suppression are encoded.
+by predicted IoU, and by what their stability can be at most, before they leave the decoder's resolution; only the part
+of a mask that can be above the threshold is brought to full size, a mask for each thread, and only the survivors of
+non-maximum suppression are encoded.
 
 Sources: Kirillov et al., "Segment Anything", 2023, appendix B; Ravi et al., "SAM 2", 2024 (default values); the
 stitching is that of github.com/sagieppel/fine-tune-train_segment_anything_2_in_60_lines_of_code.
 """
 
+import functools
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torchvision.ops import nms
 
 from utils.images import decode_rle_counts, mask_to_rle
@@ -23,6 +27,11 @@ from utils.sam2_model import Embeddings, decode, encode, preprocess, scale_point
 
 CROP_EDGE_TOLERANCE_PX = 20  # a box this close to an edge of its crop, but not of the image, is a mask cut off there
 CHUNK_PIXELS = 64 * 1024**2  # full-size logits held at once on a GPU: 256 MB
+# Image tokens decoded at once on a CPU, 8 points of 64 x 64. Tensors of up to 32 MB stay in the process; larger ones go
+# back to the system each time, and asking for their pages anew takes as long as the arithmetic.
+CPU_TOKENS = 8 * 64 * 64
+MOST_THREADS = 8  # a mask at full size for each
+ROUNDING = 1e-4  # a share of the largest logit, and of a stability, by which no computation of it is off
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class AutomaticSettings:
     """What is kept of a grid of points. The defaults are SAM 2's own; a model's YAML has those that suit it."""
 
     points_per_side: int = 32  # points along each side of the image (and of each crop)
-    points_per_batch: int = 64  # points decoded together: changes memory, not results
+    points_per_batch: int = 64  # points decoded together, at most: changes memory, not results
     pred_iou_thresh: float = 0.8  # keep masks of a predicted IoU above this, 0..1
     stability_score_thresh: float = 0.95  # keep masks of at least this stability, 0..1
     stability_score_offset: float = 1.0  # stability: area at logits > +offset over area at logits > -offset
@@ -142,8 +151,11 @@ def find_candidates(
         Candidates, in the order of the points.
     """
     points = torch.as_tensor(point_coords, dtype=torch.float32, device=model.device)  # (P, 2)
+    points_per_batch = settings.points_per_batch
+    if model.device.type == "cpu":
+        points_per_batch = min(points_per_batch, max(1, CPU_TOKENS // embeddings.image_embeddings[0, 0].numel()))
     batches = []
-    for batch_points in points.split(settings.points_per_batch):
+    for batch_points in points.split(points_per_batch):
         num_points = len(batch_points)
         low_res_masks, iou_predictions, _ = decode(
             model,
@@ -154,18 +166,22 @@ def find_candidates(
             mask_inputs=None,
             multimask_output=True,
         )  # (p, 3, h, w), (p, 3)
-        predicted_ious = iou_predictions.float().flatten()
-        is_good = predicted_ious > settings.pred_iou_thresh
-        masks = low_res_masks.flatten(0, 1)[is_good].float()  # (k, h, w)
+        predicted_ious = iou_predictions.float().flatten()  # (3p,)
+        kept = torch.nonzero(predicted_ious > settings.pred_iou_thresh)[:, 0]  # (k,)
+        masks = low_res_masks.flatten(0, 1)[kept].float()  # (k, h, w)
+        can_be_stable = bound_stability(masks, crop_hw, settings.stability_score_offset)
+        can_be_stable = can_be_stable >= settings.stability_score_thresh
+        kept, masks = kept[can_be_stable], masks[can_be_stable]
         stability_scores, boxes_xyxy = measure_full_size(masks, crop_hw, settings.stability_score_offset)
         is_stable = stability_scores >= settings.stability_score_thresh
+        kept = kept[is_stable]
         batches.append(
             Candidates(
                 list(masks[is_stable]),
-                predicted_ious[is_good][is_stable],
+                predicted_ious[kept],
                 stability_scores[is_stable],
                 boxes_xyxy[is_stable],
-                batch_points.repeat_interleave(3, dim=0)[is_good][is_stable],
+                batch_points[kept // 3],
             )
         )
     masks = [mask for batch in batches for mask in batch.low_res_masks]
@@ -245,6 +261,43 @@ def now_s(device: torch.device) -> float:
 # low-resolution logits -> masks at full size
 
 
+def bound_stability(low_res_masks: torch.Tensor, full_hw: tuple[int, int], offset: float) -> torch.Tensor:
+    """Tell, at low resolution, how stable masks can be at full size at most.
+
+    A pixel at full size lies between four low-resolution ones and has a value between theirs: it may be above the
+    offset where the highest of them is, and is above -offset where the lowest is.
+
+    Args:
+        low_res_masks: float32 (K, h, w) logits.
+        full_hw: size (H, W) that stability is measured at.
+        offset: as in `measure_full_size`.
+    Returns:
+        float32 (K,), no less than the stability of `measure_full_size`.
+    """
+    padded = F.pad(low_res_masks[:, None], (1, 1, 1, 1), mode="replicate")
+    highest = F.max_pool2d(padded, 2, stride=1)[:, 0]  # (K, h + 1, w + 1), of each four neighbours
+    lowest = -F.max_pool2d(-padded, 2, stride=1)[:, 0]
+    slack = ROUNDING * low_res_masks.abs().amax((1, 2), keepdim=True)
+    rows, columns = (
+        _count_between(low_size, full_size).to(low_res_masks.device)
+        for low_size, full_size in zip(low_res_masks.shape[1:], full_hw, strict=True)
+    )
+    most_inner = (((highest > offset - slack) * columns).sum(2) * rows).sum(1)  # (K,) pixels
+    least_outer = (((lowest > -offset + slack) * columns).sum(2) * rows).sum(1)
+    return (most_inner / least_outer.clamp(min=1) * (1 + ROUNDING)).clamp(max=1)
+
+
+def _count_between(low_size: int, full_size: int) -> torch.Tensor:
+    """Count the pixels at full size between each two at low resolution, and beyond the outermost.
+
+    Returns:
+        int32 (low_size + 1,), whose sum is full_size.
+    """
+    positions = (torch.arange(full_size, dtype=torch.float64) + 0.5) * low_size / full_size - 0.5
+    following = (positions.floor().long() + 1).clamp(0, low_size)
+    return torch.bincount(following, minlength=low_size + 1).int()
+
+
 def measure_full_size(
     low_res_masks: torch.Tensor, full_hw: tuple[int, int], offset: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -259,7 +312,9 @@ def measure_full_size(
         zeros for an empty mask.
     """
     if low_res_masks.device.type == "cpu":
-        measured = [_measure_one(mask, full_hw, offset) for mask in low_res_masks.numpy()]
+        measure = functools.partial(_measure_one, full_hw=full_hw, offset=offset)
+        with ThreadPoolExecutor(min(MOST_THREADS, torch.get_num_threads())) as threads:
+            measured = list(threads.map(measure, low_res_masks.numpy()))
         measured = torch.tensor(measured, dtype=torch.float64).reshape(-1, 5)
     else:
         chunk = max(1, CHUNK_PIXELS // (full_hw[0] * full_hw[1]))
