@@ -2,13 +2,17 @@
 
 python -m benchmarks                       # all; on an otherwise idle machine
 python -m benchmarks tracker start_up      # some
+python -m benchmarks "automatic_masks --model sam2.1_hiera_tiny"
 """
 
 import json
 import subprocess
 import sys
 
-BENCHMARKS = ("tracker", "pair_loading", "unet_training", "start_up")
+BENCHMARKS = (
+    "tracker", "pair_loading", "unet_training",
+    "automatic_masks", "automatic_masks --model sam2.1_hiera_tiny", "start_up",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -16,7 +20,7 @@ def main() -> None:
     rows = ["| benchmark | ratio | target | ours, s | plain, s | found equal |", "|---|---|---|---|---|---|"]
     for name in names:
         done = subprocess.run(
-            [sys.executable, "-m", f"benchmarks.{name}"], stdout=subprocess.PIPE, text=True, check=True
+            [sys.executable, "-m", *f"benchmarks.{name}".split()], stdout=subprocess.PIPE, text=True, check=True
         )
         for line in done.stdout.splitlines():
             if line.startswith("{"):

@@ -14,6 +14,8 @@ from omegaconf import OmegaConf
 from pycocotools import mask as coco_mask
 from torch import nn
 
+from benchmarks.automatic_masks import compare_masks
+from utils import mask_generation
 from utils.images import mask_to_rle, rle_to_mask
 from utils.mask_generation import (
     AutomaticSettings,
@@ -29,7 +31,7 @@ from utils.mask_generation import (
     stitch_masks,
     upscale_part,
 )
-from utils.sam2_model import build_sam2
+from utils.sam2_model import build_sam2, decode
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -193,6 +195,22 @@ def test_batch_size_changes_nothing():
     assert few.annotations == many.annotations and few.annotations
 
 
+def test_a_cpu_decodes_few_points_at_once_and_finds_the_same(monkeypatch):
+    image_rgb = smooth_image(100, 120)
+    together = generate_masks(BlobModel(), image_rgb, AutomaticSettings(points_per_side=8))
+    num_points = []
+
+    def record(*arguments, image_index, **keywords):
+        num_points.append(len(image_index))
+        return decode(*arguments, image_index=image_index, **keywords)
+
+    monkeypatch.setattr(mask_generation, "decode", record)
+    monkeypatch.setattr(mask_generation, "CPU_TOKENS", 5 * 8 * 8)  # 5 points: BlobModel has 8 x 8 tokens
+    few = generate_masks(BlobModel(), image_rgb, AutomaticSettings(points_per_side=8))
+    assert max(num_points) == 5 and sum(num_points) == 64
+    assert few.annotations == together.annotations and few.annotations
+
+
 def test_nothing_found_is_an_empty_list():
     found = generate_masks(BlobModel(), smooth_image(50, 60), AutomaticSettings(points_per_side=4, pred_iou_thresh=1.0))
     assert found.annotations == [] and found.num_prompts == 16
@@ -233,6 +251,18 @@ def smallest_region(annotation):
     border = np.concatenate([regions[0], regions[-1], regions[:, 0], regions[:, -1]])
     holes = [np.sum(regions == k) for k in range(1, count + 1) if k not in border]
     return min([*islands, *holes]) if len(islands) > 1 or holes else 10**9
+
+
+def test_the_benchmark_counts_masks_without_a_partner_as_zero():
+    squares = []
+    for x in range(10):
+        mask = np.zeros((20, 220), bool)
+        mask[:, 20 * x : 20 * x + 10] = True
+        squares.append({"segmentation": mask_to_rle(mask)})
+    assert compare_masks(squares[::-1], squares) == "10 masks, mean IoU 1.0000, 0 unmatched"
+    for ours, plain in ((squares[1:], squares), (squares, squares[1:]), (squares[:1] * 10, squares)):
+        with pytest.raises(AssertionError, match="mean IoU 0"):
+            compare_masks(ours, plain)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
