@@ -9,6 +9,7 @@ from tiny_tracking import SmallBackbone
 from torch import nn
 
 from benchmarks.plain_siamfc import PlainTracker
+from utils import siamfc_tracker
 from utils.frames import FrameSource
 from utils.images import read_image, write_image
 from utils.siamfc import SiamFC, mean_color
@@ -267,24 +268,26 @@ def test_several_objects_equal_single_runs():
     assert np.abs(together[-1] - boxes_xywh).max(axis=1).min() > 0.1  # all of them moved
 
 
-def test_one_forward_for_all_objects_until_there_are_many(monkeypatch):
+def test_a_forward_has_so_many_objects(monkeypatch):
     frames, first = moving_object(2)
-    boxes_xywh = first[[0] * 35] + np.arange(35)[:, None] * [1, 1, 0.5, 0.25]
+    boxes_xywh = first[[0] * 5] + np.arange(5)[:, None] * [1, 1, 0.5, 0.25]
     model = small_model()
-    tracker = SiamFCTracker(model, TrackerSettings())
-    calls = []
-    features = tracker.model.features
-    monkeypatch.setattr(tracker.model, "features", lambda images: calls.append(len(images)) or features(images))
-    tracker.init(frames[0], boxes_xywh[:5])
-    tracker.update(frames[1])
-    assert calls == [5, 5, 15]
-    tracker.init(frames[0], boxes_xywh)
-    boxes = tracker.update(frames[1])[0]
-    assert calls[3:] == [32, 3, 32, 3, 96, 9]
-    for n in (0, 31, 32, 34):
-        alone = SiamFCTracker(model, TrackerSettings())
-        alone.init(frames[0], boxes_xywh[n : n + 1])
-        np.testing.assert_allclose(alone.update(frames[1])[0][0], boxes[n], atol=1e-3)
+    alone = []
+    for box_xywh in boxes_xywh:
+        tracker = SiamFCTracker(model, TrackerSettings())
+        tracker.init(frames[0], box_xywh[None])
+        alone.append(tracker.update(frames[1])[0][0])
+    for mode, num_per_forward in (("fast", 2), ("fast", 5), ("fast", 32), ("parity", 1)):
+        monkeypatch.setattr(siamfc_tracker, "CPU_OBJECTS_PER_FORWARD", num_per_forward)
+        tracker = SiamFCTracker(model, TrackerSettings(mode=mode))
+        calls = []
+        features = tracker.model.features
+        monkeypatch.setattr(tracker.model, "features", lambda images: calls.append(len(images)) or features(images))  # noqa: B023
+        tracker.init(frames[0], boxes_xywh)
+        boxes = tracker.update(frames[1])[0]
+        groups = {1: [1] * 5, 2: [2, 2, 1], 5: [5], 32: [5]}[num_per_forward]
+        assert calls == groups + groups + [3 * num for num in groups]  # exemplars, first responses, three scales
+        np.testing.assert_allclose(boxes, np.stack(alone), atol=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

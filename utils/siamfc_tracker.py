@@ -23,17 +23,23 @@ from utils.frames import FrameSource
 from utils.siamfc import (
     EXEMPLAR_SIZE,
     INSTANCE_SIZE,
+    RESPONSE_SCALE,
     TOTAL_STRIDE,
+    AlexNetV1,
     SiamFC,
+    WinogradConv,
     box_center,
     context_side,
+    correlate_exemplars,
     crop_and_resize,
     fold_batch_norm,
     instance_side,
     mean_color,
 )
 
-FAST_OBJECTS_PER_FORWARD = 32  # bounds memory: 96 crops of 255 px, about 1 GB of features
+# Objects in one forward in mode fast. On a GPU, this many bound memory: 96 crops of 255 px, about 1 GB of features. On
+# a CPU, the features of more objects leave its caches, which costs more than one larger forward gains.
+GPU_OBJECTS_PER_FORWARD, CPU_OBJECTS_PER_FORWARD = 32, 2
 MAX_INSTANCE_SIDE = 2.0**20  # px; an object does not grow beyond this even without max_scale_change
 MIN_BOX_PX, MAX_BOX_PX = 0.01, 100_000  # of a first box: areas far beyond these leave the range of float32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -113,13 +119,18 @@ class SiamFCTracker:
         if precision != "fp32" and not self.is_fast:
             raise ValueError(f"precision is {precision}; tracker.mode=parity computes in fp32: set precision=fp32")
         self.dtype = DTYPES[precision]
+        self.device = next(model.parameters()).device
+        is_cpu = self.device.type == "cpu"
         if self.is_fast:
             self.model = fold_batch_norm(model).to(memory_format=torch.channels_last)
+            if is_cpu and self.dtype == torch.float32 and isinstance(self.model.backbone, AlexNetV1):
+                for block in (self.model.backbone.conv3, self.model.backbone.conv4):  # where it is faster
+                    block[0] = WinogradConv(block[0])
             self.model.backbone.to(self.dtype)
+            self.objects_per_forward = CPU_OBJECTS_PER_FORWARD if is_cpu else GPU_OBJECTS_PER_FORWARD
         else:
             self.model = copy.deepcopy(model).eval()
-        self.device = next(model.parameters()).device
-        self.objects_per_forward = FAST_OBJECTS_PER_FORWARD if self.is_fast else 1
+            self.objects_per_forward = 1
         exponents = np.linspace(-(settings.scale_num // 2), settings.scale_num // 2, settings.scale_num)
         self.scale_factors = settings.scale_step**exponents  # float64 (scale_num,)
         self.targets: list[Target] = []
@@ -193,9 +204,17 @@ class SiamFCTracker:
                 for factor in scale_factors
                 for target in targets
             ]
-            response = self.model.respond(z, self._features(instances))  # (K * N', 1, r, r)
+            x = self._features(instances)
+            response = self._respond(z, x)  # (K * N', 1, r, r)
             responses.append(response.reshape(len(scale_factors), len(targets), *response.shape[2:]).cpu().numpy())
         return np.concatenate(responses, axis=1)
+
+    def _respond(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Compare N' exemplars' features with K * N' instances': response logits (K * N', 1, r, r)."""
+        if not self.is_fast:
+            return self.model.respond(z, x)
+        response = correlate_exemplars(z, x) * RESPONSE_SCALE
+        return response if self.model.score_bias is None else response + self.model.score_bias
 
     def _find_peak(self, responses: np.ndarray) -> tuple[int, np.ndarray]:
         """Find the best scale and the movement in it.
@@ -207,17 +226,18 @@ class SiamFCTracker:
         """
         settings = self.settings
         enlarged_size = responses.shape[-1] * settings.response_up
-        enlarged = np.stack(
-            [cv2.resize(one, (enlarged_size, enlarged_size), interpolation=cv2.INTER_CUBIC) for one in responses]
-        )  # float32 (K, 272, 272)
+        enlarged = [
+            cv2.resize(one, (enlarged_size, enlarged_size), interpolation=cv2.INTER_CUBIC) for one in responses
+        ]  # K of float32 (272, 272)
+        peaks = np.array([one.max() for one in enlarged])  # float32 (K,)
         penalty = np.full(len(responses), settings.scale_penalty, np.float32)
         if self.is_fast:  # a peak below 0, as of a lost object or a score bias, would gain from a factor below 1
-            penalty[enlarged.max(axis=(1, 2)) < 0] = 1 / settings.scale_penalty
+            penalty[peaks < 0] = 1 / settings.scale_penalty
         penalty[len(responses) // 2] = 1
-        enlarged *= penalty[:, None, None]
-        scale_index = int(enlarged.max(axis=(1, 2)).argmax())
+        scale_index = int((peaks * penalty).argmax())  # a product's peak is the peak's product, bit for bit
 
         response = enlarged[scale_index]
+        response *= penalty[scale_index]
         response -= response.min()
         response /= response.sum() + np.float32(1e-16)
         response = np.float32(1 - settings.window_influence) * response + self.weighted_window  # float64
