@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from utils import siamfc
 from utils.siamfc import (
+    InPlaceBatchNorm,
     SiamFC,
     WinogradConv,
     balanced_weights,
@@ -160,6 +161,23 @@ def test_folding_batch_norm_keeps_the_values_and_the_model():
     images = torch.rand(1, 3, 143, 143) * 255
     with torch.no_grad():
         torch.testing.assert_close(folded.features(images), model.eval().features(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [1, 30, 61])
+def test_batch_norm_in_place_is_batch_norm_bit_for_bit(size, memory_format):
+    torch.manual_seed(0)
+    norm = torch.nn.BatchNorm2d(96, eps=1e-6, momentum=0.05).eval()
+    for values in (norm.weight.data, norm.bias.data, norm.running_mean):
+        values.normal_()
+    norm.running_var.uniform_(0.1, 9)
+    images = 50 * torch.randn(3, 96, size, size).to(memory_format=memory_format)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    with torch.inference_mode():
+        expected = norm(images)
+        found = InPlaceBatchNorm(norm)(images)
+    assert torch.equal(found, expected) and found.data_ptr() == images.data_ptr()
+    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
 
 
 @pytest.mark.parametrize("groups, c_in, c_out", [(1, 8, 12), (2, 12, 8)])

@@ -146,6 +146,23 @@ def fold_batch_norm(model: SiamFC) -> SiamFC:
     return folded
 
 
+class InPlaceBatchNorm(nn.Module):
+    """Batch norm of a network in eval mode on a CPU: PyTorch's own kernel, bit for bit, which overwrites its input.
+
+    A convolution's output of many MB needs no second buffer then, whose new pages take longer than the arithmetic.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        norm, unused = self.norm, images.new_empty(0)
+        statistics = norm.weight, norm.bias, norm.running_mean, norm.running_var
+        out = images, unused, unused.clone()
+        return torch.native_batch_norm(images, *statistics, False, norm.momentum, norm.eps, out=out)[0]
+
+
 # Winograd's F(4 x 4, 3 x 3): Lavin and Gray, arXiv:1509.09308.
 WINOGRAD_FROM_IMAGE = (
     (4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0),

@@ -26,6 +26,7 @@ from utils.siamfc import (
     RESPONSE_SCALE,
     TOTAL_STRIDE,
     AlexNetV1,
+    InPlaceBatchNorm,
     SiamFC,
     WinogradConv,
     box_center,
@@ -130,6 +131,9 @@ class SiamFCTracker:
             self.objects_per_forward = CPU_OBJECTS_PER_FORWARD if is_cpu else GPU_OBJECTS_PER_FORWARD
         else:
             self.model = copy.deepcopy(model).eval()
+            if is_cpu and isinstance(self.model.backbone, AlexNetV1):
+                for block in list(self.model.backbone.children())[:-1]:
+                    block[1] = InPlaceBatchNorm(block[1])
             self.objects_per_forward = 1
         exponents = np.linspace(-(settings.scale_num // 2), settings.scale_num // 2, settings.scale_num)
         self.scale_factors = settings.scale_step**exponents  # float64 (scale_num,)
