@@ -12,11 +12,9 @@ from utils import siamfc
 from utils.siamfc import (
     InPlaceBatchNorm,
     SiamFC,
-    WinogradConv,
     balanced_weights,
     box_center,
     context_side,
-    correlate_exemplars,
     crop_and_resize,
     cross_correlate,
     fold_batch_norm,
@@ -180,39 +178,8 @@ def test_batch_norm_in_place_is_batch_norm_bit_for_bit(size, memory_format):
     assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
 
 
-@pytest.mark.parametrize("groups, c_in, c_out", [(1, 8, 12), (2, 12, 8)])
-@pytest.mark.parametrize("height, width", [(3, 3), (12, 12), (28, 28), (9, 14)])  # tiles that fit, and that stand out
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_winograd_equals_the_convolution(groups, c_in, c_out, height, width, memory_format):
-    torch.manual_seed(0)
-    conv = torch.nn.Conv2d(c_in, c_out, 3, groups=groups)
-    images = 10 * torch.rand(2, c_in, height, width).to(memory_format=memory_format)
-    before = images.clone()
-    with torch.no_grad():
-        found, expected = WinogradConv(conv)(images), conv.double()(images.double())
-    assert found.shape == expected.shape and found.is_contiguous(memory_format=torch.channels_last)
-    assert (found - expected).abs().max() < 3e-5 * expected.abs().max() and torch.equal(images, before)
-
-
-@pytest.mark.parametrize("change", [{"stride": 2}, {"padding": 1}, {"dilation": 2}, {"kernel_size": 5}])
-def test_winograd_refuses_other_convolutions(change):
-    with pytest.raises(AssertionError, match="Conv2d"):
-        WinogradConv(torch.nn.Conv2d(4, 4, **({"kernel_size": 3} | change)))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # cross-correlation
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_exemplars, num_instances", [(1, 1), (1, 3), (3, 3), (2, 6)])
-def test_correlating_exemplars_by_products_equals_the_convolution(num_exemplars, num_instances, dtype):
-    torch.manual_seed(0)
-    z, x = torch.randn(num_exemplars, 16, 3, 2).to(dtype), torch.randn(num_instances, 16, 5, 7).to(dtype)
-    for x_in_memory in (x, x.to(memory_format=torch.channels_last)):
-        found = correlate_exemplars(z, x_in_memory)
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, cross_correlate(z, x), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("num_exemplars, num_instances", [(1, 1), (1, 3), (3, 3), (2, 6)])

@@ -11,7 +11,6 @@ arXiv:1606.09549; sizes, constants and rounding as in github.com/huanglianghua/s
 """
 
 import copy
-import math
 from pathlib import Path
 
 import cv2
@@ -118,22 +117,6 @@ def cross_correlate(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return response.reshape(len(x), 1, *response.shape[2:])
 
 
-def correlate_exemplars(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Compute what `cross_correlate` does, up to rounding, faster: few output channels suit convolutions badly.
-
-    Each of the exemplar's h * w feature vectors is multiplied with each of the instance's in one matrix product; what
-    belongs to one place of the exemplar in the instance is added up.
-    """
-    (num_exemplars, channels, h, w), (height, width) = z.shape, x.shape[2:]
-    x = x.float().permute(0, 2, 3, 1).reshape(-1, num_exemplars, height * width, channels)  # (K, B, H * W, C)
-    products = x @ z.float().reshape(num_exemplars, channels, h * w)  # (K, B, H * W, h * w)
-    products = products.view(-1, height, width, h, w)
-    size = products.shape[0], height - h + 1, width - w + 1, h, w
-    each, row, column, z_row, z_column = products.stride()
-    placed = products.as_strided(size, (each, row, column, row + z_row, column + z_column))  # [i, j, k, l]: i+k, j+l
-    return placed.sum((3, 4))[:, None]
-
-
 def fold_batch_norm(model: SiamFC) -> SiamFC:
     """Copy a model in eval mode with its batch norm merged into the convolutions: the same values up to rounding."""
     folded = copy.deepcopy(model).eval()
@@ -161,60 +144,6 @@ class InPlaceBatchNorm(nn.Module):
         statistics = norm.weight, norm.bias, norm.running_mean, norm.running_var
         out = images, unused, unused.clone()
         return torch.native_batch_norm(images, *statistics, False, norm.momentum, norm.eps, out=out)[0]
-
-
-# Winograd's F(4 x 4, 3 x 3): Lavin and Gray, arXiv:1509.09308.
-WINOGRAD_FROM_IMAGE = (
-    (4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0),
-    (0, -2, -1, 2, 1, 0), (0, 2, -1, -2, 1, 0), (0, 4, 0, -5, 0, 1),
-)  # fmt: skip
-WINOGRAD_FROM_KERNEL = (
-    (1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6),
-    (1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1),
-)  # fmt: skip
-WINOGRAD_TO_IMAGE = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
-
-
-class WinogradConv(nn.Module):
-    """A 3 x 3 convolution with a quarter of the multiplications: the same values up to rounding, for float32 on a CPU.
-
-    Tiles of 6 x 6 px that overlap by 2 are transformed, multiplied with the transformed kernel, and transformed back
-    into tiles of 4 x 4 px.
-
-    Args:
-        conv: 3 x 3, stride 1, without padding, with a bias; its weights are copied.
-    """
-
-    def __init__(self, conv: nn.Conv2d):
-        super().__init__()
-        assert (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (0, 0), (1, 1)), conv
-        self.groups = conv.groups
-        self.register_buffer("bias", conv.bias.detach().clone())
-        from_kernel = torch.tensor(WINOGRAD_FROM_KERNEL, dtype=torch.float64)  # (6, 3)
-        kernels = torch.einsum("ik,ockl,jl->ijoc", from_kernel, conv.weight.detach().double(), from_kernel)
-        kernels = kernels.reshape(-1, kernels.shape[3], 1, 1).float()  # (36 * C_out, C_in / groups, 1, 1)
-        self.register_buffer("kernels", kernels.contiguous(memory_format=torch.channels_last))
-        for name, matrix in (("from_image", WINOGRAD_FROM_IMAGE), ("to_image", WINOGRAD_TO_IMAGE)):
-            matrix = torch.tensor(matrix, dtype=torch.float32)
-            self.register_buffer(name, torch.kron(matrix, matrix))  # (36, 36) and (16, 36): of rows and columns at once
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Convolve: float32 (B, C_in, H, W) -> (B, C_out, H - 2, W - 2), channels_last in memory."""
-        (num_images, c_in), (height, width), c_out = images.shape[:2], images.shape[2:], len(self.bias)
-        rows, columns = math.ceil((height - 2) / 4), math.ceil((width - 2) / 4)  # of tiles
-        num_tiles = num_images * rows * columns
-        images = F.pad(images, (0, 4 * columns + 2 - width, 0, 4 * rows + 2 - height))
-        tiles = images.permute(0, 2, 3, 1).unfold(1, 6, 4).unfold(2, 6, 4)  # (B, rows, columns, C_in, 6, 6)
-        tiles = tiles.permute(0, 1, 2, 4, 5, 3).reshape(num_tiles, 36, c_in)
-        tiles = (self.from_image @ tiles).view(1, num_tiles, 1, 36 * c_in).permute(0, 3, 1, 2)
-        tiles = F.conv2d(tiles, self.kernels, groups=36 * self.groups)  # (1, 36 * C_out, tiles, 1)
-        tiles = self.to_image @ tiles.permute(0, 2, 3, 1).reshape(num_tiles, 36, c_out)  # (tiles, 16, C_out)
-        padded = (
-            tiles.view(num_images, rows, columns, 4, 4, c_out)
-            .transpose(2, 3)
-            .reshape(num_images, 4 * rows, 4 * columns, c_out)
-        )
-        return (padded[:, : height - 2, : width - 2] + self.bias).permute(0, 3, 1, 2)
 
 
 def load_siamfc(checkpoint_path: Path) -> SiamFC:

@@ -23,15 +23,12 @@ from utils.frames import FrameSource
 from utils.siamfc import (
     EXEMPLAR_SIZE,
     INSTANCE_SIZE,
-    RESPONSE_SCALE,
     TOTAL_STRIDE,
     AlexNetV1,
     InPlaceBatchNorm,
     SiamFC,
-    WinogradConv,
     box_center,
     context_side,
-    correlate_exemplars,
     crop_and_resize,
     fold_batch_norm,
     instance_side,
@@ -124,9 +121,6 @@ class SiamFCTracker:
         is_cpu = self.device.type == "cpu"
         if self.is_fast:
             self.model = fold_batch_norm(model).to(memory_format=torch.channels_last)
-            if is_cpu and self.dtype == torch.float32 and isinstance(self.model.backbone, AlexNetV1):
-                for block in (self.model.backbone.conv3, self.model.backbone.conv4):  # where it is faster
-                    block[0] = WinogradConv(block[0])
             self.model.backbone.to(self.dtype)
             self.objects_per_forward = CPU_OBJECTS_PER_FORWARD if is_cpu else GPU_OBJECTS_PER_FORWARD
         else:
@@ -208,17 +202,9 @@ class SiamFCTracker:
                 for factor in scale_factors
                 for target in targets
             ]
-            x = self._features(instances)
-            response = self._respond(z, x)  # (K * N', 1, r, r)
+            response = self.model.respond(z, self._features(instances))  # (K * N', 1, r, r)
             responses.append(response.reshape(len(scale_factors), len(targets), *response.shape[2:]).cpu().numpy())
         return np.concatenate(responses, axis=1)
-
-    def _respond(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Compare N' exemplars' features with K * N' instances': response logits (K * N', 1, r, r)."""
-        if not self.is_fast:
-            return self.model.respond(z, x)
-        response = correlate_exemplars(z, x) * RESPONSE_SCALE
-        return response if self.model.score_bias is None else response + self.model.score_bias
 
     def _find_peak(self, responses: np.ndarray) -> tuple[int, np.ndarray]:
         """Find the best scale and the movement in it.
