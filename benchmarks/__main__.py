@@ -1,6 +1,6 @@
 """Run the speed benchmarks, each in a process of its own, and print README's table of ratios.
 
-python -m benchmarks                       # all; on an otherwise idle machine
+python -m benchmarks                       # all, about half an hour on 2 cores; on an otherwise idle machine
 python -m benchmarks tracker start_up      # some
 python -m benchmarks "automatic_masks --model sam2.1_hiera_tiny"
 """
@@ -10,14 +10,20 @@ import subprocess
 import sys
 
 BENCHMARKS = (
-    "tracker", "pair_loading", "unet_training",
-    "automatic_masks", "automatic_masks --model sam2.1_hiera_tiny", "start_up",
+    "embedding_cache --model sam2.1_hiera_small", "embedding_cache --model sam2.1_hiera_small --fast-decoder",
+    "embedding_cache --model sam2.1_hiera_tiny", "embedding_cache --model sam2.1_hiera_tiny --fast-decoder",
+    "embedding_cache --model sam2_nano --image-size 256 --steps 30",
+    "embedding_cache --model sam2_nano --image-size 256 --steps 30 --fast-decoder",
+    "decoder_batching", "decoder_batching --model sam2_nano --image-size 256 --repeats 20",
+    "automatic_masks", "automatic_masks --fast-decoder",
+    "automatic_masks --model sam2.1_hiera_tiny", "automatic_masks --model sam2.1_hiera_tiny --fast-decoder",
+    "tracker", "pair_loading", "unet_training", "start_up",
 )  # fmt: skip
 
 
 def main() -> None:
     names = sys.argv[1:] or BENCHMARKS
-    rows = ["| benchmark | ratio | target | ours, s | plain, s | found equal |", "|---|---|---|---|---|---|"]
+    rows = ["| benchmark | ratio | aimed at | ours, s | plain, s | found equal |", "|---|---|---|---|---|---|"]
     for name in names:
         done = subprocess.run(
             [sys.executable, "-m", *f"benchmarks.{name}".split()], stdout=subprocess.PIPE, text=True, check=True

@@ -89,11 +89,11 @@ def main() -> None:
         peaks = {"ours_peak_mib": measure_peak(step_ours), "plain_peak_mib": measure_peak(step_plain)}
         ours_s, plain_s = time_in_turn(step_ours, step_plain, arguments.repeats)
         print_result(
-            f"decoder batching, {arguments.model}, {side} px, fast_decoder={str(model.fast_decoder).lower()}",
+            f"decoder batching, {arguments.model}, {side} px{', fast_decoder' * model.fast_decoder}",
             TARGET,
             ours_s,
             plain_s,
-            f"gradients of all parameters, {apart:.1e} of their norm apart; with ReLUs {with_relu:.1e}",
+            f"gradients, to {apart:.0e} of their norm; with ReLUs to {with_relu:.0e}",
             ours_objects_per_s=round(num_all / ours_s, 2),
             plain_objects_per_s=round(num_all / plain_s, 2),
             **peaks,

@@ -5,7 +5,8 @@ import pytest
 import torch
 from test_sam2_model import model_config
 
-from utils.fast_decoder import FORWARD_OBJECTS_ON_CPU, decode_fast, to_pixels
+from utils import fast_decoder
+from utils.fast_decoder import decode_fast, to_pixels
 from utils.sam2_model import FrozenMaps, build_sam2, decode, finish_embeddings, freeze_except, project_high_res
 
 UNSEEN = "cross_attn_token_to_image.k_proj.bias", "final_attn_token_to_image.k_proj.bias"  # no mask depends on them
@@ -102,9 +103,14 @@ def test_masks_and_gradients_are_those_of_sam2s_decoder(
         assert expected_gradients[name].abs().max() <= 1e-12 * largest
 
 
-def test_without_gradient_few_objects_at_a_time_give_the_same(model):
-    num_objects = 2 * FORWARD_OBJECTS_ON_CPU + 1
+@pytest.mark.parametrize("most_objects", [1, 3])
+def test_without_gradient_few_objects_at_a_time_give_the_same(model, most_objects, monkeypatch):
+    num_objects = 9
     image_index = torch.arange(num_objects) % 2  # of two images in turn
+    monkeypatch.setattr(fast_decoder, "CPU_TOKENS", most_objects * 6 * 6)
+    calls = []
+    decode_image = fast_decoder._decode_image
+    monkeypatch.setattr(fast_decoder, "_decode_image", lambda *args: calls.append(len(args[3])) or decode_image(*args))
     inputs = random_inputs(model, 2, num_objects, 2, has_masks=True)
     model.eval()
     with torch.no_grad():
@@ -112,6 +118,7 @@ def test_without_gradient_few_objects_at_a_time_give_the_same(model):
         found = run(model, inputs, image_index, True, fast=True)[0]
     for one, other in zip(found, expected, strict=True):
         assert_close(one, other)
+    assert calls == {1: [1] * 9, 3: [3, 2, 3, 1]}[most_objects]
 
 
 def test_an_object_gets_nothing_from_another_image(model):

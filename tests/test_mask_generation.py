@@ -56,6 +56,7 @@ class BlobModel(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.fast_decoder = False
         self.sam_prompt_encoder, self.sam_mask_decoder = BlobPrompts(), BlobDecoder()
 
     def forward_image(self, images):  # the real one's keys and shapes, with the picture itself as the features

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-FORWARD_OBJECTS_ON_CPU = 4  # at once, where no gradient is wanted: what they need then fits the caches
+CPU_TOKENS = 4 * 64 * 64  # image tokens at once where no gradient is wanted, 4 objects at 1024 px: they fit the caches
 
 
 def decode_fast(
@@ -51,12 +51,13 @@ def decode_fast(
             "use fast_decoder=false"
         )
     pixel_pe = to_pixels(model.sam_prompt_encoder.get_dense_pe())  # (1, N, C)
-    is_small = image_embeddings.device.type == "cpu" and not torch.is_grad_enabled()
+    most_objects = len(image_index)
+    if image_embeddings.device.type == "cpu" and not torch.is_grad_enabled():
+        most_objects = max(1, CPU_TOKENS // pixel_pe.shape[1])
     groups = []  # objects of one image that are decoded together
     for image in range(len(image_embeddings)):
         objects = (image_index == image).nonzero().squeeze(1)
-        groups += [(image, group) for group in objects.split(FORWARD_OBJECTS_ON_CPU if is_small else len(objects) or 1)]
-    groups = [(image, objects) for image, objects in groups if len(objects) > 0]
+        groups += [(image, group) for group in objects.split(most_objects) if len(group) > 0]
     parts = []
     for image, objects in groups:
         dense = dense_embeddings[:1] if is_dense_shared else dense_embeddings.index_select(0, objects)
@@ -198,7 +199,7 @@ def _add_from_tokens(
     v = _split_heads(attention.v_proj(token_values), heads)
     changes = v @ attention.out_proj.weight.unflatten(1, (heads, -1)).permute(1, 2, 0)  # (O, heads, T, C)
     changes = changes + attention.out_proj.bias / heads  # the weights of each head add up to 1
-    return torch.baddbmm(pixels.expand(num_objects, -1, -1), weights.transpose(1, 2), changes.flatten(1, 2))
+    return pixels + weights.transpose(1, 2) @ changes.flatten(1, 2)  # not baddbmm: autocast would round the pixels, too
 
 
 # ---------------------------------------------------------------------------------------------------------------------
