@@ -8,6 +8,7 @@
     python infer_sam2.py input=photo.jpg mode=prompts 'boxes=[[300,200,560,430],[10,20,90,80]]'
     python infer_sam2.py input=photos/ mode=prompts prompts_file=prompts.json
     python infer_sam2.py input=photos/ mode=prompts prompts_file=more.json cache=auto   # encode each picture once
+    python infer_sam2.py input=photos/ fast_decoder=true                         # the same masks up to rounding, sooner
 
 Inputs: pictures (8 or 16 bit), and a checkpoint: our best.pt, an official SAM 2 file, or nothing for the bundled one.
 prompts.json is a list of objects, each with at least one positive point, a box or a mask of the picture's size

@@ -4,6 +4,7 @@
     python train_sam2.py model=sam2.1_hiera_small data=label_map data.root=/my/dataset
     python train_sam2.py check=true data=coco data.root=/my/coco   # look at a dataset and stop
     python train_sam2.py cache=auto model=sam2.1_hiera_small ...   # encode each picture once, for all runs to come
+    python train_sam2.py fast_decoder=true                         # the same masks and gradients up to rounding, sooner
     python train_sam2.py train.steps=0 model.checkpoint=best.pt    # evaluate and stop
     python train_sam2.py resume=outputs/train_sam2/<run>           # continue a killed run, exactly
     python train_sam2.py --cfg job                                 # print every knob with its value

@@ -23,6 +23,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -70,16 +71,17 @@ def main() -> None:
     if not is_nano:
         settings = choose_thresholds(model, image_rgb, settings)
     model.fast_decoder = arguments.fast_decoder  # sam2's generator calls its own decoder
+    generate = {way: make(model, settings) for way, make in WAYS.items()}
     masks = {}
 
     def run(way: str) -> None:
-        masks[way] = WAYS[way](model, image_rgb, settings)
+        masks[way] = generate[way](image_rgb)
 
     ours_s, plain_s = time_in_turn(lambda: run("ours"), lambda: run("plain"), arguments.repeats)
     checked = compare_masks(masks["ours"], masks["plain"])
     if is_nano:  # a few masks pass its own thresholds; with these some hundred
         many = replace(settings, crop_n_layers=0, pred_iou_thresh=0.3, stability_score_thresh=0.2, box_nms_thresh=0.95)
-        ours, plain = (WAYS[way](model, image_rgb, many) for way in ("ours", "plain"))
+        ours, plain = (WAYS[way](model, many)(image_rgb) for way in ("ours", "plain"))
         checked += "; with lower thresholds: " + compare_masks(ours, plain)
     peaks = {way: run_memory_child(arguments, settings, way) for way in WAYS} if has_peak_memory() else None
     checked += f"; memory {peaks['ours'] / peaks['plain']:.3f} of theirs (aimed at: {MEMORY_TARGET})" if peaks else ""
@@ -141,12 +143,13 @@ def choose_thresholds(model: torch.nn.Module, image_rgb: np.ndarray, settings: A
 # both ways, their memory, and what they found
 
 
-def generate_ours(model: torch.nn.Module, image_rgb: np.ndarray, settings: AutomaticSettings) -> list[dict]:
-    return generate_masks(model, image_rgb, settings).annotations
+def make_ours(model: torch.nn.Module, settings: AutomaticSettings) -> Callable[[np.ndarray], list[dict]]:
+    """Make the function from a picture uint8 (H, W, 3) to annotations."""
+    return lambda image_rgb: generate_masks(model, image_rgb, settings).annotations
 
 
-def generate_plainly(model: torch.nn.Module, image_rgb: np.ndarray, settings: AutomaticSettings) -> list[dict]:
-    """Generate with SAM 2's own generator, which is made anew each time: that takes no time."""
+def make_plain(model: torch.nn.Module, settings: AutomaticSettings) -> Callable[[np.ndarray], list[dict]]:
+    """Make the same function of SAM 2's own generator."""
     from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 
     keywords = asdict(settings)
@@ -156,19 +159,18 @@ def generate_plainly(model: torch.nn.Module, image_rgb: np.ndarray, settings: Au
         generator = SAM2AutomaticMaskGenerator(model, output_mode="coco_rle", **keywords)
     side = model.image_size
     generator.predictor._bb_feat_sizes = [(side // stride, side // stride) for stride in (4, 8, 16)]  # else 1024 px
-    return generator.generate(image_rgb)
+    return generator.generate
 
 
-WAYS = {"ours": generate_ours, "plain": generate_plainly}
+WAYS = {"ours": make_ours, "plain": make_plain}
 
 
 def measure_memory(model: torch.nn.Module, image_rgb: np.ndarray, settings: AutomaticSettings, way: str) -> int:
     """Measure the peak of resident memory of one way in this process, MiB above what is resident before it."""
-    import sam2.automatic_mask_generator  # noqa: F401  (importing is no part of it)
-
+    generate = WAYS[way](model, settings)
     reset_peak_memory()
     before = read_peak_memory()
-    WAYS[way](model, image_rgb, settings)
+    generate(image_rgb)
     return read_peak_memory() - before
 
 

@@ -1,7 +1,6 @@
 """What the speed benchmarks share: time ours and a plain reference in turn, in one warm process; print a JSON line."""
 
 import json
-import resource
 import statistics
 import sys
 import time
@@ -21,15 +20,17 @@ def time_in_turn(ours: Callable[[], object], plain: Callable[[], object], repeat
     return statistics.median(times_s[ours]), statistics.median(times_s[plain])
 
 
-def print_result(name: str, target: float, ours_s: float, plain_s: float, checked: str, **more) -> None:
+def print_result(name: str, target: float | None, ours_s: float, plain_s: float, checked: str, **more) -> None:
     """Print one benchmark as a JSON line.
 
     Args:
         name: what was compared.
-        target: the ratio aimed at, plain_s / ours_s.
+        target: the ratio aimed at, plain_s / ours_s; None: none.
         checked: what was found equal in this run.
         more: further numbers.
     """
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     record = {"name": name, "ratio": round(plain_s / ours_s, 2), "target": target, "ours_s": round(ours_s, 4)}
     record |= {"plain_s": round(plain_s, 4), "peak_memory_gb": round(peak, 2), "checked_equal": checked}

@@ -4,7 +4,7 @@
 
 The plain tracker is `benchmarks.plain_siamfc.PlainTracker` around the same network in PyTorch's default layout. All
 track the same frames, a block of an init and eight updates each in turn. Ratios are of updates alone; with the init,
-which here searches the first frame too for its score, and plainly does not, they are ratio_with_init. End to end is
+which here searches the first frame too for its score, and plainly does not, they are printed beside. End to end is
 from JPEG files to an overlay video: plainly frame by frame, here with frames decoded ahead.
 """
 
@@ -92,8 +92,8 @@ def compare_updates(model: SiamFC, size: str) -> None:
             assert distance_px == 0, distance_px
         init_s, ours_s = times_s[name]
         with_init = (plain_init_s + NUM_FRAMES * plain_s) / (init_s + NUM_FRAMES * ours_s)
-        checked = f"boxes of {NUM_FRAMES} frames: largest difference {distance_px:.3f} px"
-        more = {"ratio_with_init": round(with_init, 2), "ours_frames_per_s": round(1 / ours_s, 1)}
+        checked = f"boxes, to {distance_px:.3f} px; the ratio with init is {with_init:.2f}"
+        more = {"ours_frames_per_s": round(1 / ours_s, 1)}
         print_result(f"tracker {name}, {size}", target, ours_s, plain_s, checked, **more)
 
 
@@ -114,7 +114,7 @@ def compare_objects(model: SiamFC, size: str) -> None:
         "together": (lambda frame: together.init(frame, boxes_xywh), lambda frame: together.update(frame)[0]),
     }
     boxes, times_s = time_blocks(trackers, frames, OBJECTS_REPEATS)
-    checked = f"boxes: largest difference {np.abs(boxes['together'] - boxes['alone']).max():.4f} px"
+    checked = f"boxes, to {np.abs(boxes['together'] - boxes['alone']).max():.4f} px"
     ours_s, alone_s = times_s["together"][1], times_s["alone"][1]
     print_result(f"tracker, {NUM_OBJECTS} objects at once, {size}", 1.1, ours_s, alone_s, checked)
 

@@ -112,6 +112,19 @@ def plan_tiny(model, folder, root, stored="fp16", is_projected=False, flips=(Fal
 # entries
 
 
+@pytest.mark.parametrize("is_projected", [False, True])
+def test_entries_do_not_depend_on_the_decoder(is_projected, root, tmp_path):
+    """A run with fast_decoder=true must leave nothing behind that another run would not have written."""
+    files = []
+    for fast in (False, True):
+        model = build_tiny()
+        model.fast_decoder = fast
+        plan = plan_tiny(model, tmp_path / str(fast), root, "fp32", is_projected)
+        fill_cache(model, plan, "fp32")
+        files.append(list_files(tmp_path / str(fast)))
+    assert files[0] == files[1] and len(files[0]) > 4
+
+
 @pytest.mark.parametrize("name", ["sam2_nano", "sam2.1_hiera_tiny"])
 @pytest.mark.parametrize("is_projected", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -456,7 +469,7 @@ def test_run_from_before_the_cache_resumes_without(root, tmp_path, quick, monkey
     config = tiny_config(root, "train.steps=1")
     train_in(tmp_path / "old", config)
     state = load_checkpoint(tmp_path / "old" / "last.pt")
-    del state["config"]["cache"], state["config"]["cache_precision"]
+    del state["config"]["cache"], state["config"]["cache_precision"], state["config"]["fast_decoder"]
     save_checkpoint(tmp_path / "old" / "last.pt", state)
     status, output = run_main(monkeypatch, capfd, tmp_path / "new", f"resume={tmp_path / 'old'}", "train.steps=2")
     assert status == 0 and "cache:" not in output

@@ -1,6 +1,5 @@
 """utils/fast_decoder.py: the same function as sam2's own MaskDecoder, in values and gradients, in float64 to 1e-9."""
 
-import numpy as np
 import pytest
 import torch
 from test_sam2_model import model_config
@@ -107,7 +106,7 @@ def test_masks_and_gradients_are_those_of_sam2s_decoder(
 def test_without_gradient_few_objects_at_a_time_give_the_same(model, most_objects, monkeypatch):
     num_objects = 9
     image_index = torch.arange(num_objects) % 2  # of two images in turn
-    monkeypatch.setattr(fast_decoder, "CPU_TOKENS", most_objects * 6 * 6)
+    monkeypatch.setattr(fast_decoder, "PIXELS_ON_CPU", most_objects * 6 * 6)
     calls = []
     decode_image = fast_decoder._decode_image
     monkeypatch.setattr(fast_decoder, "_decode_image", lambda *args: calls.append(len(args[3])) or decode_image(*args))
@@ -141,13 +140,11 @@ def test_fine_maps_through_one_convolution_are_those_through_two(model):
     seen = []
     for fast in (False, True):
         model.zero_grad(set_to_none=True)
-        model.fast_decoder = fast
-        projected = project_high_res(model, maps)
+        projected = project_high_res(model, maps, at_once=fast)
         (projected.stride_4.sin().sum() + projected.stride_8.sin().sum()).backward()
         decoder = model.sam_mask_decoder
         parameters = [*decoder.conv_s0.parameters(), *decoder.conv_s1.parameters()]
         seen.append([projected.stride_4, projected.stride_8, *(parameter.grad for parameter in parameters)])
-    model.fast_decoder = True
     for expected, found in zip(*seen, strict=True):
         assert_close(found, expected)
 
@@ -155,7 +152,9 @@ def test_fine_maps_through_one_convolution_are_those_through_two(model):
 def test_a_decoder_of_another_kind_is_refused(model, monkeypatch):
     inputs = random_inputs(model, 1, 1, 2, has_masks=False)
     monkeypatch.setattr(model.sam_mask_decoder, "pred_obj_scores", False)
-    with pytest.raises(ValueError, match="no high-resolution features or no object scores.*fast_decoder=false"):
+    with pytest.raises(
+        ValueError, match="lacks high-resolution features, object scores or four masks.*fast_decoder=false"
+    ):
         run(model, inputs, torch.tensor([0]), True, fast=True)
 
 
@@ -185,4 +184,4 @@ def test_decode_uses_it_where_the_model_says_so(precision, has_mask):
     for one, official, truth in zip(outputs[1], outputs[0], exact, strict=True):
         limit = 1e-5 * truth.abs().max() if precision is None else 2 * (official.float() - truth).abs().max()
         assert (one.float() - truth).abs().max() <= limit
-    assert not np.array_equal(outputs[1][0], outputs[0][0])  # it is another way: it rounds differently
+    assert not torch.equal(outputs[1][0], outputs[0][0])  # it is another way: it rounds differently

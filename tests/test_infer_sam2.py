@@ -235,7 +235,7 @@ def test_fast_decoder_finds_the_same_masks(folder, tmp_path, mode, monkeypatch):
     assert not calls
     fast = run(folder, tmp_path / "fast", f"input={folder / 'photo.png'}", *mode, "fast_decoder=true")
     assert calls
-    np.testing.assert_array_equal(fast[1]["photo"], exact[1]["photo"])
+    assert (fast[1]["photo"] != exact[1]["photo"]).mean() < 1e-3
     found, expected = masks_of(fast[0]["photo"]), masks_of(exact[0]["photo"])
     assert len(found) == len(expected) >= 1
     for one, other in zip(found, expected, strict=True):

@@ -14,7 +14,6 @@ from omegaconf import OmegaConf
 from pycocotools import mask as coco_mask
 from torch import nn
 
-from benchmarks.automatic_masks import compare_masks
 from utils import mask_generation
 from utils.images import mask_to_rle, rle_to_mask
 from utils.mask_generation import (
@@ -206,10 +205,23 @@ def test_a_cpu_decodes_few_points_at_once_and_finds_the_same(monkeypatch):
         return decode(*arguments, image_index=image_index, **keywords)
 
     monkeypatch.setattr(mask_generation, "decode", record)
-    monkeypatch.setattr(mask_generation, "CPU_TOKENS", 5 * 8 * 8)  # 5 points: BlobModel has 8 x 8 tokens
-    few = generate_masks(BlobModel(), image_rgb, AutomaticSettings(points_per_side=8))
-    assert max(num_points) == 5 and sum(num_points) == 64
+    monkeypatch.setattr(mask_generation, "PIXELS_ON_CPU", 10 * 8 * 8)  # 10 points: BlobModel has 8 x 8 pixels
+    few = generate_masks(BlobModel(), image_rgb, AutomaticSettings(points_per_side=8, points_per_batch=33))
+    assert num_points == [11, 11, 11, 11, 10, 10]
     assert few.annotations == together.annotations and few.annotations
+
+
+@pytest.mark.parametrize("image_size, points_per_side", [(256, 9), (1280, 5)])
+def test_parts_of_a_batch_give_its_masks_bit_for_bit(image_size, points_per_side, monkeypatch):
+    """With the real decoder, which rounds by the number of points where they are few."""
+    config = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "model" / "sam2_nano.yaml"))
+    model = build_sam2(**config | {"image_size": image_size}, device="cpu")
+    settings = AutomaticSettings(points_per_side=points_per_side, pred_iou_thresh=0.1, stability_score_thresh=0.1)
+    found = []
+    for pixels in (1, 2**40):
+        monkeypatch.setattr(mask_generation, "PIXELS_ON_CPU", pixels)
+        found.append(generate_masks(model, smooth_image(100, 120), settings).annotations)
+    assert found[0] == found[1] and found[0]
 
 
 def test_nothing_found_is_an_empty_list():
@@ -255,6 +267,8 @@ def smallest_region(annotation):
 
 
 def test_the_benchmark_counts_masks_without_a_partner_as_zero():
+    from benchmarks.automatic_masks import compare_masks
+
     squares = []
     for x in range(10):
         mask = np.zeros((20, 220), bool)

@@ -1,14 +1,17 @@
 """SAM 2's mask decoder computed in another order, on its own weights: the same masks and gradients, less work.
 
 `decode` of utils/sam2_model.py runs sam2's own MaskDecoder; with fast_decoder=true it runs `decode_fast`. In exact
-arithmetic both are the same function. In float they round differently, 1e-6 of the largest logit, hence the switch.
+arithmetic both are the same function. In float32 they round differently, by 1e-6 of the largest logit, hence the
+switch; a gradient can jump where rounding moves a unit of an MLP across its ReLU's kink. Measured on CPUs only: on a
+GPU, images are decoded one after another, and no fused attention kernel is used.
 What is saved, for O objects of one image with T tokens each (8 for one click), N = (S/16)**2 pixels and C channels:
 
 * Until the first layer has written to them, an image's pixels are the same for all its objects (without mask prompts):
   they are kept once, not O times.
 * A few tokens attend to thousands of pixels. sam2 projects every pixel, then compares it with every token; here the
   projection is applied to the tokens instead, q.(W k) = (W'q).k, and to the weighted mean of the pixels, sum(a W v) =
-  W sum(a v). A pair of attentions then costs 4 heads T N C multiplications for each object instead of 2 N C C.
+  W sum(a v). A pair of attentions then costs 4 heads T N C multiplications for each object instead of 2 N C C: half of
+  them for one click and C = 256, as many for nine clicks, or for one with C = 128.
 * Upscaling by transposed convolutions of kernel and stride 2 is a matrix product for each pixel. The pixels stay in
   (pixel, channel) order to the end, and only the finished masks are put in image order.
 """
@@ -17,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-CPU_TOKENS = 4 * 64 * 64  # image tokens at once where no gradient is wanted, 4 objects at 1024 px: they fit the caches
+# Pixels decoded at once on a CPU where no gradient is wanted, 4 objects at 1024 px: what they need fits the caches.
+PIXELS_ON_CPU = 4 * 64 * 64
 
 
 def decode_fast(
@@ -45,19 +49,21 @@ def decode_fast(
     Source: sam2.modeling.sam.mask_decoder.MaskDecoder, whose function this is.
     """
     decoder = model.sam_mask_decoder
-    if not (decoder.use_high_res_features and decoder.pred_obj_scores):
+    if not (decoder.use_high_res_features and decoder.pred_obj_scores and decoder.num_mask_tokens == 4):
         raise ValueError(
-            "the decoder has no high-resolution features or no object scores, which all configs of SAM 2 have; "
+            "the decoder lacks high-resolution features, object scores or four masks, which all configs of SAM 2 have; "
             "use fast_decoder=false"
         )
     pixel_pe = to_pixels(model.sam_prompt_encoder.get_dense_pe())  # (1, N, C)
     most_objects = len(image_index)
     if image_embeddings.device.type == "cpu" and not torch.is_grad_enabled():
-        most_objects = max(1, CPU_TOKENS // pixel_pe.shape[1])
+        most_objects = max(1, PIXELS_ON_CPU // pixel_pe.shape[1])
     groups = []  # objects of one image that are decoded together
     for image in range(len(image_embeddings)):
         objects = (image_index == image).nonzero().squeeze(1)
         groups += [(image, group) for group in objects.split(most_objects) if len(group) > 0]
+    order = torch.cat([objects for _, objects in groups])  # the objects as they are decoded
+    assert len(order) == len(image_index), (image_index, len(image_embeddings))
     parts = []
     for image, objects in groups:
         dense = dense_embeddings[:1] if is_dense_shared else dense_embeddings.index_select(0, objects)
@@ -70,20 +76,20 @@ def decode_fast(
                 pixel_pe,
             )
         )
-    masks, iou_predictions, object_score_logits = (torch.cat(values) for values in zip(*parts, strict=True))
-    order = torch.cat([objects for _, objects in groups])  # parts[place] is object order[place]
+    low_res_masks, iou_predictions, object_score_logits = (torch.cat(values) for values in zip(*parts, strict=True))
     if not torch.equal(order, torch.arange(len(order), device=order.device)):
         places = order.argsort()
-        masks, iou_predictions = masks.index_select(0, places), iou_predictions.index_select(0, places)
+        low_res_masks = low_res_masks.index_select(0, places)
+        iou_predictions = iou_predictions.index_select(0, places)
         object_score_logits = object_score_logits.index_select(0, places)
 
     if multimask_output:
-        masks, iou_predictions = masks[:, 1:], iou_predictions[:, 1:]
+        low_res_masks, iou_predictions = low_res_masks[:, 1:], iou_predictions[:, 1:]
     elif decoder.dynamic_multimask_via_stability and not decoder.training:
-        masks, iou_predictions = decoder._dynamic_multimask_via_stability(masks, iou_predictions)
+        low_res_masks, iou_predictions = decoder._dynamic_multimask_via_stability(low_res_masks, iou_predictions)
     else:
-        masks, iou_predictions = masks[:, :1], iou_predictions[:, :1]
-    return masks, iou_predictions, object_score_logits
+        low_res_masks, iou_predictions = low_res_masks[:, :1], iou_predictions[:, :1]
+    return low_res_masks, iou_predictions, object_score_logits
 
 
 def _decode_image(
@@ -101,7 +107,7 @@ def _decode_image(
         sparse_embeddings: (O, T', C).
         pixel_pe: (1, N, C).
     Returns:
-        masks (O, 4, S/4, S/4), iou_predictions (O, 4), object_score_logits (O, 1).
+        low_res_masks (O, 4, S/4, S/4), iou_predictions (O, 4), object_score_logits (O, 1).
     """
     num_objects = len(sparse_embeddings)
     own_tokens = torch.cat([decoder.obj_score_token.weight, decoder.iou_token.weight, decoder.mask_tokens.weight])
@@ -112,11 +118,11 @@ def _decode_image(
     mask_tokens = tokens[:, 2:6].unbind(1)
     mlps = decoder.output_hypernetworks_mlps
     kernels = torch.stack([mlp(token) for mlp, token in zip(mlps, mask_tokens, strict=True)], dim=1)  # (O, 4, C/8)
-    masks = kernels @ features.transpose(1, 2)  # (O, 4, 16 N)
+    logits = kernels @ features.transpose(1, 2)  # (O, 4, 16 N)
     height, width = embeddings.shape[-2:]
-    masks = masks.reshape(num_objects, 4, height, width, 2, 2, 2, 2)  # two levels of (row, column) inside a pixel
-    masks = masks.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(num_objects, 4, 4 * height, 4 * width)
-    return masks, decoder.iou_prediction_head(tokens[:, 1]), decoder.pred_obj_score_head(tokens[:, 0])
+    logits = logits.reshape(num_objects, 4, height, width, 2, 2, 2, 2)  # two levels of (row, column) inside a pixel
+    low_res_masks = logits.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(num_objects, 4, 4 * height, 4 * width)
+    return low_res_masks, decoder.iou_prediction_head(tokens[:, 1]), decoder.pred_obj_score_head(tokens[:, 0])
 
 
 def to_pixels(maps: torch.Tensor) -> torch.Tensor:
@@ -164,7 +170,7 @@ def _attend_to_pixels(
     heads = attention.num_heads
     q = _split_heads(attention.q_proj(queries), heads)  # (O, heads, T, D)
     q = q * q.shape[-1] ** -0.5
-    # k_proj's bias would add the same to all pixels of a row, which the softmax takes away again
+    # k_proj's bias would add the same to all pixels of a row, which the softmax takes away again: it gets no gradient
     probes = q @ attention.k_proj.weight.unflatten(0, (heads, -1))  # (O, heads, T, C)
     scores = probes.reshape(len(keys), -1, num_channels) @ keys.transpose(1, 2)  # (G, O/G * heads * T, N)
     seen = (scores.softmax(2) @ values).reshape(num_objects, heads, num_tokens, num_channels)

@@ -27,9 +27,9 @@ from utils.sam2_model import Embeddings, decode, encode, preprocess, scale_point
 
 CROP_EDGE_TOLERANCE_PX = 20  # a box this close to an edge of its crop, but not of the image, is a mask cut off there
 CHUNK_PIXELS = 64 * 1024**2  # full-size logits held at once on a GPU: 256 MB
-# Image tokens decoded at once on a CPU, 8 points of 64 x 64: an eighth of the memory of 64 points, and less time, as
-# the system hands out the pages of large tensors anew. Fewer points than 8 were seen to round differently.
-CPU_TOKENS = 8 * 64 * 64
+# Pixels of embeddings decoded at once on a CPU, 8 points at 1024 px: an eighth of the memory of 64 points, and less
+# time, as the system hands out the pages of large tensors anew. Fewer points at once were seen to round differently.
+PIXELS_ON_CPU, FEWEST_POINTS = 8 * 64 * 64, 8
 MOST_THREADS = 8  # a mask at full size for each
 ROUNDING = 1e-4  # a share of the largest logit, and of a stability, by which no computation of it is off
 
@@ -151,11 +151,14 @@ def find_candidates(
         Candidates, in the order of the points.
     """
     points = torch.as_tensor(point_coords, dtype=torch.float32, device=model.device)  # (P, 2)
-    points_per_batch = settings.points_per_batch
+    points_of_batches = points.split(settings.points_per_batch)
     if model.device.type == "cpu":
-        points_per_batch = min(points_per_batch, max(1, CPU_TOKENS // embeddings.image_embeddings[0, 0].numel()))
+        at_once = max(FEWEST_POINTS, PIXELS_ON_CPU // embeddings.image_embeddings[0, 0].numel())
+        points_of_batches = [
+            part for batch in points_of_batches for part in batch.tensor_split(max(1, len(batch) // at_once))
+        ]
     batches = []
-    for batch_points in points.split(points_per_batch):
+    for batch_points in points_of_batches:
         num_points = len(batch_points)
         low_res_masks, iou_predictions, _ = decode(
             model,

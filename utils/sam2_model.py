@@ -90,7 +90,8 @@ def encode(model: nn.Module, images: torch.Tensor) -> Embeddings:
         model: from `build_sam2`.
         images: (B, 3, S, S), S = model.image_size.
     Returns:
-        Embeddings of the B images; bit for bit `finish_embeddings(model, encode_frozen(model, images))`.
+        Embeddings of the B images; bit for bit `finish_embeddings(model, encode_frozen(model, images))`, unless
+        `model.fast_decoder` lets the latter round differently.
     """
     assert images.shape[-2:] == (model.image_size, model.image_size), (images.shape, model.image_size)
     stride_4, stride_8, stride_16 = model.forward_image(images)["backbone_fpn"]  # conv_s0 and conv_s1 are applied there
@@ -131,25 +132,31 @@ def encode_frozen(model: nn.Module, images: torch.Tensor) -> FrozenMaps:
     return FrozenMaps(stride_4, stride_8, neck.convs[1](stride_16) + top_down, is_projected=False)
 
 
-def project_high_res(model: nn.Module, maps: FrozenMaps) -> FrozenMaps:
+def project_high_res(model: nn.Module, maps: FrozenMaps, at_once: bool = False) -> FrozenMaps:
     """Bring the two fine maps through the neck's lateral convolutions, then conv_s0 and conv_s1.
 
-    With `model.fast_decoder` each pair is one convolution, since both are of one pixel: it rounds differently.
+    Args:
+        maps: of `encode_frozen`, not projected.
+        at_once: make one convolution of each two, since both are of one pixel: less work, and it rounds differently.
+    Returns:
+        FrozenMaps, projected.
     """
     assert not maps.is_projected
     lateral_convs, decoder = model.image_encoder.neck.convs, model.sam_mask_decoder
-    project = _convolve_once if model.fast_decoder else _convolve_twice
+    project = _convolve_at_once if at_once else _convolve_twice
     stride_4 = project(maps.stride_4, lateral_convs[3].conv, decoder.conv_s0)  # (B, C/8, S/4, S/4)
     stride_8 = project(maps.stride_8, lateral_convs[2].conv, decoder.conv_s1)  # (B, C/4, S/8, S/8)
     return FrozenMaps(stride_4, stride_8, maps.stride_16, is_projected=True)
 
 
 def _convolve_twice(maps: torch.Tensor, first: nn.Conv2d, second: nn.Conv2d) -> torch.Tensor:
+    """Apply two convolutions: (B, C, h, w) -> (B, C'', h, w)."""
     return second(first(maps))
 
 
-def _convolve_once(maps: torch.Tensor, first: nn.Conv2d, second: nn.Conv2d) -> torch.Tensor:
-    """Apply two 1 x 1 convolutions as one: an eighth of the multiplications in hiera_tiny."""
+def _convolve_at_once(maps: torch.Tensor, first: nn.Conv2d, second: nn.Conv2d) -> torch.Tensor:
+    """Apply two 1 x 1 convolutions as one, an eighth of the multiplications in hiera_tiny: as `_convolve_twice`."""
+    assert first.kernel_size == second.kernel_size == (1, 1), (first, second)
     weight = second.weight[:, :, 0, 0] @ first.weight[:, :, 0, 0]  # (C'', C)
     bias = second.weight[:, :, 0, 0] @ first.bias + second.bias
     return F.conv2d(maps, weight[:, :, None, None], bias)
@@ -157,10 +164,10 @@ def _convolve_once(maps: torch.Tensor, first: nn.Conv2d, second: nn.Conv2d) -> t
 
 def finish_embeddings(model: nn.Module, maps: FrozenMaps) -> Embeddings:
     """Turn what a frozen image encoder computed into embeddings, with all that trains by default: conv_s0, conv_s1 and
-    no_mem_embed.
+    no_mem_embed. Maps that are not projected are, and at once with `model.fast_decoder`.
     """
     if not maps.is_projected:
-        maps = project_high_res(model, maps)
+        maps = project_high_res(model, maps, at_once=model.fast_decoder)
     stride_16 = maps.stride_16
     if model.directly_add_no_mem_embed:  # "no memory of earlier frames": still images
         stride_16 = stride_16 + model.no_mem_embed.view(1, -1, 1, 1)
@@ -179,6 +186,7 @@ def decode(
     """Predict the masks of O prompted objects, each on its own image's embeddings.
 
     Args:
+        model: from `build_sam2`, which sets `model.fast_decoder`.
         image_index: int64 (O,), which of the B images each object lies in.
         point_coords: float (O, P, 2), (x, y) pixels of the S x S frame; a box is two points (its corners) put first.
         point_labels: int (O, P), 1 foreground, 0 background, 2 and 3 box corners.

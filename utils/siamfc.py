@@ -129,10 +129,21 @@ def fold_batch_norm(model: SiamFC) -> SiamFC:
     return folded
 
 
+def normalize_in_place(model: SiamFC) -> SiamFC:
+    """Copy a model in eval mode with its batch norm made `InPlaceBatchNorm`: the same values, bit for bit."""
+    copied = copy.deepcopy(model).eval()
+    for block in copied.backbone.children():
+        layers = list(block.children())
+        if len(layers) > 1 and isinstance(layers[1], nn.BatchNorm2d):
+            block[1] = InPlaceBatchNorm(layers[1])
+    return copied
+
+
 class InPlaceBatchNorm(nn.Module):
     """Batch norm of a network in eval mode on a CPU: PyTorch's own kernel, bit for bit, which overwrites its input.
 
-    A convolution's output of many MB needs no second buffer then, whose new pages take longer than the arithmetic.
+    A convolution's output of many MB needs no second buffer then, whose new pages take longer than the arithmetic. For
+    use without gradients: PyTorch refuses it with them.
     """
 
     def __init__(self, norm: nn.BatchNorm2d):

@@ -24,8 +24,6 @@ from utils.siamfc import (
     EXEMPLAR_SIZE,
     INSTANCE_SIZE,
     TOTAL_STRIDE,
-    AlexNetV1,
-    InPlaceBatchNorm,
     SiamFC,
     box_center,
     context_side,
@@ -33,11 +31,12 @@ from utils.siamfc import (
     fold_batch_norm,
     instance_side,
     mean_color,
+    normalize_in_place,
 )
 
 # Objects in one forward in mode fast. On a GPU, this many bound memory: 96 crops of 255 px, about 1 GB of features. On
-# a CPU, the features of more objects leave its caches, which costs more than one larger forward gains.
-GPU_OBJECTS_PER_FORWARD, CPU_OBJECTS_PER_FORWARD = 32, 2
+# a CPU, the features of more than one leave its caches, which costs more than a larger forward gains.
+GPU_OBJECTS_PER_FORWARD, CPU_OBJECTS_PER_FORWARD = 32, 1
 MAX_INSTANCE_SIDE = 2.0**20  # px; an object does not grow beyond this even without max_scale_change
 MIN_BOX_PX, MAX_BOX_PX = 0.01, 100_000  # of a first box: areas far beyond these leave the range of float32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -124,10 +123,7 @@ class SiamFCTracker:
             self.model.backbone.to(self.dtype)
             self.objects_per_forward = CPU_OBJECTS_PER_FORWARD if is_cpu else GPU_OBJECTS_PER_FORWARD
         else:
-            self.model = copy.deepcopy(model).eval()
-            if is_cpu and isinstance(self.model.backbone, AlexNetV1):
-                for block in list(self.model.backbone.children())[:-1]:
-                    block[1] = InPlaceBatchNorm(block[1])
+            self.model = normalize_in_place(model) if is_cpu else copy.deepcopy(model).eval()
             self.objects_per_forward = 1
         exponents = np.linspace(-(settings.scale_num // 2), settings.scale_num // 2, settings.scale_num)
         self.scale_factors = settings.scale_step**exponents  # float64 (scale_num,)
