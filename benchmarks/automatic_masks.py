@@ -31,8 +31,15 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-from benchmarks.embedding_cache import has_peak_memory, read_config, read_peak_memory, reset_peak_memory
-from benchmarks.measure import print_result, time_in_turn
+from benchmarks.measure import (
+    CPU,
+    has_peak_memory,
+    print_result,
+    read_config,
+    read_peak_memory,
+    reset_peak_memory,
+    time_in_turn,
+)
 from utils.images import read_image
 from utils.mask_generation import AutomaticSettings, find_candidates, generate_masks, make_point_grid
 from utils.run import seed_everything
@@ -44,7 +51,6 @@ TARGETS = {"sam2_nano": 4.0, "sam2.1_hiera_tiny": 1.5}
 MEMORY_TARGET, LEAST_IOU = 0.25, 0.99
 PICTURE_HW = (1500, 2250)
 PASS_BY_IOU, PASS_BY_STABILITY = 0.3, 0.5  # shares, with random weights
-CPU = torch.device("cpu")
 
 
 def main() -> None:

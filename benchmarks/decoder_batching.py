@@ -16,8 +16,15 @@ import argparse
 
 import torch
 
-from benchmarks.embedding_cache import CPU, has_peak_memory, read_config, read_peak_memory, reset_peak_memory
-from benchmarks.measure import print_result, time_in_turn
+from benchmarks.measure import (
+    CPU,
+    has_peak_memory,
+    print_result,
+    read_config,
+    read_peak_memory,
+    reset_peak_memory,
+    time_in_turn,
+)
 from utils.run import seed_everything
 from utils.sam2_model import Embeddings, build_sam2, decode, freeze_except
 
@@ -77,7 +84,8 @@ def main() -> None:
         low_res_masks, _, _ = decode(model, embeddings, image_index, points, labels, None, multimask_output=True)
         compute_loss(low_res_masks, slice(None)).backward()
 
-    for model.fast_decoder in (False, True):
+    for fast_decoder in (False, True):
+        model.fast_decoder = fast_decoder
         with_relu = compare_gradients(trainable, step_ours, step_plain)
         mlps = [module for module in model.modules() if isinstance(getattr(module, "act", None), torch.nn.ReLU)]
         for mlp in mlps:
@@ -89,7 +97,7 @@ def main() -> None:
         peaks = {"ours_peak_mib": measure_peak(step_ours), "plain_peak_mib": measure_peak(step_plain)}
         ours_s, plain_s = time_in_turn(step_ours, step_plain, arguments.repeats)
         print_result(
-            f"decoder batching, {arguments.model}, {side} px{', fast_decoder' * model.fast_decoder}",
+            f"decoder batching, {arguments.model}, {side} px{', fast_decoder' * fast_decoder}",
             TARGET,
             ours_s,
             plain_s,

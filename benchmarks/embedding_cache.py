@@ -21,7 +21,6 @@ was checked equal; and what filling the cache takes, per entry, and after how ma
 """
 
 import argparse
-import contextlib
 import json
 import statistics
 import tempfile
@@ -32,8 +31,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 
+from benchmarks.measure import CPU, has_peak_memory, read_config, read_peak_memory, reset_peak_memory
 from train_sam2 import (
     Augmentation,
     LossSettings,
@@ -50,12 +49,10 @@ from utils.instance_data import Item
 from utils.run import seed_everything
 from utils.sam2_model import build_sam2, decode, finish_embeddings, freeze_except
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TARGETS = {"sam2.1_hiera_small": 3.0, "sam2.1_hiera_tiny": 2.5}
 LIMITS = {"fp16": 5e-3, "fp32": 1e-5}  # of the relative difference of losses; logits: of their largest value
 NUM_OBJECTS, NUM_PICTURES = 8, 3
 CLIP_NORM = 0.1
-CPU = torch.device("cpu")
 
 
 def main() -> None:
@@ -152,11 +149,6 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict:
     }
 
 
-def read_config(group: str, name: str) -> dict:
-    """Read a file of configs/, its references to other files left out."""
-    return OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{name}.yaml"), resolve=False)
-
-
 def write_pictures(root: Path, side: int) -> list[Item]:
     """Draw noisy pictures with NUM_OBJECTS ellipses each, and their label maps."""
     root.mkdir()
@@ -243,7 +235,7 @@ def plain_forward(predictor, item: Item, points: np.ndarray) -> tuple[torch.Tens
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is compared, and memory
+# what is compared
 
 
 @torch.no_grad()
@@ -282,23 +274,6 @@ def find_differences(
         )
         logit_differences.append(((masks - plain_masks).abs().max() / plain_masks.abs().max()).item())
     return max(loss_differences), max(logit_differences)
-
-
-def has_peak_memory() -> bool:
-    """Tell whether the system lets a process reset and read its own peak of resident memory (Linux)."""
-    return Path("/proc/self/clear_refs").exists()
-
-
-def reset_peak_memory() -> None:
-    """Let the peak of resident memory be what is resident now."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def read_peak_memory() -> int:
-    """Read the peak of resident memory since the last reset, MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return round(int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024)
 
 
 if __name__ == "__main__":
