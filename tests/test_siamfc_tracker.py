@@ -268,7 +268,7 @@ def test_several_objects_equal_single_runs():
     assert np.abs(together[-1] - boxes_xywh).max(axis=1).min() > 0.1  # all of them moved
 
 
-def test_a_forward_has_so_many_objects(monkeypatch):
+def test_objects_in_groups_of_any_size_equal_single_runs(monkeypatch):
     frames, first = moving_object(2)
     boxes_xywh = first[[0] * 5] + np.arange(5)[:, None] * [1, 1, 0.5, 0.25]
     model = small_model()
@@ -277,7 +277,7 @@ def test_a_forward_has_so_many_objects(monkeypatch):
         tracker = SiamFCTracker(model, TrackerSettings())
         tracker.init(frames[0], box_xywh[None])
         alone.append(tracker.update(frames[1])[0][0])
-    for mode, num_per_forward in (("fast", 2), ("fast", 5), ("fast", 32), ("parity", 1)):
+    for mode, num_per_forward in (("fast", 1), ("fast", 2), ("fast", 5), ("fast", 32), ("parity", 1)):
         monkeypatch.setattr(siamfc_tracker, "CPU_OBJECTS_PER_FORWARD", num_per_forward)
         tracker = SiamFCTracker(model, TrackerSettings(mode=mode))
         calls = []

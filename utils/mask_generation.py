@@ -85,11 +85,14 @@ def generate_masks(model: torch.nn.Module, image_rgb: np.ndarray, settings: Auto
     Returns:
         GeneratedMasks; no mask is empty.
     Raises:
-        ValueError: without points.
+        ValueError: for settings that make no sense, such as no points.
     Source: sam2.automatic_mask_generator, whose filters these are, in its order.
     """
-    if settings.points_per_side < 1:
-        raise ValueError(f"automatic.points_per_side is {settings.points_per_side}; must be at least 1")
+    for key in ("points_per_side", "points_per_batch", "crop_n_points_downscale_factor"):
+        if getattr(settings, key) < 1:
+            raise ValueError(f"automatic.{key} is {getattr(settings, key)}; must be at least 1")
+    if settings.stability_score_offset < 0:
+        raise ValueError(f"automatic.stability_score_offset is {settings.stability_score_offset}; must be 0 or more")
     orig_hw = image_rgb.shape[:2]
     crops = make_crops(orig_hw, settings.crop_n_layers, settings.crop_overlap_ratio)
     annotations, crop_areas, num_prompts, encode_s = [], [], 0, 0.0
