@@ -52,15 +52,6 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from utils.checkpoint import load_checkpoint
-from utils.embedding_cache import (
-    CachePlan,
-    check_cache_settings,
-    encode_picture,
-    plan_cache,
-    read_entry,
-    restore_maps,
-    write_entry,
-)
 from utils.images import (
     list_images,
     output_names,
@@ -70,7 +61,18 @@ from utils.images import (
     write_image,
     write_label_map,
 )
-from utils.mask_generation import (
+from utils.log import finish_run, start_run
+from utils.run import autocast, choose_device, choose_precision, sample_rng
+from utils.sam2.embedding_cache import (
+    CachePlan,
+    check_cache_settings,
+    encode_picture,
+    plan_cache,
+    read_entry,
+    restore_maps,
+    write_entry,
+)
+from utils.sam2.mask_generation import (
     AutomaticSettings,
     GeneratedMasks,
     annotate_mask,
@@ -80,17 +82,7 @@ from utils.mask_generation import (
     sample_points_in_mask,
     stitch_masks,
 )
-from utils.run import (
-    autocast,
-    check_type,
-    choose_device,
-    choose_precision,
-    finish_run,
-    read_settings,
-    sample_rng,
-    start_run,
-)
-from utils.sam2_model import (
+from utils.sam2.model import (
     Embeddings,
     build_sam2,
     decode,
@@ -100,6 +92,7 @@ from utils.sam2_model import (
     recognise_weights,
     scale_points,
 )
+from utils.settings import check_type, read_settings
 
 log = logging.getLogger("infer_sam2")
 REPOSITORY = Path(__file__).resolve().parent
@@ -123,9 +116,9 @@ class Settings:
     mask: str | None  # mode=prompts: mask file of the picture's size, of one object
     prompts_file: str | None  # mode=prompts: json file (see the top of infer_sam2.py)
     max_overlap: float  # a mask of which a larger share is taken by better ones is left out of the label map, 0..1
-    cache: str | bool  # off (false is what YAML makes of it), auto, or a folder: see utils/embedding_cache.py
+    cache: str | bool  # off (false is what YAML makes of it), auto, or a folder: see utils/sam2/embedding_cache.py
     cache_precision: str  # fp16 or fp32
-    fast_decoder: bool  # the same masks up to rounding, sooner: see utils/fast_decoder.py
+    fast_decoder: bool  # the same masks up to rounding, sooner: see utils/sam2/fast_decoder.py
 
 
 @dataclass(frozen=True)

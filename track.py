@@ -59,20 +59,23 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from utils.frames import FrameSource, write_video
 from utils.images import id_colors, write_image
-from utils.run import (
-    check_keys,
-    choose_device,
-    choose_precision,
-    finish_run,
-    first_few,
-    read_settings,
-    seed_everything,
-    start_run,
+from utils.listing import first_few
+from utils.log import finish_run, start_run
+from utils.run import choose_device, choose_precision, seed_everything
+from utils.samples.write import write_samples
+from utils.settings import check_keys, read_settings
+from utils.tracking.frames import FrameSource, write_video
+from utils.tracking.metrics import (
+    PRECISION_THRESHOLDS,
+    PROTOCOLS,
+    SUCCESS_THRESHOLDS,
+    box_iou,
+    got10k_scores,
+    mean_one_pass_scores,
+    score_result,
 )
-from utils.sample_data import write_samples
-from utils.sequence_data import (
+from utils.tracking.sequences import (
     Sequence,
     choose_sequences,
     find_groundtruth,
@@ -83,17 +86,8 @@ from utils.sequence_data import (
     write_boxes,
     write_result,
 )
-from utils.siamfc import SiamFC, load_siamfc
-from utils.siamfc_tracker import SiamFCTracker, TrackerSettings, track_frames
-from utils.tracking_metrics import (
-    PRECISION_THRESHOLDS,
-    PROTOCOLS,
-    SUCCESS_THRESHOLDS,
-    box_iou,
-    got10k_scores,
-    mean_one_pass_scores,
-    score_result,
-)
+from utils.tracking.siamfc import SiamFC, load_siamfc
+from utils.tracking.tracker import SiamFCTracker, TrackerSettings, track_frames
 
 log = logging.getLogger("track")
 REPOSITORY = Path(__file__).resolve().parent

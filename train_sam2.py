@@ -46,34 +46,25 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from utils.checkpoint import find_resume, load_checkpoint, resumed_config, save_checkpoint
-from utils.embedding_cache import check_cache_settings, fill_cache, join_maps, plan_cache, read_entry, restore_maps
 from utils.images import id_colors, mask_to_box, write_image
-from utils.instance_check import MAX_LISTED, check_items, keep_usable, plot_statistics, report_lines
-from utils.instance_data import Item, object_ids, read_instances, read_item, split_items
-from utils.mask_losses import cross_entropy_loss, dice_loss, focal_loss, shrink_masks
-from utils.mask_metrics import mask_iou
+from utils.instances.check import MAX_LISTED, check_items, keep_usable, plot_statistics, report_lines
+from utils.instances.readers import Item, object_ids, read_instances, read_item, split_items
+from utils.log import MetricsLog, finish_run, git_state, plot_curves, start_run, values_of_step
 from utils.run import (
-    MetricsLog,
     SampleCounter,
     autocast,
-    check_keys,
-    check_type,
     choose_device,
     choose_num_workers,
     choose_precision,
     cosine_lr,
-    describe_error,
-    finish_run,
-    git_state,
-    plot_curves,
-    read_settings,
     sample_rng,
     seed_everything,
     shuffled_item,
-    start_run,
-    values_of_step,
 )
-from utils.sam2_model import (
+from utils.sam2.embedding_cache import check_cache_settings, fill_cache, join_maps, plan_cache, read_entry, restore_maps
+from utils.sam2.losses import cross_entropy_loss, dice_loss, focal_loss, shrink_masks
+from utils.sam2.metrics import mask_iou
+from utils.sam2.model import (
     Embeddings,
     build_sam2,
     decode,
@@ -84,8 +75,9 @@ from utils.sam2_model import (
     scale_points,
     upscale_masks,
 )
-from utils.sam2_prompts import BOX_NOISE_MAX_PX, center_point, noised_box, random_correction_points, random_point
-from utils.sample_data import write_samples
+from utils.sam2.prompts import BOX_NOISE_MAX_PX, center_point, noised_box, random_correction_points, random_point
+from utils.samples.write import write_samples
+from utils.settings import check_keys, check_type, describe_error, read_settings
 
 RUNNING_MEAN_DECAY = 0.99
 MAX_SKIPPED_IN_A_ROW = 50  # steps whose fp16 gradients overflowed, each at half the scale of the one before

@@ -50,32 +50,25 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from utils.checkpoint import find_resume, load_checkpoint, resumed_config, save_checkpoint
-from utils.frames import FrameSource
 from utils.images import read_image, write_image
+from utils.listing import first_few
+from utils.log import MetricsLog, finish_run, git_state, plot_curves, start_run, values_of_step
 from utils.run import (
-    MetricsLog,
     SampleCounter,
     autocast,
-    check_keys,
-    check_type,
     choose_device,
     choose_num_workers,
     choose_precision,
-    describe_error,
-    finish_run,
-    first_few,
-    git_state,
-    plot_curves,
-    read_settings,
     sample_rng,
     seed_everything,
     shuffled_item,
-    start_run,
-    values_of_step,
 )
-from utils.sample_data import write_samples
-from utils.sequence_data import STATIC_FORMATS, Sequence, file_coordinates, split_pictures, split_sequences
-from utils.siamfc import (
+from utils.samples.write import write_samples
+from utils.settings import check_keys, check_type, describe_error, read_settings
+from utils.tracking.frames import FrameSource
+from utils.tracking.metrics import got10k_scores, mean_one_pass_scores, score_boxes
+from utils.tracking.sequences import STATIC_FORMATS, Sequence, file_coordinates, split_pictures, split_sequences
+from utils.tracking.siamfc import (
     EXEMPLAR_SIZE,
     TOTAL_STRIDE,
     SiamFC,
@@ -86,8 +79,7 @@ from utils.siamfc import (
     load_siamfc,
     response_labels,
 )
-from utils.siamfc_tracker import SiamFCTracker, TrackerSettings, track_frames
-from utils.tracking_metrics import got10k_scores, mean_one_pass_scores, score_boxes
+from utils.tracking.tracker import SiamFCTracker, TrackerSettings, track_frames
 
 INSTANCE_SIZE, RESPONSE_SIZE = 239, 15  # px, cells along each side, in training
 INTERPOLATIONS = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_LANCZOS4)

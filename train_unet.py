@@ -54,33 +54,20 @@ from tqdm import tqdm
 
 from utils.checkpoint import find_resume, load_checkpoint, resumed_config, save_checkpoint
 from utils.images import IGNORE_INDEX, id_colors, list_images, output_names, overlay_label_map, write_image
-from utils.mask_losses import balanced_class_weights, border_weight_map, semantic_loss
-from utils.mask_metrics import confusion_matrix, segmentation_metrics, soft_iou
-from utils.model_summary import format_summary, measure_latency, summarize
+from utils.log import MetricsLog, finish_run, git_state, plot_curves, start_run, values_of_step
 from utils.run import (
-    MetricsLog,
     SampleCounter,
     autocast,
-    check_keys,
-    check_type,
     choose_device,
     choose_num_workers,
     choose_precision,
     cosine_lr,
-    describe_error,
-    finish_run,
-    git_state,
-    plot_curves,
-    read_settings,
     sample_rng,
     seed_everything,
     shuffled_item,
-    start_run,
-    values_of_step,
 )
-from utils.sample_data import write_samples
-from utils.segmenters import FCN, SegNet, ViTSegmenter
-from utils.semantic_check import (
+from utils.samples.write import write_samples
+from utils.segmentation.check import (
     MAX_LISTED,
     CheckReport,
     check_items,
@@ -89,8 +76,20 @@ from utils.semantic_check import (
     plot_statistics,
     report_lines,
 )
-from utils.semantic_data import Item, name_classes, read_item, read_picture, split_items
-from utils.unet import PAPER_MARGIN, UNet, UNetPaper, is_paper_input_size, nearest_paper_input_sizes, paper_input_size
+from utils.segmentation.losses import balanced_class_weights, border_weight_map, semantic_loss
+from utils.segmentation.metrics import confusion_matrix, segmentation_metrics, soft_iou
+from utils.segmentation.model_summary import format_summary, measure_latency, summarize
+from utils.segmentation.readers import Item, name_classes, read_item, read_picture, split_items
+from utils.segmentation.segmenters import FCN, SegNet, ViTSegmenter
+from utils.segmentation.unet import (
+    PAPER_MARGIN,
+    UNet,
+    UNetPaper,
+    is_paper_input_size,
+    nearest_paper_input_sizes,
+    paper_input_size,
+)
+from utils.settings import check_keys, check_type, describe_error, read_settings
 
 NETWORKS = {"unet_paper": UNetPaper, "unet": UNet, "fcn": FCN, "segnet": SegNet, "vit": ViTSegmenter}
 RUNNING_MEAN_DECAY = 0.99

@@ -41,10 +41,10 @@ from benchmarks.measure import (
     time_in_turn,
 )
 from utils.images import read_image
-from utils.mask_generation import AutomaticSettings, find_candidates, generate_masks, make_point_grid
 from utils.run import seed_everything
-from utils.sam2_model import build_sam2, encode, preprocess
-from utils.sample_data import draw_glassware
+from utils.sam2.mask_generation import AutomaticSettings, find_candidates, generate_masks, make_point_grid
+from utils.sam2.model import build_sam2, encode, preprocess
+from utils.samples.glassware import draw_glassware
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TARGETS = {"sam2_nano": 4.0, "sam2.1_hiera_tiny": 1.5}

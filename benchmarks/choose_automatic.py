@@ -21,11 +21,17 @@ import torch
 from omegaconf import OmegaConf
 from torchvision.ops import nms
 
-from utils.images import mask_to_rle
-from utils.instance_data import object_ids, read_item, split_items
-from utils.mask_generation import AutomaticSettings, find_candidates, make_point_grid, measure_full_size, stitch_masks
-from utils.sam2_model import build_sam2, encode, preprocess, upscale_masks
-from utils.sample_data import write_samples
+from utils.instances.codecs import mask_to_rle
+from utils.instances.readers import object_ids, read_item, split_items
+from utils.sam2.mask_generation import (
+    AutomaticSettings,
+    find_candidates,
+    make_point_grid,
+    measure_full_size,
+    stitch_masks,
+)
+from utils.sam2.model import build_sam2, encode, preprocess, upscale_masks
+from utils.samples.write import write_samples
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NUM_SCENES = 12

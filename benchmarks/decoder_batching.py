@@ -6,7 +6,7 @@
 Two images with 8 objects each, one click an object; random weights and embeddings, float32. Both ways go from finished
 embeddings to the gradients of prompt encoder and mask decoder, with the same loss (cross-entropy of the first mask,
 mean over objects). Plain: sam2's own prompt encoder and mask decoder, one object at a time, each with its backward, so
-that it holds one object's activations. Ours: `utils.sam2_model.decode` with all objects in one call, one backward; once
+that it holds one object's activations. Ours: `utils.sam2.model.decode` with all objects in one call, one backward; once
 as it is by default (sam2's own decoder) and once with fast_decoder=true. Before the clock starts, the gradients are
 compared, with the ReLUs of the MLPs replaced by GELUs: a unit that rounding moves across the ReLU's kink turns the last
 bit of a sum into a jump of its gradient. The difference with ReLUs is printed, too. Prints one JSON line each.
@@ -26,7 +26,7 @@ from benchmarks.measure import (
     time_in_turn,
 )
 from utils.run import seed_everything
-from utils.sam2_model import Embeddings, build_sam2, decode, freeze_except
+from utils.sam2.model import Embeddings, build_sam2, decode, freeze_except
 
 NUM_IMAGES, NUM_OBJECTS = 2, 8  # objects of each image
 GRADIENT_LIMIT, TARGET = 1e-4, 1.3

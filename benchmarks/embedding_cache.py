@@ -43,11 +43,11 @@ from train_sam2 import (
     parameter_groups,
     prompted_loss,
 )
-from utils.embedding_cache import fill_cache, plan_cache, restore_maps
 from utils.images import write_image, write_label_map
-from utils.instance_data import Item
+from utils.instances.readers import Item
 from utils.run import seed_everything
-from utils.sam2_model import build_sam2, decode, finish_embeddings, freeze_except
+from utils.sam2.embedding_cache import fill_cache, plan_cache, restore_maps
+from utils.sam2.model import build_sam2, decode, finish_embeddings, freeze_except
 
 TARGETS = {"sam2.1_hiera_small": 3.0, "sam2.1_hiera_tiny": 2.5}
 LIMITS = {"fp16": 5e-3, "fp32": 1e-5}  # of the relative difference of losses; logits: of their largest value

@@ -17,8 +17,8 @@ import hydra
 import numpy as np
 from omegaconf import OmegaConf
 
-from utils.instance_data import object_ids, read_item, split_items
-from utils.sam2_prompts import center_point
+from utils.instances.readers import object_ids, read_item, split_items
+from utils.sam2.prompts import center_point
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

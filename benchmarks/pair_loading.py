@@ -18,8 +18,8 @@ from benchmarks.plain_siamfc import padded_patch
 from train_siamfc import INSTANCE_SIZE, INTERPOLATIONS, PairSettings, SiamesePairs, draw_frames, usable_frames
 from utils.images import write_image
 from utils.run import sample_rng, shuffled_item
-from utils.sequence_data import split_sequences
-from utils.siamfc import EXEMPLAR_SIZE
+from utils.tracking.sequences import split_sequences
+from utils.tracking.siamfc import EXEMPLAR_SIZE
 
 NUM_SEQUENCES, NUM_FRAMES, SIZE_HW = 4, 6, (1080, 1920)
 NUM_PAIRS, REPEATS = 16, 5

@@ -24,12 +24,13 @@ import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from utils.frames import FrameSource
-from utils.run import choose_device, read_settings, seed_everything
-from utils.sequence_data import Sequence, choose_sequences, list_sequences, read_result, write_result
-from utils.siamfc import SiamFC, load_siamfc
-from utils.siamfc_tracker import SiamFCTracker, TrackerSettings, track_frames
-from utils.tracking_metrics import center_error, got10k_scores, mean_one_pass_scores, score_result
+from utils.run import choose_device, seed_everything
+from utils.settings import read_settings
+from utils.tracking.frames import FrameSource
+from utils.tracking.metrics import center_error, got10k_scores, mean_one_pass_scores, score_result
+from utils.tracking.sequences import Sequence, choose_sequences, list_sequences, read_result, write_result
+from utils.tracking.siamfc import SiamFC, load_siamfc
+from utils.tracking.tracker import SiamFCTracker, TrackerSettings, track_frames
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "outputs" / "track_baselines"

@@ -22,10 +22,10 @@ import torch
 
 from benchmarks.measure import print_result
 from benchmarks.plain_siamfc import PlainTracker
-from utils.frames import VIDEO_QUALITY, FrameSource, write_video
 from utils.images import write_image
-from utils.siamfc import SiamFC, load_siamfc
-from utils.siamfc_tracker import SiamFCTracker, TrackerSettings, track_frames
+from utils.tracking.frames import VIDEO_QUALITY, FrameSource, write_video
+from utils.tracking.siamfc import SiamFC, load_siamfc
+from utils.tracking.tracker import SiamFCTracker, TrackerSettings, track_frames
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FRAME_SIZES = {"480p": (480, 854), "1080p": (1080, 1920)}

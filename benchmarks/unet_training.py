@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 import train_unet
 from benchmarks.measure import print_result, time_in_turn
 from utils.run import seed_everything
-from utils.unet import UNet
+from utils.segmentation.unet import UNet
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BATCH_SIZE, IMAGE_SIZE, REPEATS = 2, 256, 4

@@ -13,17 +13,15 @@ from utils.images import (
     _is_whole_jpeg,
     id_colors,
     mask_to_box,
-    mask_to_rle,
     overlay_label_map,
-    polygons_to_mask,
     read_channels,
     read_image,
     read_image_unscaled,
     read_label_map,
-    rle_to_mask,
     write_image,
     write_label_map,
 )
+from utils.instances.codecs import mask_to_rle, polygons_to_mask, rle_to_mask
 
 
 @pytest.fixture

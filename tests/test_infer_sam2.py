@@ -20,10 +20,10 @@ from pycocotools import mask as coco_mask
 
 from infer_sam2 import choose_model, infer, list_images, main, output_names
 from utils.checkpoint import save_checkpoint
-from utils.fast_decoder import decode_fast
 from utils.images import overlay_label_map, read_image, write_image
-from utils.instance_data import Item, read_instances
-from utils.sam2_model import build_sam2, decode
+from utils.instances.readers import Item, read_instances
+from utils.sam2.fast_decoder import decode_fast
+from utils.sam2.model import build_sam2, decode
 
 ROOT = Path(__file__).resolve().parent.parent
 NANO = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "model" / "sam2_nano.yaml"))
@@ -229,7 +229,7 @@ def test_one_point_as_the_tutorial_reads_it_is_a_row_of_the_mask(folder, tmp_pat
 def test_fast_decoder_finds_the_same_masks(folder, tmp_path, mode, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "utils.sam2_model.decode_fast", lambda *args, **keys: calls.append(1) or decode_fast(*args, **keys)
+        "utils.sam2.model.decode_fast", lambda *args, **keys: calls.append(1) or decode_fast(*args, **keys)
     )
     exact = run(folder, tmp_path / "exact", f"input={folder / 'photo.png'}", *mode)
     assert not calls

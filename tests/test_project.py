@@ -13,9 +13,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
-UTILS = sorted((ROOT / "utils").glob("*.py"))
+UTILS = sorted((ROOT / "utils").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").glob("*.py"))
-SHARED_LEAVES = {"run", "checkpoint", "images", "frames"}  # what any utils file may import, and what imports no other
+TASKS = {"sam2", "segmentation", "tracking"}  # folders of utils that import none of the others
 PACKAGES = {"cv2": "opencv-python-headless", "hydra": "hydra-core", "omegaconf": "hydra-core", "PIL": "pillow"}
 PACKAGES |= {"skimage": "scikit-image", "yaml": "pyyaml"}
 
@@ -36,29 +36,37 @@ def imports(tree) -> set[str]:
     return names
 
 
+def module_name(path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
 def utils_imports(path) -> set[str]:
-    return {name.split(".")[1] for name in imports(parse(path)) if name.startswith("utils.")}
+    """List the files of utils that a file imports, as utils.run or utils.sam2.model."""
+    known = {module_name(each) for each in UTILS}
+    prefixes = [[name.rsplit(".", drop)[0] for drop in (0, 1)] for name in imports(parse(path))]
+    return {prefix for pair in prefixes for prefix in pair if prefix in known}
 
 
 def test_there_is_something_to_check():
     assert {"train_sam2", "infer_sam2"} <= {path.stem for path in SCRIPTS}
-    assert {"run", "checkpoint", "sam2_model"} <= {path.stem for path in UTILS}
+    assert {"utils.run", "utils.checkpoint", "utils.sam2.model"} <= {module_name(path) for path in UTILS}
 
 
-@pytest.mark.parametrize("path", SCRIPTS + UTILS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SCRIPTS + UTILS, ids=module_name)
 def test_imports_go_from_scripts_to_utils_to_libraries(path):
     tops = {name.split(".")[0] for name in imports(parse(path))}
     assert not tops & ({script.stem for script in SCRIPTS} | {"tests", "benchmarks"})
 
 
-def test_shared_utils_import_no_task_file():
+def test_what_tasks_share_imports_no_task_and_no_task_another():
     for path in UTILS:
-        if path.stem in SHARED_LEAVES:
-            assert utils_imports(path) <= SHARED_LEAVES, path
+        room = path.parent.name
+        used = {name.split(".")[1] for name in utils_imports(path)} & TASKS
+        assert used <= {room}, path
 
 
 def test_no_import_cycles_in_utils():
-    waiting = {path.stem: utils_imports(path) for path in UTILS}
+    waiting = {module_name(path): utils_imports(path) for path in UTILS}
     while waiting:
         free = {name for name, needs in waiting.items() if not needs & set(waiting)}
         assert free, f"these import each other: {sorted(waiting)}"
@@ -72,7 +80,7 @@ def test_sam2_and_instantiate_stand_in_one_file_and_not_at_its_top():
         found = {name for name in imports(tree) if name.split(".")[0] == "sam2" or name == "hydra.utils.instantiate"}
         attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         found |= attributes & {"instantiate"}
-        if path != ROOT / "utils" / "sam2_model.py":
+        if path != ROOT / "utils" / "sam2" / "model.py":
             assert not found, path
             continue
         top = ast.Module([node for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))], [])
@@ -117,7 +125,7 @@ def test_importing_any_file_prints_writes_and_starts_nothing(tmp_path):
         return {path for path in found if "cache" not in path.as_posix()}
 
     before = files()
-    names = [f"utils.{path.stem}" for path in UTILS] + [path.stem for path in SCRIPTS]
+    names = [module_name(path) for path in UTILS] + [path.stem for path in SCRIPTS]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_ALL, *names], cwd=tmp_path, env=environment, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""utils/run.py: settings, device, precision, seeds, sample stream, learning rate, and the records of a run."""
+"""What all scripts share: settings, device, precision, seeds, sample stream, learning rate, records of a run."""
 
 import csv
 import functools
@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from utils import run
+from utils import listing, run, settings
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.log import MetricsLog, finish_run, git_state, plot_curves, start_run
 
 CPU = torch.device("cpu")
 
@@ -42,9 +43,9 @@ KNOBS = {"steps": 3, "lr": 0.5, "name": "a", "is_quick": False, "parts": [{"b": 
 
 
 def test_settings_are_the_values_of_their_section():
-    assert run.read_settings(Knobs, KNOBS, "train") == Knobs(**KNOBS)
+    assert settings.read_settings(Knobs, KNOBS, "train") == Knobs(**KNOBS)
     for more in ({"lr": 1}, {"size": 7}, {"note": "x"}, {"parts": []}, {"counts": []}):  # a whole number is a number
-        assert run.read_settings(Knobs, KNOBS | more, "") == Knobs(**KNOBS | more)
+        assert settings.read_settings(Knobs, KNOBS | more, "") == Knobs(**KNOBS | more)
 
 
 @pytest.mark.parametrize(
@@ -68,19 +69,19 @@ def test_settings_are_the_values_of_their_section():
 )
 def test_a_value_of_another_type_is_named_with_its_section(change, line):
     with pytest.raises(ValueError) as error:
-        run.read_settings(Knobs, KNOBS | change, "train")
+        settings.read_settings(Knobs, KNOBS | change, "train")
     assert str(error.value) == line
 
 
 def test_unknown_and_missing_keys_are_named_with_their_section():
     with pytest.raises(ValueError, match="^unknown key train.stepz; must be among train.steps, train.lr, "):
-        run.read_settings(Knobs, KNOBS | {"stepz": 3}, "train")
+        settings.read_settings(Knobs, KNOBS | {"stepz": 3}, "train")
     with pytest.raises(ValueError, match="^unknown key stepz; must be among steps, lr, "):
-        run.read_settings(Knobs, KNOBS | {"stepz": 3}, "")
+        settings.read_settings(Knobs, KNOBS | {"stepz": 3}, "")
     with pytest.raises(ValueError, match="^the config lacks train.lr; must be a number$"):
-        run.read_settings(Knobs, {key: value for key, value in KNOBS.items() if key != "lr"}, "train")
+        settings.read_settings(Knobs, {key: value for key, value in KNOBS.items() if key != "lr"}, "train")
     with pytest.raises(ValueError, match="^train is 3; must be a section of keys and values$"):
-        run.read_settings(Knobs, 3, "train")
+        settings.read_settings(Knobs, 3, "train")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,7 +260,7 @@ def read_strict_json(path):
 def test_run_json_is_written_before_training_and_completed_after_it(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "data.root=my folder", "seed=1"])
     config = {"seed": 1, "train": {"lr": 1e-4, "layers": [1, 2]}, "resume": None}
-    run.start_run(tmp_path / "new", config, {"train_images": 3})
+    start_run(tmp_path / "new", config, {"train_images": 3})
     record = read_strict_json(tmp_path / "new" / "run.json")
     assert record["command"].endswith("train.py 'data.root=my folder' seed=1")
     assert record["config"] == config and record["data"] == {"train_images": 3}
@@ -269,7 +270,7 @@ def test_run_json_is_written_before_training_and_completed_after_it(tmp_path, mo
     assert "end" not in record and "metrics" not in record  # the mark of a crashed run
 
     metrics = {"start": {"val/mean_iou": 0.25}, "best": {"val/mean_iou": float("nan")}, "last": {"val/mean_iou": 0.5}}
-    run.finish_run(tmp_path / "new", metrics)
+    finish_run(tmp_path / "new", metrics)
     finished = read_strict_json(tmp_path / "new" / "run.json")
     assert finished["metrics"]["start"] == {"val/mean_iou": 0.25}
     assert finished["metrics"]["best"] == {"val/mean_iou": None}
@@ -279,10 +280,10 @@ def test_run_json_is_written_before_training_and_completed_after_it(tmp_path, mo
 
 
 def test_a_run_never_shares_its_folder(tmp_path):
-    run.start_run(tmp_path, {}, {})
+    start_run(tmp_path, {}, {})
     before = (tmp_path / "run.json").read_bytes()
     with pytest.raises(FileExistsError, match="run.json exists.*hydra.run.dir"):
-        run.start_run(tmp_path, {}, {})
+        start_run(tmp_path, {}, {})
     assert (tmp_path / "run.json").read_bytes() == before
 
 
@@ -293,20 +294,20 @@ def git(folder, *arguments):
 
 def test_git_state(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))  # whatever holds the temporary folder
-    monkeypatch.setattr(run, "REPOSITORY", tmp_path)
+    monkeypatch.setattr("utils.log.REPOSITORY", tmp_path)
     nothing = {"commit": None, "dirty": None}
-    assert run.git_state() == nothing  # not a repository
+    assert git_state() == nothing  # not a repository
     git(tmp_path, "init", "-q")
-    assert run.git_state() == nothing  # no commit yet
+    assert git_state() == nothing  # no commit yet
     (tmp_path / "a.py").write_text("a = 1\n")
     git(tmp_path, "add", "a.py")
     git(tmp_path, "commit", "-qm", "first")
     commit = git(tmp_path, "rev-parse", "HEAD").strip()
-    assert run.git_state() == {"commit": commit, "dirty": False}
+    assert git_state() == {"commit": commit, "dirty": False}
     (tmp_path / "a.py").write_text("a = 2\n")
-    assert run.git_state() == {"commit": commit, "dirty": True}
+    assert git_state() == {"commit": commit, "dirty": True}
     monkeypatch.setenv("PATH", "")
-    assert run.git_state() == nothing  # git is not installed
+    assert git_state() == nothing  # git is not installed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,7 +329,7 @@ def read_rows(path):
 
 
 def test_metrics_csv_holds_each_value_exactly_though_columns_grow(tmp_path):
-    log = run.MetricsLog(tmp_path)
+    log = MetricsLog(tmp_path)
     assert not (tmp_path / "tensorboard").exists()  # made with the first row
     for step in range(5):
         log_some(log, [step])
@@ -346,14 +347,14 @@ def test_metrics_csv_holds_each_value_exactly_though_columns_grow(tmp_path):
 def test_a_resumed_log_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
     for name in ("whole", "killed", "resumed"):
         (tmp_path / name).mkdir()
-    whole = run.MetricsLog(tmp_path / "whole")
+    whole = MetricsLog(tmp_path / "whole")
     log_some(whole, range(8))
-    killed = run.MetricsLog(tmp_path / "killed")
+    killed = MetricsLog(tmp_path / "killed")
     log_some(killed, range(4))
     save_checkpoint(tmp_path / "last.pt", {"metrics": killed.rows})
     log_some(killed, range(4, 6))  # lost with the kill: not in the checkpoint
     stored = load_checkpoint(tmp_path / "last.pt")["metrics"]
-    resumed = run.MetricsLog(tmp_path / "resumed", rows=stored)
+    resumed = MetricsLog(tmp_path / "resumed", rows=stored)
     log_some(resumed, range(4, 8))
     for log in (whole, killed, resumed):
         log.close()
@@ -372,7 +373,7 @@ def read_scalars(run_dir):
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path):
-    log = run.MetricsLog(tmp_path)
+    log = MetricsLog(tmp_path)
     log.log(0, {"val/iou": 0.25})
     log.log(1, {"train/loss": 2.0})
     log.log(2, {"train/loss": 1.5, "val/iou": 0.5})
@@ -384,25 +385,25 @@ def test_tensorboard_holds_the_same_numbers(tmp_path):
 
 
 def test_resuming_from_no_rows_writes_nothing(tmp_path):
-    run.MetricsLog(tmp_path, rows=[]).close()
+    MetricsLog(tmp_path, rows=[]).close()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_curves_show_sparse_columns_and_survive_nan(tmp_path):
     rows = [{"step": step, "train/loss": 1 / (step + 1)} for step in range(100)]
-    run.plot_curves(rows, tmp_path / "dense.png")
+    plot_curves(rows, tmp_path / "dense.png")
     val_losses = {0: 0.9, 50: float("nan"), 99: 0.2}
     sparse = rows + [{"step": step, "val/loss": value} for step, value in val_losses.items()]
-    run.plot_curves(sparse, tmp_path / "sparse.png")
+    plot_curves(sparse, tmp_path / "sparse.png")
     dense_image, sparse_image = (cv2.imread(str(tmp_path / name)) for name in ("dense.png", "sparse.png"))
     assert dense_image.shape == sparse_image.shape  # train/loss and val/loss share one panel
     assert not np.array_equal(dense_image, sparse_image)
     for num_metrics, num_rows in ((4, 1), (5, 2)):  # four panels a row, and none for a metric without a finite value
         metrics = {f"val/metric_{i}": float(i) for i in range(num_metrics)}
-        run.plot_curves([{"step": 0, **metrics, "only_nan": float("nan")}], tmp_path / "many.png")
+        plot_curves([{"step": 0, **metrics, "only_nan": float("nan")}], tmp_path / "many.png")
         height, width = dense_image.shape[:2]
         assert cv2.imread(str(tmp_path / "many.png")).shape == (num_rows * height, 4 * width, 3)
-    run.plot_curves([], tmp_path / "none.png")
+    plot_curves([], tmp_path / "none.png")
     assert cv2.imread(str(tmp_path / "none.png")) is not None
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -416,45 +417,45 @@ def test_keys_that_a_function_does_not_take_or_lacks_are_named():
         pass
 
     bound = functools.partial(split, "folder")
-    run.check_keys(bound, {"val_fraction": 0.1}, "data")
-    run.check_keys(bound, {"val_fraction": 0.1, "seed": 3}, "data")
+    settings.check_keys(bound, {"val_fraction": 0.1}, "data")
+    settings.check_keys(bound, {"val_fraction": 0.1, "seed": 3}, "data")
     with pytest.raises(ValueError, match="^unknown key data.sed; must be among data.val_fraction, data.seed$"):
-        run.check_keys(bound, {"val_fraction": 0.1, "sed": 3}, "data")
+        settings.check_keys(bound, {"val_fraction": 0.1, "sed": 3}, "data")
     with pytest.raises(ValueError, match="^the config lacks data.val_fraction$"):
-        run.check_keys(bound, {"seed": 3}, "data")
-    run.check_keys(lambda first, **others: None, {"first": 1, "anything": 2}, "data")
+        settings.check_keys(bound, {"seed": 3}, "data")
+    settings.check_keys(lambda first, **others: None, {"first": 1, "anything": 2}, "data")
 
 
 def test_dataset_folder_is_there_or_named(tmp_path):
-    assert run.dataset_folder(str(tmp_path)) == run.dataset_folder(tmp_path) == tmp_path
+    assert listing.dataset_folder(str(tmp_path)) == listing.dataset_folder(tmp_path) == tmp_path
     for root in (3, None):
         with pytest.raises(ValueError, match=f"data.root is {root}; must be a folder"):
-            run.dataset_folder(root)
+            listing.dataset_folder(root)
     (tmp_path / "file").touch()
     for name in ("gone", "file"):
         with pytest.raises(FileNotFoundError, match=f"data.root .*{name} is not a folder .*DATA_ROOT"):
-            run.dataset_folder(tmp_path / name)
+            listing.dataset_folder(tmp_path / name)
 
 
 def test_long_lists_are_cut_and_say_so():
-    assert run.first_few(["a", "b"], 2) == run.first_few(["a", "b"], None) == ["a", "b"]
-    assert run.first_few(list("abcd"), 2) == ["a", "b", "... and 2 more"]
+    assert listing.first_few(["a", "b"], 2) == listing.first_few(["a", "b"], None) == ["a", "b"]
+    assert listing.first_few(list("abcd"), 2) == ["a", "b", "... and 2 more"]
 
 
 def test_an_error_of_a_data_loading_process_is_described_by_its_last_line():
     caught = "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  ...\n"
-    assert run.describe_error(ValueError(caught + "ValueError: a.jpg is empty\n")) == "ValueError: a.jpg is empty"
-    assert run.describe_error(ValueError("differs:\n  train.steps")) == "differs:\n  train.steps"
+    assert settings.describe_error(ValueError(caught + "ValueError: a.jpg is empty\n")) == "ValueError: a.jpg is empty"
+    assert settings.describe_error(ValueError("differs:\n  train.steps")) == "differs:\n  train.steps"
 
 
 def test_validation_is_drawn_by_a_seeded_order_that_new_names_do_not_change():
     names = {f"video_{number}" for number in range(20)}
-    drawn = run.draw_validation(names, 0.25, 0)
-    assert len(drawn) == 5 and drawn < names and drawn != run.draw_validation(names, 0.25, 1)
-    more = run.draw_validation(names | {"video_20"}, 0.25, 0)
+    drawn = listing.draw_validation(names, 0.25, 0)
+    assert len(drawn) == 5 and drawn < names and drawn != listing.draw_validation(names, 0.25, 1)
+    more = listing.draw_validation(names | {"video_20"}, 0.25, 0)
     assert len(more & drawn) >= 4  # the new name may take the place of one
-    assert [len(run.draw_validation(names, share, 0)) for share in (0, 0.001, 0.999, 1)] == [0, 1, 19, 20]
+    assert [len(listing.draw_validation(names, share, 0)) for share in (0, 0.001, 0.999, 1)] == [0, 1, 19, 20]
     with pytest.raises(ValueError, match="data.val_fraction is 2; must be in 0..1"):
-        run.draw_validation(names, 2, 0)
+        listing.draw_validation(names, 2, 0)
     with pytest.raises(ValueError, match="there is only alone to split"):
-        run.draw_validation({"alone"}, 0.5, 0)
+        listing.draw_validation({"alone"}, 0.5, 0)

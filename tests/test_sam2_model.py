@@ -1,4 +1,4 @@
-"""utils/sam2_model.py: building beside Hydra, the same numbers as sam2's own predictor, weights, trainable parts.
+"""utils/sam2/model.py: building beside Hydra, the same numbers as sam2's own predictor, weights, trainable parts.
 
 sam2 is imported inside tests only, after our builder imported it: `import sam2` alone starts Hydra globally.
 """
@@ -18,9 +18,9 @@ import pytest
 import torch
 import yaml
 
-from utils import sam2_model
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.sam2_model import (
+from utils.sam2 import model as sam2_model
+from utils.sam2.model import (
     ConvTrunk,
     Embeddings,
     build_sam2,
@@ -64,10 +64,10 @@ import hydra
 import yaml
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
-from utils import sam2_model
+from utils.sam2 import model as sam2_model
 
 def config(name):
-    path = Path(sam2_model.__file__).resolve().parent.parent / "configs" / "model" / f"{name}.yaml"
+    path = Path(sam2_model.__file__).resolve().parents[2] / "configs" / "model" / f"{name}.yaml"
     return yaml.safe_load(path.read_text()) | {"checkpoint": "none", "image_size": 64, "device": "cpu"}
 
 TINY, NANO = config("sam2.1_hiera_tiny"), config("sam2_nano")

@@ -1,4 +1,4 @@
-"""utils/sam2_prompts.py: simulated clicks and boxes, against SAM 2's samplers and exact counts."""
+"""utils/sam2/prompts.py: simulated clicks and boxes, against SAM 2's samplers and exact counts."""
 
 import cv2
 import numpy as np
@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy import stats
 
-from utils.sam2_model import _sam2_without_hydra
-from utils.sam2_prompts import center_point, noised_box, random_correction_points, random_point
+from utils.sam2.model import _sam2_without_hydra
+from utils.sam2.prompts import center_point, noised_box, random_correction_points, random_point
 
 
 def blobs(rng: np.random.Generator, height: int, width: int, level: float = 0.5) -> np.ndarray:

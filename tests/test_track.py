@@ -21,17 +21,17 @@ from got10k.experiments import ExperimentGOT10k, ExperimentOTB
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
-from test_siamfc_tracker import moving_object, real_model, small_model
 from test_tracking_metrics import Dataset, experiment
+from test_tracking_tracker import moving_object, real_model, small_model
 
 import track as script
 from track import Settings, check_settings, draw_boxes, load_model, main, name_trackers, select_box, track
 from utils.checkpoint import save_checkpoint
-from utils.frames import FrameSource, write_video
 from utils.images import read_image, write_image
-from utils.run import read_settings
-from utils.siamfc import SiamFC
-from utils.tracking_metrics import box_iou
+from utils.settings import read_settings
+from utils.tracking.frames import FrameSource, write_video
+from utils.tracking.metrics import box_iou
+from utils.tracking.siamfc import SiamFC
 
 ROOT = Path(__file__).resolve().parent.parent
 FRAME_HW = (200, 260)  # of moving_object

@@ -1,4 +1,4 @@
-"""utils/tracking_metrics.py: equal to the GOT-10k toolkit's own reports, to plain loops for the other protocols, and to
+"""utils/tracking/metrics.py: equal to the GOT-10k toolkit's own reports, to plain loops for the other protocols, and to
 counted pixels."""
 
 import json
@@ -11,8 +11,7 @@ from got10k.experiments import ExperimentGOT10k, ExperimentOTB
 from got10k.utils.metrics import center_error as toolkit_center_error
 from got10k.utils.metrics import rect_iou
 
-from utils.sequence_data import read_result, write_result
-from utils.tracking_metrics import (
+from utils.tracking.metrics import (
     PROTOCOLS,
     box_iou,
     center_error,
@@ -24,6 +23,7 @@ from utils.tracking_metrics import (
     success_auc,
     success_curve,
 )
+from utils.tracking.sequences import read_result, write_result
 
 
 def some_track(num_frames: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

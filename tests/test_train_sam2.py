@@ -33,12 +33,12 @@ from tiny_training import (
 
 import train_sam2
 from train_sam2 import LossSettings, PromptSettings, collate, evaluate, mask_prediction_loss, prompted_loss
-from utils import sam2_model
-from utils.fast_decoder import decode_fast
 from utils.images import read_image, write_image, write_label_map
-from utils.instance_data import Item, read_item
+from utils.instances.readers import Item, read_item
 from utils.run import seed_everything
-from utils.sam2_model import Embeddings, build_sam2, preprocess, scale_points
+from utils.sam2 import model as sam2_model
+from utils.sam2.fast_decoder import decode_fast
+from utils.sam2.model import Embeddings, build_sam2, preprocess, scale_points
 
 SAM_LOSS = LossSettings(**OmegaConf.load(ROOT / "configs" / "loss" / "sam.yaml"))
 TUTORIAL_LOSS = LossSettings(**OmegaConf.load(ROOT / "configs" / "loss" / "tutorial.yaml"))

@@ -23,8 +23,8 @@ from tiny_training import (
 )
 
 import train_sam2
-from utils import sam2_model
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.sam2 import model as sam2_model
 
 STEPS = ("train.steps=3", "train.eval_every=2", "train.save_every=1")
 

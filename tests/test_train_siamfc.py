@@ -56,7 +56,7 @@ from train_siamfc import (
 )
 from utils.images import read_image
 from utils.run import sample_rng
-from utils.siamfc import (
+from utils.tracking.siamfc import (
     SiamFC,
     balanced_weights,
     box_center,
@@ -67,7 +67,7 @@ from utils.siamfc import (
     mean_color,
     response_labels,
 )
-from utils.siamfc_tracker import SiamFCTracker, TrackerSettings
+from utils.tracking.tracker import SiamFCTracker, TrackerSettings
 
 PRESETS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("siamfc_*.yaml"))
 LABELS = response_labels(15, 16.0)

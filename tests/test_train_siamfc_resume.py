@@ -27,7 +27,7 @@ from tiny_training import differences
 
 import train_siamfc
 from utils.checkpoint import load_checkpoint
-from utils.siamfc import SiamFC
+from utils.tracking.siamfc import SiamFC
 
 STEPS = (
     "train.steps=4", "train.eval_every=3", "train.save_every=1", "train.eval_frames=2", "pairs.color_jitter=0.2",

@@ -35,8 +35,8 @@ import train_unet
 from train_unet import Augmentation, Framing, LossSettings, OptimSettings, predict_picture, predict_tiled, training_view
 from utils.images import read_image, write_image
 from utils.run import sample_rng, seed_everything
-from utils.semantic_data import read_item
-from utils.unet import UNet, UNetPaper
+from utils.segmentation.readers import read_item
+from utils.segmentation.unet import UNet, UNetPaper
 
 CPU = torch.device("cpu")
 PLAIN = Augmentation(scale=[1.0, 1.0], hflip=False, vflip=False, rotation=0.0, color_jitter=0.0, elastic_px=0.0)

@@ -18,8 +18,8 @@ from torch import nn
 import train_siamfc
 from train_siamfc import PairSettings
 from utils.images import write_image, write_label_map
-from utils.sequence_data import Sequence
-from utils.siamfc import SiamFC
+from utils.tracking.sequences import Sequence
+from utils.tracking.siamfc import SiamFC
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMED = ("pairs_per_s", "data_wait_share", "val/tracked_per_s")  # what depends on the machine's load

@@ -14,7 +14,7 @@ from PIL import Image
 
 import train_sam2
 from utils.images import write_image, write_label_map
-from utils.instance_data import Item, object_ids, read_instances, split_items
+from utils.instances.readers import Item, object_ids, read_instances, split_items
 
 ROOT = Path(__file__).resolve().parent.parent
 COLORS = np.array([(230, 60, 60), (60, 220, 60), (70, 90, 240), (120, 120, 120)], np.uint8)  # of ids 1, 2, 3, 4

@@ -1,0 +1,795 @@
+"""utils/instances/readers.py and check.py: every layout, splits, faults in files, the dataset check."""
+
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from utils.images import read_image, write_image, write_label_map
+from utils.instances.check import check_items, keep_usable, mask_statistics, plot_statistics, report_lines
+from utils.instances.readers import object_ids, read_instances, read_item, split_items
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "data"
+
+
+def data_keys(name: str, root: Path, **changes) -> dict:
+    """The keys of configs/data/<name>.yaml, with a root and other changes, as a command line would give them."""
+    keys = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    assert not set(changes) - set(keys), changes
+    return {**keys, "root": str(root), **changes}
+
+
+def list_all(name: str, root: Path, **changes):
+    train_items, val_items = split_items(**data_keys(name, root, **changes))
+    return sorted(train_items + val_items, key=lambda item: item.name)
+
+
+def write_picture(path: Path, height: int = 8, width: int = 10) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    write_image(path, rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def write_png(path: Path, values: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path)
+
+
+def write_label_maps(root: Path, num_images: int = 4, suffix: str = ".jpg") -> Path:
+    """A label_map dataset of `num_images` pictures 8 x 10 with two objects each."""
+    for index in range(num_images):
+        write_picture(root / "images" / f"{index:03d}{suffix}")
+        ids = np.zeros((8, 10), np.uint8)
+        ids[:4, :5], ids[5:, 6:] = 1, 2
+        write_png(root / "labels" / f"{index:03d}.png", ids)
+    return root
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# label maps
+
+
+def test_label_map_reads_8_16_32_bit_and_palette(tmp_path):
+    maps = {
+        "eight": np.arange(80, dtype=np.uint8).reshape(8, 10),
+        "sixteen": np.arange(80, dtype=np.int32).reshape(8, 10) * 800,
+        "thirty_two": np.arange(80, dtype=np.int32).reshape(8, 10) * 100_000,
+    }
+    (tmp_path / "labels").mkdir()
+    for stem, ids in maps.items():
+        write_picture(tmp_path / "images" / f"{stem}.png")
+        write_label_map(tmp_path / "labels" / f"{stem}.png", ids)
+    write_picture(tmp_path / "images" / "palette.png")
+    palette_map = Image.fromarray(maps["eight"]).convert("P")
+    palette_map.putpalette(np.random.default_rng(1).integers(0, 256, 768).tolist())
+    palette_map.save(tmp_path / "labels" / "palette.png")
+    items = list_all("label_map", tmp_path)
+    assert [item.name for item in items] == ["eight", "palette", "sixteen", "thirty_two"]
+    for item in items:
+        image_rgb, layers = read_item(item)
+        assert image_rgb.shape == (8, 10, 3) and layers.dtype == np.int32
+        assert np.array_equal(layers, maps[item.name.replace("palette", "eight")][None])
+
+
+def test_a_map_without_background_keeps_its_smallest_id(tmp_path):
+    """The tutorial's np.unique(map)[1:] loses object 3 here (D8)."""
+    write_label_maps(tmp_path, 1)
+    ids = np.full((8, 10), 3, np.uint8)
+    ids[:, 5:] = 9
+    write_png(tmp_path / "labels" / "000.png", ids)
+    (item,) = list_all("label_map", tmp_path, val_fraction=0)
+    assert object_ids(read_instances(item)) == [(0, 3, 40), (0, 9, 40)]
+
+
+@pytest.mark.parametrize("factor", [1, 50_000_000])  # the second: too large to count in a table
+def test_object_ids_equal_a_plain_loop(factor):
+    layers = np.random.default_rng(2).integers(0, 40, (3, 20, 30)).astype(np.int32) * factor
+    expected = [
+        (layer, int(value), int((layers[layer] == value).sum()))
+        for layer in range(3)
+        for value in sorted(set(layers[layer].ravel().tolist()) - {0})
+    ]
+    assert object_ids(layers) == expected
+    assert object_ids(np.zeros((1, 4, 4), np.int32)) == []
+
+
+def test_ids_to_ignore_become_background(tmp_path):
+    write_label_maps(tmp_path, 1)
+    (item,) = list_all("label_map", tmp_path, val_fraction=0, ignore_ids=[2])
+    assert object_ids(read_instances(item)) == [(0, 1, 20)]
+
+
+def test_odd_suffixes_and_stray_files(tmp_path):
+    """The tutorial's name[:-4] breaks .jpeg, and it opens whatever lies in the folder (D10)."""
+    for name in ("a.jpeg", "b.JPG", "c.v2.PNG", "d.tif"):
+        write_picture(tmp_path / "images" / name)
+    for name in ("a.png", "b.png", "c.v2.tif", "d.PNG"):
+        write_png(tmp_path / "labels" / name, np.ones((8, 10), np.uint8))
+    for stray in ("images/.hidden.jpg", "images/Thumbs.db", "images/notes.txt", "labels/.DS_Store", "labels/x.json"):
+        (tmp_path / stray).write_text("stray")
+    (tmp_path / "images" / "older.jpg").mkdir()
+    items = list_all("label_map", tmp_path)
+    assert [(item.name, item.annotation_path.name) for item in items] == [
+        ("a", "a.png"),
+        ("b", "b.png"),
+        ("c.v2", "c.v2.tif"),
+        ("d", "d.PNG"),
+    ]
+    assert all(object_ids(read_item(item)[1]) == [(0, 1, 80)] for item in items)
+
+
+def test_pictures_and_maps_in_one_folder(tmp_path):
+    for stem in ("001", "002"):
+        write_picture(tmp_path / f"{stem}.png")
+        write_png(tmp_path / f"{stem}_masks.png", np.ones((8, 10), np.uint8))
+    items = list_all("label_map", tmp_path, image_dir=".", label_dir=".", label_ending="_masks")
+    assert [(item.image_path.name, item.annotation_path.name) for item in items] == [
+        ("001.png", "001_masks.png"),
+        ("002.png", "002_masks.png"),
+    ]
+    with pytest.raises(ValueError, match="set data.label_ending"):
+        list_all("label_map", tmp_path, image_dir=".", label_dir=".")
+
+
+def test_two_pictures_of_one_name_are_refused(tmp_path):
+    write_label_maps(tmp_path, 1)
+    write_picture(tmp_path / "images" / "000.png")
+    with pytest.raises(ValueError, match=r"000\.jpg and .*000\.png have the same name"):
+        list_all("label_map", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# labpics
+
+
+def write_labpics(root: Path, vessels: np.ndarray, materials: np.ndarray, dtype=np.uint8, stem: str = "a") -> None:
+    """Write one picture of Simple/Train with its instance file, R vessels, B materials, G something else."""
+    write_picture(root / "Simple" / "Train" / "Image" / f"{stem}.jpg", *vessels.shape)
+    path = root / "Simple" / "Train" / "Instance" / f"{stem}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if dtype == np.uint8:
+        green = np.full(vessels.shape, 77)
+        Image.fromarray(np.stack([vessels, green, materials], -1).astype(np.uint8)).save(path)
+    else:
+        import cv2  # Pillow writes no 16-bit colour
+
+        cv2.imwrite(str(path), np.stack([materials, np.full(vessels.shape, 77), vessels], -1).astype(dtype))
+
+
+LABPICS = {"subsets": ["Simple"], "val_folder": None, "val_fraction": 0}
+
+
+@pytest.mark.parametrize(
+    ("vessel_id", "material_id", "dtype"),
+    [
+        (16, 19, np.uint8),  # the tutorial's uint8 product 16 * (19 + 1) is 64 (D7)
+        (16, 15, np.uint8),  # ... is 256, so 0: the vessel is lost
+        (3, 255, np.uint8),  # ... 255 + 1 is 0: all vessels are lost
+        (255, 255, np.uint8),
+        (400, 400, np.uint16),
+    ],
+)
+def test_labpics_ids_never_alias(tmp_path, vessel_id, material_id, dtype):
+    vessels, materials = np.zeros((8, 10), int), np.zeros((8, 10), int)
+    vessels[:, :6] = vessel_id  # 48 px, 12 of them covered by the material
+    materials[4:7, 1:5] = material_id
+    write_labpics(tmp_path, vessels, materials, dtype)
+    (item,) = list_all("labpics", tmp_path, **LABPICS)
+    layers = read_item(item)[1]
+    assert layers.dtype == np.int32
+    assert object_ids(layers) == [(0, material_id, 12), (0, material_id + vessel_id, 36)]
+    assert np.array_equal(layers[0] == material_id + vessel_id, (vessels > 0) & (materials == 0))
+
+
+@pytest.mark.parametrize("vessel", ["visible", "full"])
+def test_labpics_with_ids_1_to_400(tmp_path, vessel):
+    """400 vessels and 400 materials: 800 objects, each with its own pixels and its own id."""
+    vessels = np.kron(np.arange(1, 401).reshape(20, 20), np.ones((4, 4), int))
+    materials = np.kron(np.arange(400, 0, -1).reshape(20, 20), np.array([[0, 0], [0, 1]]).repeat(2, 0).repeat(2, 1))
+    write_labpics(tmp_path, vessels, materials, np.uint16)
+    (item,) = list_all("labpics", tmp_path, **LABPICS, vessel=vessel)
+    layers = read_item(item)[1]
+    objects = object_ids(layers)
+    assert len(objects) == len({object_id for _, object_id, _ in objects}) == 800
+    assert sorted({area_px for *_, area_px in objects}) == ([4, 12] if vessel == "visible" else [4, 16])
+    assert len(layers) == (1 if vessel == "visible" else 2)
+    for material in (1, 255, 256, 400):
+        assert np.array_equal(layers[0] == material, materials == material)
+        of_vessel = (layers == material + 400).any(0)
+        assert np.array_equal(of_vessel, (vessels == material) & ((materials == 0) | (vessel == "full")))
+
+
+def test_labpics_with_no_background_and_with_no_objects(tmp_path):
+    ones, nothing = np.ones((8, 10), int), np.zeros((8, 10), int)
+    write_labpics(tmp_path, ones, nothing, stem="full")
+    write_labpics(tmp_path, nothing, nothing, stem="none")
+    full, none = list_all("labpics", tmp_path, **LABPICS)
+    assert object_ids(read_instances(full)) == [(0, 1, 80)]
+    assert object_ids(read_instances(none)) == [] and read_instances(none).shape == (1, 8, 10)
+
+
+def test_labpics_splits_are_its_folders(tmp_path):
+    write_labpics(tmp_path, np.ones((8, 10), int), np.zeros((8, 10), int))
+    shutil.copytree(tmp_path / "Simple" / "Train", tmp_path / "Simple" / "Test")
+    shutil.copytree(tmp_path / "Simple", tmp_path / "Complex")
+    train_items, val_items = split_items(**data_keys("labpics", tmp_path))
+    assert [item.name for item in train_items] == ["Complex/Train/a", "Simple/Train/a"]
+    assert [item.name for item in val_items] == ["Complex/Test/a", "Simple/Test/a"]
+    with pytest.raises(ValueError, match="data.vessel is 'ful'; must be visible .* or full"):
+        list_all("labpics", tmp_path, vessel="ful")
+    shutil.rmtree(tmp_path / "Complex")
+    with pytest.raises(FileNotFoundError, match=r"no folder .*Complex/Train/Image"):
+        list_all("labpics", tmp_path)
+
+
+def test_labpics_refuses_a_grey_instance_file(tmp_path):
+    write_picture(tmp_path / "Simple" / "Train" / "Image" / "a.jpg")
+    write_png(tmp_path / "Simple" / "Train" / "Instance" / "a.png", np.ones((8, 10), np.uint8))
+    (item,) = list_all("labpics", tmp_path, **LABPICS)
+    with pytest.raises(ValueError, match=r"a\.png has one channel; must be RGB"):
+        read_item(item)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# masks that may overlap: one file each, COCO, SA-1B
+
+
+def overlapping_masks(num_masks: int, height: int, width: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(3)
+    masks = []
+    for _ in range(num_masks):
+        mask = np.zeros((height, width), bool)
+        y, x = rng.integers(0, height - 4), rng.integers(0, width - 4)
+        mask[y : y + rng.integers(2, 9), x : x + rng.integers(2, 9)] = rng.random() < 0.95
+        masks.append(mask)
+    return masks
+
+
+def assert_layers_hold(layers: np.ndarray, masks: list[np.ndarray]) -> None:
+    """Each mask is whole in exactly one layer, under its number; nothing else is there."""
+    assert layers.dtype == np.int32
+    for index, mask in enumerate(masks):
+        holders = [ids for ids in layers if (ids == index + 1).any()]
+        assert len(holders) == mask.any()
+        if len(holders):
+            assert np.array_equal(holders[0] == index + 1, mask)
+    assert set(np.unique(layers)) <= set(range(len(masks) + 1))
+
+
+def rle_of(mask: np.ndarray, is_compressed: bool) -> dict:
+    if is_compressed:
+        rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+        return {"size": rle["size"], "counts": rle["counts"].decode()}
+    counts, value = [0], False
+    for pixel in mask.ravel(order="F").tolist():
+        if pixel != value:
+            counts.append(0)
+            value = pixel
+        counts[-1] += 1
+    return {"size": list(mask.shape), "counts": counts}
+
+
+def test_masks_per_file_keeps_overlapping_masks_whole(tmp_path):
+    masks = overlapping_masks(30, 24, 32)
+    write_picture(tmp_path / "x" / "images" / "picture.png", 24, 32)
+    for index, mask in enumerate(masks):
+        write_png(tmp_path / "x" / "masks" / f"{index:02d}.png", mask.astype(np.uint8) * (255 if index % 2 else 1))
+    (item,) = list_all("masks_per_file", tmp_path, val_fraction=0)
+    layers = read_item(item)[1]
+    assert_layers_hold(layers, masks)
+    assert 2 <= len(layers) <= 8
+
+
+def test_masks_that_interlock_without_overlap_share_a_layer(tmp_path):
+    write_picture(tmp_path / "x" / "images" / "x.png")
+    ring = np.ones((8, 10), np.uint8)
+    ring[2:6, 2:8] = 0
+    for index, mask in enumerate([1 - ring, ring]):
+        write_png(tmp_path / "x" / "masks" / f"{index}.png", mask)
+    (item,) = list_all("masks_per_file", tmp_path, val_fraction=0)
+    layers = read_instances(item)
+    assert len(layers) == 1
+    assert_layers_hold(layers, [ring == 0, ring > 0])
+
+
+def test_masks_per_file_without_masks_has_no_objects(tmp_path):
+    write_picture(tmp_path / "x" / "images" / "x.png")
+    (tmp_path / "x" / "masks").mkdir()
+    (item,) = list_all("masks_per_file", tmp_path, val_fraction=0)
+    layers = read_instances(item)
+    assert layers.shape == (1, 8, 10) and not layers.any()
+
+
+def test_masks_of_different_sizes_are_named(tmp_path):
+    write_picture(tmp_path / "x" / "images" / "x.png")
+    write_png(tmp_path / "x" / "masks" / "a.png", np.ones((8, 10), np.uint8))
+    write_png(tmp_path / "x" / "masks" / "b.png", np.ones((8, 11), np.uint8))
+    (item,) = list_all("masks_per_file", tmp_path, val_fraction=0)
+    with pytest.raises(ValueError, match=r"b\.png is 8 x 11 px.*a\.png is 8 x 10"):
+        read_instances(item)
+
+
+def write_coco(root: Path, masks: list[np.ndarray]) -> list[np.ndarray]:
+    """One picture; the masks as run lengths of both kinds, two polygons, and a crowd. Returns the expected masks."""
+    height, width = masks[0].shape
+    write_picture(root / "pictures" / "one.jpg", height, width)
+    polygons = [[2.5, 3, 20.2, 4, 11, 18], [22.0, 5, 30, 5, 30, 15, 22, 15]]
+    segmentations = [rle_of(mask, index % 2 == 0) for index, mask in enumerate(masks)] + [polygons]
+    annotations = [
+        {"id": 100 + index, "image_id": 7, "iscrowd": 0, "segmentation": segmentation}
+        for index, segmentation in enumerate(segmentations)
+    ]
+    annotations.insert(1, {"id": 99, "image_id": 7, "iscrowd": 1, "segmentation": rle_of(masks[0], False)})
+    images = [{"id": 7, "file_name": "one.jpg", "height": height, "width": width}]
+    (root / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    drawn = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))).astype(bool)
+    return [*masks, drawn]
+
+
+COCO = {
+    "train_images": "pictures",
+    "train_annotations": "instances.json",
+    "val_annotations": None,
+    "val_fraction": 0,
+}
+
+
+def test_coco_reads_polygons_and_both_run_lengths_and_leaves_crowds_out(tmp_path):
+    masks = write_coco(tmp_path, overlapping_masks(20, 24, 32))
+    (item,) = list_all("coco", tmp_path, **COCO)
+    assert item.num_crowd == 1
+    assert_layers_hold(read_item(item)[1], masks)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "reason"),
+    [
+        (None, "annotation 5: has no segmentation"),
+        ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], "annotation 5: a polygon is 1.0"),
+        ({"size": [8, 9], "counts": [72]}, r"annotation 5: its mask is \[8, 9\] px, but the picture is \[8, 10\]"),
+        ({"size": [8, 10], "counts": [79]}, "annotation 5: run lengths add up to 79"),
+        ({"size": [8, 10]}, "annotation 5: 'counts'"),
+    ],
+)
+def test_coco_names_the_broken_annotation(tmp_path, segmentation, reason):
+    write_picture(tmp_path / "pictures" / "one.jpg")
+    annotations = [{"id": 5, "image_id": 1, "segmentation": segmentation}]
+    images = [{"id": 1, "file_name": "one.jpg", "height": 8, "width": 10}]
+    (tmp_path / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    (item,) = list_all("coco", tmp_path, **COCO)
+    with pytest.raises(ValueError, match=rf"instances\.json, image one\.jpg, {reason}"):
+        read_instances(item)
+
+
+def test_json_that_is_not_coco_is_named(tmp_path):
+    write_picture(tmp_path / "pictures" / "one.jpg")
+    (tmp_path / "instances.json").write_text('{"image": {}}')
+    with pytest.raises(ValueError, match=r"instances\.json: no 'annotations' in"):
+        list_all("coco", tmp_path, **COCO)
+    (tmp_path / "instances.json").write_text('{"image": ')
+    with pytest.raises(ValueError, match=r"instances\.json is not valid json"):
+        list_all("coco", tmp_path, **COCO)
+    (tmp_path / "instances.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"instances\.json holds a json list"):
+        list_all("coco", tmp_path, **COCO)
+
+
+def test_a_picture_listed_twice_is_refused(tmp_path):
+    write_picture(tmp_path / "pictures" / "one.jpg")
+    images = [{"id": index, "file_name": "one.jpg", "height": 8, "width": 10} for index in range(2)]
+    (tmp_path / "instances.json").write_text(json.dumps({"images": images, "annotations": []}))
+    with pytest.raises(ValueError, match=r"lists pictures/one\.jpg 2 times; names must be unique"):
+        list_all("coco", tmp_path, **COCO)
+
+
+@pytest.mark.parametrize("folders", [(".", "."), ("photos", "masks")])
+def test_sa1b_reads_the_json_beside_the_picture(tmp_path, folders):
+    masks = overlapping_masks(25, 24, 32)
+    image_dir, annotation_dir = folders
+    write_picture(tmp_path / image_dir / "sa_1.jpg", 24, 32)
+    content = {
+        "image": {"file_name": "sa_1.jpg", "height": 24, "width": 32},
+        "annotations": [{"id": 1, "segmentation": rle_of(mask, True)} for mask in masks],
+    }
+    (tmp_path / annotation_dir).mkdir(exist_ok=True)
+    (tmp_path / annotation_dir / "sa_1.json").write_text(json.dumps(content))
+    (item,) = list_all("sa1b", tmp_path, val_fraction=0, image_dir=image_dir, annotation_dir=annotation_dir)
+    assert_layers_hold(read_item(item)[1], masks)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# splits
+
+
+def test_a_seeded_fraction_depends_on_seed_and_names_only(tmp_path):
+    def val_names(root: Path, **changes) -> list[str]:
+        train_items, val_items = split_items(**data_keys("label_map", root, **{"val_fraction": 0.25, **changes}))
+        assert not {item.name for item in train_items} & {item.name for item in val_items}
+        assert len(train_items) + len(val_items) == len(list((root / "images").iterdir()))
+        return [item.name for item in val_items]
+
+    first = write_label_maps(tmp_path / "first", 20)
+    second = write_label_maps(tmp_path / "second", 20, suffix=".png")  # other folder, other suffix: the same names
+    assert len(val_names(first)) == 5
+    assert val_names(first) == val_names(first) == val_names(second) == sorted(val_names(first))
+    assert val_names(first) != val_names(first, split_seed=1)
+
+
+def test_a_new_picture_hardly_changes_the_split(tmp_path):
+    before = {item.name for item in split_items(**data_keys("label_map", write_label_maps(tmp_path, 40)))[1]}
+    after = {item.name for item in split_items(**data_keys("label_map", write_label_maps(tmp_path, 41)))[1]}
+    assert len(before) == len(after) == 4 and len(before - after) <= 1
+
+
+def test_fractions_at_the_ends(tmp_path):
+    root = write_label_maps(tmp_path, 3)
+    sizes = {
+        fraction: tuple(map(len, split_items(**data_keys("label_map", root, val_fraction=fraction))))
+        for fraction in (0, 0.01, 0.99, 1)
+    }
+    assert sizes == {0: (3, 0), 0.01: (2, 1), 0.99: (1, 2), 1: (0, 3)}  # in between, neither part is empty
+    with pytest.raises(ValueError, match="data.val_fraction is 1.5; must be in 0..1"):
+        list_all("label_map", root, val_fraction=1.5)
+    with pytest.raises(ValueError, match="only 000 to split; set data.val_fraction=0"):
+        list_all("label_map", write_label_maps(tmp_path / "one", 1))
+
+
+def test_list_files_make_the_split(tmp_path):
+    root = write_label_maps(tmp_path, 5)
+    (tmp_path / "train.txt").write_text("000\n\n# a comment\n001.jpg\nimages/002.jpg labels/002.png\n")
+    (tmp_path / "val.txt").write_text("003\r\n")
+    lists = {"train_list": str(tmp_path / "train.txt"), "val_list": str(tmp_path / "val.txt")}
+
+    def names(**changes) -> list[list[str]]:
+        return [[item.name for item in part] for part in split_items(**data_keys("label_map", root, **changes))]
+
+    assert names(**lists) == [["000", "001", "002"], ["003"]]
+    assert names(val_list=lists["val_list"]) == [["000", "001", "002", "004"], ["003"]]
+    assert names(train_list=lists["train_list"]) == [["000", "001", "002"], ["003", "004"]]
+    (tmp_path / "val.txt").write_text("001\n")
+    with pytest.raises(ValueError, match=r"train\.txt and .*val\.txt both name 001"):
+        names(**lists)
+    (tmp_path / "val.txt").write_text("nine\n")
+    with pytest.raises(ValueError, match=r"val\.txt names 'nine', which the dataset lacks; names look like '000'"):
+        names(**lists)
+    with pytest.raises(FileNotFoundError, match="no list file gone.txt"):
+        names(val_list="gone.txt")
+
+
+def test_davis_never_divides_a_sequence(tmp_path):
+    for sequence in ("a", "b", "c", "d"):
+        for frame in range(3):
+            write_picture(tmp_path / "JPEGImages" / "480p" / sequence / f"{frame:05d}.jpg")
+            ids = np.zeros((8, 10), np.uint8)
+            ids[2:4], ids[5:] = 1, 38
+            if frame != 1 or sequence != "b":  # a frame between annotated ones is no item
+                write_png(tmp_path / "Annotations" / "480p" / sequence / f"{frame:05d}.png", ids)
+    train_items, val_items = split_items(**data_keys("davis", tmp_path, val_fraction=0.5))
+    assert len(train_items) + len(val_items) == 11
+    sequences = [{item.name.split("/")[0] for item in part} for part in (train_items, val_items)]
+    assert not sequences[0] & sequences[1] and len(sequences[0]) == len(sequences[1]) == 2
+    assert object_ids(read_item(train_items[0])[1]) == [(0, 1, 20), (0, 38, 30)]
+    (tmp_path / "train.txt").write_text("a\nc\n")  # DAVIS 2017
+    (tmp_path / "val.txt").write_text("/JPEGImages/480p/b/00000.jpg /Annotations/480p/b/00000.png\n")  # DAVIS 2016
+    lists = {"train_list": str(tmp_path / "train.txt"), "val_list": str(tmp_path / "val.txt")}
+    train_items, val_items = split_items(**data_keys("davis", tmp_path, **lists))
+    assert {item.group for item in train_items} == {"a", "c"} and [item.name for item in val_items] == [
+        "b/00000",
+        "b/00002",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# faults
+
+
+def test_keys_formats_and_roots_that_are_wrong(tmp_path):
+    keys = data_keys("label_map", write_label_maps(tmp_path))
+    with pytest.raises(ValueError, match="unknown key data.lable_dir; must be among data.image_dir"):
+        split_items(**keys, lable_dir="labels")
+    with pytest.raises(ValueError, match="the config lacks data.label_dir"):
+        split_items(**{key: value for key, value in keys.items() if key != "label_dir"})
+    with pytest.raises(ValueError, match="data.root is 3; must be a folder"):
+        split_items(**{**keys, "root": 3})
+    with pytest.raises(ValueError, match="data.format is 'cocoo'; must be one of labpics, label_map"):
+        split_items(**{**keys, "format": "cocoo"})
+    with pytest.raises(FileNotFoundError, match="data.root nowhere is not a folder .*DATA_ROOT"):
+        split_items(**{**keys, "root": "nowhere"})
+    with pytest.raises(ValueError, match="data.on_bad is 'ignore'; must be stop or skip"):
+        split_items(**{**keys, "on_bad": "ignore"})
+    for folder in ("images", "labels"):
+        shutil.rmtree(tmp_path / folder)
+        (tmp_path / folder).mkdir()
+    with pytest.raises(ValueError, match="holds no pictures in the layout 'label_map'"):
+        split_items(**keys)
+
+
+def test_root_is_relative_to_where_the_user_stands(tmp_path, monkeypatch):
+    write_label_maps(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert len(list_all("label_map", Path("mine"))) == 4
+
+
+def remove_one_of_a_pair(name: str, root: Path) -> tuple[dict, Path, Path]:
+    """Write two items in a layout and remove the second's annotation: (changed keys, image path, annotation path)."""
+    ids = np.ones((8, 10), np.uint8)
+    if name == "label_map":
+        write_label_maps(root, 2)
+        image_path, gone = root / "images" / "001.jpg", root / "labels" / "001.png"
+    elif name == "labpics":
+        for stem in ("a", "b"):
+            write_labpics(root, ids, ids * 0, stem=stem)
+        image_path, gone = (root / "Simple" / "Train" / part for part in ("Image/b.jpg", "Instance/b.png"))
+        gone.unlink()
+        return LABPICS, image_path, gone
+    elif name == "masks_per_file":
+        for stem in ("a", "b"):
+            write_picture(root / stem / "images" / f"{stem}.png")
+            write_png(root / stem / "masks" / "0.png", ids)
+        image_path, gone = root / "b" / "images" / "b.png", root / "b" / "masks"
+        shutil.rmtree(gone)
+        return {}, image_path, gone
+    elif name == "sa1b":
+        for stem in ("a", "b"):
+            write_picture(root / f"{stem}.jpg")
+            content = {"image": {"height": 8, "width": 10}, "annotations": [{"segmentation": rle_of(ids > 0, True)}]}
+            (root / f"{stem}.json").write_text(json.dumps(content))
+        image_path, gone = root / "b.jpg", root / "b.json"
+    else:
+        for stem in ("a", "b"):
+            write_picture(root / "JPEGImages" / "480p" / stem / "00000.jpg")
+            write_png(root / "Annotations" / "480p" / stem / "00000.png", ids)
+        image_path, gone = root / "JPEGImages" / "480p" / "b" / "00000.jpg", root / "Annotations" / "480p" / "b"
+        shutil.rmtree(gone)
+        return {}, image_path, gone
+    gone.unlink()
+    return {}, image_path, gone
+
+
+@pytest.mark.parametrize("name", ["label_map", "labpics", "masks_per_file", "sa1b", "davis"])
+def test_a_picture_without_annotation_stops_or_is_left_out_and_counted(tmp_path, name):
+    changes, image_path, gone = remove_one_of_a_pair(name, tmp_path)
+    pattern = f"1 of 2 pairs lack a file; first: image {image_path} has no annotation {gone}"
+    with pytest.raises(FileNotFoundError, match=re.escape(pattern)):
+        list_all(name, tmp_path, **changes)
+    items = list_all(name, tmp_path, **changes, on_bad="skip")
+    report = check_items(items)
+    assert report.counts["num_bad"] == 1 and report.counts["num_usable"] == 1
+    assert [item.name for item in keep_usable(items, report, "skip")] == [items[0].name]
+
+
+def test_an_annotation_without_picture_is_named(tmp_path):
+    root = write_label_maps(tmp_path)
+    (root / "images" / "002.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"annotation .*labels/002\.png has no image .*images/002"):
+        list_all("label_map", root)
+    write_coco(tmp_path, overlapping_masks(2, 24, 32))
+    (tmp_path / "pictures" / "one.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"annotation .*instances\.json has no image .*one\.jpg"):
+        list_all("coco", tmp_path, **COCO)
+
+
+def test_other_size_is_an_error_that_names_both_files(tmp_path):
+    write_label_maps(tmp_path, 1)
+    write_png(tmp_path / "labels" / "000.png", np.ones((8, 11), np.uint8))
+    (item,) = list_all("label_map", tmp_path, val_fraction=0)
+    with pytest.raises(ValueError, match=r"000\.jpg is 8 x 10 px .*000\.png is 8 x 11; export both at one size"):
+        read_item(item)
+    write_png(tmp_path / "labels" / "000.png", np.ones((10, 8), np.uint8))
+    with pytest.raises(ValueError, match=r"000\.jpg is 8 x 10 px .*000\.png is 10 x 8; .*EXIF rotation"):
+        read_item(item)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the dataset check
+
+
+def write_faulty(root: Path) -> list[str]:
+    """Twelve pictures with faults and oddities; returns the names of those that can be trained on."""
+    write_label_maps(root, 12)
+    images, labels = root / "images", root / "labels"
+    (images / "000.jpg").write_bytes(b"")
+    (images / "001.jpg").write_bytes((images / "001.jpg").read_bytes()[:-30])
+    (labels / "002.png").write_text("no picture")
+    write_png(labels / "003.png", np.ones((9, 10), np.uint8))
+    write_png(labels / "004.png", np.zeros((8, 10), np.uint8))
+    dark = (np.random.default_rng(0).integers(0, 4096, (8, 10))).astype(np.uint16)
+    dark[0, 0] = 4095
+    (images / "005.jpg").unlink()
+    Image.fromarray(dark).save(images / "005.png")
+    write_image(images / "006.jpg", np.full((8, 10, 3), 90, np.uint8))
+    write_png(labels / "007.png", np.eye(8, 10, dtype=np.uint8) * 255)
+    (images / "008.jpg").unlink()
+    write_image(images / "008.png", np.random.default_rng(0).integers(0, 2, (8, 10, 3), dtype=np.uint8))
+    write_png(labels / "009.png", np.dstack([np.eye(8, 10)] * 2 + [np.ones((8, 10))]).astype(np.uint8))
+    return [f"{index:03d}" for index in (5, 6, 7, 8, 10, 11)]
+
+
+def test_check_names_each_fault_and_its_remedy(tmp_path):
+    usable = write_faulty(tmp_path)
+    items = list_all("label_map", tmp_path)
+    report = check_items(items)
+    assert report.counts == {
+        "num_checked": 12,
+        "num_usable": 6,
+        "num_bad": 5,
+        "num_without_objects": 1,
+        "num_objects": 11,
+        "num_crowd": 0,
+    }
+    text = "\n".join(report_lines(report, max_listed=None))
+    for pattern in [
+        r"checked 12 images: 6 usable, 5 bad, 1 without objects",
+        r"pictures: 8 x 10 px \(height x width\); 9 of 8 bits, 1 of 16 bits",
+        r"5 bad:",
+        r"000\.jpg is empty \(0 bytes\); copy it again or remove it",
+        r"001\.jpg is a JPEG that ends in the middle; copy it again",
+        r"002\.png cannot be decoded as a picture",
+        r"003\.jpg is 8 x 10 px \(height x width\), but its annotation .*003\.png is 9 x 10; export both",
+        r"009\.png has 3 different channels.*turn each colour into one id",
+        r"1 with no objects: left out of training.*\n  .*004\.png",
+        r"2 with unused intensity range: .*\n  .*005\.png: largest value 4095 of 65535\n",
+        r"008\.png: largest value 1 of 255",
+        r"1 with one value all over: .*\n  .*006\.jpg: 90",
+        r"1 with a single id 255: .*\n  .*007\.png",
+        r"6 with objects below 16 px: (.|\n)*\n  .*007\.png \(007\): 255 \(8 px\)",
+        r"masks per image: 1 to 2, mean 1\.8, median 2",
+    ]:
+        assert re.search(pattern, text), pattern
+    with pytest.raises(ValueError, match=r"5 of 12 images cannot be used; .*data\.on_bad=skip(.|\n)*000\.jpg is empty"):
+        keep_usable(items, report, "stop")
+    assert [item.name for item in keep_usable(items, report, "skip")] == usable
+    assert "... and 2 more" not in text
+    assert any("... and 2 more" in line for line in report_lines(report, max_listed=3))
+
+
+def test_a_clean_dataset_passes_and_loses_only_pictures_without_objects(tmp_path):
+    write_label_maps(tmp_path, 4)
+    write_png(tmp_path / "labels" / "002.png", np.zeros((8, 10), np.uint8))
+    items = list_all("label_map", tmp_path)
+    report = check_items(items)
+    assert [item.name for item in keep_usable(items, report, "stop")] == ["000", "001", "003"]
+
+
+@pytest.mark.parametrize("name", ["masks_per_file", "coco", "sa1b"])
+def test_empty_masks_are_named(tmp_path, name):
+    masks = [np.eye(24, 32) > 0, np.zeros((24, 32), bool), np.ones((24, 32), bool)]
+    changes = {"val_fraction": 0}
+    if name == "masks_per_file":
+        write_picture(tmp_path / "x" / "images" / "x.png", 24, 32)
+        for index, mask in enumerate(masks):
+            write_png(tmp_path / "x" / "masks" / f"m{index}.png", mask.astype(np.uint8))
+        expected = "m1.png"
+    elif name == "coco":
+        write_coco(tmp_path, masks)
+        changes, expected = COCO, "annotation 101"
+    else:
+        write_picture(tmp_path / "x.jpg", 24, 32)
+        annotations = [{"id": 40 + index, "segmentation": rle_of(mask, True)} for index, mask in enumerate(masks)]
+        content = {"image": {"height": 24, "width": 32}, "annotations": annotations}
+        (tmp_path / "x.json").write_text(json.dumps(content))
+        expected = "annotation 41"
+    report = check_items(list_all(name, tmp_path, **changes))
+    (what,) = [what for item in report.items for kind, what in item.remarks if kind == "empty masks"]
+    assert what.endswith(f": {expected}")
+    assert report.counts["num_usable"] == 1 and report.counts["num_crowd"] == (name == "coco")
+
+
+@pytest.mark.parametrize("factor", [1, 20_000_000])  # the second: too large to count in a table
+def test_centers_equal_a_plain_loop(tmp_path, factor):
+    ids = np.random.default_rng(4).integers(1, 30, (8, 10)) * factor  # no background
+    write_picture(tmp_path / "images" / "a.png")
+    (tmp_path / "labels").mkdir()
+    write_label_map(tmp_path / "labels" / "a.png", ids)
+    (item,) = check_items(list_all("label_map", tmp_path, val_fraction=0)).items
+    expected = [np.argwhere(ids == value).mean(0)[::-1] + 0.5 for value in np.unique(ids)]
+    assert item.centers_xy == pytest.approx(np.array(expected) / [10, 8])
+    assert item.areas_px.tolist() == [(ids == value).sum() for value in np.unique(ids)]
+
+
+def test_statistics_equal_numbers_counted_by_hand(tmp_path):
+    write_label_maps(tmp_path, 2)  # objects: 20 px around (2.5, 2), 12 px around (8, 6.5) of 10 x 8
+    ids = np.ones((8, 10), np.uint8)
+    write_png(tmp_path / "labels" / "001.png", ids)
+    report = check_items(list_all("label_map", tmp_path))
+    statistics = mask_statistics(report)
+    assert statistics["masks_per_image"] == {"min": 1, "max": 2, "mean": 1.5, "median": 1.5}
+    assert statistics["area_share"]["p50"] == pytest.approx(20 / 80)
+    centers = np.array([[0.25, 0.25], [0.8, 6.5 / 8], [0.5, 0.5]])
+    measured = statistics["centers"]
+    assert [measured["mean_x"], measured["mean_y"]] == pytest.approx(centers.mean(0))
+    assert [measured["std_x"], measured["std_y"]] == pytest.approx(centers.std(0))
+    assert measured["in_middle"] == pytest.approx(1 / 3)
+    plot_statistics(report, tmp_path / "statistics.png")
+    assert read_image(tmp_path / "statistics.png").std() > 10
+
+
+def test_statistics_of_nothing(tmp_path):
+    write_label_maps(tmp_path, 1)
+    (tmp_path / "images" / "000.jpg").write_bytes(b"")
+    report = check_items(list_all("label_map", tmp_path, val_fraction=0))
+    assert mask_statistics(report) == {} and report_lines(report)[0].startswith("checked 1 images: 0 usable, 1 bad")
+    plot_statistics(report, tmp_path / "statistics.png")
+    assert (tmp_path / "statistics.png").is_file()
+
+
+@pytest.mark.slow
+def test_check_of_1000_images_takes_less_than_30_seconds(tmp_path):
+    rng = np.random.default_rng(0)
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    for index in range(1000):
+        coarse = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        write_image(tmp_path / "images" / f"{index}.jpg", coarse.repeat(16, 0).repeat(16, 1))
+        ids = np.kron(np.arange(64).reshape(8, 8), np.ones((32, 32), int))
+        write_label_map(tmp_path / "labels" / f"{index}.png", ids)
+    start_s = time.process_time()  # of all threads: what one core of its own would need, whoever else is busy
+    report = check_items(list_all("label_map", tmp_path))
+    assert time.process_time() - start_s < 30
+    assert report.counts["num_usable"] == 1000 and report.counts["num_objects"] == 63_000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# real data
+
+
+def test_real_dsb2018(data_root):
+    keys = data_keys("dsb2018", data_root / "DSB2018" / "stage1_train")
+    train_items, val_items = split_items(**keys)
+    assert (len(train_items), len(val_items)) == (98, 24)
+    report = check_items(train_items + val_items)
+    assert report.counts["num_usable"] == 122 and report.counts["num_objects"] == 2582 and not report.bad
+    layers = read_item(train_items[0])[1]
+    for index, path in enumerate(sorted(train_items[0].annotation_path.glob("*.png"))):
+        assert np.array_equal((layers == index + 1).any(0), np.array(Image.open(path)) > 0)
+
+
+def test_real_coco(data_root):
+    changes = {
+        **COCO,
+        "train_images": "input_images",
+        "train_annotations": "panoptic_coco_detection_format.json",
+    }
+    root = data_root / "COCO_panoptic_sample"
+    items = list_all("coco", root, **changes)
+    report = check_items(items)
+    assert (report.counts["num_objects"], report.counts["num_crowd"]) == (47, 3)  # 50 segments
+    content = json.loads((root / "panoptic_coco_detection_format.json").read_text())
+    for item in items:
+        kept = [
+            coco_mask.decode(annotation["segmentation"]).astype(bool)
+            for annotation in content["annotations"]
+            if annotation["image_id"] == int(item.image_path.stem) and not annotation["iscrowd"]
+        ]
+        assert_layers_hold(read_item(item)[1], kept)
+    changes = {**COCO, "train_images": ".", "train_annotations": "annotations.json"}
+    report = check_items(list_all("coco", data_root / "COCO_labelme_voc3" / "data_dataset_coco", **changes))
+    assert report.counts["num_usable"] == 3 and report.counts["num_objects"] == 12
+
+
+def test_real_palette_maps(data_root):
+    changes = {"image_dir": "data_annotated", "label_dir": "data_dataset_voc/SegmentationObject"}
+    report = check_items(list_all("label_map", data_root / "COCO_labelme_voc3", **changes))
+    assert report.counts["num_usable"] == 3 and report.counts["num_objects"] == 12
+
+
+def test_real_davis(data_root):
+    root = data_root / "DAVIS2016"
+    train_items, val_items = split_items(**data_keys("davis", root))
+    assert len(train_items) + len(val_items) == 373
+    assert len({item.group for item in train_items}) == 6 and len({item.group for item in val_items}) == 1
+    assert all(item.image_path.is_file() and item.annotation_path.is_file() for item in train_items + val_items)
+    image_rgb, layers = read_item(val_items[0])
+    assert image_rgb.shape == (480, 854, 3)
+    assert np.array_equal(layers[0] > 0, np.array(Image.open(val_items[0].annotation_path)) > 0)
+    assert [object_id for _, object_id, _ in object_ids(layers)] == [255]
+    official = str(root / "ImageSets" / "480p" / "sequences.txt")
+    listed, rest = split_items(**data_keys("davis", root, val_list=official))
+    assert (len(listed), len(rest)) == (0, 373)

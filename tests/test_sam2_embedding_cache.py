@@ -1,0 +1,639 @@
+"""utils/sam2/embedding_cache.py, and train_sam2.py and infer_sam2.py with a cache: the same results."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_training import (
+    ROOT,
+    compose_config,
+    differences,
+    list_training_items,
+    make_dataset,
+    make_runs_quick,
+    run_main,
+    script_evaluation,
+    tiny_overrides,
+    train_in,
+    without_timing,
+    write_dataset,
+)
+
+import infer_sam2
+import train_sam2
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.images import read_image, write_image
+from utils.sam2 import embedding_cache
+from utils.sam2 import model as sam2_model
+from utils.sam2.embedding_cache import (
+    FOOTER_BYTES,
+    HEADER_BYTES,
+    EmbeddingCache,
+    count_entry_bytes,
+    encode_picture,
+    entry_key,
+    fill_cache,
+    is_whole,
+    join_maps,
+    plan_cache,
+    read_entry,
+    restore_maps,
+    write_entry,
+)
+from utils.sam2.model import FrozenMaps, build_sam2, encode, finish_embeddings, preprocess
+
+CPU = torch.device("cpu")
+NUM_ENTRIES = 8  # of the tiny dataset: 4 training pictures in both flips; the validation pictures are copies of them
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("tiny") / "data")
+
+
+@pytest.fixture(scope="module")
+def filled(root, tmp_path_factory):
+    """A folder that a run of one step has filled (fp16), to be copied."""
+    folder = tmp_path_factory.mktemp("filled")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_runs_quick(monkeypatch)
+        script_evaluation(monkeypatch)
+        train_in(folder / "run", tiny_config(root, f"cache={folder / 'cache'}", "train.steps=1"))
+    return folder / "cache"
+
+
+@pytest.fixture
+def cache_dir(filled, tmp_path):
+    """A filled folder of one's own."""
+    return Path(shutil.copytree(filled, tmp_path / "cache"))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    make_runs_quick(monkeypatch)
+
+
+@pytest.fixture
+def num_encoded(monkeypatch):
+    """Grows by one entry for each picture that goes through the image encoder, with or without a cache."""
+    calls = []
+    for module, name in ((embedding_cache, "encode_frozen"), (train_sam2, "encode")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, real=real: calls.extend(args[1]) or real(*args))
+    return calls
+
+
+def tiny_config(root, *overrides):
+    return compose_config(*tiny_overrides(root), "prompts=point", *overrides)
+
+
+def build_tiny(name="sam2_nano", image_size=64):
+    torch.manual_seed(0)
+    config = compose_config(f"model={name}", f"model.image_size={image_size}", "model.checkpoint=none")["model"]
+    return build_sam2(**config, device="cpu")
+
+
+def list_files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def plan_tiny(model, folder, root, stored="fp16", is_projected=False, flips=(False, True)):
+    pictures = [(item.image_path, flip) for item in list_training_items(tiny_config(root)) for flip in flips]
+    return plan_cache(model, str(folder), stored, "fp32", is_projected, pictures, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# entries
+
+
+@pytest.mark.parametrize("is_projected", [False, True])
+def test_entries_do_not_depend_on_the_decoder(is_projected, root, tmp_path):
+    """A run with fast_decoder=true must leave nothing behind that another run would not have written."""
+    files = []
+    for fast in (False, True):
+        model = build_tiny()
+        model.fast_decoder = fast
+        plan = plan_tiny(model, tmp_path / str(fast), root, "fp32", is_projected)
+        fill_cache(model, plan, "fp32")
+        files.append(list_files(tmp_path / str(fast)))
+    assert files[0] == files[1] and len(files[0]) > 4
+
+
+@pytest.mark.parametrize("name", ["sam2_nano", "sam2.1_hiera_tiny"])
+@pytest.mark.parametrize("is_projected", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_entry_brings_back_what_was_encoded(name, is_projected, precision, root, tmp_path):
+    """In fp32 bit for bit, in fp16 to half its last digit; the order of memory and the types are the encoder's."""
+    model = build_tiny(name)
+    for stored in ("fp32", "fp16"):
+        pictures = [(root / "images" / f"{number}.png", flip) for number in ("001", "002") for flip in (False, True)]
+        plan = plan_cache(model, str(tmp_path / stored), stored, precision, is_projected, pictures, None)
+        assert plan.missing == pictures
+        fill_cache(model, plan, precision)
+        parts = []
+        for image_path, flip in pictures:
+            entry_path = plan.entries[image_path, flip]
+            assert entry_path.stat().st_size == count_entry_bytes(model, is_projected, stored)
+            image_rgb = read_image(image_path)[:, ::-1] if flip else read_image(image_path)
+            with torch.no_grad(), embedding_cache.autocast(CPU, precision):
+                expected = encode(model, preprocess(image_rgb, 64)[None])
+                maps = encode_picture(model, image_rgb, plan.cache)
+                restored = restore_maps(read_entry(entry_path), CPU)
+                found = finish_embeddings(model, restored)
+            parts.append(read_entry(entry_path))
+            assert restored.is_projected == is_projected
+            pairs = [*zip(restored[:3], maps[:3], strict=True)]
+            pairs += [(found.image_embeddings, expected.image_embeddings)]
+            pairs += [*zip(found.high_res_features, expected.high_res_features, strict=True)]
+            for one, other in pairs:
+                assert one.dtype == other.dtype and one.shape == other.shape and one.stride() == other.stride()
+                if stored == "fp32":
+                    assert torch.equal(one, other)
+                limit = 2e-2 if precision == "bf16" else 4e-3
+                torch.testing.assert_close(one, other, atol=limit, rtol=limit)
+        joined = join_maps(parts)
+        for level in range(3):
+            assert torch.equal(joined.tensors[level], torch.cat([part.tensors[level] for part in parts]))
+            last = parts[0].tensors[level].is_contiguous(memory_format=torch.channels_last)
+            assert joined.tensors[level].is_contiguous(memory_format=torch.channels_last) == last
+
+
+def test_size_is_the_issues():
+    """About 20 MiB with the trunk's maps, 8 MiB after conv_s0 and conv_s1, for tiny and small at 1024 px in fp16."""
+    for name in ("sam2.1_hiera_tiny", "sam2.1_hiera_small"):
+        model = build_tiny(name)
+        model.image_size = 1024
+        assert round(count_entry_bytes(model, False, "fp16") / 2**20, 1) == 20.0
+        assert round(count_entry_bytes(model, True, "fp16") / 2**20, 1) == 8.0
+        assert round(count_entry_bytes(model, False, "fp32") / 2**20, 1) == 40.0
+
+
+def test_entries_are_mapped_not_read(root, tmp_path):
+    """Tensors of a picture lie in the file's mapping; writing to them never reaches the file."""
+    model = build_tiny()
+    plan = plan_tiny(model, tmp_path / "cache", root)
+    fill_cache(model, plan, "fp32")
+    entry_path = next(iter(plan.entries.values()))
+    before, stored = entry_path.read_bytes(), read_entry(entry_path)
+    regions = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(entry_path.name):
+            regions.append([int(side, 16) for side in line.split()[0].split("-")])
+    assert len(regions) == 1
+    assert all(regions[0][0] <= values.data_ptr() < regions[0][1] for values in stored.tensors)
+    stored.tensors[0].zero_()
+    assert entry_path.read_bytes() == before
+    del stored
+    assert entry_path.name not in Path("/proc/self/maps").read_text()  # and nothing stays
+
+
+def test_key_depends_on_all_that_the_content_depends_on(root):
+    cache = EmbeddingCache(Path("a"), "weights", 64, False, "fp16", "cpu fp32")
+    changes = [
+        {"weights_hash": "others"}, {"image_size": 96}, {"is_projected": True}, {"stored": "fp32"},
+        {"computed": "cpu bf16"}, {"computed": "cuda fp32"},
+    ]  # fmt: skip
+    keys = {entry_key(EmbeddingCache(**vars(cache) | change), "picture", False) for change in changes}
+    keys |= {entry_key(cache, "picture", False), entry_key(cache, "picture", True), entry_key(cache, "other", False)}
+    assert len(keys) == len(changes) + 3 and all(re.fullmatch("[0-9a-f]{64}", key) for key in keys)
+    assert entry_key(EmbeddingCache(**vars(cache) | {"folder": Path("b")}), "picture", False) in keys
+
+
+def test_hash_is_of_the_weights_that_were_used():
+    model = build_tiny()
+    hashes = [embedding_cache.hash_weights(model, is_projected) for is_projected in (False, True)]
+    with torch.no_grad():
+        model.no_mem_embed.add_(1)
+        model.sam_mask_decoder.iou_token.weight.add_(1)
+    assert [embedding_cache.hash_weights(model, is_projected) for is_projected in (False, True)] == hashes
+    with torch.no_grad():
+        model.sam_mask_decoder.conv_s1.bias[3] += 1e-3
+    assert embedding_cache.hash_weights(model, False) == hashes[0]
+    assert embedding_cache.hash_weights(model, True) != hashes[1]
+    for name, values in list(model.image_encoder.named_parameters())[::9]:
+        before = embedding_cache.hash_weights(model, False)
+        values.data.view(-1)[-1] += 1e-3
+        assert embedding_cache.hash_weights(model, False) != before, name
+    model = model.to(memory_format=torch.channels_last)
+    assert embedding_cache.hash_weights(model, False) == embedding_cache.hash_weights(build_and_copy(model), False)
+
+
+def build_and_copy(model):
+    other = build_tiny()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+DAMAGES = {
+    "truncated": lambda path, content: path.write_bytes(content[: len(content) // 2]),
+    "cut_by_one_byte": lambda path, content: path.write_bytes(content[:-1]),
+    "zeroed_tail": lambda path, content: path.write_bytes(content[:-5000] + bytes(5000)),
+    "zeroed_before_the_footer": lambda path, content: path.write_bytes(
+        content[: -FOOTER_BYTES - 4096] + bytes(4096) + content[-FOOTER_BYTES:]
+    ),
+    "one_bit": lambda path, content: path.write_bytes(
+        content[:HEADER_BYTES] + bytes([content[HEADER_BYTES] ^ 1]) + content[HEADER_BYTES + 1 :]
+    ),
+    "header": lambda path, content: path.write_bytes(content.replace(b"[1, 48", b"[1, 84", 1)),
+    "too_long": lambda path, content: path.write_bytes(content + b"0"),
+    "empty": lambda path, content: path.write_bytes(b""),
+    "of_another_name": lambda path, content: shutil.copy(
+        next(other for other in path.parent.parent.glob("*/*.emb") if other != path), path
+    ),
+    "all_zeros": lambda path, content: path.write_bytes(bytes(len(content))),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_torn_entry_is_found_and_made_again(damage, root, cache_dir, num_encoded, capsys):
+    model = build_run_model(root)
+    before = list_files(cache_dir)
+    assert len(before) == NUM_ENTRIES
+    path = sorted(cache_dir.glob("*/*.emb"))[2]
+    DAMAGES[damage](path, path.read_bytes())
+    assert path.read_bytes() != before[path.relative_to(cache_dir).as_posix()] and not is_whole(path)
+    plan = plan_tiny(model, cache_dir, root)
+    assert [plan.entries[picture] for picture in plan.missing] == [path]
+    assert "7 pictures in" in (output := capsys.readouterr().out) and "1 damaged entries are made again" in output
+    fill_cache(model, plan, "fp32")
+    assert len(num_encoded) == 1 and list_files(cache_dir) == before
+
+
+def build_run_model(root):
+    """The model of a run of `tiny_config`."""
+    config = tiny_config(root)
+    train_sam2.seed_everything(config["seed"])
+    return build_sam2(**config["model"], device="cpu")
+
+
+def test_entry_that_goes_away_during_a_run_is_named(root, cache_dir):
+    path = sorted(cache_dir.glob("*/*.emb"))[0]
+    path.write_bytes(path.read_bytes()[:9000])
+    with pytest.raises(ValueError, match=f"cache entry {path} was removed or damaged during the run .*; start again"):
+        read_entry(path)
+    path.unlink()
+    with pytest.raises(ValueError, match=f"cache entry {path} was removed or damaged during the run .*; start again"):
+        read_entry(path)
+
+
+@pytest.mark.parametrize(
+    "value, message", [(7e4, "gives 70000 for .*001.png, which fp16 cannot hold"), (np.nan, "nan")]
+)
+def test_overflow_is_an_error_that_names_the_picture(value, message, tmp_path):
+    maps = [torch.zeros(1, 2, side, side) for side in (16, 8, 4)]
+    maps[1][0, 1, 2, 3] = -value
+    path = tmp_path / "ab" / f"{'ab' * 32}.emb"
+    with pytest.raises(ValueError, match=message):
+        write_entry(path, FrozenMaps(*maps, False), "fp16", Path("some/001.png"))
+    assert not path.exists()
+    if value == 7e4:
+        with pytest.raises(ValueError, match="use cache_precision=fp32"):
+            write_entry(path, FrozenMaps(*maps, False), "fp16", Path("some/001.png"))
+        write_entry(path, FrozenMaps(*maps, False), "fp32", Path("some/001.png"))
+        assert read_entry(path).tensors[1][0, 1, 2, 3] == -value
+
+
+def test_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(embedding_cache.os, "fsync", fail)
+    path = tmp_path / "ab" / f"{'ab' * 32}.emb"
+    maps = FrozenMaps(*(torch.zeros(1, 2, side, side) for side in (16, 8, 4)), False)
+    with pytest.raises(ValueError, match="cannot be written .No space left on device.; use another folder"):
+        write_entry(path, maps, "fp16", Path("some/001.png"))
+    assert list(path.parent.iterdir()) == []
+
+
+def test_what_killed_runs_left_is_removed_and_what_is_being_written_stays(root, cache_dir):
+    old, young = (next(cache_dir.glob("*")) / name for name in ("old.emb.1.tmp", "young.emb.2.tmp"))
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    plan_tiny(build_run_model(root), cache_dir, root)
+    assert not old.exists() and young.exists()
+
+
+FILLER = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+from test_sam2_embedding_cache import build_run_model, plan_tiny
+from utils.sam2.embedding_cache import fill_cache
+model = build_run_model(Path({data!r}))
+plan = plan_tiny(model, {folder!r}, Path({data!r}))
+print("ready", len(plan.missing), flush=True)
+sys.stdin.readline()
+fill_cache(model, plan, "fp32")
+"""
+
+
+def test_two_processes_fill_one_folder_at_once(root, tmp_path, filled):
+    script = FILLER.format(root=str(ROOT), tests=str(ROOT / "tests"), data=str(root), folder=str(tmp_path / "cache"))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", script], **pipes) for _ in range(2)]
+    for one in both:  # both have listed the empty folder before either writes
+        assert any(line.startswith(f"ready {NUM_ENTRIES}") for line in iter(one.stdout.readline, ""))
+    for one in both:
+        one.stdin.write("go\n")
+        one.stdin.flush()
+    for one in both:
+        _, errors = one.communicate(timeout=100)
+        assert one.returncode == 0, errors[-2000:]
+    assert list_files(tmp_path / "cache") == list_files(filled)  # whole, nothing else, and bit for bit
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train_sam2.py
+
+
+def run_losses(root, run_dir, *overrides):
+    """The losses and gradient norms of a run's steps, and the values of its evaluations."""
+    last = train_in(run_dir, compose_config(*tiny_overrides(root), *overrides))
+    rows = without_timing(last["metrics"])
+    training = [[row["train/loss"], row["train/grad_norm"]] for row in rows if "train/loss" in row]
+    return np.array(training), [row for row in rows if "val/iou_box" in row], last
+
+
+@pytest.mark.parametrize("trainable", ["[prompt_encoder,mask_decoder]", "[prompt_encoder]"])
+def test_losses_are_those_without_a_cache(trainable, root, tmp_path, quick, num_encoded):
+    """Over several steps, with boxes, clicks, masks fed back and mirrored pictures: 5e-3 in fp16, 1e-6 in fp32."""
+    overrides = ("train.steps=5", "train.eval_every=5", f"train.trainable={trainable}", "train.eval_clicks=[1,2]")
+    expected, expected_values, _ = run_losses(root, tmp_path / "off", *overrides)
+    assert len(expected) == 5 and len(num_encoded) == 5 * 2 + 2 * 4
+    for stored, limit in (("fp32", 1e-6), ("fp16", 5e-3)):
+        num_encoded.clear()
+        cache = (f"cache={tmp_path / 'cache'}", f"cache_precision={stored}")
+        losses, values, _ = run_losses(root, tmp_path / stored, *overrides, *cache)
+        assert len(num_encoded) == NUM_ENTRIES
+        np.testing.assert_allclose(losses[:, 0], expected[:, 0], rtol=limit, atol=0)
+        assert (losses != expected).any() or stored == "fp32"  # fp16 rounds: it is no default
+        for one, other in zip(values, expected_values, strict=True):
+            assert one == pytest.approx(other, abs=1e-6 if stored == "fp32" else 0.05)
+    assert len(list((tmp_path / "cache").glob("*/*.emb"))) == 2 * NUM_ENTRIES
+
+
+def test_samples_of_both_ways_differ_in_the_picture_alone(root, cache_dir, monkeypatch):
+    config = tiny_config(root, "prompts=mixed")
+    plan = plan_tiny(build_run_model(root), cache_dir, root)
+    items = list_training_items(config)
+    plain, cached = make_dataset(config, items), make_dataset(config, items)
+    cached.entries = plan.entries
+    expected = [plain[index] for index in range(12)]
+    monkeypatch.setattr(train_sam2, "read_item", lambda item: pytest.fail("a picture was read"))
+    monkeypatch.setattr(train_sam2, "preprocess", lambda *args: pytest.fail("a picture was prepared"))
+    for index, sample in enumerate(expected):
+        found = cached[index]
+        assert sample.pop("image") is not None and found.pop("maps").tensors[0].shape == (1, 48, 16, 16)
+        assert not differences(sample, found)
+
+
+def test_second_run_another_loss_and_a_sweep_encode_nothing(root, cache_dir, tmp_path, quick, num_encoded, capfd):
+    before = list_files(cache_dir)
+    for number, change in enumerate(("train.steps=1", "loss=balanced", "optim.lr=1e-3")):
+        train_in(tmp_path / str(number), tiny_config(root, f"cache={cache_dir}", "train.steps=1", change))
+        assert f"cache: {NUM_ENTRIES} pictures in {cache_dir}, 0 to encode (0.0 MiB" in capfd.readouterr().out
+    assert num_encoded == [] and list_files(cache_dir) == before
+
+
+def test_run_without_steps_encodes_the_validation_pictures_alone(root, tmp_path, quick, num_encoded):
+    train_in(tmp_path / "run", tiny_config(root, f"cache={tmp_path / 'cache'}", "train.steps=0", "train.eval_images=2"))
+    assert len(num_encoded) == 2
+
+
+def test_run_without_mirrored_pictures_has_no_mirrored_entries(root, tmp_path, quick, num_encoded):
+    train_in(tmp_path / "run", tiny_config(root, f"cache={tmp_path / 'cache'}", "train.steps=1", "data.hflip=false"))
+    assert len(num_encoded) == NUM_ENTRIES // 2
+
+
+def test_other_weights_pictures_or_sizes_are_encoded_anew(root, cache_dir, tmp_path, quick, num_encoded, monkeypatch):
+    """And never taken for those that are there."""
+    script_evaluation(monkeypatch)
+    data = Path(shutil.copytree(root, tmp_path / "data"))
+
+    def count_new(name, *overrides):
+        num_encoded.clear()
+        train_in(tmp_path / name, tiny_config(data, f"cache={cache_dir}", "train.steps=1", *overrides))
+        return len(num_encoded)
+
+    assert count_new("same") == 0  # the pictures' place does not matter
+    image_rgb = read_image(data / "images" / "001.png")
+    image_rgb[0, 0] ^= 1
+    write_image(data / "images" / "001.png", image_rgb)  # same name, other bytes
+    assert count_new("bytes") == 2  # mirrored or not; its copy 101.png is still there
+    assert count_new("bytes_again") == 0
+    assert count_new("size", "model.image_size=96") == NUM_ENTRIES + 1
+    assert count_new("weights", "seed=1") == NUM_ENTRIES + 1
+    assert count_new("precision", "precision=bf16") == NUM_ENTRIES + 1
+    assert count_new("projected", "train.trainable=[prompt_encoder]") == NUM_ENTRIES + 1
+    assert count_new("fp32", "cache_precision=fp32") == NUM_ENTRIES + 1
+
+
+def test_resumed_run_equals_the_uninterrupted_one(root, cache_dir, tmp_path, quick, monkeypatch, capfd, num_encoded):
+    steps = ("train.steps=3", "train.eval_every=2", "train.save_every=1", f"cache={cache_dir}", "prompts=mixed")
+    config = tiny_config(root, *steps)
+    whole = train_in(tmp_path / "whole", config)
+    real_loss, calls = train_sam2.prompted_loss, []
+
+    def crash(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real_loss(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_sam2, "prompted_loss", crash)
+        train_in(tmp_path / "killed", config)
+    status, _ = run_main(
+        monkeypatch, capfd, tmp_path / "resumed", f"resume={tmp_path / 'killed'}", f"cache={tmp_path / 'moved'}",
+        "num_workers=1",
+    )  # fmt: skip
+    assert status == 0 and len(num_encoded) == NUM_ENTRIES  # in a new folder, from the weights in last.pt
+    resumed = load_checkpoint(tmp_path / "resumed" / "last.pt")
+    assert list_files(tmp_path / "moved") == list_files(cache_dir)
+    for state in (whole, resumed):
+        state["metrics"] = without_timing(state["metrics"])
+        for key in ("resume", "cache", "num_workers"):
+            state["config"].pop(key)
+    assert not differences(whole, resumed)
+
+
+def test_run_from_before_the_cache_resumes_without(root, tmp_path, quick, monkeypatch, capfd):
+    script_evaluation(monkeypatch)
+    config = tiny_config(root, "train.steps=1")
+    train_in(tmp_path / "old", config)
+    state = load_checkpoint(tmp_path / "old" / "last.pt")
+    del state["config"]["cache"], state["config"]["cache_precision"], state["config"]["fast_decoder"]
+    save_checkpoint(tmp_path / "old" / "last.pt", state)
+    status, output = run_main(monkeypatch, capfd, tmp_path / "new", f"resume={tmp_path / 'old'}", "train.steps=2")
+    assert status == 0 and "cache:" not in output
+    assert load_checkpoint(tmp_path / "new" / "last.pt")["config"]["cache"] == "off"
+
+
+def test_channels_last_and_workers_read_the_same_entries(root, cache_dir, tmp_path, quick, num_encoded, monkeypatch):
+    script_evaluation(monkeypatch)
+    base = ("train.steps=2", f"cache={cache_dir}")
+    expected, _, _ = run_losses(root, tmp_path / "plain", *base)
+    for name in ("train.channels_last=true", "num_workers=2"):
+        losses, _, _ = run_losses(root, tmp_path / name, *base, name)
+        np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    assert num_encoded == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# when there can be no cache
+
+
+OBSTACLES = {
+    "train.trainable=[neck]": "train.trainable has parts of the image encoder (image_encoder.neck.",
+    "train.trainable=[mask_decoder,{trunk_last_n:1}]": "train.trainable has parts of the image encoder (image_encoder.",
+    "data.color_jitter=0.1": "data.color_jitter is 0.1, so no picture is seen twice as it was",
+}
+
+
+@pytest.mark.parametrize("override", OBSTACLES)
+def test_encoder_that_trains_and_color_jitter_refuse(override, root, tmp_path, quick, monkeypatch, capfd):
+    script_evaluation(monkeypatch)
+    monkeypatch.setattr(embedding_cache, "REPOSITORY", tmp_path)
+    config = tiny_config(root, f"cache={tmp_path / 'cache'}", "train.steps=1", override)
+    with pytest.raises(ValueError) as error:
+        train_in(tmp_path / "refused", config)
+    assert f"cache is {tmp_path / 'cache'}, but {OBSTACLES[override]}" in str(error.value)
+    assert str(error.value).endswith("; change that, or use cache=off")
+    train_in(tmp_path / "auto", config | {"cache": "auto"})
+    assert f"cache=auto: no cache, because {OBSTACLES[override]}" in capfd.readouterr().out
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "data").exists()
+
+
+def test_free_disk_is_checked_before_anything_is_written(root, tmp_path, quick, monkeypatch, capfd, num_encoded):
+    script_evaluation(monkeypatch)
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(embedding_cache, "REPOSITORY", tmp_path)
+    num_bytes = NUM_ENTRIES * count_entry_bytes(build_tiny(), False, "fp16")
+    free = {}
+    monkeypatch.setattr(embedding_cache.shutil, "disk_usage", lambda folder: type("Usage", (), free))
+    free["free"] = num_bytes - 1
+    config = tiny_config(root, f"cache={tmp_path / 'cache'}", "train.steps=1")
+    with pytest.raises(ValueError, match=r"cache is .*, but its 8 new entries take 0.3 MiB and .* has 0.3 MiB free"):
+        train_in(tmp_path / "refused", config)
+    assert num_encoded == [] and list_files(tmp_path / "cache") == {}
+
+    free["free"] = 2 * num_bytes - 1  # of which auto takes half
+    train_in(tmp_path / "too_much", config | {"cache": "auto"})
+    assert "cache=auto: no cache, because its 8 new entries take" in capfd.readouterr().out
+    assert list_files(tmp_path / "data") == {}
+    free["free"] = 2 * num_bytes
+    train_in(tmp_path / "half", config | {"cache": "auto"})
+    assert "cache: 0 pictures in" in (output := capfd.readouterr().out) and "8 to encode (0.3 MiB; " in output
+    assert sum(map(len, list_files(tmp_path / "data" / "embedding_cache").values())) == num_bytes
+    free["free"] = 0  # nothing more to write
+    train_in(tmp_path / "second", config | {"cache": "auto"})
+    assert "cache: 8 pictures in" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["cache=true"], "cache is True; must be auto, off, or a folder"),
+        (["cache=''"], "cache is ''; must be auto, off, or a folder"),
+        (["cache=3"], "cache is 3; must be text or true or false"),
+        (["cache=null"], "cache is None; must be text or true or false"),
+        (["cache_precision=bf16"], "cache_precision is 'bf16'; must be fp16 or fp32"),
+    ],
+)
+def test_values_that_make_no_sense_are_named_before_any_data_is_read(overrides, message, tmp_path):
+    config = compose_config(*tiny_overrides(tmp_path / "no_such_folder"), *overrides)
+    with pytest.raises(ValueError) as error:
+        train_sam2.train(config, tmp_path / "run", None)
+    assert str(error.value) == message
+
+
+def test_typos_name_the_key(root, tmp_path, quick):
+    for override in ("cahce=auto", "cache_precison=fp32"):
+        with pytest.raises(Exception, match=override.split("=")[0]):
+            compose_config(*tiny_overrides(root), override)
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ncahce: auto\n")
+    config = tiny_config(root, "experiment=mine", f"hydra.searchpath=[file://{tmp_path}]")
+    with pytest.raises(ValueError, match="unknown key cahce in the config"):
+        train_in(tmp_path / "run", config)
+
+
+def test_off_without_quotes_in_a_preset_is_off(root, tmp_path, quick, monkeypatch, num_encoded):
+    script_evaluation(monkeypatch)
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ncache: off\n")
+    config = tiny_config(root, "experiment=mine", "train.steps=1", f"hydra.searchpath=[file://{tmp_path}]")
+    assert config["cache"] is False
+    train_in(tmp_path / "run", config)
+    assert len(num_encoded) == 2
+
+
+def test_folder_that_cannot_be_is_named(root, tmp_path, quick):
+    (tmp_path / "file").write_text("")
+    for place in ("file", "not_mounted/cache"):
+        with pytest.raises(ValueError, match=f"cache is {tmp_path / place}, but the folder .* cannot be made"):
+            train_in(tmp_path / "run", tiny_config(root, f"cache={tmp_path / place}"))
+        shutil.rmtree(tmp_path / "run")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# infer_sam2.py
+
+
+def infer(run_dir, *overrides):
+    from test_infer_sam2 import compose_config
+
+    run_dir.mkdir()
+    failures = infer_sam2.infer(compose_config("precision=fp32", "model=sam2_nano", *overrides), run_dir)
+    return {path.stem: json.loads(path.read_text()) for path in run_dir.glob("0*.json")}, failures
+
+
+def test_inference_encodes_each_picture_once(root, tmp_path, monkeypatch, capfd):
+    calls = []
+    real = sam2_model.encode_frozen
+    monkeypatch.setattr(embedding_cache, "encode_frozen", lambda *args: calls.extend(args[1]) or real(*args))
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in ("001", "002"):
+        shutil.copy(root / "images" / f"{number}.png", folder)
+    shutil.copy(folder / "001.png", folder / "003.png")  # the same picture again
+    (folder / "000.png").write_bytes(b"no picture")
+    common = (f"input={folder}", "mode=prompts", "points=[[20,20,1]]")
+    expected, _ = infer(tmp_path / "off", *common)
+    cache = (f"cache={tmp_path / 'cache'}", "cache_precision=fp32")
+    first, failures = infer(tmp_path / "first", *common, *cache)
+    assert len(failures) == 1 and "000.png" in failures[0]
+    assert len(list((tmp_path / "cache").glob("*/*.emb"))) == 2 and calls
+    assert "to encode (" in capfd.readouterr().out
+    calls.clear()
+    second, failures = infer(tmp_path / "second", *common, *cache)
+    assert calls == [] and len(failures) == 1
+    other, _ = infer(tmp_path / "other", f"input={folder}", "mode=prompts", "boxes=[[5,5,40,40]]", *cache)
+    assert calls == [] and other != second
+    assert first == second == expected and sorted(expected) == ["001", "002", "003"]
+
+
+def test_inference_with_fp16_is_the_same_in_the_first_run_and_later(root, tmp_path):
+    common = (f"input={root / 'images' / '002.png'}", "mode=prompts", "points=[[20,20,1]]", f"cache={tmp_path / 'c'}")
+    assert infer(tmp_path / "first", *common) == infer(tmp_path / "second", *common)
+
+
+def test_automatic_mode_has_no_cache(root, tmp_path, capfd, monkeypatch):
+    def go_on(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(infer_sam2, "generate_masks", go_on)
+    common = (f"input={root / 'images' / '002.png'}",)
+    with pytest.raises(ValueError, match="cache is .*, but mode=automatic encodes crops of pictures, too"):
+        infer(tmp_path / "folder", *common, f"cache={tmp_path / 'cache'}")
+    with pytest.raises(KeyboardInterrupt):
+        infer(tmp_path / "auto", *common, "cache=auto")
+    assert "cache=auto: no cache, because mode=automatic" in capfd.readouterr().out

@@ -1,0 +1,696 @@
+"""Losses of masks and of class maps: values and gradients against torchvision, MONAI, naive loops, closed forms."""
+
+import math
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from monai.losses import DiceLoss, FocalLoss, TverskyLoss
+from scipy.ndimage import distance_transform_edt
+from torchvision.ops import sigmoid_focal_loss
+
+from utils.sam2.losses import cross_entropy_loss, dice_loss, focal_loss, shrink_masks
+from utils.segmentation.losses import (
+    balanced_class_weights,
+    border_weight_map,
+    class_cross_entropy_loss,
+    class_dice_loss,
+    class_focal_loss,
+    log_iou_loss,
+    semantic_loss,
+    soft_iou_loss,
+    tversky_loss,
+)
+
+LOSSES = {
+    "focal": focal_loss,
+    "dice": dice_loss,
+    "cross_entropy": cross_entropy_loss,
+    "balanced": lambda logits, mask: cross_entropy_loss(logits, mask, 1.0),
+}
+
+
+def example(seed: int = 0, shape=(2, 3, 5, 7), spread: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn(shape, generator=generator)
+    return logits, (torch.rand(shape, generator=generator) < 0.3).float()
+
+
+def sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value))
+
+
+def naive(name: str, logits: torch.Tensor, mask: torch.Tensor) -> float:
+    """Compute the loss of one mask pixel by pixel, in Python's double precision."""
+    values = [(float(logit), float(truth)) for logit, truth in zip(logits.flatten(), mask.flatten(), strict=True)]
+    entropies = [-math.log(sigmoid(logit)) if truth else -math.log(sigmoid(-logit)) for logit, truth in values]
+    num_pixels, num_foreground = len(values), sum(truth for _, truth in values)
+    if name == "focal":  # Lin et al. 2017, equation 5
+        weights = [
+            0.25 * (1 - sigmoid(logit)) ** 2 if truth else 0.75 * (1 - sigmoid(-logit)) ** 2 for logit, truth in values
+        ]
+        return sum(w * e for w, e in zip(weights, entropies, strict=True)) / num_pixels
+    if name == "dice":
+        overlap = sum(sigmoid(logit) * truth for logit, truth in values)
+        return 1 - (2 * overlap + 1) / (sum(sigmoid(logit) for logit, _ in values) + num_foreground + 1)
+    if name == "balanced":  # the mean over foreground and the mean over background, half each
+        foreground = [e for e, (_, truth) in zip(entropies, values, strict=True) if truth]
+        background = [e for e, (_, truth) in zip(entropies, values, strict=True) if not truth]
+        return 0.5 * sum(foreground) / len(foreground) + 0.5 * sum(background) / len(background)
+    return sum(entropies) / num_pixels
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_values_are_those_of_a_naive_loop_for_each_mask(name):
+    logits, mask = example()
+    loss = LOSSES[name](logits, mask)
+    assert loss.shape == (2, 3) and loss.dtype == torch.float32
+    for i in range(2):
+        for j in range(3):
+            assert loss[i, j].item() == pytest.approx(naive(name, logits[i, j], mask[i, j]), rel=1e-5, abs=1e-6)
+
+
+def test_focal_loss_is_torchvisions_with_its_gradient():
+    logits, mask = example(1)
+    for alpha, gamma in ((0.25, 2.0), (0.6, 0.0), (0.5, 1.5)):
+        ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
+        loss = focal_loss(ours, mask, alpha, gamma)
+        expected = sigmoid_focal_loss(theirs, mask.double(), alpha, gamma, "none").mean((-2, -1))
+        torch.testing.assert_close(loss.double(), expected, atol=1e-6, rtol=1e-5)
+        loss.sum().backward()
+        expected.sum().backward()
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(focal_loss(logits, mask), focal_loss(logits, mask, 0.25, 2.0))  # as SAM 2 trains
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_are_those_of_finite_differences(name):
+    logits, mask = example(2, (1, 4, 4), spread=2.0)
+    variable = logits.clone().requires_grad_()
+    LOSSES[name](variable, mask).sum().backward()
+    for index in np.ndindex(1, 4, 4):
+        step = torch.zeros(1, 4, 4, dtype=torch.float64)
+        step[index] = 1e-5
+        above, below = (naive(name, logits.double() + sign * step, mask) for sign in (1, -1))
+        assert variable.grad[index].item() == pytest.approx((above - below) / 2e-5, rel=1e-3, abs=1e-6)
+
+
+def test_foreground_balance_runs_from_none_to_equal_shares():
+    logits, mask = torch.zeros(8, 10), torch.zeros(8, 10)
+    mask[:2, :3] = 1  # 6 of 80 pixels
+    logits.requires_grad_()
+    shares = {}
+    for balance in (0.0, 0.5, 1.0):
+        (gradient,) = torch.autograd.grad(cross_entropy_loss(logits, mask, balance), logits)
+        foreground, background = gradient[mask > 0].abs().sum().item(), gradient[mask == 0].abs().sum().item()
+        shares[balance] = foreground / (foreground + background)
+    root_ratio = math.sqrt(6 / 74)  # weights (0.5 / s) ** 0.5 on shares s
+    assert shares[0.0] == pytest.approx(6 / 80, rel=1e-4)
+    assert shares[0.5] == pytest.approx(root_ratio / (1 + root_ratio), rel=1e-4)
+    assert shares[1.0] == pytest.approx(0.5, rel=1e-4)
+    for whole in (torch.zeros(8, 10), torch.ones(8, 10)):  # one side only: finite, and of the usual size
+        loss = cross_entropy_loss(torch.zeros(8, 10), whole, 1.0).item()
+        assert loss == pytest.approx(0.5 * math.log(2) * 80 / 79, rel=1e-3)
+
+
+def test_dice_of_perfect_empty_and_wrong_masks():
+    mask = torch.zeros(1, 20, 20)
+    mask[:, 5:15, 5:15] = 1
+    sure = 200 * (mask - 0.5)
+    assert dice_loss(sure, mask).item() == pytest.approx(0, abs=1e-6)
+    assert dice_loss(-sure, mask).item() == pytest.approx(1 - 1 / 401, abs=1e-5)
+    assert dice_loss(torch.full((1, 20, 20), -100.0), torch.zeros(1, 20, 20)).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_everything_is_computed_in_fp32_also_under_autocast(name, dtype):
+    # 512 * 512 = 262,144 pixels: their sum alone is more than fp16 holds (65,504)
+    logits, mask = example(3, (1, 512, 512))
+    logits, mask = logits.to(dtype), (mask + 1).clamp(max=1)
+    mask[:, :9, :40] = 0
+    expected = LOSSES[name](logits.float(), mask)
+    assert torch.equal(LOSSES[name](logits, mask), expected)
+    assert torch.equal(LOSSES[name](logits, mask.to(dtype)), expected)
+    assert torch.equal(LOSSES[name](logits, mask.bool()), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(LOSSES[name](logits, mask), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("level", [100.0, -100.0, 30.0, -30.0, 0.0])
+def test_extreme_logits_give_finite_values_and_gradients(name, dtype, level):
+    logits = torch.full((2, 6, 6), level, dtype=dtype, requires_grad=True)
+    mask = torch.zeros(2, 6, 6)
+    mask[0, :3] = 1  # the other mask is empty
+    loss = LOSSES[name](logits, mask)
+    assert torch.isfinite(loss).all() and (loss >= 0).all()
+    loss.sum().backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def tutorial_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The popular tutorial's cross-entropy: on probabilities, with 1e-5 inside the logarithms (D4)."""
+    probs = logits.sigmoid()
+    return (-mask * torch.log(probs + 1e-5) - (1 - mask) * torch.log((1 - probs) + 1e-5)).mean((-2, -1))
+
+
+@pytest.mark.parametrize("level", [20.0, 30.0, 100.0, -20.0, -30.0, -100.0])
+def test_a_surely_wrong_pixel_still_gets_a_gradient(level):
+    truth = float(level < 0)
+
+    def gradient(loss) -> float:
+        logits = torch.full((1, 1), level, requires_grad=True)
+        loss(logits, torch.full((1, 1), truth)).backward()
+        return logits.grad.item()
+
+    wrong = level / abs(level)  # the way down
+    assert gradient(cross_entropy_loss) == pytest.approx(wrong, rel=1e-4)
+    assert gradient(focal_loss) * wrong > 0.2
+    assert abs(gradient(tutorial_loss)) < 0.001  # what this guards against: the pixel is never mended
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# masks at the loss's size
+
+
+def naive_shrink(mask: np.ndarray, size: int) -> np.ndarray:
+    height, width = mask.shape
+    coverage = np.zeros((size, size))
+    for y in range(size):
+        for x in range(size):
+            rows = slice(y * height // size, -(-(y + 1) * height // size))
+            columns = slice(x * width // size, -(-(x + 1) * width // size))
+            coverage[y, x] = mask[rows, columns].mean()
+    shrunk = coverage > 0.5
+    if mask.any() and not shrunk.any():
+        shrunk.flat[coverage.argmax()] = True
+    return shrunk.astype(np.float32)
+
+
+@pytest.mark.parametrize("height, width, size", [(32, 32, 8), (30, 30, 8), (16, 16, 16), (24, 40, 8), (8, 8, 16)])
+def test_shrunk_masks_are_the_average_cut_at_a_half(height, width, size):
+    rng = np.random.default_rng(0)
+    masks = [rng.random((height, width)) < share for share in (0.5, 0.9, 0.02, 0.0)]
+    block = np.zeros((height, width), bool)
+    block[height // 4 : height // 2, width // 8 :] = True
+    single = np.zeros((height, width), bool)
+    single[-1, 0] = True
+    masks = np.stack([*masks, block, single])
+    shrunk = shrink_masks(torch.from_numpy(masks), size)
+    assert shrunk.shape == (6, size, size) and shrunk.dtype == torch.float32
+    for mask, ours in zip(masks, shrunk.numpy(), strict=True):
+        np.testing.assert_array_equal(ours, naive_shrink(mask, size))
+    assert shrunk[3].sum() == 0  # an empty mask stays empty
+    assert shrunk[5].sum() >= 1  # a pixel does not vanish
+
+
+def test_a_vanishing_object_keeps_its_strongest_pixel_alone():
+    mask = torch.zeros(1, 16, 16)
+    mask[0, 5, 4:7] = 1  # three pixels of the 4 x 4 block (1, 1)
+    mask[0, 5, 8] = 1  # one of block (1, 2)
+    shrunk = shrink_masks(mask, 4)
+    assert shrunk.nonzero().tolist() == [[0, 1, 1]]
+    exactly_half = torch.zeros(1, 16, 16)
+    exactly_half[0, :2, :4] = 1
+    exactly_half[0, 8:12, 8:12] = 1
+    assert shrink_masks(exactly_half, 4).nonzero().tolist() == [[0, 2, 2]]
+    assert shrink_masks(torch.zeros(0, 16, 16), 4).shape == (0, 4, 4)
+
+
+def test_shrinking_is_not_taking_every_fourth_pixel():
+    """Nearest-pixel shrinking loses thin objects; so would the average alone."""
+    mask = torch.zeros(1, 64, 64)
+    mask[0, 9] = 1  # a line of one pixel
+    assert F.interpolate(mask[None], (16, 16), mode="nearest").sum() == 0
+    assert (F.adaptive_avg_pool2d(mask, 16) > 0.5).sum() == 0
+    assert shrink_masks(mask, 16).sum() == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# losses of class maps. MONAI is the independent library; it knows no ignored pixels, so it gets the others alone.
+
+CLASS_WEIGHT = torch.tensor([0.5, 2.0, 1.0, 3.0])
+CLASS_LOSSES = {
+    "cross_entropy": class_cross_entropy_loss,
+    "soft_iou": soft_iou_loss,
+    "log_iou": log_iou_loss,
+    "dice": class_dice_loss,
+    "tversky": tversky_loss,
+    "tversky_0": lambda logits, target, **weight: tversky_loss(logits, target, 0.0, **weight),
+    "tversky_1": lambda logits, target, **weight: tversky_loss(logits, target, 1.0, **weight),
+    "focal": class_focal_loss,
+    "focal_0.5": lambda logits, target, **weight: class_focal_loss(logits, target, 0.5, **weight),
+    "focal_0": lambda logits, target, **weight: class_focal_loss(logits, target, 0.0, **weight),
+}
+WEIGHTS_OF_LOSSES = {name: 0.0 for name in ("cross_entropy", "soft_iou", "log_iou", "dice", "tversky", "focal")}
+OTHER_KNOBS = {"tversky_alpha": 0.3, "focal_gamma": 2.0}
+
+
+def class_example(seed: int = 0, shape=(3, 4, 9, 11), ignored: float = 0.15) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw float64 logits (B, C, H, W) and a target (B, H, W) with all classes, some pixels ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
+    target[torch.rand(target.shape, generator=generator) < ignored] = 255
+    return logits, target
+
+
+def counted_pixels(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the pixels that are not ignored as one long image: (1, C, N) and (1, 1, N)."""
+    valid = target != 255
+    return logits.movedim(1, -1)[valid].T[None], target[valid][None, None]
+
+
+def monai_dice(logits: torch.Tensor, target: torch.Tensor, class_weight=None) -> torch.Tensor:
+    """MONAI's Dice loss; it multiplies with the class weights without dividing by their sum."""
+    loss = DiceLoss(softmax=True, to_onehot_y=True, smooth_nr=0, smooth_dr=0, batch=True, weight=class_weight)
+    rescale = 1 if class_weight is None else len(class_weight) / class_weight.sum()
+    return loss(*counted_pixels(logits, target)) * rescale
+
+
+def monai_tversky(logits: torch.Tensor, target: torch.Tensor, alpha: float) -> torch.Tensor:
+    loss = TverskyLoss(
+        softmax=True, to_onehot_y=True, alpha=alpha, beta=1 - alpha, smooth_nr=0, smooth_dr=0, batch=True
+    )
+    return loss(*counted_pixels(logits, target))
+
+
+def monai_soft_iou(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """MONAI's Jaccard of each image, its pixels and classes as one long axis: M, the mean over images."""
+    loss = DiceLoss(jaccard=True, smooth_nr=0, smooth_dr=0)
+    values = []
+    for one_logits, one_target in zip(logits, target, strict=True):
+        pixels, classes = counted_pixels(one_logits[None], one_target[None])
+        truth = F.one_hot(classes[0, 0], pixels.shape[1]).T.to(pixels)
+        values.append(1 - loss(pixels.softmax(1).reshape(1, 1, -1), truth.reshape(1, 1, -1)))
+    return torch.stack(values).mean()
+
+
+def monai_focal(logits: torch.Tensor, target: torch.Tensor, gamma: float, class_weight=None) -> torch.Tensor:
+    """MONAI's focal loss of each pixel and class, summed and divided by the weight of the pixels."""
+    pixels, classes = counted_pixels(logits, target)
+    loss = FocalLoss(use_softmax=True, to_onehot_y=True, gamma=gamma, weight=class_weight, reduction="none")
+    return loss(pixels, classes).double().sum() / (
+        classes.numel() if class_weight is None else class_weight[classes].sum()
+    )
+
+
+def torch_cross_entropy(logits: torch.Tensor, target: torch.Tensor, class_weight=None) -> torch.Tensor:
+    return F.cross_entropy(logits, target, class_weight, ignore_index=255)
+
+
+ORACLES = {
+    "cross_entropy": (class_cross_entropy_loss, torch_cross_entropy),
+    "weighted cross_entropy": (
+        lambda *pair: class_cross_entropy_loss(*pair, CLASS_WEIGHT),
+        lambda *pair: torch_cross_entropy(*pair, CLASS_WEIGHT.double()),
+    ),
+    "soft_iou": (soft_iou_loss, lambda *pair: 1 - monai_soft_iou(*pair)),
+    "log_iou": (log_iou_loss, lambda *pair: -monai_soft_iou(*pair).log()),
+    "dice": (class_dice_loss, monai_dice),
+    "weighted dice": (
+        lambda *pair: class_dice_loss(*pair, CLASS_WEIGHT),
+        lambda *pair: monai_dice(*pair, CLASS_WEIGHT.double()),
+    ),
+    "tversky 0.3": (tversky_loss, lambda *pair: monai_tversky(*pair, 0.3)),
+    "tversky 0.8": (lambda *pair: tversky_loss(*pair, 0.8), lambda *pair: monai_tversky(*pair, 0.8)),
+    "focal": (class_focal_loss, lambda *pair: monai_focal(*pair, 2.0)),
+    "weighted focal 1.5": (
+        lambda *pair: class_focal_loss(*pair, 1.5, CLASS_WEIGHT),
+        lambda *pair: monai_focal(*pair, 1.5, CLASS_WEIGHT.double()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ORACLES)
+@pytest.mark.parametrize("ignored", [0.0, 0.4])
+def test_class_losses_and_their_gradients_are_the_library_s(name, ignored):
+    ours, theirs = ORACLES[name]
+    logits, target = class_example(1, ignored=ignored)
+    variables = [logits.clone().requires_grad_() for _ in range(2)]
+    values = [loss(variable, target) for loss, variable in zip((ours, theirs), variables, strict=True)]
+    assert values[0].shape == () and values[0].dtype == torch.float64  # as gradcheck needs
+    torch.testing.assert_close(values[0], values[1].reshape(()), rtol=1e-6, atol=1e-9)
+    gradients = [torch.autograd.grad(value, variable)[0] for value, variable in zip(values, variables, strict=True)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-9)
+    single = ours(logits.float(), target)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), values[0].detach(), rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CLASS_LOSSES)
+@pytest.mark.parametrize("class_weight", [None, CLASS_WEIGHT], ids=["plain", "weighted"])
+def test_class_losses_pass_gradcheck(name, class_weight):
+    logits, target = class_example(2, (2, 4, 3, 4))
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: CLASS_LOSSES[name](x, target, class_weight=class_weight), logits)
+
+
+def naive_class_loss(name: str, logits, target, class_weight, pixel_weight) -> float:
+    """Compute cross-entropy, focal loss or soft IoU loss with weights pixel by pixel, in Python."""
+    num_classes = logits.shape[1]
+    total, total_weight, image_ious = 0.0, 0.0, []
+    for b in range(len(target)):
+        overlap = union = 0.0
+        for y, x in np.ndindex(*target.shape[1:]):
+            true_class = int(target[b, y, x])
+            if true_class == 255:
+                continue
+            powers = [math.exp(float(logit)) for logit in logits[b, :, y, x]]
+            probs = [power / sum(powers) for power in powers]
+            weight = float(class_weight[true_class] * pixel_weight[b, y, x])
+            focus = (1 - probs[true_class]) ** 2 if name == "focal" else 1
+            total -= weight * focus * math.log(probs[true_class])
+            total_weight += weight
+            overlap += float(class_weight[true_class]) * probs[true_class]
+            for c in range(num_classes):
+                truth = c == true_class
+                union += float(class_weight[c]) * (probs[c] + truth - probs[c] * truth)
+        image_ious.append(overlap / union)
+    return 1 - sum(image_ious) / len(image_ious) if name == "soft_iou" else total / total_weight
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "focal", "soft_iou"])
+def test_weighted_class_losses_are_those_of_a_naive_loop(name):
+    logits, target = class_example(3, (2, 4, 5, 6))
+    pixel_weight = torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(0)) * 10
+    weights = {"class_weight": CLASS_WEIGHT} | ({} if name == "soft_iou" else {"pixel_weight": pixel_weight})
+    expected = naive_class_loss(name, logits, target, CLASS_WEIGHT.double(), pixel_weight.double())
+    assert CLASS_LOSSES[name](logits, target, **weights).item() == pytest.approx(expected, rel=1e-9)
+    assert CLASS_LOSSES[name](logits, target).item() != pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", CLASS_LOSSES)
+def test_ignored_pixels_have_no_effect_and_no_gradient(name):
+    logits, target = class_example(4, (2, 4, 8, 6), ignored=0)
+    inside = CLASS_LOSSES[name](logits[:, :, :5].contiguous(), target[:, :5].contiguous()).item()
+    target[:, 5:] = 255
+    for garbage in (0.0, 1e4, math.nan, math.inf, -math.inf):
+        variable = logits.clone()
+        variable[:, :, 5:] = garbage
+        variable.requires_grad_()
+        pixel_weight = torch.ones(target.shape)
+        pixel_weight[:, 5:] = math.nan
+        weight = {"pixel_weight": pixel_weight} if name.startswith(("cross", "focal")) else {}
+        loss = CLASS_LOSSES[name](variable, target, **weight)
+        assert loss.item() == pytest.approx(inside, rel=1e-12)
+        (gradient,) = torch.autograd.grad(loss, variable)
+        assert (gradient[:, :, 5:] == 0).all()
+        assert torch.isfinite(gradient).all() and (gradient[:, :, :5] != 0).any()
+    assert CLASS_LOSSES[name](logits, target.to(torch.uint8)).item() == pytest.approx(inside, rel=1e-12)  # as stored
+
+
+@pytest.mark.parametrize("name", CLASS_LOSSES)
+def test_an_image_or_a_batch_that_is_ignored_altogether(name):
+    logits, target = class_example(5, (2, 4, 5, 5), ignored=0)
+    alone = CLASS_LOSSES[name](logits[:1], target[:1]).item()
+    target[1] = 255
+    assert CLASS_LOSSES[name](logits, target).item() == pytest.approx(alone, rel=1e-12)
+    logits.requires_grad_()
+    loss = CLASS_LOSSES[name](logits, torch.full_like(target, 255))
+    assert loss.item() == 0
+    loss.backward()
+    assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("name", CLASS_LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("level", [65504.0, -65504.0, 100.0, -100.0, 20.0, 0.0])
+def test_extreme_logits_of_class_maps_give_finite_values_and_gradients(name, dtype, level):
+    logits = torch.zeros(2, 3, 8, 8, dtype=dtype)
+    logits[:, 0] = level  # everything is surely, or surely not, class 0
+    logits[:, 1] = -level
+    for classes in ([0], [1], [0, 1], [0, 1, 2, 255]):
+        target = torch.tensor(classes).repeat(128 // len(classes)).view(2, 8, 8)
+        variable = logits.clone().requires_grad_()
+        loss = CLASS_LOSSES[name](variable, target)
+        assert loss.dtype == torch.float32 and torch.isfinite(loss) and loss >= 0
+        loss.backward()
+        assert torch.isfinite(variable.grad).all()
+
+
+@pytest.mark.parametrize("name", CLASS_LOSSES)
+def test_class_losses_are_computed_in_fp32_also_under_autocast(name):
+    logits, target = class_example(6, (1, 3, 300, 300))  # more pixels than fp16 can count
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = logits.to(dtype)
+        expected = CLASS_LOSSES[name](rounded.float(), target)
+        assert torch.equal(CLASS_LOSSES[name](rounded, target), expected)
+        torch.testing.assert_close(expected.double(), CLASS_LOSSES[name](rounded.double(), target), rtol=1e-5, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = CLASS_LOSSES[name](logits.float(), target)
+    torch.testing.assert_close(under_autocast, CLASS_LOSSES[name](logits.float(), target), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", CLASS_LOSSES)
+def test_perfect_and_surely_wrong_class_maps(name):
+    _, target = class_example(7, (2, 4, 6, 6), ignored=0)
+    sure = 200 * F.one_hot(target, 4).movedim(-1, 1).float()
+    wrong = 200 * F.one_hot((target + 1) % 4, 4).movedim(-1, 1).float()
+    assert CLASS_LOSSES[name](sure, target).item() == pytest.approx(0, abs=1e-6)
+    worst = {"cross": 200, "focal": 200, "log_i": 30 * math.log(10)}.get(name[:5], 1)  # log M is cut at 1e-30
+    assert CLASS_LOSSES[name](wrong, target).item() == pytest.approx(worst, rel=1e-5)
+
+
+def test_log_iou_pulls_where_soft_iou_has_gone_flat():
+    target = torch.zeros(1, 4, 4, dtype=torch.long)
+    slopes = {}
+    for loss in (soft_iou_loss, log_iou_loss):
+        logits = torch.zeros(1, 2, 4, 4)
+        logits[:, 1] = 40  # all pixels surely wrong
+        logits.requires_grad_()
+        loss(logits, target).backward()
+        slopes[loss] = logits.grad.abs().sum().item()
+    assert slopes[soft_iou_loss] < 1e-15 and slopes[log_iou_loss] == pytest.approx(2, rel=1e-4)
+
+
+def test_focal_with_gamma_0_is_cross_entropy_and_tversky_half_is_dice():
+    logits, target = class_example(8)
+    torch.testing.assert_close(class_focal_loss(logits, target, 0.0), class_cross_entropy_loss(logits, target))
+    torch.testing.assert_close(tversky_loss(logits, target, 0.5), class_dice_loss(logits, target))
+    # a low price for false positives pulls towards finding the class: less loss where too much is predicted
+    too_much = torch.zeros(1, 2, 4, 4)
+    too_much[:, 1] = 100
+    few = torch.zeros(1, 4, 4, dtype=torch.long)
+    few[:, 0] = 1
+    kept = torch.tensor([0.0, 1.0])  # class 1 alone
+    assert tversky_loss(too_much, few, 0.3, kept).item() == pytest.approx(1 - 4 / (4 + 0.3 * 12), rel=1e-6)
+    assert tversky_loss(too_much, few, 0.7, kept).item() == pytest.approx(1 - 4 / (4 + 0.7 * 12), rel=1e-6)
+
+
+def test_semantic_loss_is_the_weighted_sum():
+    logits, target = class_example(9)
+    parts = {
+        "cross_entropy": class_cross_entropy_loss(logits, target, CLASS_WEIGHT),
+        "soft_iou": soft_iou_loss(logits, target, CLASS_WEIGHT),
+        "log_iou": log_iou_loss(logits, target, CLASS_WEIGHT),
+        "dice": class_dice_loss(logits, target, CLASS_WEIGHT),
+        "tversky": tversky_loss(logits, target, 0.8, CLASS_WEIGHT),
+        "focal": class_focal_loss(logits, target, 1.0, CLASS_WEIGHT),
+    }
+    weights = {name: 0.5 + i for i, name in enumerate(parts)}
+    knobs = {"tversky_alpha": 0.8, "focal_gamma": 1.0, "class_weight": CLASS_WEIGHT}
+    for name in parts:  # alone
+        loss = semantic_loss(logits, target, **WEIGHTS_OF_LOSSES | {name: weights[name]}, **knobs)
+        torch.testing.assert_close(loss, weights[name] * parts[name])
+    expected = sum(weights[name] * value for name, value in parts.items())
+    torch.testing.assert_close(semantic_loss(logits, target, **weights, **knobs), expected)
+    with pytest.raises(ValueError, match="loss.cross_entropy"):
+        semantic_loss(logits, target, **WEIGHTS_OF_LOSSES, **knobs)
+
+
+def test_pixel_weights_take_the_place_of_class_weights_in_the_losses_of_pixels():
+    logits, target = class_example(10)
+    pixel_weight = torch.rand(target.shape, generator=torch.Generator().manual_seed(0)) * 10
+    knobs = OTHER_KNOBS | {"class_weight": CLASS_WEIGHT, "pixel_weight": pixel_weight}
+    for name, loss in (("cross_entropy", class_cross_entropy_loss), ("focal", class_focal_loss)):
+        value = semantic_loss(logits, target, **WEIGHTS_OF_LOSSES | {name: 1.0}, **knobs)
+        torch.testing.assert_close(value, loss(logits, target, pixel_weight=pixel_weight))
+    value = semantic_loss(logits, target, **WEIGHTS_OF_LOSSES | {"dice": 1.0}, **knobs)
+    torch.testing.assert_close(value, class_dice_loss(logits, target, CLASS_WEIGHT))
+
+
+LOSS_FILES = (
+    "cross_entropy", "soft_iou", "log_iou", "semantic_dice", "tversky", "semantic_focal", "cross_entropy_dice",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSS_FILES)
+def test_loss_files_hold_every_knob_and_switch_on_what_they_are_named_after(name):
+    path = Path(__file__).parent.parent / "configs" / "loss" / f"{name}.yaml"
+    knobs = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert (knobs.pop("class_weights"), knobs.pop("border_weight"), knobs.pop("border_sigma")) == (None, 0.0, 5.0)
+    assert set(knobs) == WEIGHTS_OF_LOSSES.keys() | OTHER_KNOBS.keys()
+    on = {key for key in WEIGHTS_OF_LOSSES if knobs[key]}
+    both = {"cross_entropy", "dice"}
+    assert on == (both if name == "cross_entropy_dice" else {name.removeprefix("semantic_")})
+    logits, target = class_example(11)
+    assert semantic_loss(logits, target, **knobs) > 0
+
+
+def test_wrong_shapes_and_classes_are_errors():
+    logits, target = class_example(12)
+    for bad in (target[:, None], target[:, :-1], target[:1], F.one_hot(target.clamp(max=3), 4)):
+        for loss in CLASS_LOSSES.values():
+            with pytest.raises(ValueError, match=r"must be \(B, C, H, W\) and \(B, H, W\)"):
+                loss(logits, bad)
+    for value in (4, 254, -1, -100):  # a class that the model lacks; torch's own default of ignore_index
+        bad = target.clone()
+        bad[0, 0, 0] = value
+        for loss in CLASS_LOSSES.values():
+            with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+                loss(logits, bad)
+
+
+# What peers get wrong (anchors D1, B3, C), each beside the right value
+
+
+def test_dice_of_fp16_logits_is_not_nan():
+    """Counts above 65,504 are inf in fp16, and inf / inf is nan: Dice in the network's precision (D1.11)."""
+    logits, target = torch.zeros(1, 2, 512, 512, dtype=torch.float16), torch.zeros(1, 512, 512, dtype=torch.long)
+    target[:, :8] = 1
+    probs, truth = logits.softmax(1), F.one_hot(target, 2).movedim(-1, 1).half()
+    careless = 2 * (probs * truth).sum((0, 2, 3)) / (probs.sum((0, 2, 3)) + truth.sum((0, 2, 3)))
+    assert not torch.isfinite(careless.sum()) or careless.sum() == 0
+    share = 1 / 64
+    expected = 1 - (2 * 0.5 * share / (0.5 + share) + 2 * 0.5 * (1 - share) / (0.5 + 1 - share)) / 2
+    assert class_dice_loss(logits, target).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_absent_class_does_not_make_dice_look_better():
+    """An absent class that counts as Dice 1 (D1.2) hides how bad the others are; with smoothing it counts as 0."""
+    logits, target = class_example(13, (1, 4, 8, 8), ignored=0)
+    target = target.clamp(max=1)  # classes 2 and 3 are absent
+    probs, truth = logits.softmax(1), F.one_hot(target, 4).movedim(-1, 1)
+    dice = 2 * (probs * truth).sum((0, 2, 3)) / (probs.sum((0, 2, 3)) + truth.sum((0, 2, 3)))
+    expected = 1 - dice[:2].mean().item()
+    assert class_dice_loss(logits, target).item() == pytest.approx(expected, rel=1e-9)
+    absent_as_perfect = 1 - torch.cat([dice[:2], torch.ones(2)]).mean().item()
+    assert absent_as_perfect < expected - 0.1
+    assert monai_dice(logits, target).item() > expected + 0.05  # counts them as Dice 0 instead
+
+
+def test_focal_loss_weighs_pixels_not_the_mean():
+    """exp(-mean cross-entropy) in the place of each pixel's probability: a focal loss that plays nothing down (B3)."""
+    logits, target = class_example(14, ignored=0)
+    logits = logits + 4 * F.one_hot(target, 4).movedim(-1, 1)  # most pixels are right, some surely wrong
+    cross_entropy = F.cross_entropy(logits, target)
+    of_the_mean = (1 - torch.exp(-cross_entropy)) ** 2 * cross_entropy
+    ours = class_focal_loss(logits, target).item()
+    assert ours == pytest.approx(monai_focal(logits, target, 2.0).item(), rel=1e-6)
+    assert of_the_mean.item() < 0.5 * ours
+
+
+def test_a_mask_of_0_and_255_is_no_negative_dice():
+    """Truth of other values than 0 and 1 makes Dice larger than 1, the loss negative (milesial #173)."""
+    logits = torch.zeros(1, 2, 4, 4)
+    logits[:, 1] = 5
+    truth = torch.full((1, 4, 4), 254)
+    probs = logits.softmax(1)[:, 1]
+    assert 1 - 2 * (probs * truth).sum() / (probs.sum() + truth.sum()) < -0.9
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        class_dice_loss(logits, truth)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# weights of classes and of pixels
+
+
+def test_balanced_class_weights():
+    target = torch.tensor([0] * 70 + [1] * 25 + [3] * 5)
+    weights = balanced_class_weights(np.bincount(target, minlength=5))
+    assert weights.dtype == np.float32 and weights[[2, 4]].tolist() == [1, 1]  # without pixels
+    totals = [weights[c] * (target == c).sum().item() for c in (0, 1, 3)]
+    assert totals == pytest.approx([100 / 3] * 3, rel=1e-6)  # each class the same, the average pixel 1
+    np.testing.assert_allclose(weights, balanced_class_weights([0.70, 0.25, 0, 0.05, 0]), rtol=1e-6)  # shares
+    with pytest.raises(ValueError, match="no class has any"):
+        balanced_class_weights([0, 0])
+
+
+def naive_border_weight_map(instances: np.ndarray, w0: float, sigma: float, class_weights) -> np.ndarray:
+    """Compute the paper's equation 2 with the exact distance of every pixel to every cell."""
+    cells = [cell_id for cell_id in np.unique(instances) if cell_id != 0]
+    distances = [distance_transform_edt(instances != cell_id) for cell_id in cells]
+    weights = np.where(instances == 0, class_weights[0], class_weights[1]).astype(np.float64)
+    if len(cells) >= 2:
+        d1, d2 = np.sort(distances, axis=0)[:2]
+        weights += (instances == 0) * w0 * np.exp(-((d1 + d2) ** 2) / (2 * sigma**2))
+    return weights
+
+
+def draw_cells(seed: int, height: int, width: int, num_cells: int) -> np.ndarray:
+    """Draw cells as rotated ellipses, the later ones cut by the earlier ones; ids are not consecutive."""
+    rng = np.random.default_rng(seed)
+    ys, xs = np.mgrid[:height, :width]
+    instances = np.zeros((height, width), np.int32)
+    for i in range(num_cells):
+        (y, x), (a, b), angle = rng.random(2) * (height, width), rng.uniform(2, 14, 2), rng.random() * np.pi
+        along = (xs - x) * np.cos(angle) + (ys - y) * np.sin(angle)
+        across = (ys - y) * np.cos(angle) - (xs - x) * np.sin(angle)
+        instances[((along / a) ** 2 + (across / b) ** 2 < 1) & (instances == 0)] = 7 * i + 3
+    return instances
+
+
+@pytest.mark.parametrize("seed, size, num_cells", [(0, (90, 140), 25), (1, (128, 128), 12), (2, (200, 160), 40)])
+@pytest.mark.parametrize("w0, sigma, class_weights", [(10, 5, (1, 1)), (50, 2, (0.3, 2.5)), (3, 12, (0, 0))])
+def test_border_weight_map_is_the_paper_s_equation(seed, size, num_cells, w0, sigma, class_weights):
+    instances = draw_cells(seed, *size, num_cells)
+    weights = border_weight_map(instances, w0, sigma, class_weights)
+    assert weights.dtype == np.float32 and weights.shape == size
+    expected = naive_border_weight_map(instances, w0, sigma, class_weights)
+    np.testing.assert_allclose(weights, expected, rtol=1e-5, atol=1e-6 * w0)
+    assert (expected > class_weights[0] + 0.1 * w0)[instances == 0].any()  # there is something to compare
+
+
+def test_border_weights_of_two_discs():
+    ys, xs = np.mgrid[:80, :120]
+    instances = np.zeros((80, 120), np.int32)
+    instances[(ys - 40) ** 2 + (xs - 35) ** 2 <= 20**2] = 1  # x from 15 to 55
+    instances[(ys - 40) ** 2 + (xs - 80) ** 2 <= 20**2] = 2  # x from 60 to 100: a gap of 4 px, x = 56..59
+    weights = border_weight_map(instances)
+    np.testing.assert_allclose(weights[40, 56:60], 1 + 10 * math.exp(-(5**2) / 50), rtol=1e-6)  # d1 + d2 = 5
+    assert (weights[instances > 0] == 1).all()
+    assert weights.max() == weights[40, 56:60].max()
+    np.testing.assert_allclose(weights[1:], weights[:0:-1], rtol=1e-6)  # symmetric about y = 40
+    np.testing.assert_allclose(weights[40, 5], 1 + 10 * math.exp(-((10 + 55) ** 2) / 50), atol=1e-6)
+    assert (border_weight_map(instances, w0=0.0) == 1).all()
+
+
+def test_border_weights_without_two_cells_and_at_the_smallest_gap():
+    for instances in (np.zeros((9, 9), int), np.eye(9, dtype=int), np.full((9, 9), 4)):
+        weights = border_weight_map(instances, class_weights=(0.5, 2.0))
+        assert weights.tolist() == np.where(instances == 0, 0.5, 2.0).tolist()
+    touching = np.repeat([[1, 1, 2, 2]], 4, 0)
+    assert (border_weight_map(touching) == 1).all()
+    one_pixel_apart = np.repeat([[1, 1, 0, 2, 2]], 4, 0).astype(np.uint8)
+    np.testing.assert_allclose(border_weight_map(one_pixel_apart)[:, 2], 1 + 10 * math.exp(-4 / 50), rtol=1e-6)
+
+
+def test_border_weights_of_real_nuclei(data_root):
+    folder = next(path for path in sorted((data_root / "DSB2018" / "stage1_train").iterdir()) if path.is_dir())
+    masks = [cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) > 0 for path in sorted((folder / "masks").glob("*.png"))]
+    instances = np.zeros(masks[0].shape, np.int32)
+    for i, mask in enumerate(masks):
+        instances[mask] = i + 1
+    weights = border_weight_map(instances)
+    np.testing.assert_allclose(weights, naive_border_weight_map(instances, 10, 5, (1, 1)), rtol=1e-5, atol=1e-5)
+
+
+def test_the_weight_map_moves_the_gradient_into_the_gap():
+    instances = np.zeros((40, 40), np.int32)
+    instances[5:35, 5:18], instances[5:35, 21:35] = 1, 2
+    target = torch.from_numpy((instances > 0).astype(np.int64))[None]
+    logits = torch.zeros(1, 2, 40, 40, requires_grad=True)
+    shares = []
+    for weights in (None, torch.from_numpy(border_weight_map(instances))[None]):
+        loss = class_cross_entropy_loss(logits, target, pixel_weight=weights)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        shares.append((gradient[..., 5:35, 18:21].abs().sum() / gradient.abs().sum()).item())
+        assert loss.item() == pytest.approx(math.log(2), rel=1e-6)  # a mean: the scale of the loss stays
+    assert shares[0] == pytest.approx(90 / 1600, rel=1e-5) and shares[1] > 4 * shares[0]

@@ -1,0 +1,289 @@
+"""Metrics of masks against pycocotools, of class maps against naive loops, MONAI and what peers get wrong."""
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import pytest
+import torch
+import torch.nn.functional as F
+from monai.metrics import compute_dice, compute_iou
+
+from utils.sam2.metrics import mask_iou
+from utils.segmentation.losses import soft_iou_loss
+from utils.segmentation.metrics import confusion_matrix, segmentation_metrics, soft_iou
+
+
+def test_iou_is_pycocotools():
+    rng = np.random.default_rng(0)
+    masks = rng.random((6, 30, 41)) < rng.uniform(0.05, 0.9, (6, 1, 1))
+    encoded = [coco_mask.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in masks]
+    expected = coco_mask.iou(encoded, encoded, [False] * 6)  # every pair
+    tensor = torch.from_numpy(masks)
+    iou = mask_iou(tensor[:, None], tensor[None])
+    assert iou.shape == (6, 6) and iou.dtype == torch.float32
+    np.testing.assert_allclose(iou.numpy(), expected, atol=1e-6)
+
+
+def test_three_masks_of_an_object_against_its_truth():
+    truth = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
+    truth[:, :, :2] = True  # 8 pixels
+    pred_masks = torch.zeros(2, 3, 4, 4, dtype=torch.bool)
+    pred_masks[:, 0, :2] = True
+    pred_masks[:, 1, 0] = True
+    pred_masks[1, 2, 1:3] = True
+    assert mask_iou(pred_masks, truth).tolist() == [[1, 0.5, 0], pytest.approx([1, 0.5, 1 / 3])]
+
+
+def test_empty_masks():
+    empty, full = torch.zeros(3, 5, 5, dtype=torch.bool), torch.ones(3, 5, 5, dtype=torch.bool)
+    assert mask_iou(empty, empty).tolist() == [1, 1, 1]
+    assert mask_iou(empty, full).tolist() == mask_iou(full, empty).tolist() == [0, 0, 0]
+    assert mask_iou(empty[:0], full[:0]).shape == (0,)
+
+
+def test_counts_of_large_masks_are_exact():
+    masks = torch.ones(1, 3000, 3000, dtype=torch.bool)  # 9 million pixels
+    pred_masks = masks.clone()
+    pred_masks[0, 0, 0] = False
+    assert mask_iou(masks, masks).item() == 1
+    assert mask_iou(pred_masks, masks).item() == np.float32(1 - 1 / 9_000_000) < 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# class maps
+
+SCALARS = ("pixel_accuracy", "mean_iou", "weighted_iou", "dice")
+PER_CLASS = ("class_iou", "class_dice", "class_precision", "class_recall")
+
+
+def class_maps(seed: int = 0, num_images: int = 24, num_classes: int = 5, ignored: float = 0.1):
+    """Draw predictions (N, H, W) that are often right and targets; class 3 occurs in image 5 alone."""
+    rng = np.random.default_rng(seed)
+    target = rng.choice(num_classes, (num_images, 13, 9), p=[0.5, 0.3, 0.15, 0.0, 0.05])
+    target[5, 2:4, 2:5] = 3
+    pred_classes = np.where(rng.random(target.shape) < 0.7, target, rng.integers(0, num_classes, target.shape))
+    target[rng.random(target.shape) < ignored] = 255
+    return torch.from_numpy(pred_classes), torch.from_numpy(target)
+
+
+def naive_confusion_matrix(pred_classes, target, num_classes: int) -> np.ndarray:
+    matrix = np.zeros((num_classes, num_classes), np.int64)
+    for predicted, true in zip(pred_classes.flatten().tolist(), target.flatten().tolist(), strict=True):
+        if true != 255:
+            matrix[true, predicted] += 1
+    return matrix
+
+
+def naive_metrics(pred_classes, target, num_classes: int) -> dict:
+    """Compute everything from sets of pixels, class by class."""
+    pairs = [
+        (predicted, true)
+        for predicted, true in zip(pred_classes.flatten().tolist(), target.flatten().tolist(), strict=True)
+        if true != 255
+    ]
+    result = {name: [] for name in PER_CLASS} | {"absent": [], "class_share": [], "pred_share": []}
+    for c in range(num_classes):
+        truth = {i for i, (_, true) in enumerate(pairs) if true == c}
+        predicted = {i for i, (pred_class, _) in enumerate(pairs) if pred_class == c}
+        both = len(truth & predicted)
+        result["class_share"].append(len(truth) / len(pairs))
+        result["pred_share"].append(len(predicted) / len(pairs))
+        if not truth:
+            result["absent"].append(c)
+            for name in PER_CLASS:
+                result[name].append(float("nan"))
+            continue
+        result["class_iou"].append(both / len(truth | predicted))
+        result["class_dice"].append(2 * both / (len(truth) + len(predicted)))
+        result["class_precision"].append(both / len(predicted) if predicted else 0.0)
+        result["class_recall"].append(both / len(truth))
+    present = [c for c in range(num_classes) if c not in result["absent"]]
+    result["pixel_accuracy"] = sum(predicted == true for predicted, true in pairs) / len(pairs)
+    result["mean_iou"] = sum(result["class_iou"][c] for c in present) / len(present)
+    result["dice"] = sum(result["class_dice"][c] for c in present) / len(present)
+    result["weighted_iou"] = sum(result["class_share"][c] * result["class_iou"][c] for c in present)
+    return result
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_confusion_matrix_and_its_metrics_are_those_of_naive_loops(seed):
+    pred_classes, target = class_maps(seed)
+    matrix = confusion_matrix(pred_classes, target, 5)
+    assert matrix.dtype == torch.int64 and matrix.sum() == (target != 255).sum()
+    np.testing.assert_array_equal(matrix.numpy(), naive_confusion_matrix(pred_classes, target, 5))
+    metrics, expected = segmentation_metrics(matrix), naive_metrics(pred_classes, target, 5)
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-12, err_msg=name)
+    assert all(type(metrics[name]) is float for name in SCALARS)
+    assert segmentation_metrics(matrix.numpy())["mean_iou"] == metrics["mean_iou"]
+
+
+def test_iou_and_dice_of_classes_are_monai_s():
+    pred_classes, target = class_maps(2)
+    valid = target != 255
+    one_hot = [F.one_hot(classes[valid], 5).T[None, :, :, None] for classes in (pred_classes, target)]  # (1, C, N, 1)
+    metrics = segmentation_metrics(confusion_matrix(pred_classes, target, 5))
+    np.testing.assert_allclose(metrics["class_iou"], compute_iou(*one_hot)[0], rtol=1e-6)
+    np.testing.assert_allclose(metrics["class_dice"], compute_dice(*one_hot)[0], rtol=1e-6)
+
+
+def metrics_in_batches(pred_classes, target, batch_size: int) -> dict:
+    matrix = torch.zeros(5, 5, dtype=torch.int64)
+    for i in range(0, len(target), batch_size):
+        matrix += confusion_matrix(pred_classes[i : i + batch_size], target[i : i + batch_size], 5)
+    return segmentation_metrics(matrix)
+
+
+def test_metrics_are_the_same_for_every_batch_size_and_order():
+    pred_classes, target = class_maps(3)
+    whole = metrics_in_batches(pred_classes, target, 24)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    for batch_size in (1, 3, 8, 7):
+        for other in (
+            metrics_in_batches(pred_classes, target, batch_size),
+            metrics_in_batches(pred_classes[order], target[order], batch_size),
+        ):
+            assert all(np.array_equal(other[name], whole[name], equal_nan=True) for name in whole)  # bit for bit
+
+
+def mean_of_batches(pred_classes, target, batch_size: int, absent: float) -> float:
+    """What some peers report (anchors D1.2): Dice of each batch, `absent` for a class that is in neither, averaged."""
+    values = []
+    for i in range(0, len(target), batch_size):
+        matrix = naive_confusion_matrix(pred_classes[i : i + batch_size], target[i : i + batch_size], 5)
+        sums = matrix.sum(0) + matrix.sum(1)
+        values.append(np.where(sums > 0, 2 * matrix.diagonal() / np.maximum(sums, 1), absent).mean())
+    return float(np.mean(values))
+
+
+def test_means_of_batch_means_depend_on_the_batch_and_on_absent_classes():
+    pred_classes, target = class_maps(4)
+    pred_classes = torch.where(pred_classes == 3, 0, pred_classes)  # class 3 is never predicted
+    dice = segmentation_metrics(confusion_matrix(pred_classes, target, 5))["dice"]
+    wrong = {size: mean_of_batches(pred_classes, target, size, absent=1.0) for size in (1, 3, 8)}
+    assert len({round(value, 6) for value in wrong.values()}) == 3  # three answers
+    assert all(value > dice + 0.05 for value in wrong.values())  # and each too good
+
+
+def test_absent_classes_are_named_and_left_out():
+    target = torch.tensor([[0, 0, 0, 0, 2, 2, 255, 255]])
+    pred_classes = torch.tensor([[0, 0, 0, 1, 2, 0, 4, 4]])  # class 1 is predicted but absent; 3 and 4 are nowhere
+    metrics = segmentation_metrics(confusion_matrix(pred_classes, target, 5))
+    assert metrics["absent"] == [1, 3, 4]
+    np.testing.assert_allclose(metrics["class_iou"], [3 / 5, np.nan, 1 / 2, np.nan, np.nan])
+    np.testing.assert_allclose(metrics["class_precision"], [3 / 4, np.nan, 1, np.nan, np.nan])
+    np.testing.assert_allclose(metrics["class_recall"], [3 / 4, np.nan, 1 / 2, np.nan, np.nan])
+    assert metrics["mean_iou"] == pytest.approx((3 / 5 + 1 / 2) / 2)
+    assert metrics["dice"] == pytest.approx((6 / 8 + 2 / 3) / 2)
+    assert metrics["weighted_iou"] == pytest.approx(4 / 6 * 3 / 5 + 2 / 6 * 1 / 2)
+    assert metrics["pixel_accuracy"] == pytest.approx(4 / 6)
+    assert metrics["pred_share"].tolist() == pytest.approx([4 / 6, 1 / 6, 1 / 6, 0, 0])
+    # the wrong pixel of class 1 is not forgiven: it lowers the IoU of the class that it was taken from
+    assert metrics["class_iou"][0] == pytest.approx(3 / (4 + 1))
+    assert all(np.isfinite(metrics[name]) for name in SCALARS)
+    # what peers report: nan (0 / 0 in the mean), or an absent class that counts as 1
+    truth, predicted = [F.one_hot(classes[target != 255], 5).sum(0).numpy() for classes in (target, pred_classes)]
+    right = confusion_matrix(pred_classes, target, 5).diagonal().numpy()
+    with np.errstate(invalid="ignore"):
+        ious = right / (truth + predicted - right)
+    assert np.isnan(ious.mean()) and np.nan_to_num(ious, nan=1.0).mean() > metrics["mean_iou"]
+
+
+def test_a_class_that_is_never_predicted_has_precision_0():
+    metrics = segmentation_metrics(np.array([[10, 0], [5, 0]]))
+    assert metrics["class_precision"].tolist() == [10 / 15, 0] and metrics["class_iou"].tolist() == [10 / 15, 0]
+    assert metrics["mean_iou"] == pytest.approx(1 / 3) and metrics["absent"] == []
+
+
+def test_a_set_without_a_counted_pixel_is_an_error():
+    nothing = torch.full((2, 4, 4), 255)
+    matrix = confusion_matrix(torch.zeros_like(nothing), nothing, 3)
+    assert matrix.tolist() == [[0] * 3] * 3
+    with pytest.raises(ValueError, match="no pixel of the set counts"):
+        segmentation_metrics(matrix)
+
+
+def test_small_integer_types_and_large_counts():
+    pred_classes, target = class_maps(5)
+    expected = confusion_matrix(pred_classes, target, 200)
+    assert not torch.equal((pred_classes.to(torch.uint8) * 200).long(), pred_classes * 200)  # what would overflow
+    assert torch.equal(confusion_matrix(pred_classes.to(torch.uint8), target.to(torch.uint8), 200), expected)
+    assert torch.equal(confusion_matrix(pred_classes.to(torch.int16), target.to(torch.int32), 200), expected)
+    largest = np.array([[2**40, 1], [0, 3]])  # fp32 counts would lose the 1
+    assert segmentation_metrics(largest)["class_recall"][0] == 2**40 / (2**40 + 1) < 1
+
+
+def test_logits_wrong_shapes_and_unknown_classes_are_errors():
+    pred_classes, target = class_maps(6)
+    logits = torch.randn(24, 5, 13, 9)
+    one_hot = F.one_hot(target.clamp(max=4), 5).movedim(-1, 1)
+    for bad in (logits, pred_classes[:, None], pred_classes[:, :-1], one_hot):
+        with pytest.raises(ValueError, match="must be equal: class indices, not logits"):
+            confusion_matrix(bad, target, 5)
+    for bad in (pred_classes.float(), pred_classes > 0):
+        with pytest.raises(ValueError, match="dtype of the prediction"):
+            confusion_matrix(bad, target, 5)
+    with pytest.raises(ValueError, match="dtype of the target"):
+        confusion_matrix(pred_classes, target.double(), 5)
+    for value in (5, -1):
+        with pytest.raises(ValueError, match="the prediction holds class"):
+            confusion_matrix(torch.full_like(target, value), target, 5)
+    for value in (5, 254, -100):
+        with pytest.raises(ValueError, match="the target holds class"):
+            confusion_matrix(pred_classes, torch.full_like(target, value), 5)
+
+
+def test_one_hot_maps_in_the_place_of_classes_would_look_too_good():
+    """(N, C, H, W) maps read as class indices count every right "not this class" (anchors D4): an error here."""
+    pred_classes, target = class_maps(7, ignored=0)
+    one_hot = [F.one_hot(classes, 5).movedim(-1, 1) for classes in (pred_classes, target)]
+    careless = (one_hot[0] == one_hot[1]).float().mean().item()
+    accuracy = segmentation_metrics(confusion_matrix(pred_classes, target, 5))["pixel_accuracy"]
+    assert careless > accuracy + 0.1
+    with pytest.raises(ValueError):
+        confusion_matrix(one_hot[0], target, 5)
+
+
+def series_soft_iou(probs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The soft IoU as the series defines it: one value for each image, smoothing 0.001."""
+    truth = torch.stack([(target == c) for c in range(probs.shape[1])], 1)
+    overlap = truth * probs
+    union = truth + probs - overlap
+    return (overlap.sum((1, 2, 3)) + 0.001) / (union.sum((1, 2, 3)) + 0.001)
+
+
+def test_soft_iou_is_the_series_and_the_same_for_every_batch_size():
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.randn(24, 3, 16, 12, generator=generator).mul(2).softmax(1)
+    target = torch.randint(3, (24, 16, 12), generator=generator)
+    ious = soft_iou(probs, target)
+    assert ious.shape == (24,) and ious.dtype == torch.float64
+    torch.testing.assert_close(ious, series_soft_iou(probs.double(), target), rtol=1e-4, atol=0)  # but for smoothing
+    for size in (1, 3, 8, 7):
+        batches = [soft_iou(probs[i : i + size], target[i : i + size]) for i in range(0, 24, size)]
+        torch.testing.assert_close(torch.cat(batches), ious, rtol=1e-13, atol=0)
+    uneven = [series_soft_iou(probs[i : i + 7], target[i : i + 7]).mean() for i in range(0, 24, 7)]
+    assert torch.stack(uneven).mean().item() != pytest.approx(ious.mean().item(), abs=1e-6)  # the mean of batch means
+
+
+def test_soft_iou_leaves_ignored_pixels_out():
+    generator = torch.Generator().manual_seed(1)
+    probs = torch.randn(3, 4, 8, 8, generator=generator).softmax(1)
+    target = torch.randint(4, (3, 8, 8), generator=generator)
+    inside = soft_iou(probs[:, :, :5], target[:, :5])
+    target[:, 5:] = 255
+    torch.testing.assert_close(soft_iou(probs, target), inside)
+    torch.testing.assert_close(soft_iou(probs, target.to(torch.uint8)), inside)
+    target[1] = 255
+    assert soft_iou(probs, target).isnan().tolist() == [False, True, False]
+    sure = F.one_hot(target.clamp(max=3), 4).movedim(-1, 1).float()
+    assert soft_iou(sure, target).nan_to_num(9).tolist() == [1, 9, 1]
+
+
+def test_soft_iou_of_losses_and_metrics_agree():
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(4, 3, 9, 9, generator=generator)
+    target = torch.randint(3, (4, 9, 9), generator=generator)
+    target[:, 0] = 255
+    expected = 1 - soft_iou(logits.softmax(1), target).mean().item()
+    assert soft_iou_loss(logits, target).item() == pytest.approx(expected, rel=1e-5)

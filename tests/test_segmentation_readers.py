@@ -1,0 +1,554 @@
+"""utils/segmentation/readers.py: layouts, splits, how mask values become classes, real data, the README's recipes."""
+
+import re
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torchvision
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from PIL import Image
+
+from utils.images import write_image
+from utils.segmentation.readers import IGNORE_INDEX, name_classes, read_item, read_picture, split_items
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs" / "data"
+
+
+def data_keys(name: str, root: Path, **changes) -> dict:
+    """The keys of configs/data/<name>.yaml, with a root and other changes, as a command line would give them."""
+    keys = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    assert not set(changes) - set(keys), changes
+    return {**keys, "root": str(root), **changes}
+
+
+def list_all(name: str, root: Path, **changes):
+    return sorted(sum(split_items(**data_keys(name, root, **changes)), []), key=lambda item: item.name)
+
+
+def write_picture(path: Path, height: int = 8, width: int = 10) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_image(path, np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def write_png(path: Path, values: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path)
+
+
+def write_pairs(root: Path, num_images: int = 10, values=(0, 1)) -> Path:
+    """A folders dataset of pictures 8 x 10, whose masks hold these values in vertical bands."""
+    for index in range(num_images):
+        write_picture(root / "images" / f"{index:03d}.jpg")
+        write_png(root / "masks" / f"{index:03d}.png", bands(values))
+    return root
+
+
+def bands(values, dtype=np.uint8) -> np.ndarray:
+    """A mask 8 x 10 of these values, or colours, from left to right."""
+    return np.repeat(np.array(values, dtype)[np.arange(10) * len(values) // 10][None], 8, 0)
+
+
+def names(items) -> list[str]:
+    return [item.name for item in items]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mask values and pictures
+
+
+def test_values_become_classes_as_a_plain_loop_says(tmp_path):
+    rng = np.random.default_rng(1)
+    coding = {3: 0, 700: 1, 65535: 2, 41: 1}
+    values = rng.choice([3, 700, 65535, 41, 9], (8, 10)).astype(np.uint16)
+    write_picture(tmp_path / "images" / "a.jpg")
+    (tmp_path / "masks").mkdir()
+    cv2.imwrite(str(tmp_path / "masks" / "a.png"), values)
+    keys = {"num_classes": 3, "class_values": coding, "ignore_values": [9], "val_fraction": 0.0, "test_fraction": 0.0}
+    (item,) = list_all("folders", tmp_path, **keys)
+    image, class_map = read_item(item)
+    expected = [[coding[value] if value in coding else 255 for value in row] for row in values.tolist()]
+    assert image.shape == (8, 10, 3) and image.dtype == class_map.dtype == np.uint8
+    assert class_map.tolist() == expected
+
+
+def test_values_of_32_bits_are_not_taken_for_the_largest_of_16(tmp_path):
+    write_picture(tmp_path / "images" / "a.jpg")
+    write_png(tmp_path / "masks" / "a.tif", bands((0, 65535, 70000), np.int32))
+    keys = {"class_values": {0: 0, 65535: 1}, "val_fraction": 0.0, "test_fraction": 0.0}
+    (item,) = list_all("folders", tmp_path, **keys)
+    with pytest.raises(ValueError, match=r"a.tif has values that are no class: 70000 \(30.00% of its pixels\)"):
+        read_item(item)
+    (item,) = list_all("folders", tmp_path, **keys, nearest_value=True)
+    assert np.array_equal(read_item(item)[1], bands((0, 1, 1)))
+
+
+COLORS = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (255, 255, 255)]
+COLOR_CODING = {"0,0,0": 0, "128,0,0": 1, "0, 128, 0": 2}
+
+
+@pytest.mark.parametrize("kind", ["rgb", "rgba", "palette", "tiff"])
+def test_colors_become_classes(tmp_path, kind):
+    index = np.random.default_rng(2).integers(0, 4, (8, 10))
+    picture = Image.fromarray(np.uint8(COLORS)[index])
+    if kind == "palette":  # the colour counts, not the index: reversed here
+        picture = Image.fromarray((3 - index).astype(np.uint8), "P")
+        picture.putpalette(np.uint8(COLORS[::-1]).ravel().tolist())
+    write_picture(tmp_path / "images" / "a.png")
+    (tmp_path / "masks").mkdir()
+    picture = picture.convert("RGBA") if kind == "rgba" else picture
+    picture.save(tmp_path / "masks" / ("a.tif" if kind == "tiff" else "a.png"))
+    changes = {"num_classes": 3, "class_values": COLOR_CODING, "ignore_values": ["255,255,255"]}
+    (item,) = list_all("folders", tmp_path, **changes, val_fraction=0.0, test_fraction=0.0)
+    assert np.array_equal(read_item(item)[1], np.uint8([0, 1, 2, 255])[index])
+
+
+def test_the_index_of_a_palette_is_the_class(tmp_path):
+    index = np.random.default_rng(3).integers(0, 3, (8, 10)).astype(np.uint8)
+    picture = Image.fromarray(index, "P")
+    picture.putpalette([200, 10, 10, 0, 0, 0, 90, 90, 90])
+    write_picture(tmp_path / "images" / "a.png")
+    (tmp_path / "masks").mkdir()
+    picture.save(tmp_path / "masks" / "a.png")
+    (item,) = list_all("folders", tmp_path, num_classes=3, val_fraction=0.0, test_fraction=0.0)
+    assert np.array_equal(read_item(item)[1], index)
+
+
+@pytest.mark.parametrize("colored", [False, True])
+def test_a_compressed_mask_is_taken_as_the_nearest_values(tmp_path, colored):
+    truth = np.zeros((64, 64), np.uint8)
+    cv2.circle(truth, (30, 34), 20, 1, -1)
+    values = np.uint8([[0, 0, 0], [250, 40, 40]])[truth] if colored else truth * 255
+    write_picture(tmp_path / "images" / "a.png", 64, 64)
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(values).save(tmp_path / "masks" / "a.jpg", quality=75)
+    coding = {"0,0,0": 0, "250,40,40": 1} if colored else {0: 0, 255: 1}
+    changes = {"class_values": coding, "val_fraction": 0.0, "test_fraction": 0.0}
+    (item,) = list_all("folders", tmp_path, **changes, nearest_value=True)
+    stored = np.asarray(Image.open(tmp_path / "masks" / "a.jpg")).astype(int).reshape(64, 64, -1)
+    listed = np.array([[0, 0, 0], [250, 40, 40]] if colored else [[0], [255]])
+    expected = [[int(np.argmin([((p - v) ** 2).sum() for v in listed])) for p in row] for row in stored]
+    assert np.array_equal(read_item(item)[1], expected)
+    assert (np.array(expected) == truth).mean() > (0.95 if colored else 0.99)
+    (item,) = list_all("folders", tmp_path, **changes)
+    with pytest.raises(ValueError, match=r"a\.jpg is a JPEG.*nearest_value: true"):
+        read_item(item)
+
+
+def test_pictures_of_every_depth_and_kind_in_one_and_three_channels(tmp_path):
+    rng = np.random.default_rng(4)
+    grey, rgb = rng.integers(0, 256, (6, 7), dtype=np.uint8), rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)
+    luminance = np.asarray(Image.fromarray(rgb).convert("L"))
+    files = {
+        "grey.png": (grey, np.stack([grey] * 3, 2), grey),
+        "grey16.png": (grey.astype(np.uint16) * 257, np.stack([grey] * 3, 2), grey),
+        "rgb.png": (rgb[..., ::-1], rgb, luminance),
+        "rgb16.tif": (rgb[..., ::-1].astype(np.uint16) * 257, rgb, luminance),
+        "rgba.png": (np.dstack([rgb[..., ::-1], grey]), rgb, luminance),
+    }
+    for name, (stored, as_rgb, as_grey) in files.items():
+        cv2.imwrite(str(tmp_path / name), stored)
+        assert np.array_equal(read_picture(tmp_path / name, 3), as_rgb), name
+        one = read_picture(tmp_path / name, 1)
+        assert one.shape == (6, 7, 1) and np.abs(one[..., 0].astype(int) - as_grey).max() <= 1, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# splits
+
+
+def test_the_seeded_split_depends_on_names_alone(tmp_path):
+    write_pairs(tmp_path, 40)
+    keys = data_keys("folders", tmp_path)
+    splits = split_items(**keys)
+    assert [len(split) for split in splits] == [32, 4, 4] == [len(set(names(split))) for split in splits]
+    assert sorted(sum(map(names, splits), [])) == [f"{index:03d}" for index in range(40)]
+    assert all(names(split) == sorted(names(split)) for split in splits)
+    assert [names(split) for split in split_items(**keys)] == [names(split) for split in splits]
+    other = split_items(**(keys | {"split_seed": 1}))
+    assert names(other[1]) != names(splits[1])
+    moved = shutil.copytree(tmp_path, tmp_path / "elsewhere")
+    assert [names(split) for split in split_items(**data_keys("folders", moved))] == [names(split) for split in splits]
+
+
+@pytest.mark.parametrize(
+    "num_images, val_fraction, test_fraction, expected",
+    [(3, 0.1, 0.1, [1, 1, 1]), (30, 0.1667, 0.0, [25, 5, 0]), (5, 0.5, 0.5, [0, 2, 3]), (4, 0.0, 0.0, [4, 0, 0]),
+     (4, 1.0, 0.0, [0, 4, 0]), (6, 0.0, 1.0, [0, 0, 6]), (10, 0.8, 0.1, [1, 8, 1])],
+)  # fmt: skip
+def test_fractions(tmp_path, num_images, val_fraction, test_fraction, expected):
+    write_pairs(tmp_path, num_images)
+    splits = split_items(**data_keys("folders", tmp_path, val_fraction=val_fraction, test_fraction=test_fraction))
+    assert [len(split) for split in splits] == expected
+
+
+def test_list_files(tmp_path):
+    root = write_pairs(tmp_path / "set", 9)
+    (tmp_path / "train.txt").write_text("\ufeff# mine\n000\n\n001.jpg\r\nimages/002.jpg masks/002.png\n", "utf-8")
+    (tmp_path / "test.txt").write_text("some/where/images/003.jpg\n004 1\n")
+    lists = {"train_list": str(tmp_path / "train.txt"), "test_list": str(tmp_path / "test.txt")}
+    train_items, val_items, test_items = split_items(**data_keys("folders", root, **lists, val_fraction=0.0))
+    assert (names(train_items), names(val_items)) == (["000", "001", "002"], []) and names(test_items) == ["003", "004"]
+    rest, val_items, test_items = split_items(**data_keys("folders", root, val_list=str(tmp_path / "test.txt")))
+    assert names(val_items) == ["003", "004"] and len(rest) == 6 and len(test_items) == 1  # a tenth of the other seven
+    (tmp_path / "wrong.txt").write_text("000\n077\n")
+    with pytest.raises(ValueError, match="wrong.txt names '077', which the dataset lacks"):
+        split_items(**data_keys("folders", root, train_list=str(tmp_path / "wrong.txt")))
+    with pytest.raises(ValueError, match="003 2 times; a picture goes in one of train, val and test"):
+        lists = {"train_list": str(tmp_path / "test.txt"), "val_list": str(tmp_path / "test.txt")}
+        split_items(**data_keys("folders", root, **lists))
+    with pytest.raises(FileNotFoundError, match="no list file nowhere.txt"):
+        split_items(**data_keys("folders", root, val_list="nowhere.txt"))
+
+
+def test_what_no_list_names_needs_no_mask(tmp_path):
+    """PASCAL VOC has 17125 pictures, and masks of 2913."""
+    write_pairs(tmp_path, 4)
+    write_picture(tmp_path / "images" / "without.jpg")
+    (tmp_path / "all.txt").write_text("\n".join(f"{index:03d}" for index in range(4)))
+    changes = {"val_fraction": 0.0, "test_fraction": 0.0}
+    assert len(list_all("folders", tmp_path, train_list=str(tmp_path / "all.txt"), **changes)) == 4
+    with pytest.raises(FileNotFoundError, match=r"1 of 5 pairs lack a file; image \S*without.jpg has no mask \S*.png"):
+        list_all("folders", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# folders: which picture belongs to which mask
+
+
+def test_pairs_in_subfolders_and_one_folder(tmp_path):
+    for name in ("a/001", "a/002", "b/001"):
+        write_picture(tmp_path / "one" / "images" / f"{name}.JPEG")
+        write_png(tmp_path / "one" / "masks" / f"{name}.png", bands((0, 1)))
+    items = list_all("folders", tmp_path / "one")
+    assert [(item.name, item.mask_path.parent.name) for item in items] == [
+        ("a/001", "a"),
+        ("a/002", "a"),
+        ("b/001", "b"),
+    ]
+    for name in ("1", "10", "[3]"):  # a prefix of another, and what a glob pattern would read (milesial #156)
+        write_picture(tmp_path / "two" / f"{name}.png")
+        write_png(tmp_path / "two" / f"mask_{name}_x.png", bands((0, 1)))
+    items = list_all("folders", tmp_path / "two", image_dir=".", mask_dir=".", mask_start="mask_", mask_ending="_x")
+    assert [item.mask_path.name for item in items] == ["mask_1_x.png", "mask_10_x.png", "mask_[3]_x.png"]
+    assert [item.image_path.name for item in items] == ["1.png", "10.png", "[3].png"]
+    with pytest.raises(ValueError, match="set data.mask_ending"):
+        list_all("folders", tmp_path / "two", image_dir=".", mask_dir=".")
+    for name in ("1", "2"):  # masks in a folder below the pictures
+        write_picture(tmp_path / "three" / f"{name}.png")
+        write_png(tmp_path / "three" / "masks" / f"{name}.png", bands((0, 1)))
+    assert names(list_all("folders", tmp_path / "three", image_dir=".", val_fraction=0.5, test_fraction=0.5)) == [
+        "1",
+        "2",
+    ]
+
+
+def test_hidden_and_other_files_are_passed_over(tmp_path):
+    write_pairs(tmp_path, 4)
+    for stray in ("images/.hidden.jpg", "images/Thumbs.db", "masks/.DS_Store", "masks/polygons.json"):
+        (tmp_path / stray).write_text("stray")
+    write_picture(tmp_path / "images" / ".ipynb_checkpoints" / "000.jpg")
+    (tmp_path / "images" / "folder.png").mkdir()
+    assert names(list_all("folders", tmp_path)) == ["000", "001", "002", "003"]
+
+
+def test_the_same_name_with_two_suffixes_is_refused(tmp_path):
+    write_pairs(tmp_path, 4)
+    write_picture(tmp_path / "images" / "002.png")
+    with pytest.raises(ValueError, match=r"002.jpg and \S*002.png have the same name but for the suffix"):
+        list_all("folders", tmp_path)
+
+
+def test_split_folders(tmp_path):
+    for split, num_images in (("tr", 5), ("va", 2), ("te", 3)):
+        write_pairs(tmp_path / split, num_images)
+    dirs = {"image_dir": "{split}/images", "mask_dir": "{split}/masks", "train_folder": "tr"}
+    splits = split_items(**data_keys("folders", tmp_path, **dirs, val_folder="va", test_folder="te"))
+    assert [len(split) for split in splits] == [5, 2, 3] and splits[1][0].name == "va/000"
+    splits = split_items(**data_keys("folders", tmp_path, **dirs, val_folder="va", test_fraction=0.2))
+    assert [len(split) for split in splits] == [4, 2, 1]
+    with pytest.raises(ValueError, match="data.train_folder must be given"):
+        split_items(**data_keys("folders", tmp_path, **(dirs | {"train_folder": None})))
+    with pytest.raises(ValueError, match="goes in both or none"):
+        split_items(**data_keys("folders", tmp_path, **(dirs | {"mask_dir": "masks"})))
+    with pytest.raises(ValueError, match="data.val_folder is va, but data.image_dir images"):
+        split_items(**data_keys("folders", tmp_path, val_folder="va"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# errors in the YAML
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"format": "voc"}, "data.format is 'voc'; must be one of oxford_pet, isbi, camvid, folders"),
+        ({"channels": 4}, "data.channels is 4; must be 1"),
+        ({"on_bad": "ignore"}, "data.on_bad is 'ignore'; must be stop or skip"),
+        ({"num_classes": 1}, "data.num_classes is 1; must be 2 to 254"),
+        ({"class_names": ["cell"]}, "data.class_names has 1 different names .* but data.num_classes is 2"),
+        ({"class_names": ["a", "a"]}, "data.class_names has 1 different names"),
+        ({"class_values": {0: 0, 255: 2}}, r"data.class_values\[255\] is 2; must be a class index, 0 to 1"),
+        ({"class_values": {0: 0, "red": 1}}, r"data.class_values\['red'\]: 'red' is no value"),
+        ({"class_values": {0: 0, "256,0,0": 1}}, "'256,0,0' is no value"),
+        ({"class_values": {0: 0, "255,0,0": 1}}, "hold integers and colours"),
+        ({"ignore_values": [1]}, "1 is given twice"),
+        ({"ignore_values": [-1]}, "-1 is no value"),
+        ({"val_fraction": 1.5}, "data.val_fraction is 1.5; must be in 0..1"),
+        ({"val_fraction": 0.6, "test_fraction": 0.6}, "add up to over 1"),
+    ],
+)
+def test_values_that_make_no_sense(tmp_path, changes, message):
+    write_pairs(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        split_items(**data_keys("folders", tmp_path, **changes))
+
+
+def test_unknown_keys_missing_roots_and_empty_folders(tmp_path):
+    with pytest.raises(ValueError, match="unknown key data.valfraction; must be among data."):
+        split_items(**data_keys("folders", write_pairs(tmp_path / "a")), valfraction=0.1)
+    with pytest.raises(FileNotFoundError, match="data.root .*nowhere is not a folder"):
+        split_items(**data_keys("folders", tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"no folder \S*masks; see data/README.md"):
+        write_picture(tmp_path / "b" / "images" / "1.jpg")
+        split_items(**data_keys("folders", tmp_path / "b"))
+    (tmp_path / "c" / "images").mkdir(parents=True)
+    (tmp_path / "c" / "masks").mkdir()
+    with pytest.raises(ValueError, match="holds no pictures in the layout 'folders'"):
+        split_items(**data_keys("folders", tmp_path / "c"))
+    write_pairs(tmp_path / "d", 2)
+    with pytest.raises(ValueError, match="there are only 2 pictures to split"):
+        split_items(**data_keys("folders", tmp_path / "d"))
+
+
+def test_class_names():
+    assert name_classes(3, None) == ["class 0", "class 1", "class 2"]
+    assert name_classes(2, ["a", 7]) == ["a", "7"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the layouts of published datasets
+
+
+def write_pets(root: Path, names_by_list: dict[str, list[str]], unlisted=()) -> Path:
+    for name in sum(names_by_list.values(), []) + list(unlisted):
+        write_picture(root / "images" / f"{name}.jpg")
+        write_png(root / "annotations" / "trimaps" / f"{name}.png", bands((1, 3, 2)))
+    for list_name, listed in names_by_list.items():
+        text = "".join(f"{name} 1 1 1\n" for name in listed)
+        (root / "annotations" / f"{list_name}.txt").write_text(text)
+    return root
+
+
+def test_oxford_pet_goes_by_its_lists(tmp_path):
+    lists = {"trainval": [f"Abyssinian_{index}" for index in range(10)], "test": ["boxer_1", "boxer_2"]}
+    root = write_pets(tmp_path, lists, unlisted=["Abyssinian_82"])
+    (root / "annotations" / "trimaps" / "._Abyssinian_1.png").write_text("as published")
+    train_items, val_items, test_items = split_items(**data_keys("oxford_pet", root))
+    assert len(train_items) == 8 and len(val_items) == 2 and names(test_items) == ["boxer_1", "boxer_2"]
+    assert sorted(names(train_items + val_items)) == sorted(lists["trainval"])
+    assert np.array_equal(read_item(test_items[0])[1], bands((0, 2, 1)))
+    two = split_items(**data_keys("oxford_pet_two_classes", root))[2]
+    assert np.array_equal(read_item(two[0])[1], bands((1, IGNORE_INDEX, 0))) and two[0].coding.class_names[1] == "pet"
+    (root / "annotations" / "trimaps" / "boxer_2.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"image \S*images/boxer_2.jpg has no mask \S*trimaps/boxer_2.png"):
+        split_items(**data_keys("oxford_pet", root))
+    (root / "annotations" / "test.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="no list file .*test.txt"):
+        split_items(**data_keys("oxford_pet", root))
+
+
+def test_isbi_as_stacks_and_as_folders(tmp_path):
+    rng = np.random.default_rng(5)
+    images = rng.integers(0, 256, (30, 12, 9), dtype=np.uint8)
+    labels = rng.choice(np.uint8([0, 255]), (30, 12, 9))
+    (tmp_path / "stacks").mkdir()
+    for name, pages in (("train-volume", images), ("train-labels", labels), ("test-volume", images)):
+        pages = [Image.fromarray(page) for page in pages]
+        pages[0].save(tmp_path / "stacks" / f"{name}.tif", save_all=True, append_images=pages[1:])
+    for index in range(30):
+        write_png(tmp_path / "folders" / "train" / "image" / f"{index}.png", images[index])
+        write_png(tmp_path / "folders" / "train" / "label" / f"{index}.png", labels[index])
+    of_stacks = split_items(**data_keys("isbi", tmp_path / "stacks"))
+    of_folders = split_items(**data_keys("isbi", tmp_path / "folders"))
+    assert [len(split) for split in of_stacks] == [25, 5, 0]
+    assert [names(split) for split in of_stacks] == [names(split) for split in of_folders]
+    for one, other in zip(sum(of_stacks, []), sum(of_folders, []), strict=True):
+        image, class_map = read_item(one)
+        assert image.shape == (12, 9, 1) and np.array_equal(image[..., 0], images[int(one.name)])
+        assert np.array_equal(class_map, labels[int(one.name)] // 255)
+        assert all(np.array_equal(a, b) for a, b in zip(read_item(other), (image, class_map), strict=True))
+    (tmp_path / "stacks" / "train-labels.tif").unlink()
+    with pytest.raises(FileNotFoundError, match="no file .*train-labels.tif"):
+        split_items(**data_keys("isbi", tmp_path / "stacks"))
+    Image.fromarray(labels[0]).save(tmp_path / "stacks" / "train-labels.tif")
+    with pytest.raises(ValueError, match="train-volume.tif has 30 pages, but .*train-labels.tif has 1"):
+        split_items(**data_keys("isbi", tmp_path / "stacks"))
+    with pytest.raises(FileNotFoundError, match="no file .*train-volume.tif and no folder .*image"):
+        split_items(**data_keys("isbi", tmp_path))
+
+
+@pytest.mark.parametrize("prefix", ["", "/SegNet/CamVid/"])
+def test_camvid_reads_the_lists_as_published_and_as_cut(tmp_path, prefix):
+    for split in ("train", "val", "test"):
+        lines = []
+        for index in range(2):
+            image, mask = f"{split}/{split}_{index}.png", f"{split}annot/{split}_{index}.png"
+            write_picture(tmp_path / image)
+            write_png(tmp_path / mask, bands((0, 10, 11)))
+            lines.append(f"{prefix}{image} {prefix}{mask}")
+        (tmp_path / f"{split}.txt").write_text("\n".join(lines))
+    splits = split_items(**data_keys("camvid", tmp_path))
+    assert [names(split) for split in splits] == [[f"{split}_0", f"{split}_1"] for split in ("train", "val", "test")]
+    assert np.array_equal(read_item(splits[2][0])[1], bands((0, 10, IGNORE_INDEX)))
+    (tmp_path / "val.txt").write_text("val/val_0.png\n")
+    with pytest.raises(ValueError, match="val.txt has the line 'val/val_0.png'; must be two paths"):
+        split_items(**data_keys("camvid", tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the recipes of data/README.md, each on files in the dataset's layout
+
+
+@pytest.fixture
+def recipe_keys(tmp_path):
+    """Return a function: name of a recipe -> its data keys, composed as a script does, with root below tmp_path."""
+    recipes = re.findall(
+        r"```yaml\n# configs/data/(\w+).yaml\n(.*?)```", (ROOT / "data" / "README.md").read_text(), re.S
+    )
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    for name, text in recipes:
+        (tmp_path / "configs" / "data" / f"{name}.yaml").write_text(text)
+    (tmp_path / "configs" / "recipe.yaml").write_text("defaults: [common, {data: folders}, _self_]\n")
+
+    def keys(name: str) -> dict:
+        assert name in dict(recipes)
+        with initialize_config_dir(str(tmp_path / "configs"), version_base="1.3"):
+            cfg = compose("recipe", [f"data={name}", f"data_root={tmp_path}"])
+        return OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)
+
+    keys.names = sorted(dict(recipes))
+    return keys
+
+
+def test_every_recipe_is_tested(recipe_keys):
+    assert recipe_keys.names == ["cells", "cityscapes", "coco_stuff", "colored", "voc"]
+
+
+def test_recipe_cells(tmp_path, recipe_keys):
+    for index in range(10):
+        write_picture(tmp_path / "cells" / f"{index:03d}.tif")
+        write_png(tmp_path / "cells" / f"{index:03d}_mask.png", bands((0, 255)))
+    splits = split_items(**recipe_keys("cells"))
+    assert [len(split) for split in splits] == [8, 1, 1]
+    image, class_map = read_item(splits[0][0])
+    assert image.shape == (8, 10, 1) and np.array_equal(class_map, bands((0, 1)))
+
+
+def test_recipe_colored(tmp_path, recipe_keys):
+    for index in range(10):
+        write_picture(tmp_path / "colored" / "images" / f"{index}.jpg")
+        colors = [(64, 0, 128), (255, 255, 255), (0, 0, 0), (128, 64, 128)]
+        write_png(tmp_path / "colored" / "masks" / f"{index}.png", bands(colors))
+    assert np.array_equal(read_item(split_items(**recipe_keys("colored"))[0][0])[1], bands((2, 255, 0, 1)))
+
+
+def test_recipe_voc_equals_torchvision(tmp_path, recipe_keys):
+    root = tmp_path / "VOCdevkit" / "VOC2012"
+    rng = np.random.default_rng(6)
+    palette = rng.integers(0, 256, 768).tolist()
+    (root / "SegmentationClass").mkdir(parents=True)
+    for index in range(7):
+        write_picture(root / "JPEGImages" / f"2007_{index:06d}.jpg")
+        picture = Image.fromarray(rng.choice(np.uint8([*range(21), 255]), (8, 10)), "P")
+        picture.putpalette(palette)
+        if index < 5:  # most pictures have no mask
+            picture.save(root / "SegmentationClass" / f"2007_{index:06d}.png")
+    (root / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (root / "ImageSets" / "Segmentation" / "train.txt").write_text("2007_000000\n2007_000002\n2007_000003\n")
+    (root / "ImageSets" / "Segmentation" / "val.txt").write_text("2007_000001\n2007_000004\n")
+    *ours, test_items = split_items(**recipe_keys("voc"))
+    assert not test_items
+    for items, image_set in zip(ours, ("train", "val"), strict=True):
+        theirs = torchvision.datasets.VOCSegmentation(tmp_path, "2012", image_set)
+        assert [str(item.image_path) for item in items] == theirs.images
+        for item, (image, mask) in zip(items, theirs, strict=True):
+            assert np.array_equal(read_item(item)[1], np.asarray(mask))
+            assert np.abs(read_item(item)[0].astype(int) - np.asarray(image)).max() <= 3  # JPEG decoders
+
+
+def test_recipe_coco_stuff(tmp_path, recipe_keys):
+    for split, num_images in (("train2017", 3), ("val2017", 2)):
+        for index in range(num_images):
+            write_picture(tmp_path / "coco" / split / f"{index:012d}.jpg")
+            write_png(tmp_path / "coco" / "stuffthingmaps" / split / f"{index:012d}.png", bands((0, 181, 255)))
+    splits = split_items(**recipe_keys("coco_stuff"))
+    assert [len(split) for split in splits] == [3, 2, 0]
+    assert np.array_equal(read_item(splits[0][0])[1], bands((0, 181, IGNORE_INDEX)))
+
+
+def test_recipe_cityscapes_equals_torchvision(tmp_path, recipe_keys):
+    root = tmp_path / "cityscapes"
+    for split, city in (("train", "aachen"), ("train", "bochum"), ("val", "lindau"), ("test", "berlin")):
+        for index in range(2):
+            stem = f"{city}_{index:06d}_000019"
+            write_picture(root / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png", 4, 40)
+            ids = np.tile(np.arange(40, dtype=np.uint8) % 34, (4, 1))
+            write_png(root / "gtFine" / split / city / f"{stem}_gtFine_labelIds.png", ids)
+            write_png(root / "gtFine" / split / city / f"{stem}_gtFine_instanceIds.png", ids)
+            write_png(root / "gtFine" / split / city / f"{stem}_gtFine_color.png", np.stack([ids] * 3, 2))
+            (root / "gtFine" / split / city / f"{stem}_gtFine_polygons.json").write_text("{}")
+    train_items, val_items, test_items = split_items(**recipe_keys("cityscapes"))
+    assert not test_items
+    for items, split in ((train_items, "train"), (val_items, "val")):
+        theirs = torchvision.datasets.Cityscapes(root, split, "fine", "semantic")
+        assert [str(item.image_path) for item in items] == sorted(theirs.images)
+        assert [str(item.mask_path) for item in items] == sorted(target for (target,) in theirs.targets)
+        train_ids = np.array([one.train_id for one in theirs.classes if one.id >= 0], np.uint8)
+        for item in items:
+            assert np.array_equal(read_item(item)[1], train_ids[np.asarray(Image.open(item.mask_path))])
+    names_of_trained = [one.name for one in theirs.classes if 0 <= one.train_id < 19]
+    assert list(train_items[0].coding.class_names) == names_of_trained
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# real data
+
+
+def test_real_oxford_pet_equals_torchvision(data_root):
+    root = data_root / "oxford-iiit-pet"
+    train_items, val_items, test_items = split_items(**data_keys("oxford_pet", root))
+    for items, split in ((train_items + val_items, "trainval"), (test_items, "test")):
+        theirs = torchvision.datasets.OxfordIIITPet(data_root, split, "segmentation")
+        by_name = {path.stem: index for index, path in enumerate(theirs._images)}
+        assert sorted(names(items)) == sorted(by_name)
+        for item in items[::25]:
+            image, trimap = theirs[by_name[item.name]]
+            ours = read_item(item)
+            assert np.array_equal(ours[1], np.asarray(trimap) - 1)
+            assert ours[0].shape == np.asarray(image.convert("RGB")).shape
+            assert np.abs(ours[0].astype(int) - np.asarray(image.convert("RGB"))).mean() < 2
+
+
+def test_real_isbi(data_root):
+    splits = split_items(**data_keys("isbi", data_root / "ISBI2012" / "membrane"))
+    assert [len(split) for split in splits] == [25, 5, 0]
+    image, class_map = read_item(splits[1][0])
+    assert image.shape == (512, 512, 1) and class_map.shape == (512, 512)
+    assert 0.6 < (class_map == 1).mean() < 0.9  # most is cell
+    assert image[class_map == 1].mean() > image[class_map == 0].mean() + 20  # membranes are dark
+
+
+def test_real_camvid(data_root):
+    splits = split_items(**data_keys("camvid", data_root / "CamVid"))
+    assert [len(split) for split in splits] == [60, 14, 12]
+    for item in splits[2][:3]:
+        image, class_map = read_item(item)
+        stored = np.asarray(Image.open(item.mask_path))
+        assert image.shape == (360, 480, 3)
+        assert np.array_equal(class_map, np.where(stored == 11, IGNORE_INDEX, stored))

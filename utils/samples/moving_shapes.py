@@ -1,0 +1,171 @@
+"""Generated videos of moving shapes, in the layout of GOT-10k: the default dataset of train_siamfc.py and track.py."""
+
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from utils.images import write_image
+from utils.samples.drawing import draw_texture, fill_outline, paint_shape, random_color, random_outline, random_shape
+
+SPRITE_SIZE = 160  # px, of a shape's picture before it is scaled into a frame
+SPRITE_RADIUS = 48.0
+WAYPOINT_FRAMES = 12  # a shape reaches a new place every so many frames
+WAYPOINT_REACH = 55.0  # px, at most: 7 px a frame where it is fastest
+
+MOVING_SHAPES_FRAMES, MOVING_SHAPES_HW = 30, (240, 320)
+
+
+def draw_moving_shapes(
+    rng: np.random.Generator, num_frames: int, height: int, width: int
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Draw a short video: a textured shape that moves, turns and changes size among others, on ground that moves too.
+
+    Some of the others have its colours or its outline, and some pass in front of it.
+
+    Args:
+        rng: the video's own generator.
+        num_frames: at least 1.
+        height, width: px, at least 160.
+    Returns:
+        frames, uint8 (H, W, 3) each; boxes_xywh float64 (T, 4), 0-based px, tight around the shape's pixels, whether
+        seen or covered; cover int64 (T,), 0 hidden .. 8 wholly visible.
+    """
+    side, margin = max(height, width), 24
+    ground = draw_texture(rng, side + 2 * margin, random_color(rng))
+    for _ in range(int(rng.integers(5, 14))):
+        radius = side * rng.uniform(0.03, 0.16)
+        paint_shape(rng, ground, random_shape(rng, len(ground), radius), random_color(rng), rng.random() < 0.3)
+    ground = cv2.GaussianBlur(ground.astype(np.float32), (0, 0), rng.uniform(0.4, 1.2))
+
+    color, outline = random_color(rng), _sprite_outline(rng)
+    sprites = [_draw_sprite(rng, color, outline)]  # the target, then the others
+    sprites.append(_draw_sprite(rng, color, _sprite_outline(rng)))
+    sprites.append(_draw_sprite(rng, random_color(rng), outline))
+    sprites += [_draw_sprite(rng, random_color(rng), _sprite_outline(rng)) for _ in range(int(rng.integers(0, 3)))]
+    motions = [_draw_motion(rng, num_frames, alpha, height, width) for _, alpha in sprites]
+    order = list(range(1, len(sprites)))  # from back to front
+    order.insert(len(order) - int(rng.integers(2)), 0)  # the target in front, or behind one of the others
+
+    pan_xy = margin + margin * np.stack([_wave(rng, num_frames, 60, 200), _wave(rng, num_frames, 60, 200)], 1)
+    light = 1 + 0.12 * _wave(rng, num_frames, 30, 90)
+    grain = np.float32(rng.uniform(1, 5))
+    frames, boxes_xywh, cover = [], np.zeros((num_frames, 4)), np.zeros(num_frames, np.int64)
+    for t in range(num_frames):
+        shift = np.array([[1, 0, -pan_xy[t, 0]], [0, 1, -pan_xy[t, 1]]])
+        frame = cv2.warpAffine(ground, shift, (width, height), borderMode=cv2.BORDER_REPLICATE)
+        for index in order:
+            colors, alpha = sprites[index]
+            place = motions[index][t]  # (2, 3): sprite (x, y) -> frame (x, y)
+            alpha = cv2.warpAffine(alpha, place, (width, height))[..., None]  # (H, W, 1)
+            frame = frame + alpha * (cv2.warpAffine(colors, place, (width, height)) - frame)
+            inside = alpha[..., 0] > 0.5
+            if index == 0:
+                target = seen = inside
+            elif order.index(index) > order.index(0):
+                seen = seen & ~inside
+        xs, ys = np.flatnonzero(target.any(0)), np.flatnonzero(target.any(1))
+        boxes_xywh[t] = xs[0], ys[0], xs[-1] - xs[0] + 1, ys[-1] - ys[0] + 1
+        cover[t] = np.ceil(8 * seen.sum() / target.sum())
+        frame = frame * light[t] + rng.standard_normal((height, width, 1), np.float32) * grain
+        frames.append(np.clip(frame, 0, 255).astype(np.uint8))
+    return frames, boxes_xywh, cover
+
+
+def _wave(rng: np.random.Generator, num_frames: int, min_period: float, max_period: float) -> np.ndarray:
+    """Draw a slow wave: float (T,) in -1..1."""
+    period, phase = rng.uniform(min_period, max_period), rng.uniform(0, 2 * np.pi)
+    return np.sin(2 * np.pi * np.arange(num_frames) / period + phase)
+
+
+def _sprite_outline(rng: np.random.Generator) -> np.ndarray:
+    """Draw an outline in the middle of a sprite, not too thin: float (K, 2) px."""
+    while True:
+        outline = random_outline(rng, (SPRITE_SIZE / 2, SPRITE_SIZE / 2), SPRITE_RADIUS, int(rng.integers(5)))
+        extent = np.ptp(outline, 0)
+        if extent.min() > 0.65 * extent.max():
+            return outline
+
+
+def _draw_sprite(rng: np.random.Generator, color: np.ndarray, outline: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a shape with parts: colours float32 (S, S, 3), alpha float32 (S, S) in 0..1."""
+    colors = draw_texture(rng, SPRITE_SIZE, color).astype(np.float32)
+    mask = fill_outline(SPRITE_SIZE, outline)
+    for _ in range(int(rng.integers(1, 4))):
+        center = rng.normal(SPRITE_SIZE / 2, 0.35 * SPRITE_RADIUS, 2)
+        part = fill_outline(
+            SPRITE_SIZE, random_outline(rng, center, SPRITE_RADIUS * rng.uniform(0.2, 0.5), int(rng.integers(5)))
+        )
+        if (part & mask).any():
+            paint_shape(rng, colors, part & mask, random_color(rng), rng.random() < 0.3)
+    rim = mask & ~cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
+    colors[rim] *= rng.uniform(0.3, 1.0)
+    return colors, cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 1.0)
+
+
+def _draw_motion(
+    rng: np.random.Generator, num_frames: int, alpha: np.ndarray, height: int, width: int
+) -> list[np.ndarray]:
+    """Draw how a sprite moves, so that it stays in the frame: for each frame float (2, 3), sprite to frame (x, y)."""
+    middle = (SPRITE_SIZE - 1) / 2
+    reach = np.hypot(*(np.argwhere(alpha > 0) - middle).T).max()  # px, in the sprite
+    scales = rng.uniform(20, 32) / SPRITE_RADIUS * np.exp(rng.uniform(0, 0.25) * _wave(rng, num_frames, 80, 160))
+    angles = rng.uniform(0, 0.3) * _wave(rng, num_frames, 40, 120)
+    margin = min(reach * scales.max() + 1, min(height, width) / 2 - 1)
+    low, high = np.full(2, margin), np.array([width, height]) - margin
+    waypoints = [rng.uniform(low, high)]
+    while len(waypoints) < num_frames // WAYPOINT_FRAMES + 2:
+        waypoints.append(np.clip(waypoints[-1] + rng.uniform(-1, 1, 2) * WAYPOINT_REACH, low, high))
+    places = []
+    for t, (scale, angle) in enumerate(zip(scales, angles, strict=True)):
+        leg, share = divmod(t / WAYPOINT_FRAMES, 1)
+        share = 0.5 - 0.5 * np.cos(np.pi * share)  # slow at the waypoints
+        center_xy = (1 - share) * waypoints[int(leg)] + share * waypoints[int(leg) + 1]
+        turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        places.append(np.concatenate([turn, (center_xy - turn @ [middle, middle])[:, None]], 1))
+    return places
+
+
+def write_moving_shapes(folder: Path, num_videos: dict[str, int]) -> None:
+    """Write the videos: <folder>/{train,val}/<name>/{00000001.jpg, ..., groundtruth.txt, *.label, meta_info.ini}."""
+    with ProcessPoolExecutor() as executor:
+        for split, number in num_videos.items():
+            (folder / split).mkdir(parents=True)
+            videos = executor.map(_write_moving_shape, [folder / split] * number, range(number))
+            names = list(tqdm(videos, total=number, unit=f" {split} videos"))
+            (folder / split / "list.txt").write_text("\n".join(names) + "\n", encoding="utf-8", newline="")
+
+
+def _write_moving_shape(split_dir: Path, index: int) -> str:
+    """Write one video and return its name.
+
+    As in GOT-10k, boxes count from 1. In the third training video the shape is away for a while: no box, cover 0.
+    """
+    split, (height, width) = split_dir.name, MOVING_SHAPES_HW
+    name = f"moving_shapes_{split}_{index + 1:06d}"
+    rng = np.random.default_rng([4 if split == "val" else 3, index])
+    frames, boxes_xywh, cover = draw_moving_shapes(rng, MOVING_SHAPES_FRAMES, height, width)
+    boxes_xywh[:, :2] += 1
+    is_cut = (boxes_xywh[:, :2] <= 1) | (boxes_xywh[:, :2] + boxes_xywh[:, 2:] > [width, height])
+    absent = np.zeros(len(frames), bool)
+    if split == "train" and index == 2:
+        absent[12:18] = True
+        frames[12:18] = [cv2.GaussianBlur(frame, (0, 0), 25) for frame in frames[12:18]]
+        boxes_xywh[absent], cover[absent] = -1, 0
+    labels = {"cover": cover, "absence": absent, "cut_by_image": is_cut.any(1)}
+    texts = {f"{label}.label": "".join(f"{value:d}\n" for value in values) for label, values in labels.items()}
+    texts["groundtruth.txt"] = "".join(",".join(f"{value:.4f}" for value in box) + "\n" for box in boxes_xywh)
+    texts["meta_info.ini"] = (
+        f"[METAINFO]\nurl: generated\nbegin: 00:00:00\nend: 00:00:{len(frames) // 10:02d}\nanno_fps: 10Hz\n"
+        "object_class: shape\nmotion_class: move\nmajor_class: shape\nroot_class: object\n"
+        f"motion_adverb: smoothly\nresolution: ({width}, {height})\n"
+    )
+    video_dir = split_dir / name
+    video_dir.mkdir()
+    for t, frame in enumerate(frames):
+        write_image(video_dir / f"{t + 1:08d}.jpg", frame)
+    for file_name, text in texts.items():
+        (video_dir / file_name).write_text(text, encoding="utf-8", newline="")
+    return name

@@ -1,0 +1,102 @@
+"""Numbers reported for masks and for class maps."""
+
+import numpy as np
+import torch
+
+from utils.images import IGNORE_INDEX
+
+# ---------------------------------------------------------------------------------------------------------------------
+# class maps: one integer confusion matrix over the whole set, and everything that is reported from it
+
+
+def confusion_matrix(pred_classes: torch.Tensor, target: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Count how often each class is predicted as each; the sum over batches is the matrix of the whole set.
+
+    Args:
+        pred_classes: int (...), 0..C-1: class indices, not logits.
+        target: int (...), the same shape, 0..C-1 or 255 = ignore.
+        num_classes: C.
+    Returns:
+        int64 (C, C) on the device of `target`: rows are the truth, columns the prediction.
+    Raises:
+        ValueError: the shapes differ, a dtype is not integer, or a value is not a class.
+    """
+    if pred_classes.shape != target.shape:
+        shapes = f"{tuple(pred_classes.shape)} and {tuple(target.shape)}"
+        raise ValueError(f"shapes of prediction and target are {shapes}; must be equal: class indices, not logits")
+    for name, values in (("prediction", pred_classes), ("target", target)):
+        if values.dtype.is_floating_point or values.dtype in (torch.bool, torch.complex64):
+            raise ValueError(f"dtype of the {name} is {values.dtype}; must be an integer type: class indices")
+    valid = target != IGNORE_INDEX
+    true, predicted = target[valid].long(), pred_classes[valid].long()
+    for name, values in (("prediction", predicted), ("target", true)):
+        if len(values) and not 0 <= int(values.min()) <= int(values.max()) < num_classes:
+            raise ValueError(
+                f"the {name} holds class {int(values.min())} to {int(values.max())}; must be 0 to {num_classes - 1}"
+            )
+    cells = torch.bincount(true * num_classes + predicted, minlength=num_classes**2)
+    return cells.view(num_classes, num_classes)
+
+
+def segmentation_metrics(matrix: torch.Tensor | np.ndarray) -> dict:
+    """Compute what is reported of a set from its confusion matrix.
+
+    A class is absent if no counted pixel of the truth belongs to it: it is left out of every mean, and what is wrongly
+    predicted as it counts as missing in the classes that it was taken from.
+
+    Args:
+        matrix: int (C, C), rows truth, columns prediction, summed over the whole set.
+    Returns:
+        pixel_accuracy: float, share of right pixels.
+        mean_iou, dice: float, means over the classes present of IoU and Dice.
+        weighted_iou: float, mean of IoU weighted by the classes' shares of the truth.
+        class_iou, class_dice, class_precision, class_recall: float64 (C,), nan for absent classes; the precision of a
+            class that is never predicted is 0.
+        class_share, pred_share: float64 (C,), each class's share of the truth and of the predictions.
+        absent: list of the absent classes' indices.
+    Raises:
+        ValueError: the matrix is empty: no pixel of the set counts.
+    """
+    matrix = np.asarray(torch.as_tensor(matrix).cpu(), np.float64)  # exact up to 9e15 pixels
+    if not matrix.sum() > 0:
+        raise ValueError("no pixel of the set counts: every mask holds nothing but the ignored value")
+    right, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    present = true > 0
+
+    def of_classes(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+        return np.where(present, numerator / np.maximum(denominator, 1), np.nan)
+
+    class_iou = of_classes(right, true + predicted - right)
+    class_dice = of_classes(2 * right, true + predicted)
+    return {
+        "pixel_accuracy": float(right.sum() / matrix.sum()),
+        "mean_iou": float(class_iou[present].mean()),
+        "weighted_iou": float((class_iou[present] * true[present]).sum() / matrix.sum()),
+        "dice": float(class_dice[present].mean()),
+        "class_iou": class_iou,
+        "class_dice": class_dice,
+        "class_precision": of_classes(right, predicted),
+        "class_recall": of_classes(right, true),
+        "class_share": true / matrix.sum(),
+        "pred_share": predicted / matrix.sum(),
+        "absent": np.flatnonzero(~present).tolist(),
+    }
+
+
+def soft_iou(probs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Compute the soft IoU of each image: sum(p t) / sum(p + t - p t) over its pixels and classes together.
+
+    Large classes dominate it, and it is never above what the probabilities are sure of: not comparable with mean_iou.
+
+    Args:
+        probs: (B, C, H, W), softmax probabilities.
+        target: int (B, H, W), 0..C-1 or 255 = ignore.
+    Returns:
+        float64 (B,); nan for an image without a pixel that counts. The value of a set is the mean over its images.
+    Source: Matani and Naresh 2023, "Efficient Image Segmentation Using PyTorch"; without their smoothing of 0.001.
+    """
+    valid = target != IGNORE_INDEX  # (B, H, W)
+    prob_of_truth = probs.double().gather(1, target.masked_fill(~valid, 0).long()[:, None])[:, 0]  # (B, H, W)
+    overlap = (prob_of_truth * valid).sum((1, 2))
+    total = (probs.double() * valid[:, None]).sum((1, 2, 3)) + valid.sum((1, 2))
+    return overlap / (total - overlap)

@@ -1,0 +1,725 @@
+"""Datasets of pictures with one class per pixel, read straight from disk: Oxford-IIIT Pet, ISBI 2012, CamVid, and any
+two folders of pictures and masks.
+
+`split_items(**config["data"])` lists a dataset: its keyword arguments are the keys of configs/data/*.yaml.
+`read_item(item)` reads one picture and its class map, uint8 (H, W): 0..num_classes-1, or 255 (IGNORE_INDEX) for pixels
+that neither train nor count. Which value (or colour) of a mask file is which class stands in the YAML.
+"""
+
+import functools
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from utils.images import IGNORE_INDEX, PICTURE_SUFFIXES, read_image, read_label_map
+from utils.listing import dataset_folder
+from utils.settings import check_keys
+
+UNKNOWN = 254  # in class maps under way: a value of the file that the YAML gives no class
+MAX_VALUE = 65535  # a mask's values are looked up in a table; larger ones are unknown
+BLURRED = 24  # a file with more values than this has been compressed or resized: classes are not that many
+SPLIT_FIELD = "{split}"  # in image_dir and mask_dir: stands for train_folder, val_folder, test_folder
+
+
+@dataclass(frozen=True)
+class MaskCoding:
+    """How the values of a mask file become classes."""
+
+    class_names: tuple[str, ...]
+    is_given: bool  # class_values stands in the YAML; if not, values are class indices
+    is_color: bool  # values are RGB colours, as r * 65536 + g * 256 + b
+    classes: tuple[tuple[int, int], ...]  # (value, class index or IGNORE_INDEX)
+    nearest_value: bool  # another value is taken as the nearest of these
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture and its mask, as files."""
+
+    name: str  # unique in the dataset; lists are sorted by it
+    image_path: Path
+    mask_path: Path
+    channels: int  # 1 or 3, of the picture as the network gets it
+    coding: MaskCoding
+    page: int | None = None  # of both files, if they are TIFF stacks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# list a dataset
+
+
+def split_items(
+    format: str,
+    root: str,
+    channels: int,
+    num_classes: int,
+    class_names: list[str] | None,
+    class_values: dict | None,
+    ignore_values: list,
+    nearest_value: bool,
+    on_bad: str,
+    **keys,
+) -> tuple[list[Item], list[Item], list[Item]]:
+    """List a dataset's pictures and split them into training, validation and test.
+
+    The split is what the dataset has on disk (folders, list files), else seeded fractions of the sorted names, which
+    depend on nothing else.
+
+    Args:
+        format: one of oxford_pet, isbi, camvid, folders.
+        root: the dataset's folder, relative to where the user stands.
+        channels: 1 (grey) or 3 (RGB).
+        num_classes: 2 to 254.
+        class_names: one for each class; None: "class 0", "class 1", ...
+        class_values: {value of the mask file: class index}; a value is an integer or a colour "r,g,b"; None: the
+            values are the class indices.
+        ignore_values: values (or colours) of the mask file whose pixels become IGNORE_INDEX.
+        nearest_value: take any other value as the nearest of these, instead of refusing it.
+        on_bad: what to do with a picture that lacks its mask, or the reverse: "stop" raises; with "skip" such an item
+            is listed, and the dataset check leaves it out and counts it.
+        keys: the other keys of that format's configs/data/*.yaml; the functions below explain them.
+    Returns:
+        (train_items, val_items, test_items), each sorted by name.
+    Raises:
+        FileNotFoundError: for a folder or file that is not there, naming both files of a pair.
+        ValueError: for an unknown format or key, or a value that makes no sense.
+    """
+    listers = {"oxford_pet": split_oxford_pet, "isbi": split_isbi, "camvid": split_camvid, "folders": split_folders}
+    if format not in listers:
+        raise ValueError(f"data.format is {format!r}; must be one of {', '.join(listers)}")
+    if channels not in (1, 3):
+        raise ValueError(f"data.channels is {channels!r}; must be 1 (grey) or 3 (colour; alpha is dropped)")
+    if on_bad not in ("stop", "skip"):
+        raise ValueError(f"data.on_bad is {on_bad!r}; must be stop or skip")
+    coding = mask_coding(num_classes, class_names, class_values, ignore_values, nearest_value)
+    item = functools.partial(Item, channels=channels, coding=coding)
+    split = functools.partial(listers[format], dataset_folder(root), item, on_bad)
+    check_keys(split, keys, "data")
+    splits = split(**keys)
+    items = [item for split in splits for item in split]
+    if not items:
+        raise ValueError(f"data.root {root} holds no pictures in the layout {format!r} (see data/README.md)")
+    most_common = Counter(item.name for item in items).most_common(1)
+    if most_common[0][1] > 1:
+        raise ValueError(
+            f"{root} lists {most_common[0][0]} {most_common[0][1]} times; a picture goes in one of train, val and test"
+        )
+    return tuple(sorted(split, key=lambda item: item.name) for split in splits)
+
+
+def split_oxford_pet(root: Path, item, on_bad: str, val_fraction: float, split_seed: int):
+    """List Oxford-IIIT Pet by its list files: trainval.txt, a part of which is validation, and test.txt.
+
+    Pictures <root>/images/<name>.jpg, trimaps <root>/annotations/trimaps/<name>.png. Files that are in neither list
+    are left out: the published set has 41 of them.
+    """
+    image_dir, mask_dir = root / "images", root / "annotations" / "trimaps"
+    listed = []
+    for list_name in ("trainval.txt", "test.txt"):
+        lines = _read_lines(root / "annotations" / list_name)
+        names = [line.split()[0] for line in lines]  # name, class, species, breed
+        listed.append([item(name, image_dir / f"{name}.jpg", mask_dir / f"{name}.png") for name in names])
+    _stop_at_missing(listed[0] + listed[1], on_bad)
+    train_items, val_items, _ = _split_by_fractions(listed[0], val_fraction, 0.0, split_seed)
+    return train_items, val_items, listed[1]
+
+
+def split_isbi(root: Path, item, on_bad: str, val_fraction: float, test_fraction: float, split_seed: int):
+    """List ISBI 2012: the challenge's train-volume.tif and train-labels.tif, or train/{image,label}/<number>.png.
+
+    The challenge's own test slices have no public labels and are not listed. Both forms give the same split.
+    """
+    volume_path, labels_path = root / "train-volume.tif", root / "train-labels.tif"
+    if volume_path.is_file() or labels_path.is_file():
+        num_pages = _num_pages(volume_path)
+        if num_pages != _num_pages(labels_path):
+            raise ValueError(
+                f"{volume_path} has {num_pages} pages, but {labels_path} has {_num_pages(labels_path)}; copy both again"
+            )
+        items = [item(str(page), volume_path, labels_path, page=page) for page in range(num_pages)]
+    else:
+        image_dir, mask_dir = root / "train" / "image", root / "train" / "label"
+        if not image_dir.is_dir():
+            raise FileNotFoundError(
+                f"no file {volume_path} and no folder {image_dir}; see data/README.md for the layouts of isbi, or "
+                "change data.root"
+            )
+        items = _pair(_pictures(image_dir), _pictures(mask_dir), image_dir, mask_dir, ("", ""), ("", ""), item)
+        _stop_at_missing(items, on_bad)
+    return _split_by_fractions(items, val_fraction, test_fraction, split_seed)
+
+
+def split_camvid(root: Path, item, on_bad: str):
+    """List CamVid in SegNet's form: {train,val,test}.txt, each line a picture and its mask.
+
+    Of each path the last folder and the name count, below root: the published lists start with /SegNet/CamVid/.
+    """
+    splits = []
+    for split in ("train", "val", "test"):
+        items = []
+        list_path = root / f"{split}.txt"
+        for line in _read_lines(list_path):
+            words = line.split()
+            if len(words) != 2:
+                raise ValueError(f"{list_path} has the line {line!r}; must be two paths, of a picture and of its mask")
+            image_path, mask_path = (root.joinpath(*Path(word).parts[-2:]) for word in words)
+            items.append(item(image_path.stem, image_path, mask_path))
+        splits.append(items)
+    _stop_at_missing(sum(splits, []), on_bad)
+    return splits
+
+
+def split_folders(
+    root: Path,
+    item,
+    on_bad: str,
+    image_dir: str,
+    mask_dir: str,
+    image_start: str,
+    image_ending: str,
+    mask_start: str,
+    mask_ending: str,
+    train_folder: str | None,
+    val_folder: str | None,
+    test_folder: str | None,
+    train_list: str | None,
+    val_list: str | None,
+    test_list: str | None,
+    val_fraction: float,
+    test_fraction: float,
+    split_seed: int,
+):
+    """List pictures <root>/<image_dir>/<name>.* with masks <root>/<mask_dir>/<name>.*
+
+    Before and after the name a picture's file has image_start and image_ending, a mask's mask_start and mask_ending. A
+    name may have folders before it, the same on both sides. Where image_dir and mask_dir hold "{split}", that stands
+    for train_folder, val_folder and test_folder. Otherwise list files name the parts, one name a line (a picture
+    without mask that no list names is left out); with val_list or test_list alone, training is the rest. A part without
+    folder and list is a seeded fraction of training.
+    """
+    lists = {"train_list": train_list, "val_list": val_list, "test_list": test_list}
+    folders = {"train_folder": train_folder, "val_folder": val_folder, "test_folder": test_folder}
+    fractions = val_fraction, test_fraction, split_seed
+    image_affixes, mask_affixes = (image_start, image_ending), (mask_start, mask_ending)
+
+    def list_pairs(image_dir: Path, mask_dir: Path, prefix: str = "") -> list[Item]:
+        if image_dir == mask_dir and image_affixes == mask_affixes:
+            raise ValueError(
+                f"data.image_dir and data.mask_dir are both {image_dir}: set data.mask_ending, such as _mask for "
+                "001.png and 001_mask.png, or keep the masks in a folder of their own"
+            )
+        images = _pictures(image_dir, *image_affixes, leave_out=mask_dir)
+        masks = _pictures(mask_dir, *mask_affixes, leave_out=image_dir)
+        if image_dir == mask_dir:  # what fits any file fits those of the other kind too
+            mask_paths, image_paths = set(masks.values()), set(images.values())
+            if image_affixes == ("", ""):
+                images = {name: path for name, path in images.items() if path not in mask_paths}
+            elif mask_affixes == ("", ""):
+                masks = {name: path for name, path in masks.items() if path not in image_paths}
+        return _pair(images, masks, image_dir, mask_dir, image_affixes, mask_affixes, item, prefix)
+
+    if (SPLIT_FIELD in image_dir) != (SPLIT_FIELD in mask_dir):
+        raise ValueError(f"data.image_dir is {image_dir}, data.mask_dir {mask_dir}; {SPLIT_FIELD} goes in both or none")
+    if SPLIT_FIELD in image_dir:
+        given = {key: value for key, value in lists.items() if value is not None}
+        if given or train_folder is None:
+            raise ValueError(
+                f"data.image_dir is {image_dir}: with {SPLIT_FIELD} in it, data.train_folder must be given, and "
+                f"train_list, val_list, test_list be null; they are {train_folder} and {given or 'null'}"
+            )
+        splits = [
+            None
+            if folder is None
+            else list_pairs(
+                root / image_dir.replace(SPLIT_FIELD, folder),
+                root / mask_dir.replace(SPLIT_FIELD, folder),
+                f"{folder}/",
+            )
+            for folder in folders.values()
+        ]
+        _stop_at_missing(sum((split for split in splits if split is not None), []), on_bad)
+        return _fill_split(*splits, *fractions)
+    if given := {key: value for key, value in folders.items() if value is not None}:
+        key, value = next(iter(given.items()))
+        raise ValueError(
+            f"data.{key} is {value}, but data.image_dir {image_dir} and data.mask_dir {mask_dir} have no {SPLIT_FIELD} "
+            f"for it to stand in, as in images/{SPLIT_FIELD} and masks/{SPLIT_FIELD}"
+        )
+    items = list_pairs(root / image_dir, root / mask_dir)
+    by_name = {one.name: one for one in items}
+    splits = []
+    for list_path in lists.values():
+        names = None if list_path is None else _read_list(Path(list_path), set(by_name), image_affixes)
+        splits.append(None if names is None else [by_name[name] for name in names])
+    if splits[0] is None:
+        taken = {one.name for split in splits[1:] if split is not None for one in split}
+        splits[0] = [one for one in items if one.name not in taken]
+    _stop_at_missing(sum((split for split in splits if split is not None), []), on_bad)
+    return _fill_split(*splits, *fractions)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files and pairs
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Return a text file's lines, less empty ones and those that start with #."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no list file {path} (seen from {Path.cwd()}); see data/README.md for the layout")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _read_list(path: Path, names: set[str], affixes: tuple[str, str]) -> list[str]:
+    """Read a list file: a name a line, or the path of a picture (its end counts), whatever stands after it."""
+    named = []
+    for line in _read_lines(path):
+        entry = Path(line.split()[0])
+        stem = entry.stem.removeprefix(affixes[0]).removesuffix(affixes[1])
+        parts = [*entry.parts[:-1], stem]
+        candidates = [line, line.split()[0], *("/".join(parts[start:]) for start in range(len(parts)))]
+        name = next((candidate for candidate in candidates if candidate in names), None)
+        if name is None:
+            raise ValueError(
+                f"{path} names {line!r}, which the dataset lacks; names look like {min(names, default='')!r}"
+            )
+        named.append(name)
+    return named
+
+
+def _pictures(folder: Path, start: str = "", ending: str = "", leave_out: Path | None = None) -> dict[str, Path]:
+    """List the pictures of a folder and its subfolders whose stem is start, name, ending: {name: path}.
+
+    Hidden files and folders, and files with other suffixes, are passed over; so is a subfolder to leave out.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}; see data/README.md for the layout, or change data.root")
+    pictures = {}
+    for path in sorted(folder.rglob("*")):
+        below = path.relative_to(folder)
+        if any(part.startswith(".") for part in below.parts) or path.suffix.lower() not in PICTURE_SUFFIXES:
+            continue
+        stem = path.stem.removeprefix(start).removesuffix(ending)
+        if not stem or start + stem + ending != path.stem or not path.is_file():
+            continue
+        if leave_out not in (None, folder) and leave_out in path.parents and folder in leave_out.parents:
+            continue
+        name = below.with_name(stem).as_posix()
+        if name in pictures:
+            raise ValueError(f"{pictures[name]} and {path} have the same name but for the suffix; keep one of them")
+        pictures[name] = path
+    return pictures
+
+
+def _pair(
+    images: dict[str, Path],
+    masks: dict[str, Path],
+    image_dir: Path,
+    mask_dir: Path,
+    image_affixes: tuple[str, str],
+    mask_affixes: tuple[str, str],
+    item,
+    prefix: str = "",
+) -> list[Item]:
+    """Match pictures and masks by name. A file that is not there gets the path where it was looked for."""
+    items = []
+    for name in sorted(images.keys() | masks.keys()):
+        below, stem = Path(name).parent, Path(name).name
+        image_path = images[name] if name in images else image_dir / below / f"{stem.join(image_affixes)}.jpg"
+        mask_path = masks[name] if name in masks else mask_dir / below / f"{stem.join(mask_affixes)}.png"
+        items.append(item(prefix + name, image_path, mask_path))
+    return items
+
+
+def _stop_at_missing(items: list[Item], on_bad: str) -> None:
+    if on_bad == "skip":
+        return
+    without_mask = [one for one in items if not one.mask_path.is_file()]
+    without_image = [one for one in items if not one.image_path.is_file()]
+    if not without_mask and not without_image:
+        return
+    first = f"image {without_mask[0].image_path} has no mask {without_mask[0].mask_path}" if without_mask else ""
+    if without_image:
+        first += " and " if first else ""
+        first += f"mask {without_image[0].mask_path} has no image {without_image[0].image_path}"
+    num_missing = len({one.name for one in without_mask + without_image})
+    remedy = "complete or remove the pair"
+    if 4 * len(without_mask) > len(items):  # not a few that got lost: another rule
+        remedy = suggest_pairing([one.image_path for one in without_mask], [one.mask_path for one in without_image])
+    raise FileNotFoundError(
+        f"{num_missing} of {len(items)} pairs lack a file; {first}; {remedy}, list all with check=true, or leave such "
+        "pairs out with data.on_bad=skip"
+    )
+
+
+def suggest_pairing(image_paths: list[Path], mask_paths: list[Path]) -> str:
+    """Find what pairs files whose names differ by a fixed start or ending, such as 001.jpg and 001_mask.png.
+
+    Args:
+        image_paths, mask_paths: the files that have no partner by name.
+    Returns:
+        the YAML lines that pair most pictures, after words that introduce them; other words if none pairs half of them.
+    """
+    image_stems, mask_stems = [path.stem for path in image_paths], sorted({path.stem for path in mask_paths})
+    num_same = {}  # rule -> characters of the name it leaves
+    for image_stem in image_stems[:3]:
+        for mask_stem in mask_stems[:1000]:
+            match = SequenceMatcher(None, image_stem, mask_stem, False).find_longest_match()
+            image_affixes = image_stem[: match.a], image_stem[match.a + match.size :]
+            mask_affixes = mask_stem[: match.b], mask_stem[match.b + match.size :]
+            if match.size:
+                num_same[(*image_affixes, *mask_affixes)] = match.size
+    best, num_paired = None, 1
+    for rule in sorted(num_same, key=lambda rule: -num_same[rule])[:100]:
+        start, ending, mask_start, mask_ending = rule
+        fitting = [stem for stem in image_stems if stem.startswith(start) and stem.endswith(ending)]
+        renamed = {mask_start + stem.removeprefix(start).removesuffix(ending) + mask_ending for stem in fitting}
+        if len(renamed.intersection(mask_stems)) > num_paired:
+            best, num_paired = rule, len(renamed.intersection(mask_stems))
+    if best is None or 2 * num_paired < len(image_stems):
+        return "give a picture and its mask the same name but for the suffix"
+    keys = zip(("image_start", "image_ending", "mask_start", "mask_ending"), best, strict=True)
+    lines = ", ".join(f"{key}: {value}" for key, value in keys if value)
+    return f"in configs/data/folders.yaml set {lines}, which pairs {num_paired}"
+
+
+def _num_pages(path: Path) -> int:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; see data/README.md for the layout, or change data.root")
+    try:
+        with Image.open(path) as stack:
+            return getattr(stack, "n_frames", 1)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be decoded as a TIFF stack ({error}); copy it again") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# splits
+
+
+def _fill_split(
+    train_items: list[Item],
+    val_items: list[Item] | None,
+    test_items: list[Item] | None,
+    val_fraction: float,
+    test_fraction: float,
+    split_seed: int,
+) -> tuple[list[Item], list[Item], list[Item]]:
+    """Take the parts that are None from the training part."""
+    train_items, drawn_val, drawn_test = _split_by_fractions(
+        train_items,
+        val_fraction if val_items is None else 0.0,
+        test_fraction if test_items is None else 0.0,
+        split_seed,
+    )
+    return train_items, drawn_val if val_items is None else val_items, drawn_test if test_items is None else test_items
+
+
+def _split_by_fractions(
+    items: list[Item], val_fraction: float, test_fraction: float, split_seed: int
+) -> tuple[list[Item], list[Item], list[Item]]:
+    """Split by a seeded order of the names: a new picture does not reshuffle the others."""
+    for key, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"data.{key} is {fraction}; must be in 0..1")
+    if val_fraction + test_fraction > 1:
+        raise ValueError(f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} add up to over 1")
+    shares = [val_fraction, test_fraction, max(0.0, 1 - val_fraction - test_fraction)]
+    num_val = round(val_fraction * len(items))
+    num_test = round((val_fraction + test_fraction) * len(items)) - num_val
+    counts = [num_val, num_test, len(items) - num_val - num_test]
+    wanted = [index for index, share in enumerate(shares) if share > 1e-9]
+    if 0 < len(items) < len(wanted):
+        raise ValueError(
+            f"data.val_fraction is {val_fraction} and test_fraction {test_fraction}, but there are only {len(items)} "
+            "pictures to split; set those that are not needed to 0"
+        )
+    for index in wanted:  # each part that has a share gets a picture
+        if items and counts[index] == 0:
+            counts[counts.index(max(counts))] -= 1
+            counts[index] += 1
+    num_val, num_test, _ = counts
+    in_seeded_order = sorted(items, key=lambda one: hashlib.sha256(f"{split_seed} {one.name}".encode()).digest())
+    return in_seeded_order[num_val + num_test :], in_seeded_order[:num_val], in_seeded_order[num_val:][:num_test]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which value is which class
+
+
+def name_classes(num_classes: int, class_names: list[str] | None) -> list[str]:
+    """Return one name for each class: those given, or "class 0", "class 1", ...
+
+    Raises:
+        ValueError: for fewer than 2 or more than 254 classes, or another number of names.
+    """
+    if not isinstance(num_classes, int) or not 2 <= num_classes <= UNKNOWN:
+        raise ValueError(
+            f"data.num_classes is {num_classes!r}; must be 2 to {UNKNOWN} (background, if there is one, is a class)"
+        )
+    if class_names is None:
+        return [f"class {index}" for index in range(num_classes)]
+    if len(class_names) != num_classes or len(set(class_names)) != num_classes:
+        raise ValueError(
+            f"data.class_names has {len(set(class_names))} different names ({', '.join(map(str, class_names[:8]))}), "
+            f"but data.num_classes is {num_classes}; give each class one, or class_names: null"
+        )
+    return [str(name) for name in class_names]
+
+
+def mask_coding(
+    num_classes: int,
+    class_names: list[str] | None,
+    class_values: dict | None,
+    ignore_values: list,
+    nearest_value: bool,
+) -> MaskCoding:
+    """Turn the keys of the data YAML into how mask values become classes.
+
+    Raises:
+        ValueError: naming the key, for a class that does not exist, a value that is neither an integer nor a colour,
+            or integers and colours in one mapping.
+    """
+    names = name_classes(num_classes, class_names)
+    given = {index: index for index in range(num_classes)} if class_values is None else class_values
+    pairs = [(f"data.class_values[{value!r}]", value, class_index) for value, class_index in given.items()]
+    pairs += [("data.ignore_values", value, IGNORE_INDEX) for value in ignore_values]
+    classes, kinds = {}, set()
+    for key, value, class_index in pairs:
+        is_index = isinstance(class_index, int) and (0 <= class_index < num_classes or key == "data.ignore_values")
+        if not is_index:
+            raise ValueError(
+                f"{key} is {class_index!r}; must be a class index, 0 to {num_classes - 1} (data.num_classes is "
+                f"{num_classes}); values to leave out go into data.ignore_values"
+            )
+        number, is_color = _parse_value(key, value)
+        if number in classes:
+            raise ValueError(f"{key}: {value!r} is given twice, in data.class_values and data.ignore_values")
+        classes[number] = class_index
+        kinds.add(is_color)
+    if len(kinds) > 1:
+        raise ValueError(
+            "data.class_values and data.ignore_values hold integers and colours; a mask file has one kind: "
+            'write grey 0 as the colour "0,0,0"'
+        )
+    return MaskCoding(tuple(names), class_values is not None, kinds == {True}, tuple(classes.items()), nearest_value)
+
+
+def _parse_value(key: str, value: object) -> tuple[int, bool]:
+    """Return a mask value of the YAML as a number, and whether it is a colour."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_VALUE:
+        return value, False
+    parts = str(value).split(",")
+    if len(parts) == 3 and all(part.strip().isdigit() and int(part) <= 255 for part in parts):
+        red, green, blue = map(int, parts)
+        return red * 65536 + green * 256 + blue, True
+    raise ValueError(
+        f'{key}: {value!r} is no value of a mask file; must be an integer 0 to {MAX_VALUE}, or a colour "r,g,b" such '
+        'as "128,0,0"'
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _class_table(coding: MaskCoding) -> np.ndarray:
+    """Return the class of every value, uint8, UNKNOWN where there is none."""
+    table = np.full(2**24 if coding.is_color else MAX_VALUE + 1, UNKNOWN, np.uint8)
+    for value, class_index in coding.classes:
+        table[value] = class_index
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# read one item
+
+
+def read_item(item: Item) -> tuple[np.ndarray, np.ndarray]:
+    """Read a picture and its class map.
+
+    Returns:
+        image uint8 (H, W, channels), RGB or grey; class_map uint8 (H, W), 0..num_classes-1 or IGNORE_INDEX.
+    Raises:
+        FileNotFoundError, ValueError: with the file, what is wrong, and the remedy; also if the two differ in size.
+    """
+    image, class_map = read_picture(item.image_path, item.channels, item.page), read_class_map(item)
+    check_same_size(item, image.shape[:2], class_map.shape)
+    return image, class_map
+
+
+def check_same_size(item: Item, image_hw: tuple[int, int], mask_hw: tuple[int, int]) -> None:
+    """Raise a ValueError that names both files if a picture and its mask differ in size (height, width)."""
+    if tuple(image_hw) != tuple(mask_hw):
+        remedy = "export both at one size (masks with nearest-neighbour resizing)"
+        if tuple(image_hw) == tuple(mask_hw[::-1]):
+            remedy = "if the picture carries an EXIF rotation, which is applied here, turn the mask too"
+        raise ValueError(
+            f"image {item.image_path} is {image_hw[0]} x {image_hw[1]} px (height x width), but its mask "
+            f"{item.mask_path} is {mask_hw[0]} x {mask_hw[1]}; {remedy}, or leave such pairs out with on_bad: skip"
+        )
+
+
+def read_picture(path: str | Path, channels: int, page: int | None = None) -> np.ndarray:
+    """Read a picture as a network gets it: grey or RGB, 8 bits.
+
+    A grey file is repeated for 3 channels, and a colour file becomes its luminance for 1. EXIF rotation, alpha,
+    palettes and 16 bits are treated as `read_image` does.
+
+    Args:
+        channels: 1 or 3.
+        page: of a TIFF stack, 0-based.
+    Returns:
+        uint8 (H, W, channels).
+    Raises:
+        FileNotFoundError, ValueError: with the path and the reason.
+    """
+    if page is None:
+        image = read_image(path)
+    else:
+        values = read_page(path, page)
+        if values.dtype == np.uint16:
+            values = np.rint(values * np.float32(255 / 65535)).astype(np.uint8)
+        image = np.repeat(values[..., None], 3, 2)
+    return image if channels == 3 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
+
+
+def read_class_map(item: Item) -> np.ndarray:
+    """Read a mask and give each pixel its class.
+
+    Returns:
+        uint8 (H, W): 0..num_classes-1 or IGNORE_INDEX.
+    Raises:
+        FileNotFoundError, ValueError: with the file; also for a value without a class.
+    """
+    class_map, values, is_color = decode_mask(item)
+    if (class_map == UNKNOWN).any():
+        fault, _ = describe_unknown(item, class_map, values, is_color)
+        raise ValueError(f"{fault}; check=true proposes class_values and ignore_values for the data YAML")
+    return class_map
+
+
+def decode_mask(item: Item) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Read a mask and look its values up, leaving UNKNOWN where a value has no class.
+
+    Returns:
+        class_map uint8 (H, W); the file's values int32 (H, W); whether these are colours, r * 65536 + g * 256 + b.
+    Raises:
+        FileNotFoundError, ValueError: with the file, if it cannot be read or is a JPEG.
+    """
+    coding = item.coding
+    values, is_color = _read_mask_values(item)
+    if is_color != coding.is_color:
+        return np.full(values.shape, UNKNOWN, np.uint8), values, is_color
+    table = _class_table(coding)
+    class_map = table[np.minimum(values, len(table) - 1)]
+    class_map[values >= len(table)] = UNKNOWN
+    if coding.nearest_value:
+        is_unknown = class_map == UNKNOWN
+        class_map[is_unknown] = _nearest_classes(coding, values[is_unknown])
+    return class_map, values, is_color
+
+
+def _nearest_classes(coding: MaskCoding, values: np.ndarray) -> np.ndarray:
+    """Return the class of the nearest listed value, uint8 (N,), for values (N,)."""
+    different, index = np.unique(values, return_inverse=True)
+    listed = np.array([value for value, _ in coding.classes])
+    classes = np.array([class_index for _, class_index in coding.classes], np.uint8)
+    if coding.is_color:
+        distance = np.linalg.norm(unpack_colors(different)[:, None] - unpack_colors(listed)[None].astype(float), axis=2)
+    else:
+        distance = np.abs(different[:, None] - listed[None])
+    return classes[distance.argmin(1)][index]
+
+
+def _read_mask_values(item: Item) -> tuple[np.ndarray, bool]:
+    """Return a mask's values as stored, int32 (H, W), and whether they are colours."""
+    path, coding = item.mask_path, item.coding
+    if item.page is not None:
+        return read_page(path, item.page).astype(np.int32), False
+    if path.is_file() and path.open("rb").read(2) == b"\xff\xd8":
+        if not coding.nearest_value:
+            raise ValueError(
+                f"mask {path} is a JPEG, whose compression changes values; export masks as PNG, or, if there is "
+                "nothing else, take each pixel as the nearest of the values in class_values with nearest_value: true"
+            )
+        image_rgb = read_image(path)
+        if coding.is_color or np.ptp(image_rgb, 2).max() > BLURRED:
+            return _pack(image_rgb), True
+        return image_rgb[..., 1].astype(np.int32), False
+    if coding.is_color:
+        return _pack(read_image(path)), True
+    try:
+        return read_label_map(path), False
+    except ValueError:
+        if not _is_colored(path):
+            raise
+        return _pack(read_image(path)), True
+
+
+def _is_colored(path: Path) -> bool:
+    try:
+        return bool((np.ptp(read_image(path), 2) > 0).any())
+    except ValueError:
+        return False
+
+
+def read_page(path: str | Path, page: int) -> np.ndarray:
+    """Read one page of a TIFF stack: uint8 or uint16 (H, W), grey."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        with Image.open(path) as stack:
+            stack.seek(page)
+            values = np.array(stack.convert("L") if stack.mode == "1" else stack)
+    except (OSError, EOFError, SyntaxError) as error:
+        raise ValueError(f"{path}, page {page}, cannot be decoded ({error}); copy the file again") from error
+    if values.ndim != 2 or values.dtype not in (np.uint8, np.uint16):
+        raise ValueError(
+            f"{path}, page {page}, has shape {values.shape} and dtype {values.dtype}; must be grey of 8 or 16 bits"
+        )
+    return values
+
+
+def _pack(image_rgb: np.ndarray) -> np.ndarray:
+    """Put a colour into one number: uint8 (H, W, 3) to int32 (H, W)."""
+    red, green, blue = cv2.split(image_rgb.astype(np.int32))
+    return (red << 16) | (green << 8) | blue
+
+
+def unpack_colors(values: np.ndarray) -> np.ndarray:
+    """Take colours (N,) apart again: int (N, 3)."""
+    return np.stack([values >> 16, values >> 8 & 255, values & 255], 1)
+
+
+def describe_unknown(
+    item: Item, class_map: np.ndarray, values: np.ndarray, is_color: bool
+) -> tuple[str, dict[int, int]]:
+    """Say which values of a mask have no class.
+
+    Args:
+        class_map, values, is_color: what `decode_mask` returned, with UNKNOWN in it.
+    Returns:
+        one line that names the file; {value: pixels}, most pixels first.
+    """
+    different, counts = np.unique(values[class_map == UNKNOWN], return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    unknown = {int(different[index]): int(counts[index]) for index in order}
+    shown = ", ".join(
+        f"{yaml_value(value, is_color)} ({count / values.size:.2%} of its pixels)"
+        for value, count in list(unknown.items())[:4]
+    )
+    more = f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
+    what = "values"
+    if is_color:
+        what = "colours" if item.coding.is_color else "colours, where class_values expects one number per pixel,"
+    page = "" if item.page is None else f", page {item.page},"
+    return f"mask {item.mask_path}{page} has {what} that are no class: {shown}{more}", unknown
+
+
+def yaml_value(value: int, is_color: bool) -> str:
+    """Write a mask value as the data YAML has it: 255, or "128,0,0"."""
+    return f'"{value >> 16},{value >> 8 & 255},{value & 255}"' if is_color else str(value)

@@ -1,0 +1,269 @@
+"""Other segmentation networks, from scratch: FCN, SegNet (also depthwise separable) and a vision transformer.
+
+All take images float (B, in_channels, H, W) in 0..1, of any size and without further normalisation, and give logits
+(B, num_classes, H, W).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils.settings import check_type
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FCN
+
+
+class FCN(nn.Module):
+    """FCN-8s on a VGG-16 trunk, with batch norm so that it learns from scratch.
+
+    Class scores at 1/32 of the picture are doubled twice by learned 4x4 transposed convolutions, which start as
+    bilinear interpolation, each time joined by scores from the trunk (1/16, then 1/8), and the sum is enlarged 8 times
+    by fixed bilinear interpolation. Unlike the published network, whose trunk comes from ImageNet: batch norm after
+    each convolution, whose biases it makes superfluous, no zero start for the scores, and padding by half a kernel
+    instead of 100 px. About 134 M parameters at the published widths of 64 and 4096.
+
+    Args:
+        base_channels: channels of the first level; 1, 2, 4, 8, 8 times as many at the five levels; 64 in VGG-16.
+        head_channels: channels of the two wide layers before the scores, 7x7 and 1x1; 4096 in VGG-16.
+        dropout: share of values dropped after each of the two wide layers; 0.5 in VGG-16.
+    Source: Long, Shelhamer, Darrell, "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015,
+        arXiv:1411.4038.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, base_channels: int, head_channels: int, dropout: float):
+        super().__init__()
+        _check_whole_numbers({"base_channels": base_channels, "head_channels": head_channels})
+        _check_dropout(dropout)
+        levels, channels = [], in_channels
+        for factor, num_convs in ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3)):
+            layers = []
+            for _ in range(num_convs):
+                layers += _conv(channels, factor * base_channels, 3)
+                channels = factor * base_channels
+            levels.append(nn.Sequential(*layers, nn.MaxPool2d(2)))
+        self.levels = nn.ModuleList(levels)
+        self.head = nn.Sequential(
+            *_conv(channels, head_channels, 7),
+            nn.Dropout(dropout),
+            *_conv(head_channels, head_channels, 1),
+            nn.Dropout(dropout),
+        )
+        self.score_32 = nn.Conv2d(head_channels, num_classes, 1)
+        self.score_16 = nn.Conv2d(8 * base_channels, num_classes, 1)
+        self.score_8 = nn.Conv2d(4 * base_channels, num_classes, 1)
+        self.up_32 = nn.ConvTranspose2d(num_classes, num_classes, 4, stride=2, padding=1, bias=False)
+        self.up_16 = nn.ConvTranspose2d(num_classes, num_classes, 4, stride=2, padding=1, bias=False)
+        for up in (self.up_32, self.up_16):
+            _init_bilinear(up)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        height, width = images.shape[-2:]
+        features = F.pad(images, (0, -width % 32, 0, -height % 32), mode="replicate")
+        pooled = []
+        for level in self.levels:
+            features = level(features)
+            pooled.append(features)  # 1/2, 1/4, 1/8, 1/16, 1/32
+        scores = self.score_32(self.head(pooled[4]))  # (B, num_classes, H/32, W/32)
+        scores = self.up_32(scores) + self.score_16(pooled[3])  # H/16
+        scores = self.up_16(scores) + self.score_8(pooled[2])  # H/8
+        scores = F.interpolate(scores, scale_factor=8, mode="bilinear", align_corners=False)  # H
+        return scores[..., :height, :width]
+
+
+@torch.no_grad()
+def _init_bilinear(up: nn.ConvTranspose2d) -> None:
+    """Make a 4x4 transposed convolution of stride 2 enlarge each channel by bilinear interpolation."""
+    taps = torch.tensor([0.25, 0.75, 0.75, 0.25])
+    up.weight.zero_()
+    for channel in range(up.in_channels):
+        up.weight[channel, channel] = taps[:, None] * taps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SegNet
+
+
+class SegNet(nn.Module):
+    """SegNet of four levels: the decoder puts each value back where the encoder's 2x2 pooling had found it.
+
+    The network of the series "Efficient Image Segmentation Using PyTorch", batch norm on the images first: with 3
+    channels, 3 classes and 64 base channels 15,274,892 parameters, 1,749,671 if separable. The series ends with a ReLU,
+    left out here: scores below 0 must be possible, and a class whose scores are all below 0 would never learn.
+
+    Args:
+        base_channels: channels of the first level; 1, 2, 4, 8 times as many at the four levels.
+        separable: each 3x3 convolution becomes a 3x3 one within each channel and a 1x1 one across channels.
+    Source: Badrinarayanan, Kendall, Cipolla, "SegNet", arXiv:1511.00561; Matani and Naresh, parts 2 and 3 of the
+        series, Towards Data Science 2023.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, base_channels: int, separable: bool):
+        super().__init__()
+        _check_whole_numbers({"base_channels": base_channels})
+        check_type(separable, bool, "model.separable")
+        conv = _separable_conv if separable else _conv
+        widths = [in_channels, base_channels, 2 * base_channels, 4 * base_channels, 8 * base_channels]
+        num_convs = [2, 2, 3, 3]
+        encoder, decoder = [], []
+        for level in range(4):
+            shallow, deep = widths[level], widths[level + 1]
+            layers = conv(shallow, deep, 3)
+            for _ in range(num_convs[level] - 1):
+                layers += conv(deep, deep, 3)
+            encoder.append(nn.Sequential(*layers))
+            layers = []
+            for _ in range(num_convs[level] - 1):
+                layers += conv(deep, deep, 3)
+            layers += conv(deep, shallow if level > 0 else num_classes, 3)
+            decoder.append(nn.Sequential(*layers))
+        del decoder[0][-1]  # the last ReLU
+        self.input_norm = nn.BatchNorm2d(in_channels)
+        self.encoder = nn.ModuleList(encoder)
+        self.pool = nn.MaxPool2d(2, return_indices=True)
+        self.unpool = Unpool()
+        self.decoder = nn.ModuleList(decoder)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.input_norm(images)
+        sizes, indices = [], []
+        for encoder in self.encoder:
+            features = encoder(features)
+            sizes.append(features.shape[-2:])  # pooling drops the last row or column of an odd size
+            features, level_indices = self.pool(features)
+            indices.append(level_indices)
+        for level in (3, 2, 1, 0):
+            features = self.unpool(features, indices[level], sizes[level])
+            features = self.decoder[level](features)
+        return features
+
+
+class Unpool(nn.Module):
+    """Undo a max pooling: values (B, C, h, w) go where they were found in size_hw (H, W), 0 goes elsewhere.
+
+    The same as nn.MaxUnpool2d, which some devices lack in half precision or altogether.
+    """
+
+    def forward(self, values: torch.Tensor, indices: torch.Tensor, size_hw: tuple[int, int]) -> torch.Tensor:
+        places = values.new_zeros(*values.shape[:2], size_hw[0] * size_hw[1])
+        return places.scatter(2, indices.flatten(2), values.flatten(2)).unflatten(2, size_hw)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vision transformer
+
+
+class ViTSegmenter(nn.Module):
+    """A vision transformer whose last layer gives each patch the class scores of its pixels.
+
+    The network of part 4 of the series "Efficient Image Segmentation Using PyTorch", batch norm on the images first:
+    86,284,806 parameters for 3 channels, 3 classes, 128 px, patches of 16 px, dimension 768 and 12 blocks. Pictures of
+    another size than image_size get interpolated positions; edges are repeated up to the next multiple of patch_size.
+
+    Args:
+        image_size: side of the square pictures it is trained on, pixels; one position is learned for each patch.
+        patch_size: side of a patch, pixels.
+        dim: length of the vector that stands for a patch.
+        num_blocks: blocks of attention and a two-layer perceptron of 4 * dim.
+        num_heads: attention heads; must divide dim.
+        dropout: share of attention weights, and of the values that each perceptron adds, that is dropped.
+    Source: Dosovitskiy et al., arXiv:2010.11929; Matani and Naresh, part 4 of the series, Towards Data Science 2023.
+        Positions start as N(0, 0.02) as in the former, not N(0, 1).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        image_size: int,
+        patch_size: int,
+        dim: int,
+        num_blocks: int,
+        num_heads: int,
+        dropout: float,
+    ):
+        super().__init__()
+        _check_whole_numbers(
+            {"image_size": image_size, "patch_size": patch_size, "dim": dim, "num_blocks": num_blocks}
+            | {"num_heads": num_heads}
+        )
+        _check_dropout(dropout)
+        if image_size % patch_size:
+            raise ValueError(f"model.image_size is {image_size}; must be a multiple of model.patch_size ({patch_size})")
+        if dim % num_heads:
+            raise ValueError(f"model.dim is {dim}; must be a multiple of model.num_heads ({num_heads})")
+        self.patch_size = patch_size
+        self.input_norm = nn.BatchNorm2d(in_channels)
+        self.patch_embedding = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
+        side = image_size // patch_size
+        self.positions = nn.Parameter(0.02 * torch.randn(1, dim, side, side))
+        self.blocks = nn.Sequential(*(TransformerBlock(dim, num_heads, dropout) for _ in range(num_blocks)))
+        self.head = nn.Linear(dim, num_classes * patch_size**2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        height, width = images.shape[-2:]
+        padding = (0, -width % self.patch_size, 0, -height % self.patch_size)
+        features = self.patch_embedding(F.pad(self.input_norm(images), padding, mode="replicate"))  # (B, dim, h, w)
+        num_rows, num_columns = features.shape[-2:]
+        positions = self.positions
+        if positions.shape[-2:] != features.shape[-2:]:
+            positions = F.interpolate(positions, size=(num_rows, num_columns), mode="bicubic", align_corners=False)
+        tokens = (features + positions).flatten(2).transpose(1, 2)  # (B, h*w, dim)
+        scores = self.head(self.blocks(tokens))  # (B, h*w, num_classes * patch_size**2)
+        scores = scores.transpose(1, 2).unflatten(2, (num_rows, num_columns))
+        return F.pixel_shuffle(scores, self.patch_size)[..., :height, :width]  # (B, num_classes, H, W)
+
+
+class TransformerBlock(nn.Module):
+    """Attention among the tokens, then a perceptron on each; both add to tokens (B, T, dim) and normalise first."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads, self.attention_dropout = num_heads, dropout
+        self.attention_norm = nn.LayerNorm(dim)
+        self.query_key_value = nn.Linear(dim, 3 * dim)
+        self.attention_out = nn.Linear(dim, dim)
+        self.perceptron = nn.Sequential(
+            nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim), nn.Dropout(dropout)
+        )
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        joined = self.query_key_value(self.attention_norm(tokens))  # (B, T, 3 * dim)
+        joined = joined.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        queries, keys, values = joined  # each (B, num_heads, T, dim / num_heads)
+        share = self.attention_dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(queries, keys, values, dropout_p=share)
+        tokens = tokens + self.attention_out(attended.transpose(1, 2).flatten(2))
+        return tokens + self.perceptron(tokens)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what they share
+
+
+def _conv(channels_in: int, channels_out: int, kernel_size: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(channels_in, channels_out, kernel_size, padding=kernel_size // 2, bias=False),
+        nn.BatchNorm2d(channels_out),
+        nn.ReLU(inplace=True),
+    ]
+
+
+def _separable_conv(channels_in: int, channels_out: int, kernel_size: int) -> list[nn.Module]:
+    within_channels = nn.Conv2d(
+        channels_in, channels_in, kernel_size, padding=kernel_size // 2, groups=channels_in, bias=False
+    )
+    return [within_channels, *_conv(channels_in, channels_out, 1)]
+
+
+def _check_whole_numbers(values: dict) -> None:
+    for name, value in values.items():
+        check_type(value, int, f"model.{name}")
+        if value < 1:
+            raise ValueError(f"model.{name} is {value}; must be 1 or more")
+
+
+def _check_dropout(dropout: float) -> None:
+    check_type(dropout, float, "model.dropout")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"model.dropout is {dropout}; must be 0 or more and below 1")

@@ -1,0 +1,278 @@
+"""How well tracked boxes agree with groundtruth: overlap, centre distance, OTB's success and precision, GOT-10k's AO.
+
+Boxes are float (T, 4): left, top, width, height px, a row for each frame. Two protocols look at where a box lies in the
+frame (`pysot`, `pytracking`), and GOT-10k's scores cut boxes at the frame's border: to get the numbers that the
+toolkits print, give boxes counted as in the files (`sequences.file_coordinates`, `read_result`).
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from utils.tracking.sequences import Sequence, file_coordinates, find_result, read_result
+
+PROTOCOLS = ("got10k", "pysot", "pytracking")
+SUCCESS_THRESHOLDS = np.linspace(0, 1, 21)  # IoU; a frame succeeds where it is above
+PRECISION_THRESHOLDS = np.arange(51)  # px; a frame is precise where its centre distance is at most this
+GOT10K_THRESHOLDS = np.linspace(0, 1, 101)  # IoU
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# frames
+
+
+def box_iou(boxes: np.ndarray, truth: np.ndarray, bound_wh: tuple[int, int] | None = None) -> np.ndarray:
+    """Compute the overlap of two boxes in each row: intersection over union.
+
+    Args:
+        boxes, truth: float (T, 4) each; they stay as they are.
+        bound_wh: width and height, px, to cut both boxes to, from 0 on; None: no cut.
+    Returns:
+        float64 (T,) in 0..1; nan where a box is nan. A box without area has no overlap with any.
+    Source: the GOT-10k toolkit's rect_iou.
+    """
+    boxes, truth = np.asarray(boxes, np.float64), np.asarray(truth, np.float64)
+    assert boxes.shape == truth.shape and boxes.shape[1:] == (4,), (boxes.shape, truth.shape)
+    if bound_wh is not None:
+        boxes, truth = _cut(boxes, bound_wh), _cut(truth, bound_wh)
+    top_left = np.maximum(boxes[:, :2], truth[:, :2])
+    bottom_right = np.minimum(boxes[:, :2] + boxes[:, 2:], truth[:, :2] + truth[:, 2:])
+    intersection = np.prod(np.maximum(bottom_right - top_left, 0), 1)
+    union = np.prod(boxes[:, 2:], 1) + np.prod(truth[:, 2:], 1) - intersection
+    return np.clip(intersection / (union + np.finfo(np.float64).eps), 0.0, 1.0)
+
+
+def _cut(boxes: np.ndarray, bound_wh: tuple[int, int]) -> np.ndarray:
+    """Cut boxes to a frame, as the GOT-10k toolkit does: a box that starts left of it is moved, not narrowed."""
+    top_left = np.clip(boxes[:, :2], 0, bound_wh)
+    return np.concatenate([top_left, np.clip(boxes[:, 2:], 0, bound_wh - top_left)], 1)
+
+
+def center_error(boxes: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Compute the distance of two boxes' centres, left + (width - 1) / 2, in each row.
+
+    Args:
+        boxes, truth: float (T, 4) each.
+    Returns:
+        float64 (T,), px; nan where a box is nan.
+    """
+    return np.sqrt(((_centers(boxes) - _centers(truth)) ** 2).sum(1))
+
+
+def _centers(boxes: np.ndarray) -> np.ndarray:
+    return boxes[:, :2] + (boxes[:, 2:] - 1) / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# OTB: one-pass evaluation
+
+
+def success_curve(boxes: np.ndarray, truth: np.ndarray, protocol: str) -> np.ndarray:
+    """Compute the share of frames whose overlap is above each of 21 thresholds, 0, 0.05, ... 1.
+
+    A perfect tracker reaches 20/21 on average, since no overlap is above 1.
+
+    Args:
+        boxes: tracked, float (T, 4); more rows than groundtruth are cut off.
+        truth: groundtruth, float (T, 4); nan or no area: no object.
+        protocol: which toolkit's rules (they differ for frames without object):
+            got10k      the first frame counts as perfect; nan is a miss.
+            pysot       frames without object are misses.
+            pytracking  the first frame counts as perfect; a box without area is replaced by the one before; a frame
+                        whose groundtruth is not above 0 in all four numbers is a miss; missing rows are misses.
+    Returns:
+        float64 (21,) in 0..1.
+    Raises:
+        ValueError: for another protocol, or fewer boxes than groundtruth (not in pytracking), naming both numbers.
+    """
+    iou, _ = _frame_scores(boxes, truth, protocol)
+    return (iou[:, None] > SUCCESS_THRESHOLDS).mean(0)
+
+
+def precision_curve(boxes: np.ndarray, truth: np.ndarray, protocol: str) -> np.ndarray:
+    """Compute the share of frames whose centre distance is at most 0, 1, ... 50 px; the score is that at 20 px.
+
+    Args:
+        boxes, truth, protocol: as for `success_curve`. In pysot a frame without object, or whose centre is not above 0
+            in x and y, counts as precise.
+    Returns:
+        float64 (51,) in 0..1.
+    """
+    _, error_px = _frame_scores(boxes, truth, protocol)
+    return (error_px[:, None] <= PRECISION_THRESHOLDS).mean(0)
+
+
+def success_auc(curve: np.ndarray) -> float:
+    """Compute the success score: the mean of the success curve's points."""
+    return float(np.mean(curve))
+
+
+def one_pass_scores(boxes: np.ndarray, truth: np.ndarray, protocol: str) -> dict:
+    """Compute a sequence's scores at once.
+
+    Returns:
+        success_curve (21,), precision_curve (51,), success_auc, precision_20 (at 20 px) and success_50 (IoU above 0.5).
+    """
+    return _scores_of_curves(success_curve(boxes, truth, protocol), precision_curve(boxes, truth, protocol))
+
+
+def mean_one_pass_scores(scores: list[dict]) -> dict:
+    """Average sequences, each counting the same, as OTB does: the scores of the mean curves.
+
+    Args:
+        scores: of `one_pass_scores`, at least one.
+    """
+    curves = [np.mean([one[name] for one in scores], 0) for name in ("success_curve", "precision_curve")]
+    return _scores_of_curves(*curves)
+
+
+def _scores_of_curves(success: np.ndarray, precision: np.ndarray) -> dict:
+    return {
+        "success_curve": success,
+        "precision_curve": precision,
+        "success_auc": success_auc(success),
+        "precision_20": float(precision[20]),
+        "success_50": float(success[10]),
+    }
+
+
+def _frame_scores(boxes: np.ndarray, truth: np.ndarray, protocol: str) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the overlap and the centre distance of each frame of groundtruth by a protocol; nan counts as a miss.
+
+    Source: got10k 0.1.3 experiments/otb.py; pysot d04028f toolkit/utils/statistics.py; pytracking 7eb9e74
+        analysis/extract_results.py (exclude_invalid_frames=False).
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol is {protocol!r}; must be one of {', '.join(PROTOCOLS)}")
+    boxes, truth = np.array(boxes, np.float64), np.asarray(truth, np.float64)  # boxes is a copy
+    if len(boxes) < len(truth):
+        if protocol != "pytracking":
+            raise ValueError(f"there are {len(boxes)} boxes for {len(truth)} frames of groundtruth; track all frames")
+        boxes = np.concatenate([_fill_empty(boxes, truth), np.zeros((len(truth) - len(boxes), 4))])
+    elif protocol == "pytracking":
+        boxes = _fill_empty(boxes, truth)
+    boxes = boxes[: len(truth)]
+    if protocol != "pysot":
+        boxes[0] = truth[0]
+    iou, error_px = box_iou(boxes, truth), center_error(boxes, truth)
+    if protocol == "pysot":
+        iou[~(truth[:, 2:] > 0).all(1)] = -1
+        error_px[~(_centers(truth) > 0).all(1)] = -1  # at most any threshold: counted as precise
+    elif protocol == "pytracking":
+        is_valid = (truth > 0).all(1)
+        iou[~is_valid], error_px[~is_valid] = -1, np.inf
+    return iou, error_px
+
+
+def _fill_empty(boxes: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Replace boxes without area by the one before, where there is groundtruth."""
+    boxes = boxes.copy()
+    for i in range(1, min(len(boxes), len(truth))):
+        if (boxes[i, 2:] == 0).any() and not np.isnan(truth[i]).any():
+            boxes[i] = boxes[i - 1]
+    return boxes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GOT-10k
+
+
+def got10k_overlaps(
+    boxes: np.ndarray, truth: np.ndarray, frame_wh: tuple[int, int], cover: np.ndarray | None
+) -> np.ndarray:
+    """Compute the overlaps that GOT-10k counts: not the first frame's, only where the object is visible, in the frame.
+
+    Args:
+        boxes, truth: float (T, 4), counted as in the files.
+        frame_wh: width, height of the frames, px.
+        cover: int (T,), above 0 where the object is visible; None: frames whose groundtruth has an area.
+    Returns:
+        float64 (number of frames that count,); 0 where a tracked box is nan.
+    Raises:
+        ValueError: for fewer boxes than groundtruth, naming both numbers.
+    """
+    if len(boxes) < len(truth):
+        raise ValueError(f"there are {len(boxes)} boxes for {len(truth)} frames of groundtruth; track all frames")
+    is_visible = (truth[:, 2:] > 0).all(1) if cover is None else np.asarray(cover)[: len(truth)] > 0
+    iou = box_iou(boxes[1 : len(truth)], truth[1:], frame_wh)
+    return np.nan_to_num(iou, nan=0.0)[is_visible[1:]]
+
+
+def got10k_scores(overlaps: list[np.ndarray]) -> dict:
+    """Compute average overlap and success rates over sequences, weighted in both usual ways.
+
+    Args:
+        overlaps: of `got10k_overlaps`, one array a sequence; those without a frame that counts are left out.
+    Returns:
+        ao, sr_50, sr_75: over all frames, as the GOT-10k toolkit does (SR: the share with IoU above 0.50, 0.75);
+        ao_by_sequence, sr_50_by_sequence, sr_75_by_sequence: means of the sequences' own; success_curve (101,): the
+        share of all frames above 0, 0.01, ... 1; num_frames.
+    Raises:
+        ValueError: where no frame counts.
+    """
+    overlaps = [one for one in overlaps if len(one)]
+    if not overlaps:
+        raise ValueError("no sequence has a frame after the first with a visible object; nothing can be scored")
+    frames = np.concatenate(overlaps)
+    return {
+        "ao": float(frames.mean()),
+        "sr_50": _success_rate(frames, 0.5),
+        "sr_75": _success_rate(frames, 0.75),
+        "ao_by_sequence": float(np.mean([one.mean() for one in overlaps])),
+        "sr_50_by_sequence": float(np.mean([_success_rate(one, 0.5) for one in overlaps])),
+        "sr_75_by_sequence": float(np.mean([_success_rate(one, 0.75) for one in overlaps])),
+        "success_curve": (frames[:, None] > GOT10K_THRESHOLDS).mean(0),
+        "num_frames": len(frames),
+    }
+
+
+def _success_rate(iou: np.ndarray, threshold: float) -> float:
+    return float(np.mean(iou > threshold))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# result files
+
+
+def score_result(folder: str | Path, sequence: Sequence, protocol: str) -> dict:
+    """Score a tracker's result file of a sequence, on the annotated frames from the first with a visible object on.
+
+    Args:
+        folder: the tracker's, in any layout that `read_result` reads.
+        sequence: with two or more such frames.
+        protocol: as for `success_curve`.
+    Returns:
+        the scores of `one_pass_scores`; overlaps, from `got10k_overlaps`; num_frames, that were scored.
+    Raises:
+        FileNotFoundError, ValueError: for a file that is missing, faulty, or shorter than the groundtruth (in protocol
+            pytracking the frames that it lacks are misses), naming it.
+    """
+    first, last = int(sequence.visible.argmax()), sequence.num_annotated
+    truth = file_coordinates(sequence.boxes_xywh, sequence.box_origin)[first:last]
+    boxes = read_result(folder, sequence.name)
+    if len(boxes) < last and protocol != "pytracking":
+        raise ValueError(
+            f"{find_result(folder, sequence.name)} has {len(boxes)} boxes, but {sequence.name} groundtruth for {last} "
+            "frames; track all of them"
+        )
+    boxes = boxes[first:last]
+    if len(boxes) and np.isnan(boxes[0]).any():
+        boxes[0] = truth[0]  # VOT's files have a mark where the tracker was started
+    return score_boxes(boxes, sequence, first, last, protocol)
+
+
+def score_boxes(boxes: np.ndarray, sequence: Sequence, first: int, stop: int, protocol: str) -> dict:
+    """Score tracked boxes of a sequence's frames first..stop-1.
+
+    Args:
+        boxes: float (T, 4), counted as in the dataset's files; boxes[0] is of frame `first`.
+        protocol: as for `success_curve`.
+    Returns:
+        the scores of `one_pass_scores`; overlaps, from `got10k_overlaps`; num_frames, that were scored.
+    """
+    truth = file_coordinates(sequence.boxes_xywh, sequence.box_origin)[first:stop]
+    scores = one_pass_scores(boxes, truth, protocol)
+    boxes = np.concatenate([boxes, np.full((max(0, len(truth) - len(boxes)), 4), np.nan)])
+    cover = None if sequence.cover is None else sequence.cover[first:stop]
+    overlaps = got10k_overlaps(boxes, truth, sequence.frame_wh, cover)
+    return scores | {"overlaps": overlaps, "num_frames": len(truth)}

@@ -1,0 +1,854 @@
+"""Video sequences with a box per frame, read straight from disk: GOT-10k, ImageNet VID, DAVIS, OTB, VOT, any folders;
+pictures with masks as sequences of one frame; and the result files of OTB, GOT-10k and VOT.
+
+`split_sequences(**config["data"])` lists a dataset: its keyword arguments are the keys of configs/data/*.yaml.
+Boxes are boxes_xywh, float64 (..., 4): left, top, width, height in pixels, 0-based: the top left pixel is at (0, 0).
+Many files count from 1; `box_origin` in the YAML says which, and reading and writing convert.
+"""
+
+import functools
+import json
+import os
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from utils.images import mask_to_box, read_frame_wh, read_label_map
+from utils.instances.readers import Item, check_same_size, object_ids, read_instances, split_items
+from utils.listing import dataset_folder, draw_validation
+from utils.settings import check_keys
+from utils.tracking.frames import list_frames, natural_key, picture_names
+
+MANY_VIDEOS = 500  # from here on, listing shows its progress
+STATIC_FORMATS = ("coco", "label_map", "labpics", "masks_per_file", "sa1b")  # of `split_pictures`
+GROUNDTRUTH_NAMES = ("groundtruth_rect.txt", "groundtruth.txt", "groundtruth_rect.1.txt")
+# Frames that belong to an OTB sequence where its folder holds more: first and last number, as the benchmark says.
+OTB_FRAME_RANGES = {
+    "david": (300, 770), "diving": (1, 215), "football1": (1, 74), "freeman3": (1, 460), "freeman4": (1, 283),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Sequence:
+    """The frames of one video and the box of one object in them; T frames."""
+
+    name: str  # unique in the dataset; result files are named after it
+    video: str  # the video's folder; objects of one video are sequences of their own
+    frame_dir: Path
+    frame_names: tuple[str, ...]  # T files in frame_dir, in order
+    boxes_xywh: np.ndarray  # float64 (T, 4), 0-based px; nan where the files say nothing
+    visible: np.ndarray  # bool (T,): there is a box above 0 px, and no label says that the object is hidden or absent
+    num_annotated: int  # frames with a line in the groundtruth file; less than T where it is shorter than the video
+    box_origin: int  # 0 or 1: what the dataset's files count from, and so its result files
+    cover: np.ndarray | None = None  # int (T,), GOT-10k's label: 0 hidden .. 8 wholly visible
+    frame_wh: tuple[int, int] | None = None  # width, height of the first frame, px; None if it cannot be read
+
+    def __len__(self) -> int:
+        return len(self.frame_names)
+
+    @property
+    def frame_paths(self) -> tuple[Path, ...]:
+        """All T frames as files, made anew each time; `frame_path` gives one."""
+        return tuple(self.frame_dir / name for name in self.frame_names)
+
+    def frame_path(self, index: int) -> Path:
+        """Return the file of one frame."""
+        return self.frame_dir / self.frame_names[index]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# list a dataset
+
+
+def split_sequences(format: str, root: str, index: str | None, **keys) -> tuple[list[Sequence], list[Sequence]]:
+    """List a dataset's sequences and split them into training and validation.
+
+    The split is what the dataset has on disk (folders), or what train_sequences and val_sequences name, else a seeded
+    fraction of the sorted folders, which depends on nothing else. Objects of one video stay together.
+
+    Args:
+        format: one of got10k, imagenet_vid, davis, otb, vot, folders.
+        root: the dataset's folder, relative to where the user stands.
+        index: a file (.npz) to keep the list in, for the next run; None: read all annotations each time.
+        keys: the other keys of that format's configs/data/*.yaml; the functions below explain them.
+    Returns:
+        (train_sequences, val_sequences), each in natural order of the names.
+    Raises:
+        FileNotFoundError: for a folder or file that is not there.
+        ValueError: for an unknown format or key, a value that makes no sense, or a faulty groundtruth file (with on_bad
+            "skip" such a sequence is left out, and a printed line says so).
+    """
+    listers = {
+        "got10k": split_got10k,
+        "imagenet_vid": split_imagenet_vid,
+        "davis": split_davis,
+        "otb": split_otb,
+        "vot": split_vot,
+        "folders": split_folders,
+    }
+    if format not in listers:
+        raise ValueError(f"data.format is {format!r}; must be one of {', '.join(listers)}")
+    for key in ("box_origin", "on_bad"):
+        allowed = {"box_origin": (0, 1), "on_bad": ("stop", "skip")}[key]
+        if key in keys and keys[key] not in allowed:
+            raise ValueError(f"data.{key} is {keys[key]!r}; must be {allowed[0]} or {allowed[1]}")
+    folder = dataset_folder(root)
+    split = functools.partial(listers[format], folder)
+    check_keys(split, keys, "data")
+    asked = json.dumps({"format": format, "root": str(folder.resolve()), **keys}, sort_keys=True)
+    if index is not None and Path(index).is_file():
+        train_sequences, val_sequences = _read_index(Path(index), asked)
+    else:
+        train_sequences, val_sequences = (_in_order(part) for part in split(**keys))
+        if not train_sequences and not val_sequences:
+            raise ValueError(f"data.root {root} holds no sequences in the layout {format!r} (see data/README.md)")
+        if index is not None:
+            _write_index(Path(index), asked, train_sequences, val_sequences)
+    return train_sequences, val_sequences
+
+
+def list_sequences(**keys) -> list[Sequence]:
+    """List all sequences of a dataset, training and validation together, in natural order of the names.
+
+    Args:
+        keys: as those of `split_sequences`.
+    """
+    train_sequences, val_sequences = split_sequences(**keys)
+    return _in_order(train_sequences + val_sequences)
+
+
+def choose_sequences(sequences: list[Sequence], names: list[str]) -> list[Sequence]:
+    """Choose sequences by name, in the order of the names; Jogging.1, Jogging-1 and Jogging_1 mean the same.
+
+    Raises:
+        ValueError: for a name that is not there, with those that are.
+    """
+    by_name = {_plain_name(sequence.name): sequence for sequence in sequences}
+    by_name |= {sequence.name: sequence for sequence in sequences}
+    chosen = []
+    for name in map(str, names):
+        if name not in by_name and _plain_name(name) not in by_name:
+            known = [sequence.name for sequence in sequences]
+            listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+            raise ValueError(f"sequences has {name!r}, which the dataset lacks; it has {listed}")
+        chosen.append(by_name[name] if name in by_name else by_name[_plain_name(name)])
+    return chosen
+
+
+def split_got10k(
+    root: Path,
+    train_folder: str | None,
+    val_folder: str | None,
+    leave_out: list[str],
+    train_sequences: list[str] | str | None,
+    val_sequences: list[str] | str | None,
+    val_fraction: float,
+    split_seed: int,
+    box_origin: int,
+    on_bad: str,
+) -> tuple[list[Sequence], list[Sequence]]:
+    """List GOT-10k: <root>/<train_folder>/<sequence>/{00000001.jpg, groundtruth.txt, cover.label, absence.label, ...}.
+
+    A folder's list.txt says which sequences it has; without one all its folders do. With both folders given these are
+    the split (train_sequences then picks some of the first, such as the VOT challenge's list); else the one folder is
+    split. The test set, of which only the first boxes are public, is read the same way: val_folder test.
+    """
+
+    def list_folder(folder: str) -> list[Sequence]:
+        list_path = root / folder / "list.txt"
+        if list_path.is_file():
+            names = list_path.read_text(encoding="utf-8-sig").split()
+        else:
+            names = [path.name for path in _folders(root / folder)]
+        kept = [name for name in names if name not in set(leave_out)]
+        return _read_all(functools.partial(_read_got10k, root / folder, box_origin=box_origin), kept, on_bad)
+
+    if train_folder is None and val_folder is None:
+        raise ValueError("data.train_folder and data.val_folder are both null; at least one must name a folder")
+    if train_folder is not None and val_folder is not None:
+        train, val = list_folder(train_folder), list_folder(val_folder)
+        if train_sequences is not None:
+            train, _ = _split(train, train_sequences, None, 0, split_seed)
+        if val_sequences is not None:
+            _, val = _split(val, None, val_sequences, 0, split_seed)
+        return train, val
+    if train_folder is None:
+        return _split(list_folder(val_folder), train_sequences, val_sequences, 1, split_seed)
+    return _split(list_folder(train_folder), train_sequences, val_sequences, val_fraction, split_seed)
+
+
+def _read_got10k(parent: Path, name: str, box_origin: int) -> list[Sequence]:
+    folder = parent / name
+    frame_names = _frame_names(folder)
+    boxes_xywh = read_boxes(_existing(folder / "groundtruth.txt"), box_origin)
+    labels = {}
+    for label in ("cover", "absence"):
+        path = folder / f"{label}.label"
+        if path.is_file():  # the test set has none
+            labels[label] = _read_label(path, len(boxes_xywh))
+    hidden = np.zeros(len(boxes_xywh), bool)
+    if "cover" in labels:
+        hidden |= labels["cover"] <= 0
+    if "absence" in labels:
+        hidden |= labels["absence"] > 0
+    frame_wh = None
+    if (folder / "meta_info.ini").is_file():
+        text = (folder / "meta_info.ini").read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"^resolution: *\(([0-9]+), *([0-9]+)\)", text, re.MULTILINE)
+        frame_wh = (int(found[1]), int(found[2])) if found else None
+    cover = labels["cover"] if "cover" in labels else None
+    return [_make(name, name, folder, frame_names, boxes_xywh, box_origin, hidden, cover, frame_wh)]
+
+
+def split_imagenet_vid(
+    root: Path, train_folder: str | None, val_folder: str | None, on_bad: str
+) -> tuple[list[Sequence], list[Sequence]]:
+    """List ImageNet VID: <root>/Data/VID/train/<part>/<snippet>/000000.JPEG, <root>/Annotations/VID/..., .xml.
+
+    Each object of a snippet is a sequence <snippet>.<track>, from the first frame that has it to the last; objects in
+    one frame only are left out. The reader walks through a million small files: set data.index to do that once.
+    """
+
+    def list_folder(folder: str | None) -> list[Sequence]:
+        if folder is None:
+            return []
+        annotation_dir = root / "Annotations" / "VID" / folder
+        snippets = []
+        for path in _folders(annotation_dir):
+            with os.scandir(path) as entries:
+                is_snippet = any(entry.name.endswith(".xml") for entry in entries)
+            snippets += [path] if is_snippet else _folders(path)  # val has snippets, train folders of snippets
+        names = [path.relative_to(annotation_dir).as_posix() for path in snippets]
+        frame_dir = root / "Data" / "VID" / folder
+        return _read_all(functools.partial(_read_vid_snippet, annotation_dir, frame_dir), names, on_bad)
+
+    return list_folder(train_folder), list_folder(val_folder)
+
+
+def _read_vid_snippet(annotation_dir: Path, frame_dir: Path, name: str) -> list[Sequence]:
+    frame_names = _frame_names(frame_dir / name)
+    tracks: dict[int, dict[int, list[float]]] = {}  # track -> frame -> box
+    frame_wh = None
+    for index, frame_name in enumerate(frame_names):
+        path = annotation_dir / name / f"{Path(frame_name).stem}.xml"
+        try:
+            tree = ElementTree.parse(_existing(path))
+            frame_wh = frame_wh or (int(tree.find("size/width").text), int(tree.find("size/height").text))
+            for found in tree.findall("object"):
+                track = int(found.find("trackid").text)
+                left, top, right, bottom = (
+                    float(found.find(f"bndbox/{side}").text) for side in ("xmin", "ymin", "xmax", "ymax")
+                )
+                tracks.setdefault(track, {})[index] = [left, top, right - left + 1, bottom - top + 1]
+        except (ElementTree.ParseError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path} is not an annotation of ImageNet VID ({error}); copy it again") from error
+    sequences = []
+    for track, boxes in sorted(tracks.items()):
+        if len(boxes) < 2:
+            continue
+        first, last = min(boxes), max(boxes)
+        boxes_xywh = np.array([boxes[index] if index in boxes else [np.nan] * 4 for index in range(first, last + 1)])
+        names = frame_names[first : last + 1]
+        sequence_name = f"{Path(name).name}.{track}"
+        sequences.append(_make(sequence_name, name, frame_dir / name, names, boxes_xywh, 0, frame_wh=frame_wh))
+    return sequences
+
+
+def split_davis(
+    root: Path,
+    image_dir: str,
+    annotation_dir: str,
+    train_sequences: list[str] | str | None,
+    val_sequences: list[str] | str | None,
+    val_fraction: float,
+    split_seed: int,
+    on_bad: str,
+) -> tuple[list[Sequence], list[Sequence]]:
+    """List DAVIS: frames <root>/<image_dir>/<video>/*.jpg, masks <root>/<annotation_dir>/<video>/*.png.
+
+    Boxes are those of the masks, tight. Each object of a video with several is a sequence <video>.<id>. Frames without
+    a mask file (YouTube-VOS has them) have no box.
+    """
+    names = [path.name for path in _folders(root / annotation_dir)]
+    sequences = _read_all(functools.partial(_read_davis, root / image_dir, root / annotation_dir), names, on_bad)
+    return _split(sequences, train_sequences, val_sequences, val_fraction, split_seed)
+
+
+def _read_davis(image_dir: Path, annotation_dir: Path, name: str) -> list[Sequence]:
+    frame_names = _frame_names(image_dir / name)
+    masks = {path.stem: path for path in list_frames(annotation_dir / name)}
+    unknown = sorted(masks.keys() - {Path(frame_name).stem for frame_name in frame_names})
+    if unknown:
+        raise FileNotFoundError(f"mask {masks[unknown[0]]} has no frame in {image_dir / name}")
+    boxes: dict[int, np.ndarray] = {}  # object id -> (T, 4)
+    for index, frame_name in enumerate(frame_names):
+        if Path(frame_name).stem not in masks:
+            continue
+        ids = read_label_map(masks[Path(frame_name).stem])
+        for object_id in np.unique(ids[ids > 0]).tolist():
+            left, top, right, bottom = mask_to_box(ids == object_id)
+            of_object = boxes.setdefault(object_id, np.full((len(frame_names), 4), np.nan))
+            of_object[index] = left, top, right - left + 1, bottom - top + 1
+    if not boxes:
+        raise ValueError(f"the masks in {annotation_dir / name} are all empty; remove the folder, or draw the object")
+    return [
+        _make(f"{name}.{object_id}" if len(boxes) > 1 else name, name, image_dir / name, frame_names, of_object, 0)
+        for object_id, of_object in sorted(boxes.items())
+    ]
+
+
+def split_otb(
+    root: Path,
+    train_sequences: list[str] | str | None,
+    val_sequences: list[str] | str | None,
+    val_fraction: float,
+    split_seed: int,
+    box_origin: int,
+    on_bad: str,
+) -> tuple[list[Sequence], list[Sequence]]:
+    """List OTB: <root>/<video>/img/0001.jpg, <root>/<video>/groundtruth_rect.txt; whatever videos there are.
+
+    Several groundtruth files in a folder (Jogging, Skating2) are as many sequences, <video>.1 and <video>.2, as the
+    GOT-10k toolkit names them; empty ones (Human4) do not count.
+    """
+    names = [path.name for path in _folders(root)]
+    sequences = _read_all(functools.partial(_read_otb, root, box_origin=box_origin), names, on_bad)
+    return _split(sequences, train_sequences, val_sequences, val_fraction, split_seed)
+
+
+def _read_otb(root: Path, name: str, box_origin: int) -> list[Sequence]:
+    frame_dir = root / name / "img"
+    frame_names = _frame_names(frame_dir)
+    paths = [path for path in sorted((root / name).glob("groundtruth*.txt")) if path.read_bytes().strip()]
+    if not paths:
+        raise FileNotFoundError(f"no file {root / name / 'groundtruth_rect.txt'}, or it is empty")
+    sequences = []
+    for number, path in enumerate(paths, start=1):
+        boxes_xywh = read_boxes(path, box_origin)
+        kept = frame_names
+        if name.lower() in OTB_FRAME_RANGES and len(frame_names) > len(boxes_xywh):
+            first, last = OTB_FRAME_RANGES[name.lower()]
+            numbers = [int(Path(frame).stem) if Path(frame).stem.isdecimal() else -1 for frame in frame_names]
+            kept = tuple(frame_names[i] for i, number in enumerate(numbers) if first <= number <= last)
+        sequence_name = f"{name}.{number}" if len(paths) > 1 else name
+        sequences.append(_make(sequence_name, name, frame_dir, kept, boxes_xywh, box_origin))
+    return sequences
+
+
+def split_vot(
+    root: Path,
+    train_sequences: list[str] | str | None,
+    val_sequences: list[str] | str | None,
+    val_fraction: float,
+    split_seed: int,
+    box_origin: int,
+    on_bad: str,
+) -> tuple[list[Sequence], list[Sequence]]:
+    """List VOT: <root>/<video>/groundtruth.txt (4 numbers a line, or 8: corners), frames beside it or in color/."""
+    names = [path.name for path in _folders(root)]
+    sequences = _read_all(functools.partial(_read_vot, root, box_origin=box_origin), names, on_bad)
+    return _split(sequences, train_sequences, val_sequences, val_fraction, split_seed)
+
+
+def _read_vot(root: Path, name: str, box_origin: int) -> list[Sequence]:
+    frame_dir = root / name / "color" if (root / name / "color").is_dir() else root / name
+    boxes_xywh = read_boxes(_existing(root / name / "groundtruth.txt"), box_origin)
+    return [_make(name, name, frame_dir, _frame_names(frame_dir), boxes_xywh, box_origin)]
+
+
+def split_folders(
+    root: Path,
+    frame_dir: str | None,
+    groundtruth: str | None,
+    train_sequences: list[str] | str | None,
+    val_sequences: list[str] | str | None,
+    val_fraction: float,
+    split_seed: int,
+    box_origin: int,
+    on_bad: str,
+) -> tuple[list[Sequence], list[Sequence]]:
+    """List your own videos: <root>/<video>/<frame_dir>/*.jpg with <root>/<video>/<groundtruth>.
+
+    Args:
+        frame_dir: the frames' folder below the video's; None: the video's, or the one folder in it with pictures.
+        groundtruth: the file's name in the video's folder; None: groundtruth_rect.txt, groundtruth.txt or
+            groundtruth_rect.1.txt there or beside the frames, or <root>/<video>.txt.
+    """
+    names = [path.name for path in _folders(root)]
+    read = functools.partial(_read_folder, root, frame_dir=frame_dir, groundtruth=groundtruth, box_origin=box_origin)
+    return _split(_read_all(read, names, on_bad), train_sequences, val_sequences, val_fraction, split_seed)
+
+
+def _read_folder(
+    root: Path, name: str, frame_dir: str | None, groundtruth: str | None, box_origin: int
+) -> list[Sequence]:
+    folder = root / name / (frame_dir or "")
+    if frame_dir is None and not picture_names(folder):
+        inside = [path for path in _folders(folder) if picture_names(path)]
+        if len(inside) != 1:
+            raise ValueError(f"{folder} has no pictures, and {len(inside)} folders with pictures; set data.frame_dir")
+        folder = inside[0]
+    candidates = [place / file_name for place in (folder, root / name) for file_name in GROUNDTRUTH_NAMES]
+    candidates.append(root / f"{name}.txt")
+    path = root / name / groundtruth if groundtruth else _first_file(candidates)
+    if path is None:
+        raise FileNotFoundError(
+            f"no groundtruth file ({', '.join(GROUNDTRUTH_NAMES)}) in {root / name}, and no {candidates[-1]}"
+        )
+    return [_make(name, name, folder, _frame_names(folder), read_boxes(_existing(path), box_origin), box_origin)]
+
+
+def split_pictures(format: str, root: str, **keys) -> tuple[list[Sequence], list[Sequence]]:
+    """List pictures with masks as sequences of one frame, one for each object, and split them by picture.
+
+    All masks are read here, for their tight boxes: about a minute for 3,000 pictures.
+
+    Args:
+        format: one of STATIC_FORMATS.
+        root, keys: as in those formats' configs/data/*.yaml (`readers.split_items`).
+    Returns:
+        (train_sequences, val_sequences), named <picture>.<object id>, or .<layer>.<object id> where objects overlap.
+    Raises:
+        FileNotFoundError, ValueError: as `split_sequences`.
+    """
+    splits = []
+    for items in split_items(format, root, **keys):
+        by_name = {item.name: item for item in items}
+        splits.append(
+            _read_all(lambda name, by_name=by_name: _read_picture(by_name[name]), list(by_name), keys["on_bad"])
+        )
+    return splits[0], splits[1]
+
+
+def _read_picture(item: Item) -> list[Sequence]:
+    path, frame_wh = item.image_path, read_frame_wh(item.image_path)
+    if frame_wh is None:
+        raise ValueError(f"image {path} is missing or cannot be read; copy it again, or remove its annotation")
+    layers = read_instances(item)  # int32 (L, H, W)
+    check_same_size(item, frame_wh[::-1], layers.shape[1:])
+    sequences = []
+    for layer, object_id, _ in object_ids(layers):
+        left, top, right, bottom = mask_to_box(layers[layer] == object_id)
+        box_xywh = np.array([[left, top, right - left + 1, bottom - top + 1]], np.float64)
+        name = f"{item.name}.{object_id}" if len(layers) == 1 else f"{item.name}.{layer}.{object_id}"
+        sequences.append(_make(name, item.name, path.parent, (path.name,), box_xywh, 0, frame_wh=frame_wh))
+    return sequences
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def _make(
+    name: str,
+    video: str,
+    frame_dir: Path,
+    frame_names: tuple[str, ...],
+    boxes_xywh: np.ndarray,
+    box_origin: int,
+    hidden: np.ndarray | None = None,
+    cover: np.ndarray | None = None,
+    frame_wh: tuple[int, int] | None = None,
+) -> Sequence:
+    """Make a sequence; groundtruth shorter than the video is filled up with frames without box."""
+    num_frames, num_annotated = len(frame_names), len(boxes_xywh)
+    if num_annotated > num_frames:
+        raise ValueError(
+            f"{name} has {num_annotated} lines of groundtruth for {num_frames} frames in {frame_dir}; which frames are "
+            "missing? Complete them, or remove their lines"
+        )
+    num_missing = num_frames - num_annotated
+    boxes_xywh = np.concatenate([np.asarray(boxes_xywh, np.float64), np.full((num_missing, 4), np.nan)])
+    visible = (boxes_xywh[:, 2:] > 0).all(1) & np.isfinite(boxes_xywh).all(1)
+    if hidden is not None:
+        visible[:num_annotated] &= ~hidden
+    if cover is not None:
+        cover = np.concatenate([cover, np.zeros(num_missing, cover.dtype)])
+    if frame_wh is None:
+        frame_wh = read_frame_wh(frame_dir / frame_names[0])
+    return Sequence(
+        name=name,
+        video=video,
+        frame_dir=frame_dir,
+        frame_names=tuple(frame_names),
+        boxes_xywh=boxes_xywh,
+        visible=visible,
+        num_annotated=num_annotated,
+        box_origin=box_origin,
+        cover=cover,
+        frame_wh=frame_wh,
+    )
+
+
+def _frame_names(folder: Path) -> tuple[str, ...]:
+    """List a folder's frames; names such as 00000001.jpg are kept once for all the sequences that share them."""
+    return tuple(sys.intern(path.name) for path in list_frames(folder))
+
+
+def _folders(root: Path) -> list[Path]:
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder {root}; see data/README.md for the layout, or change data.root")
+    with os.scandir(root) as entries:
+        names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    return [root / name for name in sorted(names, key=natural_key)]
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    return path
+
+
+def _read_all(read, names: list[str], on_bad: str) -> list[Sequence]:
+    """Read the sequences of each name; faulty ones stop, or are left out with a line."""
+    sequences = []
+    for name in tqdm(names, unit=" videos", disable=len(names) < MANY_VIDEOS):
+        try:
+            sequences += read(name=name)
+        except (ValueError, FileNotFoundError) as error:
+            if on_bad == "stop":
+                kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+                raise kind(f"{error} (data.on_bad=skip leaves such sequences out)") from error
+            print(f"left out {name}: {error}")
+    return sequences
+
+
+def _read_label(path: Path, num_lines: int) -> np.ndarray:
+    """Read a GOT-10k label file, an integer a line: int64 (T,)."""
+    words = path.read_text(encoding="utf-8-sig").split()
+    if len(words) != num_lines or not all(re.fullmatch(r"-?[0-9]+", word) for word in words):
+        raise ValueError(f"{path} has {len(words)} entries; must be {num_lines} integers, as groundtruth.txt has lines")
+    return np.array([int(word) for word in words], np.int64)
+
+
+def find_groundtruth(path: str | Path) -> Path | None:
+    """Find the groundtruth file of a folder of frames (in it, or one level above) or of a video file (beside it).
+
+    Returns:
+        groundtruth_rect.txt, groundtruth.txt or groundtruth_rect.1.txt, or <name of the folder or video>.txt one level
+        above; None where there is none.
+    """
+    path = Path(path).resolve()
+    places = [path.parent] if path.is_file() else [path, path.parent]
+    candidates = [place / name for place in places for name in GROUNDTRUTH_NAMES]
+    candidates.append(path.parent / f"{path.stem if path.is_file() else path.name}.txt")
+    return _first_file(candidates)
+
+
+def _first_file(candidates: list[Path]) -> Path | None:
+    return next((path for path in candidates if path.is_file()), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# boxes in text files
+
+
+def read_boxes(path: str | Path, box_origin: int) -> np.ndarray:
+    """Read a groundtruth file: a box a line, 4 numbers (left, top, width, height) or 8 (x1, y1, ... x4, y4: corners).
+
+    Numbers stand apart by commas, tabs, spaces or semicolons, also mixed; a byte-order mark, any line ends and empty
+    lines at the end are accepted. A line with nan is a frame without box.
+
+    Args:
+        box_origin: 0 or 1: what the file counts from.
+    Returns:
+        boxes_xywh float64 (N, 4), 0-based px; corners become the box of `corners_to_boxes`.
+    Raises:
+        FileNotFoundError, ValueError: with the file and the line.
+    """
+    assert box_origin in (0, 1), box_origin
+    lines = _read_lines(Path(path))
+    boxes_xywh = np.stack([_read_box(path, number, line) for number, line in enumerate(lines, start=1)])
+    boxes_xywh[:, :2] -= box_origin
+    return boxes_xywh
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        text = _existing(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file; give one with a box a line: x,y,width,height") from error
+    lines = text.rstrip().splitlines()
+    if not lines:
+        raise ValueError(f"{path} is empty; must have a box a line: x,y,width,height")
+    return lines
+
+
+def _read_box(path: str | Path, number: int, line: str) -> np.ndarray:
+    try:
+        values = np.array([float(word) for word in re.split(r"[,;\s]+", line.strip(" \t,;"))])
+    except ValueError:
+        raise ValueError(
+            f"{path}, line {number}, is {line[:60]!r}; must be 4 numbers (x,y,width,height) or 8 (corners), "
+            "or nan,nan,nan,nan for a frame without box"
+        ) from None
+    if len(values) not in (4, 8):
+        raise ValueError(
+            f"{path}, line {number}, has {len(values)} numbers; must be 4 (x,y,width,height) or 8 (corners)"
+        )
+    if np.isinf(values).any():
+        raise ValueError(f"{path}, line {number}, is {line[:60]!r}; infinity is no pixel")
+    if np.isnan(values).any():
+        return np.full(4, np.nan)
+    return corners_to_boxes(values[None])[0] if len(values) == 8 else values
+
+
+def corners_to_boxes(corners: np.ndarray) -> np.ndarray:
+    """Turn rotated boxes into upright ones of about their area, around the same centre.
+
+    Args:
+        corners: float (N, 8): x1, y1, ... x4, y4 px, around the box.
+    Returns:
+        boxes_xywh float64 (N, 4): the corners' bounding box, shrunk to the rotated box's area, plus 1 px on each side.
+    Source: the conversion of the VOT toolkit for trackers with upright boxes, as the GOT-10k toolkit has it.
+    """
+    points = np.asarray(corners, np.float64).reshape(-1, 4, 2)
+    side_1 = np.linalg.norm(points[:, 0] - points[:, 1], axis=1)
+    side_2 = np.linalg.norm(points[:, 1] - points[:, 2], axis=1)
+    bounding_wh = points.max(1) - points.min(1)  # (N, 2)
+    bounding_area = np.prod(bounding_wh, 1)
+    scale = np.sqrt(side_1 * side_2 / np.where(bounding_area > 0, bounding_area, 1))
+    wh = scale[:, None] * bounding_wh + 1
+    return np.concatenate([points.mean(1) - wh / 2, wh], 1)
+
+
+def write_boxes(path: str | Path, boxes_xywh: np.ndarray, box_origin: int, decimals: int = 4) -> None:
+    """Write boxes to a text file, x,y,width,height a line, counted from box_origin.
+
+    Args:
+        boxes_xywh: float (N, 4), 0-based px; nan for a frame without box.
+    """
+    values = file_coordinates(np.asarray(boxes_xywh, np.float64), box_origin)
+    lines = [",".join(f"{value:.{decimals}f}" for value in row) + "\n" for row in values]
+    Path(path).write_text("".join(lines), encoding="utf-8", newline="")
+
+
+def file_coordinates(boxes_xywh: np.ndarray, box_origin: int) -> np.ndarray:
+    """Count boxes from box_origin, as a dataset's files do: float (N, 4), a copy."""
+    return boxes_xywh + np.array([box_origin, box_origin, 0, 0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# result files
+
+
+def write_result(
+    layout: str, folder: str | Path, name: str, boxes_xywh: np.ndarray, times_s: np.ndarray, box_origin: int
+) -> Path:
+    """Write the tracked boxes of a sequence as a benchmark's toolkit does, which then reads them.
+
+    otb      <folder>/<name>.txt (3 decimals), <folder>/times/<name>_time.txt
+    got10k   <folder>/<name>/<name>_001.txt (3 decimals), <folder>/<name>/<name>_time.txt
+    vot      <folder>/unsupervised/<name>/<name>_001.txt (4 decimals, first line 1: the start), ..._time.txt
+
+    Args:
+        folder: the tracker's.
+        boxes_xywh: float (T, 4), 0-based px, the first as given.
+        times_s: float (T,), seconds for each frame.
+        box_origin: 0 or 1: what the dataset's files count from (`Sequence.box_origin`).
+    Returns:
+        the file with the boxes.
+    """
+    folder = Path(folder)
+    if layout == "otb":
+        path, time_path, decimals = folder / f"{name}.txt", folder / "times" / f"{name}_time.txt", (3, 8)
+    elif layout == "got10k":
+        path, time_path, decimals = folder / name / f"{name}_001.txt", folder / name / f"{name}_time.txt", (3, 8)
+    else:
+        assert layout == "vot", layout
+        folder = folder / "unsupervised" / name
+        path, time_path, decimals = folder / f"{name}_001.txt", folder / f"{name}_time.txt", (4, 4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    time_path.parent.mkdir(parents=True, exist_ok=True)
+    write_boxes(path, boxes_xywh, box_origin, decimals[0])
+    if layout == "vot":
+        lines = path.read_text(encoding="utf-8").splitlines()
+        path.write_text("\n".join(["1", *lines[1:]]) + "\n", encoding="utf-8", newline="")
+    times = "".join(f"{time_s:.{decimals[1]}f}\n" for time_s in times_s)
+    time_path.write_text(times.replace("nan", "NaN"), encoding="utf-8", newline="")
+    return path
+
+
+def find_result(folder: str | Path, name: str) -> Path:
+    """Find a sequence's result file in a tracker's folder, in any of the layouts of `write_result`.
+
+    Jogging.1, Jogging-1 and Jogging_1 mean the same: toolkits name them differently.
+
+    Raises:
+        FileNotFoundError: where there is none.
+    """
+    folder = Path(folder)
+    base, number = re.fullmatch(r"(.*?)(?:[.\-_]([12]))?", name).groups()
+    names = [name] if number is None else [name] + [f"{base}{mark}{number}" for mark in ".-_"]
+    for each in names:
+        places = [folder / f"{each}.txt"]
+        places += [folder / part / each / f"{each}_001.txt" for part in ("", "unsupervised", "baseline")]
+        found = next((path for path in places if path.is_file()), None)
+        if found is not None:
+            return found
+    raise FileNotFoundError(f"{folder} has no result of {name}, such as {name}.txt or {name}/{name}_001.txt")
+
+
+def read_result(folder: str | Path, name: str) -> np.ndarray:
+    """Read the tracked boxes of a sequence, from any of the layouts of `write_result`, or tab-separated integers.
+
+    Returns:
+        boxes float64 (T, 4), counted as in the file (metrics are computed on these, as toolkits do); nan where a VOT
+        file has a mark (1 start, 2 failure, 0 skipped) in place of a box.
+    Raises:
+        FileNotFoundError, ValueError: with the file and the line.
+    """
+    path = find_result(folder, name)
+    boxes = [
+        np.full(4, np.nan) if line.strip() in ("0", "1", "2") else _read_box(path, number, line)
+        for number, line in enumerate(_read_lines(path), start=1)
+    ]
+    return np.stack(boxes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# splits and order
+
+
+def _in_order(sequences: list[Sequence]) -> list[Sequence]:
+    """Sort by name, in natural order; names must be unique."""
+    sequences = sorted(sequences, key=lambda sequence: natural_key(sequence.name))
+    for one, other in zip(sequences, sequences[1:], strict=False):
+        if one.name == other.name:
+            raise ValueError(f"{one.frame_dir} and {other.frame_dir} are both sequences {one.name}; names are unique")
+    return sequences
+
+
+def _plain_name(name: str) -> str:
+    """Write Jogging.1, Jogging-1 and Jogging_1 the same way."""
+    return re.sub(r"[.\-_](?=[0-9]+$)", ".", name)
+
+
+def _split(
+    sequences: list[Sequence],
+    train_names: list[str] | str | None,
+    val_names: list[str] | str | None,
+    val_fraction: float,
+    split_seed: int,
+) -> tuple[list[Sequence], list[Sequence]]:
+    """Split by names (with one list, the rest is the other part), else by a seeded fraction of the videos."""
+    if train_names is None and val_names is None:
+        return _split_by_fraction(sequences, val_fraction, split_seed)
+    train_set = _named(sequences, train_names, "train_sequences") if train_names is not None else None
+    val_set = _named(sequences, val_names, "val_sequences") if val_names is not None else None
+    if train_set is not None and val_set is not None and train_set & val_set:
+        raise ValueError(f"data.train_sequences and data.val_sequences both name {min(train_set & val_set)}")
+    names = {sequence.name for sequence in sequences}
+    train_set = names - val_set if train_set is None else train_set
+    val_set = names - train_set if val_set is None else val_set
+    train = [sequence for sequence in sequences if sequence.name in train_set]
+    return train, [sequence for sequence in sequences if sequence.name in val_set]
+
+
+def _split_by_fraction(
+    sequences: list[Sequence], val_fraction: float, split_seed: int
+) -> tuple[list[Sequence], list[Sequence]]:
+    """Split by a seeded order of the videos' names: a new video does not reshuffle the others."""
+    val_videos = draw_validation({sequence.video for sequence in sequences}, val_fraction, split_seed)
+    train = [sequence for sequence in sequences if sequence.video not in val_videos]
+    return train, [sequence for sequence in sequences if sequence.video in val_videos]
+
+
+def _named(sequences: list[Sequence], names: list[str] | str, key: str) -> set[str]:
+    """Return the sequences that a list or a text file names, by their own name or their video's.
+
+    A line of a file is a name, or DAVIS 2016's: the paths of a picture and a mask, whose folder is the video.
+    """
+    if isinstance(names, str):
+        path = Path(names)
+        if not path.is_file():
+            raise FileNotFoundError(f"data.{key} is {names}; no such list file (seen from {Path.cwd()})")
+        lines = [line.split()[0] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        names = [Path(line).parent.name if "/" in line else line for line in lines]
+    by_name: dict[str, set[str]] = {}
+    for sequence in sequences:
+        for name in {sequence.name, sequence.video, Path(sequence.video).name}:
+            by_name.setdefault(name, set()).add(sequence.name)
+    for sequence in sequences:
+        by_name.setdefault(_plain_name(sequence.name), {sequence.name})
+    named = set()
+    for name in map(str, names):
+        if name not in by_name and _plain_name(name) not in by_name:
+            example = f"; names look like {sequences[0].name}" if sequences else ""
+            raise ValueError(f"data.{key} names {name}, which the dataset lacks{example}")
+        named |= by_name[name] if name in by_name else by_name[_plain_name(name)]
+    return named
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the list, kept in a file
+
+
+def _write_index(path: Path, asked: str, train_sequences: list[Sequence], val_sequences: list[Sequence]) -> None:
+    """Keep a list in an .npz file of plain arrays: a text with what describes each sequence, and their frames' rows."""
+    sequences = train_sequences + val_sequences
+    described = [
+        {
+            "name": sequence.name,
+            "video": sequence.video,
+            "frame_dir": str(sequence.frame_dir.resolve()),
+            "num_frames": len(sequence),
+            "num_annotated": sequence.num_annotated,
+            "box_origin": sequence.box_origin,
+            "has_cover": sequence.cover is not None,
+            "frame_wh": sequence.frame_wh,
+        }
+        for sequence in sequences
+    ]
+    text = json.dumps({"asked": asked, "num_train": len(train_sequences), "sequences": described})
+    names = "\n".join(name for sequence in sequences for name in sequence.frame_names)
+    covers = [np.zeros(len(one)) if one.cover is None else one.cover for one in sequences]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("wb") as file:
+        np.savez_compressed(
+            file,
+            described=np.frombuffer(text.encode(), np.uint8),
+            frame_names=np.frombuffer(names.encode(), np.uint8),
+            boxes_xywh=np.concatenate([sequence.boxes_xywh for sequence in sequences]),
+            visible=np.concatenate([sequence.visible for sequence in sequences]),
+            cover=np.concatenate(covers).astype(np.int64),
+        )
+    os.replace(partial, path)
+
+
+def _read_index(path: Path, asked: str) -> tuple[list[Sequence], list[Sequence]]:
+    """Read what `_write_index` wrote, if it was written for the same dataset and keys."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("described", "frame_names", "boxes_xywh", "visible", "cover")}
+        header = json.loads(arrays["described"].tobytes().decode())
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"data.index {path} is damaged or not an index; remove it, and it is made anew") from error
+    if header["asked"] != asked:
+        raise ValueError(f"data.index {path} was made for other data keys; remove it, or name another file")
+    frame_names = [sys.intern(name) for name in arrays["frame_names"].tobytes().decode().split("\n")]
+    sequences, end = [], 0
+    for one in header["sequences"]:
+        start, end = end, end + one["num_frames"]
+        sequences.append(
+            Sequence(
+                name=one["name"],
+                video=one["video"],
+                frame_dir=Path(one["frame_dir"]),
+                frame_names=tuple(frame_names[start:end]),
+                boxes_xywh=arrays["boxes_xywh"][start:end],
+                visible=arrays["visible"][start:end],
+                num_annotated=one["num_annotated"],
+                box_origin=one["box_origin"],
+                cover=arrays["cover"][start:end] if one["has_cover"] else None,
+                frame_wh=tuple(one["frame_wh"]) if one["frame_wh"] else None,
+            )
+        )
+    return sequences[: header["num_train"]], sequences[header["num_train"] :]

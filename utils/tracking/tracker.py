@@ -1,0 +1,334 @@
+"""Track objects with SiamFC, frame by frame: used by track.py and by validation in training.
+
+The exemplar is cut around the first box and never changes. In each frame the instance is cut around the object's last
+place at three scales, the response of each is enlarged 16 times, and the best scale's peak, drawn towards the middle by
+a window, is where the object is now.
+
+Source: Bertinetto et al., arXiv:1606.09549; the arithmetic, with its order and float types, is that of
+github.com/huanglianghua/siamfc-pytorch under NumPy 2.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+
+from utils.tracking.frames import FrameSource
+from utils.tracking.siamfc import (
+    EXEMPLAR_SIZE,
+    INSTANCE_SIZE,
+    TOTAL_STRIDE,
+    SiamFC,
+    box_center,
+    context_side,
+    crop_and_resize,
+    fold_batch_norm,
+    instance_side,
+    mean_color,
+    normalize_in_place,
+)
+
+# Objects in one forward in mode fast. On a GPU, this many bound memory: 96 crops of 255 px, about 1 GB of features. On
+# a CPU, the features of more than one leave its caches, which costs more than a larger forward gains.
+GPU_OBJECTS_PER_FORWARD, CPU_OBJECTS_PER_FORWARD = 32, 1
+MAX_INSTANCE_SIDE = 2.0**20  # px; an object does not grow beyond this even without max_scale_change
+MIN_BOX_PX, MAX_BOX_PX = 0.01, 100_000  # of a first box: areas far beyond these leave the range of float32
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TrackerSettings:
+    """How the response becomes a box (`tracker:`). Those marked "fast" have no effect in mode parity."""
+
+    mode: str = "fast"  # fast, or parity: the published numbers, bit for bit, without limits and one object at a time
+    context_amount: float = 0.5  # share of width + height that is added around the box
+    scale_num: int = 3  # scales searched in each frame, odd
+    scale_step: float = 1.0375  # factor from one scale to the next, above 1
+    scale_penalty: float = 0.9745  # factor of the responses of all scales but the middle one, to 1
+    scale_lr: float = 0.59  # share of a change of scale that is followed at once, 0..1
+    window_influence: float = 0.176  # weight of the window, which prefers small movements, 0..1
+    response_up: int = 16  # how many times the response is enlarged
+    subpixel_peak: bool = False  # fast: place the peak between the cells of the enlarged response
+    max_scale_change: float | None = 5.0  # fast: limit of growing and shrinking from the first box; null: none
+    keep_center_inside: bool = True  # fast: the box's centre stays inside the frame
+    lost_score: float = 0.4  # an object of a lower score seems lost; the first frame's score is 1
+
+    def __post_init__(self):
+        if self.mode not in ("fast", "parity"):
+            raise ValueError(f"tracker.mode is {self.mode}; must be fast or parity")
+        if self.scale_num < 1 or self.scale_num % 2 == 0:
+            raise ValueError(f"tracker.scale_num is {self.scale_num}; must be 1, 3, 5 or another odd number")
+        if self.response_up < 1:
+            raise ValueError(f"tracker.response_up is {self.response_up}; must be at least 1")
+        if not (math.isfinite(self.scale_step) and self.scale_step > 1):
+            raise ValueError(f"tracker.scale_step is {self.scale_step}; must be above 1, such as 1.0375")
+        if not (math.isfinite(self.context_amount) and self.context_amount >= 0):
+            raise ValueError(f"tracker.context_amount is {self.context_amount}; must be 0 or more, such as 0.5")
+        if not 0 < self.scale_penalty <= 1:
+            raise ValueError(f"tracker.scale_penalty is {self.scale_penalty}; must be above 0 and at most 1")
+        for name in ("scale_lr", "window_influence"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"tracker.{name} is {getattr(self, name)}; must be 0 to 1")
+        if self.max_scale_change is not None and not self.max_scale_change >= 1:
+            raise ValueError(f"tracker.max_scale_change is {self.max_scale_change}; must be 1 or more, or null")
+
+
+@dataclass
+class Target:
+    """Where one object is now. Numbers are rounded to float32 exactly where the published tracker does so."""
+
+    center_xy: np.ndarray  # float32 (2,), px, 0-based
+    size_wh: np.ndarray  # float32 (2,), px
+    side: float  # of the square that becomes the instance, px
+    first_side: float  # the same in the first frame
+    first_contrast: float = 1.0  # how far the response's peak stood above its mean in the first frame
+
+    @property
+    def box_xywh(self) -> np.ndarray:
+        """The box, float64 (4,) px, 0-based."""
+        # Published boxes are 1-based float32: rounded as those, so that 1 more is the published number, bit for bit.
+        half_wh = (self.size_wh - np.float32(1)) / np.float32(2)
+        left_top = (self.center_xy + np.float32(1) - half_wh).astype(np.float64) - 1
+        return np.concatenate([left_top, self.size_wh.astype(np.float64)])
+
+
+class SiamFCTracker:
+    """Track N objects at once: `init` with the first frame and its boxes, then `update` with each further frame.
+
+    The tracker works on a copy of the model, so training may go on.
+
+    Args:
+        model: SiamFC on the device to use, in train or eval mode.
+        precision: of the features, "fp32", "bf16" or "fp16" (`choose_precision`); mode parity computes in fp32.
+    Raises:
+        ValueError: for another precision in mode parity.
+    """
+
+    def __init__(self, model: SiamFC, settings: TrackerSettings, precision: str = "fp32"):
+        self.settings = settings
+        self.is_fast = settings.mode == "fast"
+        if precision != "fp32" and not self.is_fast:
+            raise ValueError(f"precision is {precision}; tracker.mode=parity computes in fp32: set precision=fp32")
+        self.dtype = DTYPES[precision]
+        self.device = next(model.parameters()).device
+        is_cpu = self.device.type == "cpu"
+        if self.is_fast:
+            self.model = fold_batch_norm(model).to(memory_format=torch.channels_last)
+            self.model.backbone.to(self.dtype)
+            self.objects_per_forward = CPU_OBJECTS_PER_FORWARD if is_cpu else GPU_OBJECTS_PER_FORWARD
+        else:
+            self.model = normalize_in_place(model) if is_cpu else copy.deepcopy(model).eval()
+            self.objects_per_forward = 1
+        exponents = np.linspace(-(settings.scale_num // 2), settings.scale_num // 2, settings.scale_num)
+        self.scale_factors = settings.scale_step**exponents  # float64 (scale_num,)
+        self.targets: list[Target] = []
+
+    @torch.inference_mode()
+    def init(self, image: np.ndarray, boxes_xywh: np.ndarray) -> None:
+        """Take the first frame and the boxes of the N objects to track.
+
+        Args:
+            image: uint8 (H, W, 3), RGB.
+            boxes_xywh: (N, 4) px, 0-based; a box may reach beyond the frame.
+        Raises:
+            ValueError: for no box, and for a box that is empty, not finite, or wholly outside the frame.
+        """
+        boxes_xywh = np.asarray(boxes_xywh, np.float64)
+        check_boxes(boxes_xywh, image.shape[:2])
+        self.border_rgb = mean_color(image)  # of the first frame, for the whole video
+        self.targets = []
+        exemplars = []
+        for box_xywh in boxes_xywh:
+            exemplar_side = context_side(box_xywh[2:], self.settings.context_amount)
+            side = instance_side(exemplar_side)
+            self.targets.append(Target(box_center(box_xywh), box_xywh[2:].astype(np.float32), side, side))
+            center_xy = self.targets[-1].center_xy
+            exemplars.append(crop_and_resize(image, center_xy, exemplar_side, EXEMPLAR_SIZE, self.border_rgb))
+        self.exemplar_features = [
+            self._features(exemplars[start : start + self.objects_per_forward])
+            for start in range(0, len(exemplars), self.objects_per_forward)
+        ]  # each (N', 256, 6, 6)
+
+        responses = self._responses(image, np.ones(1))  # (1, N, 17, 17)
+        for target, response in zip(self.targets, responses[0], strict=True):
+            target.first_contrast = contrast(response)
+        enlarged_size = responses.shape[-1] * self.settings.response_up  # 272
+        window = np.outer(np.hanning(enlarged_size), np.hanning(enlarged_size))  # float64
+        self.weighted_window = self.settings.window_influence * (window / window.sum())
+
+    @torch.inference_mode()
+    def update(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Find the objects in the next frame.
+
+        Args:
+            image: uint8 (H, W, 3), RGB; its size may differ from earlier frames'.
+        Returns:
+            boxes_xywh float64 (N, 4) px, 0-based; scores float64 (N,): how far the response's peak stands above its
+            mean, 1 is as far as in the first frame; is_lost bool (N,): the score is below `lost_score`.
+        """
+        assert self.targets, "init comes before update"
+        responses = self._responses(image, self.scale_factors)  # (scale_num, N, 17, 17)
+        scores = np.zeros(len(self.targets))
+        for n, target in enumerate(self.targets):
+            scale_index, disp_in_instance = self._find_peak(responses[:, n])
+            scores[n] = contrast(responses[scale_index, n]) / max(target.first_contrast, 1e-12)
+            self._move(target, float(self.scale_factors[scale_index]), disp_in_instance, image.shape[:2])
+        boxes_xywh = np.stack([target.box_xywh for target in self.targets])
+        return boxes_xywh, scores, ~(scores >= self.settings.lost_score)  # nan is lost
+
+    def _features(self, patches: list[np.ndarray]) -> torch.Tensor:
+        """Compute features of B patches uint8 (S, S, 3): (B, 256, s, s)."""
+        images = torch.from_numpy(np.stack(patches)).to(self.device)  # (B, S, S, 3)
+        return self.model.features(images.permute(0, 3, 1, 2).to(self.dtype))  # stays channels_last in memory
+
+    def _responses(self, image: np.ndarray, scale_factors: np.ndarray) -> np.ndarray:
+        """Search all objects around their last places: float32 (K, N, r, r) logits for K scales."""
+        responses = []
+        for group, z in enumerate(self.exemplar_features):
+            first = group * self.objects_per_forward
+            targets = self.targets[first : first + self.objects_per_forward]
+            instances = [
+                crop_and_resize(image, target.center_xy, target.side * factor, INSTANCE_SIZE, self.border_rgb)
+                for factor in scale_factors
+                for target in targets
+            ]
+            response = self.model.respond(z, self._features(instances))  # (K * N', 1, r, r)
+            responses.append(response.reshape(len(scale_factors), len(targets), *response.shape[2:]).cpu().numpy())
+        return np.concatenate(responses, axis=1)
+
+    def _find_peak(self, responses: np.ndarray) -> tuple[int, np.ndarray]:
+        """Find the best scale and the movement in it.
+
+        Args:
+            responses: float32 (K, r, r), one object's at all scales.
+        Returns:
+            scale_index; disp_in_instance float64 (2,), (x, y) px of the instance.
+        """
+        settings = self.settings
+        enlarged_size = responses.shape[-1] * settings.response_up
+        enlarged = [
+            cv2.resize(one, (enlarged_size, enlarged_size), interpolation=cv2.INTER_CUBIC) for one in responses
+        ]  # K of float32 (272, 272)
+        peaks = np.array([one.max() for one in enlarged])  # float32 (K,)
+        penalty = np.full(len(responses), settings.scale_penalty, np.float32)
+        if self.is_fast:  # a peak below 0, as of a lost object or a score bias, would gain from a factor below 1
+            penalty[peaks < 0] = 1 / settings.scale_penalty
+        penalty[len(responses) // 2] = 1
+        scale_index = int((peaks * penalty).argmax())  # a product's peak is the peak's product, bit for bit
+
+        response = enlarged[scale_index]
+        response *= penalty[scale_index]
+        response -= response.min()
+        response /= response.sum() + np.float32(1e-16)
+        response = np.float32(1 - settings.window_influence) * response + self.weighted_window  # float64
+        row, column = np.unravel_index(response.argmax(), response.shape)
+        peak_xy = np.array([column, row], np.float64)
+        if self.is_fast and settings.subpixel_peak:
+            peak_xy += [vertex_offset(response[row], column), vertex_offset(response[:, column], row)]
+        disp_in_response = peak_xy - (enlarged_size - 1) / 2
+        return scale_index, disp_in_response * TOTAL_STRIDE / settings.response_up
+
+    def _move(
+        self, target: Target, scale_factor: float, disp_in_instance: np.ndarray, frame_hw: tuple[int, int]
+    ) -> None:
+        """Bring one object to its new place and size; sums are float64 and rounded to float32 when stored."""
+        settings = self.settings
+        disp_in_image = disp_in_instance * target.side * scale_factor / INSTANCE_SIZE  # px of the frame
+        target.center_xy = (target.center_xy + disp_in_image).astype(np.float32)
+        scale = (1 - settings.scale_lr) * 1.0 + settings.scale_lr * scale_factor
+        if self.is_fast and settings.max_scale_change is not None:
+            limit = settings.max_scale_change
+            side = min(max(target.side * scale, target.first_side / limit), target.first_side * limit)
+            scale = side / target.side
+        if target.side * scale > MAX_INSTANCE_SIDE:
+            scale = 1.0
+        target.size_wh = (target.size_wh.astype(np.float64) * scale).astype(np.float32)
+        target.side *= scale
+        if self.is_fast and settings.keep_center_inside:
+            last_xy = np.array([frame_hw[1] - 1, frame_hw[0] - 1], np.float32)
+            target.center_xy = np.clip(target.center_xy, np.float32(0), last_xy)
+
+
+class TrackedFrame(NamedTuple):
+    """What `track_frames` found in one frame; N objects."""
+
+    index: int  # of the frame in its source, from 0
+    frame: np.ndarray | None  # uint8 (H, W, 3) RGB; None where it cannot be read
+    boxes_xywh: np.ndarray  # float64 (N, 4) px, 0-based
+    scores: np.ndarray  # float64 (N,): 1 in the first frame; nan where the frame cannot be read
+    is_lost: np.ndarray  # bool (N,)
+    time_s: float  # seconds that init or update took; nan where the frame cannot be read
+    error: Exception | None  # why the frame cannot be read, naming it
+
+
+def track_frames(tracker: SiamFCTracker, frames: FrameSource, boxes_xywh: np.ndarray) -> Iterator[TrackedFrame]:
+    """Track objects from the first frame to the last, one frame at a time.
+
+    In a frame that cannot be read the objects stay where they were, lost, and tracking goes on with the next.
+
+    Args:
+        boxes_xywh: (N, 4) px, 0-based, in the first frame.
+    Yields:
+        a TrackedFrame for each frame; the first has the given boxes.
+    Raises:
+        ValueError: where the first frame cannot be read, or its boxes not be tracked; OSError: likewise.
+    """
+    boxes_xywh = np.array(boxes_xywh, np.float64)
+    nothing = np.full(len(boxes_xywh), np.nan)
+    for index, frame, error in frames:
+        if error is not None and index == 0:
+            raise error
+        if error is not None:
+            yield TrackedFrame(index, None, boxes_xywh, nothing, np.ones(len(nothing), bool), math.nan, error)
+            continue
+        start = time.perf_counter()
+        if index == 0:
+            tracker.init(frame, boxes_xywh)
+            scores, is_lost = np.ones(len(boxes_xywh)), np.zeros(len(boxes_xywh), bool)
+        else:
+            boxes_xywh, scores, is_lost = tracker.update(frame)
+        yield TrackedFrame(index, frame, boxes_xywh, scores, is_lost, time.perf_counter() - start, None)
+
+
+def check_boxes(boxes_xywh: np.ndarray, frame_hw: tuple[int, int]) -> None:
+    """Raise a ValueError unless boxes (N, 4), px, 0-based, can be tracked from a frame of (H, W) px."""
+    if boxes_xywh.ndim != 2 or boxes_xywh.shape[1] != 4 or len(boxes_xywh) == 0:
+        raise ValueError(f"boxes have the shape {boxes_xywh.shape}; must be one or more rows x, y, width, height")
+    height, width = frame_hw
+    for number, (x, y, w, h) in enumerate(boxes_xywh.tolist()):
+        if not all(math.isfinite(value) for value in (x, y, w, h)):
+            problem = "its numbers must be finite"
+        elif min(w, h) < MIN_BOX_PX or max(w, h) > MAX_BOX_PX:
+            problem = f"its width and height must be above 0: from {MIN_BOX_PX:g} to {MAX_BOX_PX:g} px"
+        elif x >= width or y >= height or x + w <= 0 or y + h <= 0:
+            problem = f"it lies outside the first frame of {width} x {height} px; give x, y, width, height in px"
+        else:
+            continue
+        raise ValueError(f"box {number + 1} of {len(boxes_xywh)} is [{x:g}, {y:g}, {w:g}, {h:g}]; {problem}")
+
+
+def contrast(response: np.ndarray) -> float:
+    """Compute how far the peak of a response (r, r) stands above its mean."""
+    return float(response.max() - response.mean(dtype=np.float64))
+
+
+def vertex_offset(values: np.ndarray, index: int) -> float:
+    """Find the peak near the largest of equidistant values, by the parabola through it and its two neighbours.
+
+    Args:
+        values: (n,).
+        index: of the largest value.
+    Returns:
+        the vertex's distance from index, -0.5..0.5; 0 at the ends and on a plateau.
+    """
+    if index == 0 or index == len(values) - 1:
+        return 0.0
+    before, peak, after = (float(value) for value in values[index - 1 : index + 2])
+    curvature = before - 2 * peak + after
+    return 0.5 * (before - after) / curvature if curvature < 0 else 0.0
