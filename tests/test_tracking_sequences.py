@@ -1,4 +1,4 @@
-"""utils/tracking/sequences.py: groundtruth files, every layout, splits, the kept list, result files; against the GOT-10k
+"""utils/tracking/sequences.py: groundtruth files, layouts, splits, the kept list, result files; against the GOT-10k
 toolkit where it reads the same."""
 
 import json

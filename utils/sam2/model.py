@@ -333,7 +333,7 @@ def build_sam2(
         image_size: side S of the input in pixels, a multiple of 32; fixed from here on.
         automatic, lr: thresholds for infer_sam2.py and learning rate for train_sam2.py; not used here.
         device: where to put the model.
-        fast_decoder: compute masks as utils/sam2/fast_decoder.py does, which rounds differently. Not a key of those files.
+        fast_decoder: compute masks as utils/sam2/fast_decoder.py does, which rounds differently; no key of those files.
     Raises:
         ValueError: a wrong image size, or weights of another model, which is named.
         FileNotFoundError: a checkpoint that is not there.
