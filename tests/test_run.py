@@ -207,18 +207,13 @@ class Draws(Dataset):
 
 def test_the_sample_stream_is_the_same_for_any_workers_and_continues_where_it_stopped():
     def batches(start, stop, num_workers):
-        sampler = run.SampleCounter(start, stop)
+        sampler = range(start, stop)
         return torch.stack(list(DataLoader(Draws(), batch_size=4, sampler=sampler, num_workers=num_workers)))
 
     whole = batches(0, 32, 0)
     assert whole[:, :, 0].flatten().tolist() == list(range(32))
     assert torch.equal(batches(0, 32, 2), whole)
     assert torch.equal(torch.cat([batches(0, 12, 0), batches(12, 32, 2)]), whole)
-
-
-def test_the_sample_counter_has_no_end_of_its_own():
-    samples = iter(run.SampleCounter(10**12))
-    assert [next(samples) for _ in range(3)] == [10**12, 10**12 + 1, 10**12 + 2]
 
 
 @pytest.mark.parametrize("steps, warmup_steps, min_lr_factor", [(50, 10, 0.1), (50, 0, 0.0), (7, 6, 0.5)])
@@ -360,7 +355,7 @@ def test_a_resumed_log_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
         log.close()
     assert (tmp_path / "resumed" / "metrics.csv").read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
     assert str(resumed.rows) == str(whole.rows)
-    assert resumed.rows[0] is not stored[0] and len(stored) < len(resumed.rows)  # the argument is left alone
+    assert resumed.rows is stored  # the rows of LoopState: what is logged is what is saved
     assert read_scalars(tmp_path / "resumed") == read_scalars(tmp_path / "whole")
 
 
