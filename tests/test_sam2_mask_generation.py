@@ -400,7 +400,7 @@ def stitch_by_loop(masks, scores, max_overlap):
 
 
 def stitch_as_the_tutorial(masks, scores):
-    """Its loop (D16): the id is the place in the order, in a uint8 map."""
+    """The tutorial's loop: the id is the place in the order, in a uint8 map, which ends at 255."""
     sorted_masks = masks[np.argsort(scores)][::-1].copy()
     seg_map, occupancy_mask = np.zeros(masks[0].shape, np.uint8), np.zeros(masks[0].shape, bool)
     for i, mask in enumerate(sorted_masks):

@@ -147,7 +147,7 @@ def test_metrics_are_the_same_for_every_batch_size_and_order():
 
 
 def mean_of_batches(pred_classes, target, batch_size: int, absent: float) -> float:
-    """What some peers report (anchors D1.2): Dice of each batch, `absent` for a class that is in neither, averaged."""
+    """What some peers report: Dice of each batch, `absent` for a class that is in neither, averaged."""
     values = []
     for i in range(0, len(target), batch_size):
         matrix = naive_confusion_matrix(pred_classes[i : i + batch_size], target[i : i + batch_size], 5)
@@ -234,7 +234,7 @@ def test_logits_wrong_shapes_and_unknown_classes_are_errors():
 
 
 def test_one_hot_maps_in_the_place_of_classes_would_look_too_good():
-    """(N, C, H, W) maps read as class indices count every right "not this class" (anchors D4): an error here."""
+    """(N, C, H, W) maps read as class indices count every right "not this class": an error here."""
     pred_classes, target = class_maps(7, ignored=0)
     one_hot = [F.one_hot(classes, 5).movedim(-1, 1) for classes in (pred_classes, target)]
     careless = (one_hot[0] == one_hot[1]).float().mean().item()

@@ -195,7 +195,7 @@ def test_cross_correlation_against_loops(num_exemplars, num_instances):
 
 
 def test_cross_correlation_of_channels_last_batches():
-    """F11: the published `view` fails on channels_last features of several exemplars."""
+    """The published `view` fails on channels_last features of several exemplars."""
     torch.manual_seed(0)
     z, x = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 5, 5)
     x_last = x.to(memory_format=torch.channels_last)
@@ -275,7 +275,7 @@ def test_context_square():
 
 
 def test_center_of_a_box_is_that_of_its_middle_pixel():
-    """F8: boxes are 0-based; taken as 1-based, crops lie one pixel too far left and up."""
+    """Boxes are 0-based; taken as 1-based, crops lie one pixel too far left and up."""
     image = np.zeros((40, 60, 3), np.uint8)
     image[10:21, 30:37] = 255  # an 11 x 7 object at (30, 10)
     center_xy = box_center(np.array([30, 10, 7, 11]))
@@ -319,7 +319,7 @@ def test_crops_equal_those_of_a_padded_frame_to_the_byte():
 
 
 def test_a_patch_has_at_least_one_pixel():
-    """F9: the published code fails in OpenCV where a side rounds to 0."""
+    """The published code fails in OpenCV where a side rounds to 0."""
     image = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
     arguments = (image, np.array([7.0, 5.0]), 0.4, 127, np.zeros(3), cv2.INTER_LINEAR)
     assert (crop_and_resize(*arguments) == image[5, 7]).all()
@@ -328,7 +328,7 @@ def test_a_patch_has_at_least_one_pixel():
 
 
 def test_very_wide_patches_take_no_more_memory(monkeypatch):
-    """F9: the published code pads a whole frame to them."""
+    """The published code pads a whole frame to them."""
     rng = np.random.default_rng(0)
     image = cv2.GaussianBlur(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8), (0, 0), 6)
     image = cv2.normalize(image, None, 0, 255, cv2.NORM_MINMAX)

@@ -388,7 +388,7 @@ def test_one_cell_is_eight_instance_px():
 
 
 def test_an_object_at_rest_stays_where_it_is():
-    """F10: the published peak is never in the middle, but a quarter of an instance px to its left and above."""
+    """The published peak is never in the middle, but a quarter of an instance px to its left and above."""
     side = np.sqrt((20 + 25) * (30 + 25)) * 255 / 127
     for responses in (one_peak(8, 8), np.ones((3, 17, 17))):
         box = track_responses(SUBPIXEL, responses)[0]
@@ -407,7 +407,7 @@ def test_a_negative_peak_does_not_favour_a_change_of_scale():
 
 @pytest.mark.parametrize("scale_index, limit", [(2, 5.0), (0, 0.2)])
 def test_the_scale_is_limited(scale_index, limit):
-    """F9: the published scale runs away without end."""
+    """The published scale runs away without end."""
     responses = one_peak(8, 8, scale_index)
     boxes = track_responses(SUBPIXEL, responses, 120)
     np.testing.assert_allclose(boxes[-1, 2:], [20 * limit, 30 * limit], rtol=1e-4)
@@ -421,7 +421,7 @@ def test_the_scale_is_limited(scale_index, limit):
 
 @pytest.mark.parametrize("scale_index", [0, 2])
 def test_a_scale_that_runs_away_ends_no_run(scale_index):
-    """F9: the published code fails in OpenCV where the scale shrinks, and fills the memory where it grows."""
+    """The published code fails in OpenCV where the scale shrinks, and fills the memory where it grows."""
     frame = textured(np.random.default_rng(0), 60, 80)
     tracker = SiamFCTracker(small_model(), PARITY)
     tracker.init(frame, np.array([[30, 20, 10, 12]]))
