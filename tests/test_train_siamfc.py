@@ -490,7 +490,7 @@ def varied_dataset(root, *overrides):
 def load_all(dataset, num_samples, num_workers):
     """The samples that a data loader, set up as in train, hands over."""
     loader = torch.utils.data.DataLoader(
-        dataset, batch_size=4, sampler=train_siamfc.SampleCounter(0, num_samples), num_workers=num_workers,
+        dataset, batch_size=4, sampler=range(num_samples), num_workers=num_workers,
         collate_fn=train_siamfc.collate, worker_init_fn=train_siamfc.limit_threads, generator=torch.Generator(),
     )  # fmt: skip
     return list(loader)
