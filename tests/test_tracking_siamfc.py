@@ -10,14 +10,12 @@ import torch.nn.functional as F
 
 from utils.tracking import siamfc
 from utils.tracking.siamfc import (
-    InPlaceBatchNorm,
     SiamFC,
     balanced_weights,
     box_center,
     context_side,
     crop_and_resize,
     cross_correlate,
-    fold_batch_norm,
     instance_side,
     load_siamfc,
     mean_color,
@@ -148,34 +146,6 @@ def test_new_weights_are_xavier_uniform_and_follow_the_seed():
             assert not torch.equal(weight, other[name])
         elif name.endswith(".0.bias"):
             assert (weight == 0).all()
-
-
-def test_folding_batch_norm_keeps_the_values_and_the_model():
-    model = make_model(score_bias=True).train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    folded = fold_batch_norm(model)
-    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
-    images = torch.rand(1, 3, 143, 143) * 255
-    with torch.no_grad():
-        torch.testing.assert_close(folded.features(images), model.eval().features(images), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("size", [1, 30, 61])
-def test_batch_norm_in_place_is_batch_norm_bit_for_bit(size, memory_format):
-    torch.manual_seed(0)
-    norm = torch.nn.BatchNorm2d(96, eps=1e-6, momentum=0.05).eval()
-    for values in (norm.weight.data, norm.bias.data, norm.running_mean):
-        values.normal_()
-    norm.running_var.uniform_(0.1, 9)
-    images = 50 * torch.randn(3, 96, size, size).to(memory_format=memory_format)
-    before = {name: value.clone() for name, value in norm.state_dict().items()}
-    with torch.inference_mode():
-        expected = norm(images)
-        found = InPlaceBatchNorm(norm)(images)
-    assert torch.equal(found, expected) and found.data_ptr() == images.data_ptr()
-    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
