@@ -23,6 +23,7 @@ from tiny_training import (
     list_training_items,
     make_dataset,
     make_runs_quick,
+    read_last,
     run_main,
     script_evaluation,
     tiny_overrides,
@@ -163,7 +164,7 @@ def test_learning_rate_follows_the_cosine(overfitted):
 def test_best_checkpoint_is_plain_and_evaluates_to_its_metrics(overfitted, root, tmp_path, quick):
     run_dir, _ = overfitted
     best = torch.load(run_dir / "best.pt", map_location="cpu", weights_only=True)
-    assert best.keys() == {"format", "model", "config", "metrics", "git"} and best["format"] == 1
+    assert best.keys() == {"format", "script", "model", "config", "metrics", "git"} and best["format"] == 1
     assert json.loads(json.dumps([best["config"], best["metrics"], best["git"]])) == [
         best["config"], best["metrics"], best["git"],
     ]  # fmt: skip
@@ -460,7 +461,7 @@ def test_fp16_overflow_at_every_step_stops_the_run_and_a_resumed_one(root, tmp_p
     script_evaluation(monkeypatch)
     real_scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **keys: real_scaler(*args, init_scale=1e30, **keys))
-    monkeypatch.setattr(train_sam2, "MAX_SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr("utils.loop.MAX_SKIPPED_IN_A_ROW", 3)
     overrides = ("precision=fp16", "train.steps=9", "train.save_every=1", "prompts=point")
     config = compose_config(*tiny_overrides(root), *overrides)
     message = "overflowed at 3 steps in a row, the last is step 2: .*use precision=bf16 or precision=fp32"
@@ -469,7 +470,7 @@ def test_fp16_overflow_at_every_step_stops_the_run_and_a_resumed_one(root, tmp_p
         with pytest.raises(FloatingPointError, match=message):
             train_in(tmp_path / name, config, resume_path)
         resume_path = tmp_path / name / "last.pt"
-        last = torch.load(resume_path, weights_only=True)
+        last = read_last(tmp_path / name)
         assert (last["step"], last["num_skipped"], last["skipped_in_a_row"]) == (2, 2, 2)
 
 
@@ -486,7 +487,7 @@ def test_skipped_steps_that_are_not_in_a_row_go_on(root, tmp_path, quick, monkey
         return object_loss, object_iou
 
     monkeypatch.setattr(train_sam2, "prompted_loss", spoil)
-    monkeypatch.setattr(train_sam2, "MAX_SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr("utils.loop.MAX_SKIPPED_IN_A_ROW", 3)
     config = compose_config(*tiny_overrides(root), "precision=fp16", "train.steps=5", "prompts=point")
     last = train_in(tmp_path / "run", config)
     assert (last["step"], last["num_skipped"], last["skipped_in_a_row"]) == (5, 4, 2)
@@ -550,7 +551,7 @@ def test_loss_that_is_not_finite_stops_before_backward(accumulate, root, tmp_pat
         train_in(tmp_path / "run", config)
     assert all(name in str(error.value) for name in names[-1]) and str(root) in str(error.value)
     assert len(backward_calls) == 2 * accumulate - 1
-    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    last = read_last(tmp_path / "run")
     assert last["step"] == 1 and all(values.isfinite().all() for values in last["model"].values())
     assert "end" not in json.loads((tmp_path / "run" / "run.json").read_text())
 

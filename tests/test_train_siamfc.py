@@ -38,7 +38,7 @@ from tiny_tracking import (
     write_got10k,
     write_pictures,
 )
-from tiny_training import differences
+from tiny_training import differences, read_last
 
 import train_siamfc
 from train_siamfc import (
@@ -55,6 +55,7 @@ from train_siamfc import (
     vary_colors,
 )
 from utils.images import read_image
+from utils.loop import limit_threads
 from utils.run import sample_rng
 from utils.tracking.siamfc import (
     SiamFC,
@@ -149,7 +150,7 @@ def test_metrics_are_recorded(finished):
 def test_best_checkpoint_is_plain_and_tracks_as_validation_did(finished):
     run_dir, _ = finished
     best = torch.load(run_dir / "best.pt", map_location="cpu", weights_only=True)
-    assert best.keys() == {*train_siamfc.BEST_KEYS, "metrics"} and best["format"] == 1
+    assert best.keys() == {"format", "script", "model", "config", "git", "metrics"} and best["format"] == 1
     plain = [best[key] for key in best if key != "model"]
     assert json.loads(json.dumps(plain)) == plain
     model = load_siamfc(run_dir / "best.pt")
@@ -491,7 +492,7 @@ def load_all(dataset, num_samples, num_workers):
     """The samples that a data loader, set up as in train, hands over."""
     loader = torch.utils.data.DataLoader(
         dataset, batch_size=4, sampler=range(num_samples), num_workers=num_workers,
-        collate_fn=train_siamfc.collate, worker_init_fn=train_siamfc.limit_threads, generator=torch.Generator(),
+        collate_fn=train_siamfc.collate, worker_init_fn=limit_threads, generator=torch.Generator(),
     )  # fmt: skip
     return list(loader)
 
@@ -849,7 +850,7 @@ def test_fp16_overflow_is_a_skipped_step_that_is_counted(root, tmp_path, quick, 
     last = train_in(tmp_path / "run", config)
     assert (last["step"], last["num_skipped"], last["skipped_in_a_row"]) == (2, 2, 2)
     assert last["optimizer"]["state"] == {} and last["metrics"][-2]["skipped_steps"] == 2
-    monkeypatch.setattr(train_siamfc, "MAX_SKIPPED_IN_A_ROW", 2)
+    monkeypatch.setattr("utils.loop.MAX_SKIPPED_IN_A_ROW", 2)
     with pytest.raises(FloatingPointError, match="overflowed at 2 steps in a row, the last is step 1.*precision=bf16"):
         train_in(tmp_path / "stopped", config)
 
@@ -880,7 +881,7 @@ def test_loss_that_is_not_finite_stops_before_backward(accumulate, root, tmp_pat
     shown = str(error.value).split("pairs ")[1].split(", ")
     assert shown == names[2 * accumulate - 1] and str(root) in shown[0] and " with " in shown[0]
     assert len(backward_calls) == 2 * accumulate - 1
-    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    last = read_last(tmp_path / "run")
     assert last["step"] == 1 and "end" not in json.loads((tmp_path / "run" / "run.json").read_text())
 
 
