@@ -23,7 +23,7 @@ Sources: Ravi et al. 2024 (SAM 2) for prompts and losses; Kirillov et al. 2023 (
 import sys
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
-    print(__doc__, end="")  # in one write, which `| head -1` cannot break off
+    print(__doc__)
     sys.exit()
 
 import functools
@@ -201,7 +201,7 @@ class PromptedMasks(Dataset):
             padding; num_points int64 (N,): 2 or 1; num_rounds int64 (N,): 1 to R + 1; is_click bool (N, R),
             is_truth_click bool (N, R), uniform float (N, R) in [0, 1): the rounds' draws; name: the picture's file.
         """
-        _, item_number = shuffled_item(self.seed, sample_index, len(self.items))
+        item_number = shuffled_item(self.seed, sample_index, len(self.items))
         item = self.items[item_number]
         rng = sample_rng(self.seed, sample_index)
         is_mirrored = self.augmentation.hflip and rng.random() < 0.5

@@ -27,7 +27,7 @@ Sources: Bertinetto et al. 2016, arXiv:1606.09549; values as in github.com/huang
 import sys
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
-    print(__doc__, end="")  # in one write, which `| head -1` cannot break off
+    print(__doc__)
     sys.exit()
 
 import functools
@@ -277,7 +277,7 @@ class SiamesePairs(Dataset):
         Returns:
             exemplar uint8 (3, 127, 127); instance uint8 (3, 239, 239), the object in its middle; name: both files.
         """
-        _, number = shuffled_item(self.seed, sample_index // self.pairs.per_visit, len(self.sequences))
+        number = shuffled_item(self.seed, sample_index // self.pairs.per_visit, len(self.sequences))
         sequence, pairs = self.sequences[number], self.pairs
         rng = sample_rng(self.seed, sample_index)
         is_random = rng.random() < pairs.random_boxes

@@ -28,7 +28,7 @@ Sources: Ronneberger et al. 2015 (U-Net); Matani and Naresh 2023, "Efficient Ima
 import sys
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
-    print(__doc__, end="")  # in one write, which `| head -1` cannot break off
+    print(__doc__)
     sys.exit()
 
 import functools
@@ -200,7 +200,7 @@ class AugmentedPairs(Dataset):
             image uint8 (channels, h, w); target uint8 (h', w'), smaller for an unpadded network; pixel_weight float32
             (h', w'), or None without border_weight; name: the picture's file.
         """
-        _, item_number = shuffled_item(self.seed, sample_index, len(self.items))
+        item_number = shuffled_item(self.seed, sample_index, len(self.items))
         item = self.items[item_number]
         rng = sample_rng(self.seed, sample_index)
         image, target = views.training_view(*read_item(item), self.framing, self.augmentation, self.margin, rng)

@@ -122,7 +122,7 @@ def test_resized_prediction_comes_back_at_the_files_size():
 
 @torch.no_grad()
 def test_dark_picture_is_not_brightened():
-    """Scaled by its type, not by its largest value (D1 8): a picture of ones is nearly black."""
+    """Scaled by its type, not by its largest value: a picture of ones is nearly black."""
     model = torch.nn.Conv2d(1, 2, 1)
     for value in (1, 200):
         image = np.full((8, 8, 1), value, np.uint8)

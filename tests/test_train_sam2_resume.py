@@ -114,7 +114,7 @@ def test_kill_before_the_first_save_of_a_resumed_run_loses_nothing(root, whole, 
 
 
 def test_weights_alone_would_continue_to_another_result(root, whole, crashed, tmp_path):
-    """The tutorial's checkpoint has no optimizer state (D14)."""
+    """The tutorial's checkpoint has no optimizer state."""
     state = load_checkpoint(crashed / "last.pt")
     state["optimizer"]["state"] = {}
     (tmp_path / "bare").mkdir()

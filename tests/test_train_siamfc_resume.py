@@ -1,6 +1,6 @@
 """train_siamfc.py: resuming is exact, wherever the run was killed, and a run is a function of its config.
 
-F2: the published code stores neither the optimizer nor the step, and cannot resume.
+The published code stores neither the optimizer nor the step, and cannot resume.
 """
 
 import csv
@@ -111,7 +111,7 @@ def test_resumed_run_equals_the_uninterrupted_one(root, whole, tmp_path, monkeyp
 
 
 def test_momentum_and_schedule_have_a_say(root, whole, tmp_path):
-    """F2: to start again from weights alone, as one has to with the published code, gives another run."""
+    """To start again from weights alone, as one has to with the published code, gives another run."""
     state = torch.load(whole / "last.pt", weights_only=True)
     assert any(one["momentum_buffer"].abs().max() > 0 for one in state["optimizer"]["state"].values())
     rates = [row["lr"] for row in state["loop"]["rows"] if "lr" in row]

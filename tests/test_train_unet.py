@@ -117,7 +117,7 @@ def test_tiny_data_is_overfitted_and_recorded(overfitted):
         values = metrics[part]
         assert {"val/mean_iou", "val/pixel_accuracy", "val/dice", "val/loss", "val/iou_disc"} <= values.keys()
         assert all(values[name] == pytest.approx(measured[values["step"]][name]) for name in values if "/" in name)
-    assert metrics["last"]["val/num_images"] == 3  # with batches of 5: none is dropped (D1)
+    assert metrics["last"]["val/num_images"] == 3  # with batches of 5: milesial's drop_last would leave out all
     assert metrics["start"]["val/mean_iou"] < 0.5
     assert metrics["best"]["val/mean_iou"] > 0.9 and metrics["test"]["test/mean_iou"] > 0.9
     assert metrics["majority"]["val/mean_iou"] < 0.3
@@ -356,7 +356,7 @@ def schedule(**changes):
 
 @pytest.mark.parametrize("name", ["constant", "step", "cosine", "poly"])
 def test_schedule_equals_torchs_own(name):
-    """As torch.optim.lr_scheduler, which keeps a state, where ours is a function of the step (D3: T_max=1e10)."""
+    """As torch.optim.lr_scheduler, which keeps a state, where ours is a function of the step."""
     optim = schedule(schedule=name, min_lr_factor=0.0, step_every=7, step_factor=0.3, poly_power=0.9)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     schedulers = torch.optim.lr_scheduler
@@ -550,7 +550,7 @@ def test_evaluation_equals_a_slow_loop(root):
 
 
 def test_validation_is_never_augmented_and_leaves_no_graph(root, monkeypatch):
-    """Twice the same (the series augments its test set); really without gradient (D3)."""
+    """Twice the same (the series augments its test set); really without gradient."""
 
     def refuse(*args):
         raise AssertionError("validation data was augmented")

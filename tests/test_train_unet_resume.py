@@ -134,7 +134,7 @@ def test_early_stop_holds_after_a_resume(root, tmp_path, monkeypatch):
 
 
 def test_resume_needs_a_new_folder(root, whole, monkeypatch, capfd):
-    """Nest-of-Unets removes earlier runs at its start (D3)."""
+    """Nest-of-Unets removes earlier runs at its start."""
     before = (whole / "last.pt").read_bytes()
     status, output = run_main(monkeypatch, capfd, whole, f"resume={whole}", "train.steps=5")
     assert status == 1 and "a run needs a folder of its own" in output

@@ -119,17 +119,17 @@ def sample_rng(seed: int, sample_index: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0, sample_index)))
 
 
-def shuffled_item(seed: int, sample_index: int, num_items: int) -> tuple[int, int]:
+def shuffled_item(seed: int, sample_index: int, num_items: int) -> int:
     """Find which item a training sample shows: each epoch is one pass over all items, in an order of its own.
 
     Args:
         sample_index: position in the endless stream of samples, from 0.
         num_items: items in the dataset, at least 1.
     Returns:
-        (epoch, item): epoch from 0, item in 0..num_items-1.
+        the item's number, 0..num_items-1.
     """
     epoch, position = divmod(sample_index, num_items)
-    return epoch, int(_epoch_order(seed, epoch, num_items)[position])
+    return int(_epoch_order(seed, epoch, num_items)[position])
 
 
 @functools.lru_cache(maxsize=4)  # samples come nearly in order, so this is drawn once an epoch in each worker
