@@ -69,7 +69,7 @@ from utils.tracking.siamfc import (
 )
 from utils.tracking.tracker import SiamFCTracker, TrackerSettings
 
-PRESETS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("siamfc_*.yaml"))
+PRESETS = sorted(path.stem for path in (ROOT / "configs" / "tracking" / "experiment").glob("siamfc_*.yaml"))
 LABELS = response_labels(15, 16.0)
 WEIGHTS = balanced_weights(LABELS)
 NAN = math.nan
@@ -1124,7 +1124,7 @@ def test_preset_composes(name):
         (train_siamfc.ModelSettings, "model"), (TrackerSettings, "tracker"),
     ):  # fmt: skip
         train_siamfc.read_settings(cls, config[section], section)
-    assert "override /model:" in (ROOT / "configs" / "experiment" / f"{name}.yaml").read_text()
+    assert "override /model:" in (ROOT / "configs" / "tracking" / "experiment" / f"{name}.yaml").read_text()
     optim = OptimSettings(**config["optim"])
     steps = config["train"]["steps"]
     assert exponential_lr(steps - 1, steps, optim) == pytest.approx(optim.min_lr)
