@@ -32,7 +32,7 @@ github.com/sagieppel/fine-tune-train_segment_anything_2_in_60_lines_of_code.
 import sys
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
-    print(__doc__, end="")  # in one write, which `| head -1` cannot break off
+    print(__doc__)
     sys.exit()
 
 import csv

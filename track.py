@@ -37,7 +37,7 @@ Source: Bertinetto et al. 2016, arXiv:1606.09549.
 import sys
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
-    print(__doc__, end="")  # in one write, which `| head -1` cannot break off
+    print(__doc__)
     sys.exit()
 
 import contextlib

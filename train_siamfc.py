@@ -27,14 +27,14 @@ Sources: Bertinetto et al. 2016, arXiv:1606.09549; values as in github.com/huang
 import sys
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
-    print(__doc__, end="")  # in one write, which `| head -1` cannot break off
+    print(__doc__)
     sys.exit()
 
+import functools
 import logging
 import math
 import os
 import shlex
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,19 +45,27 @@ import torch
 import torch.nn.functional as F
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from utils.checkpoint import find_resume, load_checkpoint, resumed_config, save_checkpoint
+from utils.checkpoint import find_resume, load_checkpoint, resumed_config
 from utils.images import read_image, write_image
 from utils.listing import first_few
-from utils.log import MetricsLog, finish_run, git_state, plot_curves, start_run, values_of_step
+from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
+from utils.loop import (
+    LoopState,
+    SpeedWindow,
+    check_finite,
+    clip_gradients,
+    load_batches,
+    resume_run,
+    running_means,
+    save_run,
+)
 from utils.run import (
-    SampleCounter,
     autocast,
     choose_device,
-    choose_num_workers,
     choose_precision,
     sample_rng,
     seed_everything,
@@ -85,11 +93,8 @@ INSTANCE_SIZE, RESPONSE_SIZE = 239, 15  # px, cells along each side, in training
 INTERPOLATIONS = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_LANCZOS4)
 BLUR_SIGMA = (0.5, 2.5)  # px
 RANDOM_BOX_SHARE = (0.08, 0.4)  # of the picture's shorter side
-RUNNING_MEAN_DECAY = 0.99
-MAX_SKIPPED_IN_A_ROW = 50  # steps whose fp16 gradients overflowed, each at half the scale of the one before
 MAX_LISTED = 5
 REPORTED = ("ao", "sr_50", "success_auc")  # what best.pt can be chosen by
-BEST_KEYS = ("format", "script", "model", "config", "git")  # what best.pt has of last.pt
 TOP_LEVEL_KEYS = (
     "seed", "device", "precision", "num_workers", "resume", "data_root", "check", "model", "data", "optim", "tracker",
     "pairs", "train",
@@ -272,7 +277,7 @@ class SiamesePairs(Dataset):
         Returns:
             exemplar uint8 (3, 127, 127); instance uint8 (3, 239, 239), the object in its middle; name: both files.
         """
-        _, number = shuffled_item(self.seed, sample_index // self.pairs.per_visit, len(self.sequences))
+        number = shuffled_item(self.seed, sample_index // self.pairs.per_visit, len(self.sequences))
         sequence, pairs = self.sequences[number], self.pairs
         rng = sample_rng(self.seed, sample_index)
         is_random = rng.random() < pairs.random_boxes
@@ -632,127 +637,64 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     respond = torch.compile(model) if settings.compile else model
 
-    # what a resumed run takes over
-    start_step, evaluated_step, bad_evals, num_skipped, skipped_in_a_row = 0, -1, 0, 0, 0
-    best: dict[str, float] = {}
-    start_metrics: dict[str, float] = {}
-    running = {"loss": 0.0, "hit_rate": 0.0, "updates": 0}
-    rows = []
-    if resume_path is not None:
-        state = load_checkpoint(resume_path)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["torch_rng"])
-        start_step, evaluated_step, bad_evals = state["step"], state["evaluated_step"], state["bad_evals"]
-        num_skipped, skipped_in_a_row = state["num_skipped"], state["skipped_in_a_row"]
-        best, start_metrics, running, rows = state["best"], state["start_metrics"], state["running"], state["metrics"]
-        if best["step"] == start_step:  # last.pt is the best; killed just after saving it, best.pt is that of before
-            best_state = {key: state[key] for key in BEST_KEYS} | {"metrics": best}
-        else:
-            best_state = load_checkpoint(resume_path.parent / "best.pt")
-        save_checkpoint(run_dir / "best.pt", best_state)
-        print(f"resumed from {resume_path} at step {start_step}")
-    log = MetricsLog(run_dir, rows)
+    is_resumed = resume_path is not None
+    loop = resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else LoopState()
+    log = MetricsLog(run_dir, loop.rows)
+    save = functools.partial(
+        save_run, run_dir, loop, model, optimizer, scaler, {"script": "train_siamfc", "config": config}
+    )
+    if is_resumed:
+        save(is_best=False)  # from now on this folder can be resumed too
 
     pairs_per_step = settings.batch_size * settings.accumulate
-    num_workers = choose_num_workers(config["num_workers"])
-    loader = DataLoader(
+    batches = load_batches(
         train_dataset,
-        batch_size=settings.batch_size,
-        sampler=SampleCounter(start_step * pairs_per_step, settings.steps * pairs_per_step),
-        num_workers=num_workers,
-        collate_fn=collate,
-        worker_init_fn=limit_threads,
-        generator=torch.Generator(),  # its own: torch's stream, which a resumed run restores, must not be drawn from
-        pin_memory=device.type == "cuda",
-        persistent_workers=num_workers > 0,
+        collate,
+        loop.step * pairs_per_step,
+        settings.steps * pairs_per_step,
+        settings.batch_size,
+        config["num_workers"],
+        device,
     )
-    batches = iter(loader)
-    progress = tqdm(total=settings.steps, initial=start_step, desc="train", disable=None)
-    wait_s, window_start, window_step = 0.0, time.perf_counter(), start_step
-
-    def save_last(step: int) -> None:
-        save_checkpoint(
-            run_dir / "last.pt",
-            {
-                "format": 1,
-                "script": "train_siamfc",
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "torch_rng": torch.get_rng_state(),
-                "step": step,
-                "evaluated_step": evaluated_step,
-                "bad_evals": bad_evals,
-                "num_skipped": num_skipped,
-                "skipped_in_a_row": skipped_in_a_row,
-                "best": best,
-                "start_metrics": start_metrics,
-                "running": running,
-                "metrics": log.rows,
-                "config": config,
-                "git": git_state(),
-            },
-        )
-
-    if resume_path is not None:
-        save_last(start_step)  # from now on this folder can be resumed too
-    step = start_step
+    progress = tqdm(total=settings.steps, initial=loop.step, desc="train", disable=None)
+    window = SpeedWindow(loop.step)
     while True:
         # 1. evaluate and save
-        is_last = step >= settings.steps
-        if (step % settings.eval_every == 0 or is_last) and step > evaluated_step:
-            samples_dir = run_dir / "samples" / f"step_{step:06d}"
+        is_last = loop.step >= settings.steps
+        if (loop.step % settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
+            samples_dir = run_dir / "samples" / f"step_{loop.step:06d}"
             samples_dir.mkdir(parents=True, exist_ok=True)
-            eval_start = time.perf_counter()
-            values = evaluate_tracking(model, val_sequences, tracker_settings, tracker_precision, settings.eval_frames)
-            values |= evaluate_pairs(
-                model, val_pairs, eval_pairs, settings.batch_size, labels, weights, precision,
-                samples_dir / "pairs.png", settings.picture_pairs,
-            )  # fmt: skip
-            tqdm.write(f"step {step}: " + "  ".join(f"{name} {values[f'val/{name}']:.3f}" for name in REPORTED))
-            log.log(step, values)
-            plot_curves(log.rows, run_dir / "curves.png")
-            evaluated_step = step
-            start_metrics = start_metrics or {"step": step, **values}
-            is_best = not best or values[settings.select_by] > best[settings.select_by]
-            bad_evals = 0 if is_best else bad_evals + 1
-            if is_best:
-                best = {"step": step, **values}
-            save_last(step)  # before best.pt: a resumed run makes best.pt from it where it is the best
-            if is_best:
-                save_checkpoint(
-                    run_dir / "best.pt",
-                    {
-                        "format": 1,
-                        "script": "train_siamfc",
-                        "model": model.state_dict(),
-                        "config": config,
-                        "git": git_state(),
-                        "metrics": best,
-                    },
+            with window.paused():  # speed is that of training alone
+                metrics = evaluate_tracking(
+                    model, val_sequences, tracker_settings, tracker_precision, settings.eval_frames
                 )
-            window_start += time.perf_counter() - eval_start  # speed is that of training alone
-        elif step > start_step and step % settings.save_every == 0:
-            save_last(step)
-        if settings.early_stop_evals is not None and bad_evals >= settings.early_stop_evals:
-            tqdm.write(f"early stop: {settings.select_by} has not risen in {bad_evals} evaluations")
+                metrics |= evaluate_pairs(
+                    model, val_pairs, eval_pairs, settings.batch_size, labels, weights, precision,
+                    samples_dir / "pairs.png", settings.picture_pairs,
+                )  # fmt: skip
+                tqdm.write(
+                    f"step {loop.step}: " + "  ".join(f"{name} {metrics[f'val/{name}']:.3f}" for name in REPORTED)
+                )
+                log.log(loop.step, metrics)
+                plot_curves(loop.rows, run_dir / "curves.png")
+                save(is_best=loop.take(metrics, settings.select_by))
+        elif loop.step % settings.save_every == 0:
+            save(is_best=False)
+        if settings.early_stop_evals is not None and loop.bad_evals >= settings.early_stop_evals:
+            tqdm.write(f"early stop: {settings.select_by} has not risen in {loop.bad_evals} evaluations")
             break
         if is_last:
             break
         model.train()
 
         # 2. learning rate
-        lr = exponential_lr(step, settings.steps, optim)
+        lr = exponential_lr(loop.step, settings.steps, optim)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         step_loss, step_hit_rate, step_names = 0.0, 0.0, []
         for _ in range(settings.accumulate):
-            wait_start = time.perf_counter()
-            batch = next(batches)
-            wait_s += time.perf_counter() - wait_start
+            batch = window.next_batch(batches)
             step_names += batch["names"]
             exemplars, instances = (
                 batch[key].to(device, non_blocking=True).float() for key in ("exemplars", "instances")
@@ -766,72 +708,43 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             with autocast(device, precision):
                 response = respond(exemplars, instances)  # (B, 1, 15, 15)
             micro_loss = balanced_loss(response, labels, weights) / settings.accumulate
-            if not math.isfinite(loss_value := micro_loss.item()):
-                raise FloatingPointError(f"loss is {loss_value} at step {step}, pairs {', '.join(batch['names'])}")
-            step_loss += loss_value
+            step_loss += check_finite(micro_loss.item(), loop.step, f"pairs {', '.join(batch['names'])}")
             step_hit_rate += hit_rate(response, labels).item() / settings.accumulate
 
             # 4. backward and clip
             scaler.scale(micro_loss).backward()
-        scaler.unscale_(optimizer)
-        clip_norm = math.inf if settings.clip_norm is None else settings.clip_norm
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
-        is_skipped = not math.isfinite(grad_norm)
-        if is_skipped and not scaler.is_enabled():
-            raise FloatingPointError(f"gradient norm is {grad_norm} at step {step}, pairs {', '.join(step_names)}")
-        num_skipped, skipped_in_a_row = num_skipped + is_skipped, skipped_in_a_row + 1 if is_skipped else 0
-        if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise FloatingPointError(
-                f"fp16 gradients overflowed at {skipped_in_a_row} steps in a row, the last is step {step}: nothing is "
-                "learned; use precision=bf16 or precision=fp32, or start from other weights"
-            )
+        samples = f"pairs {', '.join(step_names)}"
+        grad_norm = clip_gradients(model.parameters(), settings.clip_norm, optimizer, scaler, loop, samples)
 
         # 5. update (the scaler leaves out a step whose fp16 gradients overflowed)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
+        loop.step += 1
 
         # 6. log
-        running["loss"] = RUNNING_MEAN_DECAY * running["loss"] + (1 - RUNNING_MEAN_DECAY) * step_loss
-        running["hit_rate"] = RUNNING_MEAN_DECAY * running["hit_rate"] + (1 - RUNNING_MEAN_DECAY) * step_hit_rate
-        running["updates"] += 1
-        correction = 1 - RUNNING_MEAN_DECAY ** running["updates"]
+        means = running_means(loop.running, {"train/loss": step_loss, "train/hit_rate": step_hit_rate})
         progress.update()
-        if step % settings.log_every == 0 or step == settings.steps:
-            elapsed_s = time.perf_counter() - window_start
-            pairs_per_s = (step - window_step) * pairs_per_step / elapsed_s
-            values = {
-                "train/loss": running["loss"] / correction,
-                "train/hit_rate": running["hit_rate"] / correction,
-                "train/grad_norm": grad_norm,
-                "lr": lr,
-                "skipped_steps": num_skipped,
-                "pairs_per_s": pairs_per_s,
-                "data_wait_share": wait_s / elapsed_s,
-            }
-            log.log(step, values)
+        if loop.step % settings.log_every == 0 or loop.step == settings.steps:
+            steps_per_s, wait_share = window.read(loop.step)
+            pairs_per_s = steps_per_s * pairs_per_step
+            values = {"train/grad_norm": grad_norm, "lr": lr, "skipped_steps": loop.num_skipped}
+            speed = {"pairs_per_s": pairs_per_s, "data_wait_share": wait_share}
+            log.log(loop.step, means | values | speed)
             progress.set_postfix_str(
-                f"loss {values['train/loss']:.3f}, {pairs_per_s:.1f} pairs/s, "
-                f"waits for data {values['data_wait_share']:.0%}"
+                f"loss {means['train/loss']:.3f}, {pairs_per_s:.1f} pairs/s, waits for data {wait_share:.0%}"
             )
-            wait_s, window_start, window_step = 0.0, time.perf_counter(), step
 
     progress.close()
-    last = {"step": step, **values_of_step(log.rows, evaluated_step)}
-    plot_curves(log.rows, run_dir / "curves.png")
+    last = {"step": loop.step, **values_of_step(loop.rows, loop.evaluated_step)}
+    plot_curves(loop.rows, run_dir / "curves.png")
     log.close()
-    finish_run(run_dir, {"start": start_metrics, "best": best, "last": last})
-    print_table(start_metrics, best, last)
+    finish_run(run_dir, {"start": loop.start_metrics, "best": loop.best, "last": last})
+    print_table(loop.start_metrics, loop.best, last)
     shown_dir = os.path.relpath(run_dir)
     print(f"\nWritten to {shown_dir}. Next, track something with it:")
     print(f"  python track.py {shlex.quote(f'checkpoint={shown_dir}/best.pt')}")
-    return best[settings.select_by]
-
-
-def limit_threads(worker: int) -> None:
-    """Let a data-loading process decode in one thread: there are as many processes as cores already."""
-    cv2.setNumThreads(0)
+    return loop.best[settings.select_by]
 
 
 def check_pairs(dataset: SiamesePairs, run_dir: Path, num_pairs: int) -> None:

@@ -28,7 +28,7 @@ Sources: Ronneberger et al. 2015 (U-Net); Matani and Naresh 2023, "Efficient Ima
 import sys
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
-    print(__doc__, end="")  # in one write, which `| head -1` cannot break off
+    print(__doc__)
     sys.exit()
 
 import functools
@@ -36,7 +36,6 @@ import logging
 import math
 import os
 import shlex
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,20 +45,29 @@ import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from utils.checkpoint import find_resume, load_checkpoint, resumed_config, save_checkpoint
+from utils.checkpoint import find_resume, load_checkpoint, resumed_config
 from utils.images import IGNORE_INDEX, id_colors, list_images, output_names, overlay_label_map, write_image
-from utils.log import MetricsLog, finish_run, git_state, plot_curves, start_run, values_of_step
+from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
+from utils.loop import (
+    LoopState,
+    SpeedWindow,
+    check_finite,
+    clip_gradients,
+    load_batches,
+    resume_run,
+    running_means,
+    save_run,
+    to_device,
+)
 from utils.run import (
-    SampleCounter,
     autocast,
     choose_device,
-    choose_num_workers,
     choose_precision,
     cosine_lr,
     sample_rng,
@@ -72,6 +80,7 @@ from utils.segmentation.check import (
     CheckReport,
     check_items,
     class_frequencies,
+    count_class_pixels,
     keep_usable,
     plot_statistics,
     report_lines,
@@ -92,11 +101,8 @@ from utils.segmentation.unet import (
 from utils.settings import check_keys, check_type, describe_error, read_settings
 
 NETWORKS = {"unet_paper": UNetPaper, "unet": UNet, "fcn": FCN, "segnet": SegNet, "vit": ViTSegmenter}
-RUNNING_MEAN_DECAY = 0.99
-MAX_SKIPPED_IN_A_ROW = 50  # steps whose fp16 gradients overflowed, each at half the scale of the one before
 ONE_CLASS_SHARE = 0.995  # of all predictions; above it a network is taken to answer with one class whatever it sees
 REPORTED = ("mean_iou", "pixel_accuracy", "dice", "weighted_iou")  # what best.pt can be chosen by
-BEST_KEYS = ("format", "script", "model", "config", "class_weights", "git")  # what best.pt has of last.pt
 LATENCY_REPEATS = 30
 MODES = ("train", "evaluate", "predict", "summary")
 TOP_LEVEL_KEYS = (
@@ -337,7 +343,7 @@ class AugmentedPairs(Dataset):
             image uint8 (channels, h, w); target uint8 (h', w'), smaller for an unpadded network; pixel_weight float32
             (h', w'), or None without border_weight; name: the picture's file.
         """
-        _, item_number = shuffled_item(self.seed, sample_index, len(self.items))
+        item_number = shuffled_item(self.seed, sample_index, len(self.items))
         item = self.items[item_number]
         rng = sample_rng(self.seed, sample_index)
         image, target = training_view(*read_item(item), self.framing, self.augmentation, self.margin, rng)
@@ -627,10 +633,13 @@ def remarks_on_predictions(matrix: np.ndarray, names: tuple[str, ...], split: st
     return lines
 
 
-def majority_metrics(matrix: np.ndarray, split: str) -> dict[str, float]:
-    """Compute the metrics of a prediction that knows nothing: the most frequent class of the truth, everywhere."""
-    truth = matrix.sum(1)
-    knows_nothing = np.zeros_like(matrix)
+def majority_metrics(truth: np.ndarray, split: str) -> dict[str, float]:
+    """Compute the metrics of a prediction that knows nothing: the most frequent class, everywhere.
+
+    Args:
+        truth: int (num_classes,), pixels of each class.
+    """
+    knows_nothing = np.zeros((len(truth), len(truth)), truth.dtype)
     knows_nothing[:, truth.argmax()] = truth
     metrics = segmentation_metrics(knows_nothing)
     return {f"{split}/{name}": metrics[name] for name in REPORTED}
@@ -878,6 +887,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     class_names = val_items[0].coding.class_names
     class_weights = choose_class_weights(loss.class_weights, train_items or val_items, report)
 
+    majority = majority_metrics(count_class_pixels(report, val_items), "val")
     start_run(run_dir, config, counts)
     write_splits(splits, run_dir / "splits")
 
@@ -896,137 +906,63 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         model.forward = torch.compile(model.forward)
     evaluation = (framing, margin, tile_hw, tiles.overlap, loss, class_weights, device, precision)
 
-    # what a resumed run takes over
-    start_step, evaluated_step, bad_evals, num_skipped, skipped_in_a_row = 0, -1, 0, 0, 0
-    best: dict[str, float] = {}
-    start_metrics: dict[str, float] = {}
-    majority: dict[str, float] = {}
-    running = {"loss": 0.0, "pixel_accuracy": 0.0, "updates": 0}
-    rows = []
-    if resume_path is not None:
-        state = load_checkpoint(resume_path)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["torch_rng"])
-        start_step, evaluated_step, bad_evals = state["step"], state["evaluated_step"], state["bad_evals"]
-        num_skipped, skipped_in_a_row = state["num_skipped"], state["skipped_in_a_row"]
-        best, start_metrics, running, rows = state["best"], state["start_metrics"], state["running"], state["metrics"]
-        majority = state["majority"]
-        if best["step"] == start_step:  # last.pt is the best; killed just after saving it, best.pt is that of before
-            best_state = {key: state[key] for key in BEST_KEYS} | {"metrics": best}
-        else:
-            best_state = load_checkpoint(resume_path.parent / "best.pt")
-        save_checkpoint(run_dir / "best.pt", best_state)
-        print(f"resumed from {resume_path} at step {start_step}")
-    log = MetricsLog(run_dir, rows)
+    is_resumed = resume_path is not None
+    loop = resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else LoopState()
+    log = MetricsLog(run_dir, loop.rows)
+    description = {"script": "train_unet", "config": config, "class_weights": class_weights}
+    save = functools.partial(save_run, run_dir, loop, model, optimizer, scaler, description)
+    if is_resumed:
+        save(is_best=False)  # from now on this folder can be resumed too
 
     dataset = AugmentedPairs(train_items, config["seed"], framing, augmentation, margin, loss, class_weights)
     images_per_step = settings.batch_size * settings.accumulate
-    num_workers = choose_num_workers(config["num_workers"])
-    loader = DataLoader(
+    batches = load_batches(
         dataset,
-        batch_size=settings.batch_size,
-        sampler=SampleCounter(start_step * images_per_step, settings.steps * images_per_step),
-        num_workers=num_workers,
-        collate_fn=collate,
-        generator=torch.Generator(),  # its own: torch's stream, which a resumed run restores, must not be drawn from
-        pin_memory=device.type == "cuda",
-        persistent_workers=num_workers > 0,
+        collate,
+        loop.step * images_per_step,
+        settings.steps * images_per_step,
+        settings.batch_size,
+        config["num_workers"],
+        device,
     )
-    batches = iter(loader)
-    progress = tqdm(total=settings.steps, initial=start_step, desc="train", disable=None)
-    wait_s, window_start, window_step = 0.0, time.perf_counter(), start_step
-
-    def save_last(step: int) -> None:
-        save_checkpoint(
-            run_dir / "last.pt",
-            {
-                "format": 1,
-                "script": "train_unet",
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "torch_rng": torch.get_rng_state(),
-                "step": step,
-                "evaluated_step": evaluated_step,
-                "bad_evals": bad_evals,
-                "num_skipped": num_skipped,
-                "skipped_in_a_row": skipped_in_a_row,
-                "best": best,
-                "start_metrics": start_metrics,
-                "majority": majority,
-                "class_weights": class_weights,
-                "running": running,
-                "metrics": log.rows,
-                "config": config,
-                "git": git_state(),
-            },
-        )
-
-    if resume_path is not None:
-        save_last(start_step)  # from now on this folder can be resumed too
-    step = start_step
+    progress = tqdm(total=settings.steps, initial=loop.step, desc="train", disable=None)
+    window = SpeedWindow(loop.step)
     while True:
         # 1. evaluate and save
-        is_last = step >= settings.steps
-        if (step % settings.eval_every == 0 or is_last) and step > evaluated_step:
-            samples_dir = run_dir / "samples" / f"step_{step:06d}"
+        is_last = loop.step >= settings.steps
+        if (loop.step % settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
+            samples_dir = run_dir / "samples" / f"step_{loop.step:06d}"
             samples_dir.mkdir(parents=True, exist_ok=True)
-            eval_start = time.perf_counter()
-            values, matrix = evaluate(model, val_items, "val", *evaluation, samples_dir, settings.picture_images)
-            tqdm.write(f"step {step}: " + "  ".join(f"{name} {values[f'val/{name}']:.3f}" for name in REPORTED))
-            if step > 0:  # random weights often know one class alone
-                for line in remarks_on_predictions(matrix, class_names, "val"):
-                    tqdm.write(line)
-            log.log(step, values)
-            plot_curves(log.rows, run_dir / "curves.png")
-            evaluated_step = step
-            start_metrics = start_metrics or {"step": step, **values}
-            majority = majority_metrics(matrix, "val")
-            is_best = not best or values[settings.select_by] > best[settings.select_by]
-            bad_evals = 0 if is_best else bad_evals + 1
-            if is_best:
-                best = {"step": step, **values}
-            save_last(step)  # before best.pt: a resumed run makes best.pt from it where it is the best
-            if is_best:
-                save_checkpoint(
-                    run_dir / "best.pt",
-                    {
-                        "format": 1,
-                        "script": "train_unet",
-                        "model": model.state_dict(),
-                        "config": config,
-                        "class_weights": class_weights,
-                        "git": git_state(),
-                        "metrics": best,
-                    },
+            with window.paused():  # speed is that of training alone
+                metrics, matrix = evaluate(model, val_items, "val", *evaluation, samples_dir, settings.picture_images)
+                tqdm.write(
+                    f"step {loop.step}: " + "  ".join(f"{name} {metrics[f'val/{name}']:.3f}" for name in REPORTED)
                 )
-            window_start += time.perf_counter() - eval_start  # speed is that of training alone
-        elif step > start_step and step % settings.save_every == 0:
-            save_last(step)
-        if settings.early_stop_evals is not None and bad_evals >= settings.early_stop_evals:
-            tqdm.write(f"early stop: {settings.select_by} has not risen in {bad_evals} evaluations")
+                if loop.step > 0:  # random weights often know one class alone
+                    for line in remarks_on_predictions(matrix, class_names, "val"):
+                        tqdm.write(line)
+                log.log(loop.step, metrics)
+                plot_curves(loop.rows, run_dir / "curves.png")
+                save(is_best=loop.take(metrics, settings.select_by))
+        elif loop.step % settings.save_every == 0:
+            save(is_best=False)
+        if settings.early_stop_evals is not None and loop.bad_evals >= settings.early_stop_evals:
+            tqdm.write(f"early stop: {settings.select_by} has not risen in {loop.bad_evals} evaluations")
             break
         if is_last:
             break
         model.train()
 
         # 2. learning rate
-        lr = scheduled_lr(step, settings.steps, optim)
+        lr = scheduled_lr(loop.step, settings.steps, optim)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         step_loss, step_accuracy, step_names = 0.0, 0.0, []
         for _ in range(settings.accumulate):
-            wait_start = time.perf_counter()
-            batch = next(batches)
-            wait_s += time.perf_counter() - wait_start
+            batch = window.next_batch(batches)
             step_names += batch["names"]
-            batch = {
-                key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-                for key, value in batch.items()
-            }
+            batch = to_device(batch, device)
             images, targets = batch["images"].float() / 255, batch["targets"]  # (B, channels, h, w), (B, h', w')
             if settings.channels_last:
                 images = images.to(memory_format=torch.channels_last)
@@ -1037,63 +973,37 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             micro_loss = (
                 weighted_loss(logits, targets, loss, class_weights, batch["pixel_weight"]) / settings.accumulate
             )
-            if not math.isfinite(loss_value := micro_loss.item()):
-                raise FloatingPointError(f"loss is {loss_value} at step {step}, pictures {', '.join(batch['names'])}")
-            step_loss += loss_value
+            step_loss += check_finite(micro_loss.item(), loop.step, f"pictures {', '.join(batch['names'])}")
             is_right, valid = logits.argmax(1) == targets, targets != IGNORE_INDEX  # (B, h', w')
             step_accuracy += (is_right.sum() / valid.sum().clamp(min=1)).item() / settings.accumulate
 
             # 4. backward and clip
             scaler.scale(micro_loss).backward()
-        scaler.unscale_(optimizer)
-        clip_norm = math.inf if settings.clip_norm is None else settings.clip_norm
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
-        is_skipped = not math.isfinite(grad_norm)
-        if is_skipped and not scaler.is_enabled():
-            raise FloatingPointError(f"gradient norm is {grad_norm} at step {step}, pictures {', '.join(step_names)}")
-        num_skipped, skipped_in_a_row = num_skipped + is_skipped, skipped_in_a_row + 1 if is_skipped else 0
-        if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise FloatingPointError(
-                f"fp16 gradients overflowed at {skipped_in_a_row} steps in a row, the last is step {step}: nothing is "
-                "learned; use precision=bf16 or precision=fp32, or start from other weights"
-            )
+        samples = f"pictures {', '.join(step_names)}"
+        grad_norm = clip_gradients(model.parameters(), settings.clip_norm, optimizer, scaler, loop, samples)
 
         # 5. update (the scaler leaves out a step whose fp16 gradients overflowed)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
+        loop.step += 1
 
         # 6. log
-        running["loss"] = RUNNING_MEAN_DECAY * running["loss"] + (1 - RUNNING_MEAN_DECAY) * step_loss
-        running["pixel_accuracy"] = (
-            RUNNING_MEAN_DECAY * running["pixel_accuracy"] + (1 - RUNNING_MEAN_DECAY) * step_accuracy
-        )
-        running["updates"] += 1
-        correction = 1 - RUNNING_MEAN_DECAY ** running["updates"]
+        means = running_means(loop.running, {"train/loss": step_loss, "train/pixel_accuracy": step_accuracy})
         progress.update()
-        if step % settings.log_every == 0 or step == settings.steps:
-            elapsed_s = time.perf_counter() - window_start
-            images_per_s = (step - window_step) * images_per_step / elapsed_s
-            values = {
-                "train/loss": running["loss"] / correction,
-                "train/pixel_accuracy": running["pixel_accuracy"] / correction,
-                "train/grad_norm": grad_norm,
-                "lr": lr,
-                "skipped_steps": num_skipped,
-                "images_per_s": images_per_s,
-                "data_wait_share": wait_s / elapsed_s,
-            }
-            log.log(step, values)
+        if loop.step % settings.log_every == 0 or loop.step == settings.steps:
+            steps_per_s, wait_share = window.read(loop.step)
+            images_per_s = steps_per_s * images_per_step
+            values = {"train/grad_norm": grad_norm, "lr": lr, "skipped_steps": loop.num_skipped}
+            speed = {"images_per_s": images_per_s, "data_wait_share": wait_share}
+            log.log(loop.step, means | values | speed)
             progress.set_postfix_str(
-                f"loss {values['train/loss']:.3f}, {images_per_s:.1f} images/s, "
-                f"waits for data {values['data_wait_share']:.0%}"
+                f"loss {means['train/loss']:.3f}, {images_per_s:.1f} images/s, waits for data {wait_share:.0%}"
             )
-            wait_s, window_start, window_step = 0.0, time.perf_counter(), step
 
     progress.close()
-    last = {"step": step, **values_of_step(log.rows, evaluated_step)}
-    plot_curves(log.rows, run_dir / "curves.png")
+    last = {"step": loop.step, **values_of_step(loop.rows, loop.evaluated_step)}
+    plot_curves(loop.rows, run_dir / "curves.png")
     log.close()
     test: dict[str, float] = {}
     if settings.test_at_end and test_items:
@@ -1102,13 +1012,15 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         print(
             "\n" + "\n".join([*class_lines(matrix, class_names), *remarks_on_predictions(matrix, class_names, "test")])
         )
-    finish_run(run_dir, {"start": start_metrics, "best": best, "last": last, "test": test, "majority": majority})
-    print_table(start_metrics, best, last, test, majority)
+    finish_run(
+        run_dir, {"start": loop.start_metrics, "best": loop.best, "last": last, "test": test, "majority": majority}
+    )
+    print_table(loop.start_metrics, loop.best, last, test, majority)
     shown_dir, example = os.path.relpath(run_dir), os.path.relpath((test_items or val_items)[0].image_path)
     print(f"\nWritten to {shown_dir}. Next, predict a picture with it:")
     checkpoint = shlex.quote(f"checkpoint={shown_dir}/best.pt")
     print(f"  python train_unet.py mode=predict {checkpoint} {shlex.quote(f'input={example}')}")
-    return best[settings.select_by]
+    return loop.best[settings.select_by]
 
 
 RESUMABLE = (
@@ -1210,7 +1122,7 @@ def evaluate_checkpoint(config: dict, state: dict, run_dir: Path) -> float:
         model, items, split, framing, margin, tile_hw, tiles.overlap, loss, state["class_weights"], device, precision,
         samples_dir, settings.picture_images,
     )  # fmt: skip
-    class_names, majority = items[0].coding.class_names, majority_metrics(matrix, split)
+    class_names, majority = items[0].coding.class_names, majority_metrics(matrix.sum(1), split)
     finish_run(run_dir, {"last": values, "majority": majority})
     np.savetxt(run_dir / "confusion.csv", matrix, "%d", ",", header=",".join(class_names), comments="")
     print("\n" + "\n".join([*class_lines(matrix, class_names), *remarks_on_predictions(matrix, class_names, split)]))

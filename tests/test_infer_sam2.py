@@ -199,7 +199,7 @@ def test_box_prompts_of_the_command_line_are_one_object_each(folder, tmp_path):
 
 @pytest.mark.parametrize("num_points", [1, 30])
 def test_region_gives_one_mask_a_point(folder, tmp_path, predictor, num_points):
-    """Each is the mask of highest predicted IoU; the tutorial takes the first of three (D16)."""
+    """Each is the mask of highest predicted IoU; the tutorial takes the first of three."""
     arguments = [f"input={folder / 'photo.png'}", "mode=region", f"region={folder / 'region.png'}"]
     arguments += [f"num_points={num_points}"] if num_points != 30 else []  # 30 is the default
     record = run(folder, tmp_path / "run", *arguments)[0]["photo"]
@@ -216,7 +216,7 @@ def test_region_gives_one_mask_a_point(folder, tmp_path, predictor, num_points):
 
 
 def test_one_point_as_the_tutorial_reads_it_is_a_row_of_the_mask(folder, tmp_path, predictor):
-    """Its masks[:, 0] and scores[:, 0] expect an axis of prompts that is not there for a single one (D16)."""
+    """The tutorial's masks[:, 0] and scores[:, 0] expect an axis of prompts that is not there for a single one."""
     arguments = [f"input={folder / 'photo.png'}", "mode=region", f"region={folder / 'region.png'}", "num_points=1"]
     (annotation,) = run(folder, tmp_path / "run", *arguments)[0]["photo"]["annotations"]
     assert annotation["segmentation"]["size"] == [120, 160]
@@ -266,7 +266,7 @@ def test_automatic_masks_and_their_files(folder, tmp_path):
     np.testing.assert_array_equal(
         overlay, overlay_label_map(read_image(folder / "photo.png"), label_map.astype(np.int32))
     )
-    assert np.abs(overlay.astype(int) - overlay[..., ::-1]).max() > 50  # red and blue exchanged (D16) would be seen
+    assert np.abs(overlay.astype(int) - overlay[..., ::-1]).max() > 50  # red and blue exchanged would be seen
     run_record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run_record["end"] and run_record["metrics"]["last"]["num_masks"] == count
     assert run_record["config"]["automatic"]["points_per_side"] == 6

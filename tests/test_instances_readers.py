@@ -77,7 +77,7 @@ def test_label_map_reads_8_16_32_bit_and_palette(tmp_path):
 
 
 def test_a_map_without_background_keeps_its_smallest_id(tmp_path):
-    """The tutorial's np.unique(map)[1:] loses object 3 here (D8)."""
+    """The tutorial's np.unique(map)[1:] loses object 3 here."""
     write_label_maps(tmp_path, 1)
     ids = np.full((8, 10), 3, np.uint8)
     ids[:, 5:] = 9
@@ -105,7 +105,7 @@ def test_ids_to_ignore_become_background(tmp_path):
 
 
 def test_odd_suffixes_and_stray_files(tmp_path):
-    """The tutorial's name[:-4] breaks .jpeg, and it opens whatever lies in the folder (D10)."""
+    """The tutorial's name[:-4] breaks .jpeg, and it opens whatever lies in the folder."""
     for name in ("a.jpeg", "b.JPG", "c.v2.PNG", "d.tif"):
         write_picture(tmp_path / "images" / name)
     for name in ("a.png", "b.png", "c.v2.tif", "d.PNG"):
@@ -167,7 +167,7 @@ LABPICS = {"subsets": ["Simple"], "val_folder": None, "val_fraction": 0}
 @pytest.mark.parametrize(
     ("vessel_id", "material_id", "dtype"),
     [
-        (16, 19, np.uint8),  # the tutorial's uint8 product 16 * (19 + 1) is 64 (D7)
+        (16, 19, np.uint8),  # the tutorial's uint8 product 16 * (19 + 1) is 64
         (16, 15, np.uint8),  # ... is 256, so 0: the vessel is lost
         (3, 255, np.uint8),  # ... 255 + 1 is 0: all vessels are lost
         (255, 255, np.uint8),

@@ -396,7 +396,7 @@ def test_a_batch_equals_its_pictures_one_at_a_time(nano, with_masks, monkeypatch
             gradient, single_gradients[name], atol=1e-5 * max(1, largest.item()), rtol=0, msg=name
         )
 
-    # the popular tutorial's form (D2) gives every object the last picture's high-resolution features
+    # the popular tutorial's form gives every object the last picture's high-resolution features
     last = Embeddings(embeddings.image_embeddings, [f[-1:].expand_as(f) for f in embeddings.high_res_features])
     wrong = predict(last, IMAGE_INDEX, torch.arange(7))[0]
     difference = (wrong - together[0]).abs().amax((1, 2, 3))
@@ -688,7 +688,7 @@ def small_tiny():
     return build_random("sam2.1_hiera_tiny", 64)
 
 
-NOT_IN_THE_TUTORIAL = {"sam_mask_decoder.conv_s0", "sam_mask_decoder.conv_s1", "no_mem_embed"}  # D1
+NOT_IN_THE_TUTORIAL = {"sam_mask_decoder.conv_s0", "sam_mask_decoder.conv_s1", "no_mem_embed"}
 
 
 @pytest.mark.parametrize("fixture", ["nano", "small_tiny"])
@@ -716,7 +716,7 @@ def test_exactly_the_named_parts_are_trainable(request, fixture, trainable, pref
     assert [name for name, _ in parameters] == expected and expected
     assert [name for name, p in model.named_parameters() if p.requires_grad] == expected
     assert all(p is dict(model.named_parameters())[name] for name, p in parameters)
-    if "mask_decoder" in trainable:  # the popular tutorial never trains these (D1)
+    if "mask_decoder" in trainable:  # the popular tutorial never trains these
         for prefix in NOT_IN_THE_TUTORIAL:
             assert any(name.startswith(prefix) for name in expected)
     model.requires_grad_(True)
@@ -766,7 +766,7 @@ def test_parts_that_make_no_sense_are_refused_and_nothing_is_frozen(nano, traina
 
 
 def test_every_trainable_parameter_moves_and_every_frozen_one_stays(nano):
-    """The tutorial encodes without gradient, so conv_s0, conv_s1 and no_mem_embed never train (D1)."""
+    """The tutorial encodes without gradient, so conv_s0, conv_s1 and no_mem_embed never train."""
     state = {name: value.clone() for name, value in nano.state_dict().items()}
     images = preprocess(picture(64, 64), 128)[None]
     point_coords, point_labels, mask_inputs = object_prompts(2)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from tiny_training import read_last
 
 import train_unet
 from utils.images import write_image
@@ -113,7 +113,7 @@ def train_in(run_dir: Path, config: dict, resume_path: Path | None = None) -> di
     """Train into a new folder and return what its last.pt holds."""
     run_dir.mkdir(parents=True)
     train_unet.train(config, run_dir, resume_path)
-    return torch.load(run_dir / "last.pt", weights_only=True)
+    return read_last(run_dir)
 
 
 def run_main(monkeypatch, capfd, run_dir: Path, *arguments: str) -> tuple[int, str]:
@@ -134,7 +134,7 @@ def make_runs_quick(monkeypatch) -> None:
     """Leave out pictures of curves and statistics and the call of git: most of the time of a tiny run."""
     monkeypatch.setattr(train_unet, "plot_curves", lambda rows, path: None)
     monkeypatch.setattr(train_unet, "plot_statistics", lambda report, path: None)
-    monkeypatch.setattr(train_unet, "git_state", lambda: {"commit": None, "dirty": None})
+    monkeypatch.setattr("utils.loop.git_state", lambda: {"commit": None, "dirty": None})
 
 
 def script_evaluation(monkeypatch, values: list[float] | None = None) -> None:

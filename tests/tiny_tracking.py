@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from tiny_training import read_last
 from torch import nn
 
 import train_siamfc
@@ -252,7 +253,7 @@ def train_in(run_dir: Path, config: dict, resume_path: Path | None = None) -> di
     """Train into a new folder and return what its last.pt holds."""
     run_dir.mkdir(parents=True)
     train_siamfc.train(config, run_dir, resume_path)
-    return torch.load(run_dir / "last.pt", weights_only=True)
+    return read_last(run_dir)
 
 
 def run_main(monkeypatch, capfd, run_dir: Path, *arguments: str) -> tuple[int, str]:
@@ -278,7 +279,7 @@ def run_main(monkeypatch, capfd, run_dir: Path, *arguments: str) -> tuple[int, s
 def make_runs_quick(monkeypatch) -> None:
     """Leave out pictures of curves and the call of git, and take a small network: most of the time of a tiny run."""
     monkeypatch.setattr(train_siamfc, "plot_curves", lambda rows, path: None)
-    monkeypatch.setattr(train_siamfc, "git_state", lambda: {"commit": None, "dirty": None})
+    monkeypatch.setattr("utils.loop.git_state", lambda: {"commit": None, "dirty": None})
     use_backbone(monkeypatch)
 
 

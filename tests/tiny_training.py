@@ -122,7 +122,14 @@ def train_in(run_dir: Path, config: dict, resume_path: Path | None = None) -> di
     """Train into a new folder and return what its last.pt holds."""
     run_dir.mkdir(parents=True)
     train_sam2.train(config, run_dir, resume_path)
-    return torch.load(run_dir / "last.pt", weights_only=True)
+    return read_last(run_dir)
+
+
+def read_last(run_dir: Path) -> dict:
+    """What a run's last.pt holds, the fields of LoopState beside the rest, its rows as "metrics"."""
+    state = torch.load(run_dir / "last.pt", weights_only=True)
+    loop = state.pop("loop")
+    return state | {"metrics": loop.pop("rows")} | loop
 
 
 def run_main(monkeypatch, capfd, run_dir: Path, *arguments: str) -> tuple[int, str]:
@@ -143,7 +150,7 @@ def make_runs_quick(monkeypatch) -> None:
     """Leave out pictures of curves and statistics and the call of git: most of the time of a tiny run."""
     monkeypatch.setattr(train_sam2, "plot_curves", lambda rows, path: None)
     monkeypatch.setattr(train_sam2, "plot_statistics", lambda report, path: None)
-    monkeypatch.setattr(train_sam2, "git_state", lambda: {"commit": None, "dirty": None})
+    monkeypatch.setattr("utils.loop.git_state", lambda: {"commit": None, "dirty": None})
 
 
 def script_evaluation(monkeypatch, values: list[float] | None = None) -> None:
