@@ -103,9 +103,9 @@ def tiny_overrides(root: Path) -> list[str]:
 
 
 def compose_config(*overrides: str) -> dict:
-    """Compose configs/train_unet.yaml with overrides, as main does."""
+    """Compose configs/unet/train_unet.yaml with overrides, as main does."""
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "configs" / "unet"), version_base="1.3"):
         cfg = compose("train_unet", list(overrides))
     return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
@@ -119,7 +119,7 @@ def train_in(run_dir: Path, config: dict, resume_path: Path | None = None) -> di
 
 def run_main(monkeypatch, capfd, run_dir: Path, *arguments: str) -> tuple[int, str]:
     """Run `python train_unet.py arguments` in this process: exit status, and all that was printed."""
-    command = ["train_unet.py", "--config-path", str(ROOT / "configs"), *arguments, f"hydra.run.dir={run_dir}"]
+    command = ["train_unet.py", "--config-path", str(ROOT / "configs" / "unet"), *arguments, f"hydra.run.dir={run_dir}"]
     monkeypatch.setattr(sys, "argv", command)
     GlobalHydra.instance().clear()
     capfd.readouterr()
