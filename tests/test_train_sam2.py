@@ -404,7 +404,7 @@ def test_running_mean_is_bias_corrected_and_weighs_pictures_equally(root, tmp_pa
     def record(model, batch, *rest):
         object_loss, object_iou = real_loss(model, batch, *rest)
         for found, values in ((step_losses, object_loss), (step_ious, object_iou)):
-            means = [values[batch["image_index"] == image].mean().item() for image in range(len(batch["images"]))]
+            means = [values[batch["image_index"] == image].mean().item() for image in range(len(batch["pictures"]))]
             found.append(sum(means) / len(means))
         return object_loss, object_iou
 
@@ -586,7 +586,7 @@ def test_sample_is_aligned_in_the_square_frame(root):
     for sample_index in range(24):
         sample = dataset[sample_index]
         names.add(sample["name"].rsplit("/")[-1])
-        picture = (sample["image"].permute(1, 2, 0) * std + mean) * 255  # (S, S, 3)
+        picture = (sample["picture"][0].permute(1, 2, 0) * std + mean) * 255  # (S, S, 3)
         for mask, coords, labels in zip(sample["masks"], sample["point_coords"], sample["point_labels"], strict=True):
             color = picture[mask].median(0).values
             distance = (picture - color).abs().amax(2)  # (S, S)
@@ -650,13 +650,14 @@ def test_picture_is_resized_once_and_lies_as_in_evaluation(root, tmp_path):
     item = write_item(tmp_path / "one", ids)
     dataset = make_dataset(compose_config(*tiny_overrides(root), "data.hflip=false", "prompts=point"), [item])
     sample, image_rgb = dataset[0], read_image(item.image_path)
+    picture = sample["picture"][0]  # (3, S, S)
     pixels = torch.from_numpy(image_rgb).permute(2, 0, 1)[None].float() / 255
     once = torch.nn.functional.interpolate(pixels, (64, 64), mode="bilinear", antialias=True)[0]
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    torch.testing.assert_close(sample["image"], (once - mean[:, None, None]) / std[:, None, None], atol=1e-4, rtol=0)
+    torch.testing.assert_close(picture, (once - mean[:, None, None]) / std[:, None, None], atol=1e-4, rtol=0)
     ratio = min(64 / 160, 64 / 90)
     letter_boxed = cv2.resize(image_rgb, (int(160 * ratio), int(90 * ratio)))
-    assert (preprocess(letter_boxed, 64) - sample["image"]).abs().mean() > 0.1
+    assert (preprocess(letter_boxed, 64) - picture).abs().mean() > 0.1
     assert int(322 * (1024 / 322)) == 1023
 
     point = np.array([[134.5, 77.5]], np.float32)  # the object's middle
