@@ -102,7 +102,7 @@ def test_resumed_run_equals_the_uninterrupted_one(root, whole, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optim", ["unet_sgd", "unet_adam"])
+@pytest.mark.parametrize("optim", ["sgd", "adam"])
 def test_other_optimizers_and_batch_norm_resume_exactly(optim, root, tmp_path, monkeypatch):
     config = compose_config(*tiny_overrides(root), *STEPS, f"optim={optim}")
     train_in(tmp_path / "whole", config)
@@ -171,6 +171,7 @@ import torch
 import torch.utils.tensorboard
 import tiny_segmentation, train_unet
 from utils import loop
+from utils.segmentation.prediction import Predictor
 
 torch.set_num_threads(1)
 config, folder, cases = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
@@ -198,7 +199,7 @@ def run(run_dir, resume_path=None, die=None):
         try:
             if die is not None:
                 module, *rest = die
-                die_at_call({"os": os, "loop": loop, "train_unet": train_unet}[module], *rest)
+                die_at_call({"os": os, "loop": loop, "Predictor": Predictor, "train_unet": train_unet}[module], *rest)
             tiny_segmentation.train_in(run_dir, config, resume_path)
             status = 0
         except BaseException:
@@ -225,12 +226,12 @@ def test_killed_runs_resume_exactly(root, tmp_path):
         # last.pt has the evaluation of step 2, best.pt not yet
         "before_best": ["os", "replace", 2, "best.pt"],
         # three pictures each: the second picture of the second evaluation
-        "mid_validation": ["train_unet", "predict_picture", 3 + 2],
+        "mid_validation": ["Predictor", "predict", 3 + 2],
         # between the third step's two forwards: the evaluations before it use the loss three times each
         "mid_accumulation": ["train_unet", "weighted_loss", 3 + 2 * 2 + 3 + 2],
         "mid_step": ["train_unet", "scheduled_lr", 5],
         # the checkpoint of step 5 is there, the test split was being measured
-        "at_the_end": ["train_unet", "predict_picture", 4 * 3 + 1],
+        "at_the_end": ["Predictor", "predict", 4 * 3 + 1],
     }
     command = [sys.executable, "-c", KILLER, json.dumps(config), str(tmp_path), json.dumps(cases)]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}

@@ -218,14 +218,14 @@ def tiny_overrides(root: Path) -> list[str]:
 
 
 def compose_config(*overrides: str) -> dict:
-    """Compose configs/train_siamfc.yaml with overrides, as main does."""
+    """Compose configs/tracking/train_siamfc.yaml with overrides, as main does."""
     return copy.deepcopy(_compose(overrides))
 
 
 @functools.cache  # composing takes a fifth of a second
 def _compose(overrides: tuple[str, ...]) -> dict:
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "configs" / "tracking"), version_base="1.3"):
         cfg = compose("train_siamfc", list(overrides))
     return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
@@ -258,7 +258,13 @@ def train_in(run_dir: Path, config: dict, resume_path: Path | None = None) -> di
 
 def run_main(monkeypatch, capfd, run_dir: Path, *arguments: str) -> tuple[int, str]:
     """Run `python train_siamfc.py arguments` in this process: exit status, and all that was printed."""
-    command = ["train_siamfc.py", "--config-path", str(ROOT / "configs"), *arguments, f"hydra.run.dir={run_dir}"]
+    command = [
+        "train_siamfc.py",
+        "--config-path",
+        str(ROOT / "configs" / "tracking"),
+        *arguments,
+        f"hydra.run.dir={run_dir}",
+    ]
     monkeypatch.setattr(sys, "argv", command)
     GlobalHydra.instance().clear()
     capfd.readouterr()

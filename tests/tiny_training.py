@@ -111,9 +111,9 @@ def tiny_overrides(root: Path) -> list[str]:
 
 
 def compose_config(*overrides: str) -> dict:
-    """Compose configs/train_sam2.yaml with overrides, as main does."""
+    """Compose configs/sam2/train_sam2.yaml with overrides, as main does."""
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "configs" / "sam2"), version_base="1.3"):
         cfg = compose("train_sam2", list(overrides))
     return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
@@ -134,7 +134,7 @@ def read_last(run_dir: Path) -> dict:
 
 def run_main(monkeypatch, capfd, run_dir: Path, *arguments: str) -> tuple[int, str]:
     """Run `python train_sam2.py arguments` in this process: exit status, and all that was printed."""
-    command = ["train_sam2.py", "--config-path", str(ROOT / "configs"), *arguments, f"hydra.run.dir={run_dir}"]
+    command = ["train_sam2.py", "--config-path", str(ROOT / "configs" / "sam2"), *arguments, f"hydra.run.dir={run_dir}"]
     monkeypatch.setattr(sys, "argv", command)
     GlobalHydra.instance().clear()
     capfd.readouterr()
