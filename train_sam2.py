@@ -23,15 +23,13 @@ Sources: Ravi et al. 2024 (SAM 2) for prompts and losses; Kirillov et al. 2023 (
 import sys
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
-    print(__doc__, end="")  # in one write, which `| head -1` cannot break off
+    print(__doc__)
     sys.exit()
 
 import functools
 import logging
-import math
 import os
 import shlex
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,20 +39,29 @@ import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from utils.checkpoint import find_resume, load_checkpoint, resumed_config, save_checkpoint
+from utils.checkpoint import find_resume, load_checkpoint, resumed_config
 from utils.images import id_colors, mask_to_box, read_image, write_image
 from utils.instances.check import MAX_LISTED, check_items, keep_usable, plot_statistics, report_lines
 from utils.instances.readers import Item, object_ids, read_instances, split_items
-from utils.log import MetricsLog, finish_run, git_state, plot_curves, start_run, values_of_step
+from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
+from utils.loop import (
+    LoopState,
+    SpeedWindow,
+    check_finite,
+    clip_gradients,
+    load_batches,
+    resume_run,
+    running_means,
+    save_run,
+    to_device,
+)
 from utils.run import (
-    SampleCounter,
     autocast,
     choose_device,
-    choose_num_workers,
     choose_precision,
     cosine_lr,
     sample_rng,
@@ -86,8 +93,6 @@ from utils.sam2.prompts import BOX_NOISE_MAX_PX, center_point, noised_box, rando
 from utils.samples.write import write_samples
 from utils.settings import check_keys, check_type, describe_error, read_settings
 
-RUNNING_MEAN_DECAY = 0.99
-MAX_SKIPPED_IN_A_ROW = 50  # steps whose fp16 gradients overflowed, each at half the scale of the one before
 TOP_LEVEL_KEYS = (
     "seed", "device", "precision", "num_workers", "resume", "data_root", "check", "cache", "cache_precision",
     "fast_decoder", "model", "data", "prompts", "loss", "optim", "train",
@@ -97,7 +102,7 @@ LOGIT_LIMIT = 32.0  # of logits that are fed back as a mask prompt, as SAM 2's p
 
 @dataclass(frozen=True)
 class Settings:
-    """Knobs of the training loop (`train:` in configs/train_sam2.yaml, which explains each)."""
+    """Knobs of the training loop (`train:` in configs/sam2/train_sam2.yaml, which explains each)."""
 
     steps: int
     batch_size: int  # images per forward
@@ -129,7 +134,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """How a user is simulated (`prompts:`, configs/prompts/*.yaml)."""
+    """How a user is simulated (`prompts:`, configs/sam2/prompts/*.yaml)."""
 
     box_share: float  # of objects; the others start with one point
     repeat_objects: bool  # prompt objects again, anew, where a picture has fewer than objects_per_image
@@ -142,7 +147,7 @@ class PromptSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Weights of the loss (`loss:`, configs/loss/*.yaml)."""
+    """Weights of the loss (`loss:`, configs/sam2/loss/*.yaml)."""
 
     focal: float
     dice: float
@@ -156,7 +161,7 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class OptimSettings:
-    """AdamW and its schedule (`optim:`, configs/optim/*.yaml)."""
+    """AdamW and its schedule (`optim:`, configs/sam2/optim/*.yaml)."""
 
     lr: float  # highest
     encoder_lr_factor: float  # of the image encoder's parameters
@@ -235,7 +240,7 @@ class PromptedMasks(Dataset):
             padding; num_points int64 (N,): 2 or 1; num_rounds int64 (N,): 1 to R + 1; is_click bool (N, R),
             is_truth_click bool (N, R), uniform float (N, R) in [0, 1): the rounds' draws; name: the picture's file.
         """
-        _, item_number = shuffled_item(self.seed, sample_index, len(self.items))
+        item_number = shuffled_item(self.seed, sample_index, len(self.items))
         item = self.items[item_number]
         rng = sample_rng(self.seed, sample_index)
         is_mirrored = self.augmentation.hflip and rng.random() < 0.5
@@ -735,7 +740,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     check_type(config["fast_decoder"], bool, "fast_decoder")
     check_cache_settings(config["cache"], config["cache_precision"])
     if "image_size" not in config["model"]:
-        raise ValueError("model is not a SAM 2 model; choose a file of configs/model that starts with sam2")
+        raise ValueError("model is not a SAM 2 model; choose a file of configs/sam2/model that starts with sam2")
     check_keys(functools.partial(build_sam2, device="cpu"), config["model"], "model")
     check_type(config["model"]["image_size"], int, "model.image_size")
     check_settings(settings, prompts, loss, optim)
@@ -787,206 +792,122 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     used_items = train_items if settings.steps > 0 else []
     entries = cache_embeddings(model, trainable, precision, used_items, val_items, augmentation, config)
 
-    # what a resumed run takes over
-    start_step, evaluated_step, bad_evals, num_skipped, skipped_in_a_row = 0, -1, 0, 0, 0
-    best: dict[str, float] = {}
-    start_metrics: dict[str, float] = {}
-    running = {"loss": 0.0, "iou": 0.0, "updates": 0}
-    rows = []
-    if resume_path is not None:
-        state = load_checkpoint(resume_path)
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["torch_rng"])
-        start_step, evaluated_step, bad_evals = state["step"], state["evaluated_step"], state["bad_evals"]
-        num_skipped, skipped_in_a_row = state["num_skipped"], state["skipped_in_a_row"]
-        best, start_metrics, running, rows = state["best"], state["start_metrics"], state["running"], state["metrics"]
-        if best["step"] == start_step:  # last.pt is the best; killed just after saving it, best.pt is that of before
-            best_state = {key: state[key] for key in ("format", "model", "config", "git")} | {"metrics": best}
-        else:
-            best_state = load_checkpoint(resume_path.parent / "best.pt")
-        save_checkpoint(run_dir / "best.pt", best_state)
-        print(f"resumed from {resume_path} at step {start_step}")
-    log = MetricsLog(run_dir, rows)
+    is_resumed = resume_path is not None
+    loop = resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else LoopState()
+    log = MetricsLog(run_dir, loop.rows)
+    save = functools.partial(
+        save_run, run_dir, loop, model, optimizer, scaler, {"script": "train_sam2", "config": config}
+    )
+    if is_resumed:
+        save(is_best=False)  # from now on this folder can be resumed too
 
     dataset = PromptedMasks(
         train_items, config["seed"], model.image_size, settings.objects_per_image, augmentation, prompts, entries
     )
     images_per_step = settings.batch_size * settings.accumulate
-    num_workers = choose_num_workers(config["num_workers"])
-    loader = DataLoader(
+    batches = load_batches(
         dataset,
-        batch_size=settings.batch_size,
-        sampler=SampleCounter(start_step * images_per_step, settings.steps * images_per_step),
-        num_workers=num_workers,
-        collate_fn=collate,
-        generator=torch.Generator(),  # its own: torch's stream, which a resumed run restores, must not be drawn from
-        pin_memory=device.type == "cuda",
-        persistent_workers=num_workers > 0,
+        collate,
+        loop.step * images_per_step,
+        settings.steps * images_per_step,
+        settings.batch_size,
+        config["num_workers"],
+        device,
     )
-    batches = iter(loader)
-    progress = tqdm(total=settings.steps, initial=start_step, desc="train", disable=None)
-    wait_s, window_start, window_step = 0.0, time.perf_counter(), start_step
-
-    def save_last(step: int) -> None:
-        save_checkpoint(
-            run_dir / "last.pt",
-            {
-                "format": 1,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "torch_rng": torch.get_rng_state(),
-                "step": step,
-                "evaluated_step": evaluated_step,
-                "bad_evals": bad_evals,
-                "num_skipped": num_skipped,
-                "skipped_in_a_row": skipped_in_a_row,
-                "best": best,
-                "start_metrics": start_metrics,
-                "running": running,
-                "metrics": log.rows,
-                "config": config,
-                "git": git_state(),
-            },
-        )
-
-    if resume_path is not None:
-        save_last(start_step)  # from now on this folder can be resumed too
-    step = start_step
+    progress = tqdm(total=settings.steps, initial=loop.step, desc="train", disable=None)
+    window = SpeedWindow(loop.step)
     while True:
         # 1. evaluate and save
-        is_last = step >= settings.steps
-        if (step % settings.eval_every == 0 or is_last) and step > evaluated_step:
-            samples_dir = run_dir / "samples" / f"step_{step:06d}"
+        is_last = loop.step >= settings.steps
+        if (loop.step % settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
+            samples_dir = run_dir / "samples" / f"step_{loop.step:06d}"
             samples_dir.mkdir(parents=True, exist_ok=True)
-            eval_start = time.perf_counter()
-            values = evaluate(
-                model,
-                val_items,
-                augmentation,
-                settings.eval_clicks,
-                device,
-                precision,
-                samples_dir,
-                settings.picture_images,
-                entries,
-            )
-            tqdm.write(
-                f"step {step}: "
-                + "  ".join(f"{name[4:]} {value:.3f}" for name, value in values.items() if "iou" in name)
-            )
-            log.log(step, values)
-            plot_curves(log.rows, run_dir / "curves.png")
-            evaluated_step = step
-            start_metrics = start_metrics or {"step": step, **values}
-            is_best = not best or values[settings.select_by] > best[settings.select_by]
-            bad_evals = 0 if is_best else bad_evals + 1
-            if is_best:
-                best = {"step": step, **values}
-            save_last(step)  # before best.pt: a resumed run makes best.pt from it where it is the best
-            if is_best:
-                save_checkpoint(
-                    run_dir / "best.pt",
-                    {"format": 1, "model": model.state_dict(), "config": config, "metrics": best, "git": git_state()},
+            with window.paused():  # speed is that of training alone
+                metrics = evaluate(
+                    model,
+                    val_items,
+                    augmentation,
+                    settings.eval_clicks,
+                    device,
+                    precision,
+                    samples_dir,
+                    settings.picture_images,
+                    entries,
                 )
-            window_start += time.perf_counter() - eval_start  # speed is that of training alone
-        elif step > start_step and step % settings.save_every == 0:
-            save_last(step)
-        if settings.early_stop_evals is not None and bad_evals >= settings.early_stop_evals:
-            tqdm.write(f"early stop: {settings.select_by} has not risen in {bad_evals} evaluations")
+                ious = [f"{name[4:]} {value:.3f}" for name, value in metrics.items() if "iou" in name]
+                tqdm.write(f"step {loop.step}: " + "  ".join(ious))
+                log.log(loop.step, metrics)
+                plot_curves(loop.rows, run_dir / "curves.png")
+                save(is_best=loop.take(metrics, settings.select_by))
+        elif loop.step % settings.save_every == 0:
+            save(is_best=False)
+        if settings.early_stop_evals is not None and loop.bad_evals >= settings.early_stop_evals:
+            tqdm.write(f"early stop: {settings.select_by} has not risen in {loop.bad_evals} evaluations")
             break
         if is_last:
             break
         model.train()
 
         # 2. learning rate
-        lr = cosine_lr(step, settings.steps, optim.lr, optim.warmup_steps, optim.min_lr_factor)
+        lr = cosine_lr(loop.step, settings.steps, optim.lr, optim.warmup_steps, optim.min_lr_factor)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
 
         step_loss, step_iou, step_names = 0.0, 0.0, []
         for _ in range(settings.accumulate):
-            wait_start = time.perf_counter()
-            batch = next(batches)
-            wait_s += time.perf_counter() - wait_start
+            batch = window.next_batch(batches)
             step_names += batch["names"]
-            batch = {
-                key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-                for key, value in batch.items()
-            }
+            batch = to_device(batch, device)
 
             # 3. forward
             with autocast(device, precision):
                 object_loss, object_iou = prompted_loss(model, batch, prompts, loss, loss_size)
             weight = batch["object_weight"] / settings.accumulate
             micro_loss = (object_loss * weight).sum()
-            if not math.isfinite(loss_value := micro_loss.item()):
-                raise FloatingPointError(f"loss is {loss_value} at step {step}, pictures {', '.join(batch['names'])}")
-            step_loss += loss_value
+            step_loss += check_finite(micro_loss.item(), loop.step, f"pictures {', '.join(batch['names'])}")
             step_iou += (object_iou * weight).sum().item()
 
             # 4. backward and clip
             scaler.scale(micro_loss).backward()
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_([p for _, p in trainable], settings.clip_norm).item()
-        is_skipped = not math.isfinite(grad_norm)
-        if is_skipped and not scaler.is_enabled():
-            raise FloatingPointError(f"gradient norm is {grad_norm} at step {step}, pictures {', '.join(step_names)}")
-        num_skipped, skipped_in_a_row = num_skipped + is_skipped, skipped_in_a_row + 1 if is_skipped else 0
-        if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise FloatingPointError(
-                f"fp16 gradients overflowed at {skipped_in_a_row} steps in a row, the last is step {step}: nothing is "
-                "learned; use precision=bf16 or precision=fp32, or start from other weights"
-            )
+        samples = f"pictures {', '.join(step_names)}"
+        grad_norm = clip_gradients([p for _, p in trainable], settings.clip_norm, optimizer, scaler, loop, samples)
 
         # 5. update (the scaler leaves out a step whose fp16 gradients overflowed)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
+        loop.step += 1
 
         # 6. log
-        running["loss"] = RUNNING_MEAN_DECAY * running["loss"] + (1 - RUNNING_MEAN_DECAY) * step_loss
-        running["iou"] = RUNNING_MEAN_DECAY * running["iou"] + (1 - RUNNING_MEAN_DECAY) * step_iou
-        running["updates"] += 1
-        correction = 1 - RUNNING_MEAN_DECAY ** running["updates"]
+        means = running_means(loop.running, {"train/loss": step_loss, "train/iou": step_iou})
         progress.update()
-        if step % settings.log_every == 0 or step == settings.steps:
-            elapsed_s = time.perf_counter() - window_start
-            images_per_s = (step - window_step) * images_per_step / elapsed_s
-            values = {
-                "train/loss": running["loss"] / correction,
-                "train/iou": running["iou"] / correction,
-                "train/grad_norm": grad_norm,
-                "lr": lr,
-                "skipped_steps": num_skipped,
-                "images_per_s": images_per_s,
-                "data_wait_share": wait_s / elapsed_s,
-            }
-            log.log(step, values)
+        if loop.step % settings.log_every == 0 or loop.step == settings.steps:
+            steps_per_s, wait_share = window.read(loop.step)
+            images_per_s = steps_per_s * images_per_step
+            values = {"train/grad_norm": grad_norm, "lr": lr, "skipped_steps": loop.num_skipped}
+            speed = {"images_per_s": images_per_s, "data_wait_share": wait_share}
+            log.log(loop.step, means | values | speed)
             progress.set_postfix_str(
-                f"loss {values['train/loss']:.3f}, iou {values['train/iou']:.3f}, {images_per_s:.1f} images/s, "
-                f"waits for data {values['data_wait_share']:.0%}"
+                f"loss {means['train/loss']:.3f}, iou {means['train/iou']:.3f}, {images_per_s:.1f} images/s, "
+                f"waits for data {wait_share:.0%}"
             )
-            wait_s, window_start, window_step = 0.0, time.perf_counter(), step
 
     progress.close()
-    last = {"step": step, **values_of_step(log.rows, evaluated_step)}
-    plot_curves(log.rows, run_dir / "curves.png")
+    last = {"step": loop.step, **values_of_step(loop.rows, loop.evaluated_step)}
+    plot_curves(loop.rows, run_dir / "curves.png")
     log.close()
-    finish_run(run_dir, {"start": start_metrics, "best": best, "last": last})
-    print_table(start_metrics, best, last)
+    finish_run(run_dir, {"start": loop.start_metrics, "best": loop.best, "last": last})
+    print_table(loop.start_metrics, loop.best, last)
     shown_dir, example = os.path.relpath(run_dir), os.path.relpath(val_items[0].image_path)
     print(f"\nWritten to {shown_dir}. Next, segment a picture with it:")
     print(f"  python infer_sam2.py {shlex.quote(f'checkpoint={shown_dir}/best.pt')} {shlex.quote(f'input={example}')}")
-    return best[settings.select_by]
+    return loop.best[settings.select_by]
 
 
 RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data.root", "data.train_list", "data.val_list", "cache")
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="train_sam2")
+@hydra.main(version_base="1.3", config_path="configs/sam2", config_name="train_sam2")
 def main(cfg) -> float:
     """Read the config, train, and end with one line on what went wrong and status 1, if anything did."""
     try:

@@ -27,14 +27,14 @@ Sources: Bertinetto et al. 2016, arXiv:1606.09549; values as in github.com/huang
 import sys
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
-    print(__doc__, end="")  # in one write, which `| head -1` cannot break off
+    print(__doc__)
     sys.exit()
 
+import functools
 import logging
 import math
 import os
 import shlex
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,19 +45,27 @@ import torch
 import torch.nn.functional as F
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from utils.checkpoint import find_resume, load_checkpoint, resumed_config, save_checkpoint
+from utils.checkpoint import find_resume, load_checkpoint, resumed_config
 from utils.images import read_image, write_image
 from utils.listing import first_few
-from utils.log import MetricsLog, finish_run, git_state, plot_curves, start_run, values_of_step
+from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
+from utils.loop import (
+    LoopState,
+    SpeedWindow,
+    check_finite,
+    clip_gradients,
+    load_batches,
+    resume_run,
+    running_means,
+    save_run,
+)
 from utils.run import (
-    SampleCounter,
     autocast,
     choose_device,
-    choose_num_workers,
     choose_precision,
     sample_rng,
     seed_everything,
@@ -66,7 +74,7 @@ from utils.run import (
 from utils.samples.write import write_samples
 from utils.settings import check_keys, check_type, describe_error, read_settings
 from utils.tracking.frames import FrameSource
-from utils.tracking.metrics import got10k_scores, mean_one_pass_scores, score_boxes
+from utils.tracking.metrics import got10k_scores, mean_one_pass_scores, score_boxes, still_boxes
 from utils.tracking.sequences import STATIC_FORMATS, Sequence, file_coordinates, split_pictures, split_sequences
 from utils.tracking.siamfc import (
     EXEMPLAR_SIZE,
@@ -84,12 +92,11 @@ from utils.tracking.tracker import SiamFCTracker, TrackerSettings, track_frames
 INSTANCE_SIZE, RESPONSE_SIZE = 239, 15  # px, cells along each side, in training
 INTERPOLATIONS = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_LANCZOS4)
 BLUR_SIGMA = (0.5, 2.5)  # px
-RANDOM_BOX_SHARE = (0.08, 0.4)  # of the picture's shorter side
-RUNNING_MEAN_DECAY = 0.99
-MAX_SKIPPED_IN_A_ROW = 50  # steps whose fp16 gradients overflowed, each at half the scale of the one before
+RANDOM_BOX_SHARE = (0.08, 0.4)  # least and most, a share of the picture's shorter side
 MAX_LISTED = 5
 REPORTED = ("ao", "sr_50", "success_auc")  # what best.pt can be chosen by
-BEST_KEYS = ("format", "script", "model", "config", "git")  # what best.pt has of last.pt
+# what may differ in a resumed run
+RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data_root", "data.root", "data.index")
 TOP_LEVEL_KEYS = (
     "seed", "device", "precision", "num_workers", "resume", "data_root", "check", "model", "data", "optim", "tracker",
     "pairs", "train",
@@ -98,7 +105,7 @@ TOP_LEVEL_KEYS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Knobs of the training loop (`train:` in configs/train_siamfc.yaml, which explains each)."""
+    """Knobs of the training loop (`train:` in configs/tracking/train_siamfc.yaml, which explains each)."""
 
     steps: int
     batch_size: int  # pairs per forward
@@ -142,7 +149,7 @@ class PairSettings:
 
 @dataclass(frozen=True)
 class OptimSettings:
-    """SGD and its schedule (`optim:`, configs/optim/siamfc_sgd.yaml)."""
+    """SGD and its schedule (`optim:`, configs/tracking/optim/sgd.yaml)."""
 
     lr: float
     min_lr: float
@@ -154,7 +161,7 @@ class OptimSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The network (`model:`, configs/model/siamfc.yaml)."""
+    """The network (`model:`, configs/tracking/model/siamfc.yaml)."""
 
     name: str
     score_bias: bool
@@ -165,7 +172,7 @@ class ModelSettings:
 # disk -> tensors
 
 
-def usable_frames(sequence: Sequence, pairs: PairSettings) -> np.ndarray:
+def usable_frames(sequence: Sequence, pair_settings: PairSettings) -> np.ndarray:
     """List the frames of a sequence whose box is fit for pairs: int64 (number of them,), in order.
 
     Source: the filter of siamfc-pytorch, whose box area of at least 20 px follows here from min_side.
@@ -175,11 +182,11 @@ def usable_frames(sequence: Sequence, pairs: PairSettings) -> np.ndarray:
     wh = sequence.boxes_xywh[:, 2:]  # (T, 2)
     share = wh / np.array(sequence.frame_wh)
     with np.errstate(divide="ignore", invalid="ignore"):  # frames without box are nan, and nan is not within bounds
-        is_usable = sequence.visible & (wh >= pairs.min_side).all(1) & (wh <= pairs.max_side).all(1)
-        is_usable &= (share >= pairs.min_share).all(1) & (share <= pairs.max_share).all(1)
-        is_usable &= wh.max(1) <= pairs.max_aspect * wh.min(1)
+        is_usable = sequence.visible & (wh >= pair_settings.min_side).all(1) & (wh <= pair_settings.max_side).all(1)
+        is_usable &= (share >= pair_settings.min_share).all(1) & (share <= pair_settings.max_share).all(1)
+        is_usable &= wh.max(1) <= pair_settings.max_aspect * wh.min(1)
     if sequence.cover is not None:
-        is_usable &= sequence.cover > max(1.0, pairs.min_cover * sequence.cover.max())
+        is_usable &= sequence.cover > max(1.0, pair_settings.min_cover * sequence.cover.max())
     return np.flatnonzero(is_usable)
 
 
@@ -221,7 +228,7 @@ def cut_patch(
     box_xywh: np.ndarray,
     out_size: int,
     shift_px: float,
-    pairs: PairSettings,
+    pair_settings: PairSettings,
     rng: np.random.Generator,
 ) -> np.ndarray:
     """Cut a patch around a box, at the exemplar's scale, a little off and stretched: the geometry that the tracker has.
@@ -234,21 +241,23 @@ def cut_patch(
     Returns:
         uint8 (out_size, out_size, 3).
     """
-    side = context_side(box_xywh[2:]) * out_size / EXEMPLAR_SIZE * (1 + pairs.stretch * rng.uniform(-1, 1))
+    side = context_side(box_xywh[2:]) * out_size / EXEMPLAR_SIZE * (1 + pair_settings.stretch * rng.uniform(-1, 1))
     shift_xy = rng.uniform(-shift_px, shift_px, 2) * side / out_size  # px of the image
-    interpolation = INTERPOLATIONS[rng.integers(len(INTERPOLATIONS)) if pairs.random_interpolation else 0]
+    interpolation = INTERPOLATIONS[rng.integers(len(INTERPOLATIONS)) if pair_settings.random_interpolation else 0]
     center_xy = box_center(box_xywh) + shift_xy
     return crop_and_resize(image_rgb, center_xy, side, out_size, None, interpolation)
 
 
-def vary_colors(patch: np.ndarray, is_grey: bool, pairs: PairSettings, rng: np.random.Generator) -> torch.Tensor:
+def vary_colors(
+    patch: np.ndarray, is_grey: bool, pair_settings: PairSettings, rng: np.random.Generator
+) -> torch.Tensor:
     """Blur a patch, change its colours, or take them away: uint8 (S, S, 3) -> uint8 (3, S, S)."""
-    if rng.random() < pairs.blur:
+    if rng.random() < pair_settings.blur:
         patch = cv2.GaussianBlur(patch, (0, 0), rng.uniform(*BLUR_SIGMA))
     picture = torch.from_numpy(patch).permute(2, 0, 1)
     for adjust in (transforms.adjust_brightness, transforms.adjust_contrast, transforms.adjust_saturation):
-        factor = 1 + pairs.color_jitter * rng.uniform(-1, 1)
-        if pairs.color_jitter > 0:
+        factor = 1 + pair_settings.color_jitter * rng.uniform(-1, 1)
+        if pair_settings.color_jitter > 0:
             picture = adjust(picture, factor)
     if is_grey:
         picture = transforms.rgb_to_grayscale(picture, num_output_channels=3)
@@ -260,11 +269,12 @@ class SiamesePairs(Dataset):
 
     Args:
         sequences: those to draw from; one that is listed twice has two turns in each epoch.
-        usable: of each sequence, from `usable_frames`, at least one frame.
+        usable: each sequence's frames from `usable_frames`, at least one.
     """
 
-    def __init__(self, sequences: list[Sequence], usable: list[np.ndarray], seed: int, pairs: PairSettings):
-        self.sequences, self.usable, self.seed, self.pairs = sequences, usable, seed, pairs
+    def __init__(self, sequences: list[Sequence], usable: list[np.ndarray], seed: int, pair_settings: PairSettings):
+        self.sequences, self.usable = sequences, usable
+        self.seed, self.pair_settings = seed, pair_settings
 
     def __getitem__(self, sample_index: int) -> dict:
         """Read two frames of a sequence, or one twice, and cut the patches.
@@ -272,23 +282,27 @@ class SiamesePairs(Dataset):
         Returns:
             exemplar uint8 (3, 127, 127); instance uint8 (3, 239, 239), the object in its middle; name: both files.
         """
-        _, number = shuffled_item(self.seed, sample_index // self.pairs.per_visit, len(self.sequences))
-        sequence, pairs = self.sequences[number], self.pairs
+        number = shuffled_item(self.seed, sample_index // self.pair_settings.per_visit, len(self.sequences))
+        sequence, pair_settings = self.sequences[number], self.pair_settings
         rng = sample_rng(self.seed, sample_index)
-        is_random = rng.random() < pairs.random_boxes
-        frames = draw_frames(self.usable[number], pairs.max_gap, rng)
+        is_random = rng.random() < pair_settings.random_boxes
+        frames = draw_frames(self.usable[number], pair_settings.max_gap, rng)
         paths = [sequence.frame_path(frame) for frame in (frames[:1] * 2 if is_random else frames)]
         exemplar_rgb = read_image(paths[0])
         instance_rgb = exemplar_rgb if paths[0] == paths[1] else read_image(paths[1])
         exemplar_box, instance_box = (sequence.boxes_xywh[frame] for frame in frames)
         if is_random:
             exemplar_box = instance_box = draw_box(exemplar_rgb, rng)
-        exemplar = cut_patch(exemplar_rgb, exemplar_box, EXEMPLAR_SIZE, pairs.exemplar_shift, pairs, rng)
-        instance = cut_patch(instance_rgb, instance_box, INSTANCE_SIZE, pairs.instance_shift, pairs, rng)
-        is_grey = rng.random() < pairs.grey
+        exemplar = cut_patch(
+            exemplar_rgb, exemplar_box, EXEMPLAR_SIZE, pair_settings.exemplar_shift, pair_settings, rng
+        )
+        instance = cut_patch(
+            instance_rgb, instance_box, INSTANCE_SIZE, pair_settings.instance_shift, pair_settings, rng
+        )
+        is_grey = rng.random() < pair_settings.grey
         return {
-            "exemplar": vary_colors(exemplar, is_grey, pairs, rng),
-            "instance": vary_colors(instance, is_grey, pairs, rng),
+            "exemplar": vary_colors(exemplar, is_grey, pair_settings, rng),
+            "instance": vary_colors(instance, is_grey, pair_settings, rng),
             "name": f"{paths[0]} with {paths[1]}",
         }
 
@@ -324,15 +338,16 @@ def hit_rate(response: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return labels.flatten()[response.flatten(1).argmax(1)].mean()
 
 
-def exponential_lr(step: int, steps: int, optim: OptimSettings) -> float:
+def exponential_lr(step: int, steps: int, optim_settings: OptimSettings) -> float:
     """Compute the learning rate of the update that follows `step` done ones: from lr to min_lr, both reached.
 
     Args:
         step: updates already done, 0..steps-1.
         steps: updates in the whole run.
     """
-    last = max(1, math.ceil(steps / optim.hold_steps) - 1)  # rates are 0..last
-    return optim.lr * (optim.min_lr / optim.lr) ** min(1.0, step // optim.hold_steps / last)
+    last = max(1, math.ceil(steps / optim_settings.hold_steps) - 1)  # rates are 0..last
+    progress = min(1.0, step // optim_settings.hold_steps / last)
+    return optim_settings.lr * (optim_settings.min_lr / optim_settings.lr) ** progress
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,66 +367,60 @@ def evaluate_tracking(
         ValueError: for a frame that cannot be read, or a first box that cannot be tracked, with the sequence.
     """
     tracker = SiamFCTracker(model, tracker_settings, precision)
-    tracks, track_s, num_tracked = {"val/": [], "val/still_": []}, 0.0, 0
+    rows, track_s, num_tracked = {"val/": [], "val/still_": []}, 0.0, 0
     for sequence in tqdm(sequences, desc="evaluate", leave=False, disable=None):
-        first = int(np.flatnonzero(sequence.visible)[0])
+        first = int(sequence.visible.argmax())
         stop = len(sequence) if num_frames is None else min(len(sequence), first + num_frames)
-        first_box, boxes = sequence.boxes_xywh[first], []
+        boxes = []
         try:
-            for tracked in track_frames(tracker, FrameSource(sequence.frame_paths[first:stop]), first_box[None]):
-                if tracked.error is not None:
-                    raise tracked.error
-                boxes.append(tracked.boxes_xywh[0])
-                track_s += tracked.time_s
-        except (OSError, ValueError) as error:  # of a frame that cannot be read, or a first box that is none
+            frames = FrameSource(sequence.frame_paths[first:stop])
+            for tracked_frame in track_frames(tracker, frames, sequence.boxes_xywh[[first]]):
+                if tracked_frame.error is not None:
+                    raise tracked_frame.error
+                boxes.append(tracked_frame.boxes_xywh[0])
+                track_s += tracked_frame.time_s
+        except (OSError, ValueError) as error:  # a frame that cannot be read, or a first box that is none
             raise ValueError(f"sequence {sequence.name}: {error}") from error
         num_tracked += len(boxes)
-        for prefix, found in (("val/", np.stack(boxes)), ("val/still_", np.tile(first_box, (len(boxes), 1)))):
-            tracks[prefix].append((sequence, first, file_coordinates(found, sequence.box_origin)))
-    values = {}
-    for prefix, found in tracks.items():
-        rows = [
-            score_boxes(boxes, sequence, first, min(first + len(boxes), sequence.num_annotated), "got10k")
-            for sequence, first, boxes in found
-        ]
-        scores = got10k_scores([row["overlaps"] for row in rows]) | mean_one_pass_scores(rows)
-        values |= {f"{prefix}{name}": scores[name] for name in REPORTED}
-        num_scored = scores["num_frames"]
-    return values | {"val/num_frames": num_scored, "val/tracked_per_s": num_tracked / track_s}
+        stop = min(stop, sequence.num_annotated)
+        for prefix, boxes_xywh in (("val/", np.stack(boxes)), ("val/still_", still_boxes(sequence)[first:])):
+            in_file = file_coordinates(boxes_xywh, sequence.box_origin)
+            rows[prefix].append(score_boxes(in_file, sequence, first, stop, "got10k"))
+    metrics = {}
+    for prefix, sequence_rows in rows.items():
+        scores = got10k_scores([row["overlaps"] for row in sequence_rows]) | mean_one_pass_scores(sequence_rows)
+        metrics |= {f"{prefix}{name}": scores[name] for name in REPORTED}
+    return metrics | {"val/num_frames": scores["num_frames"], "val/tracked_per_s": num_tracked / track_s}
 
 
 @torch.no_grad()
 def evaluate_pairs(
-    model: SiamFC,
-    dataset: SiamesePairs,
-    num_pairs: int,
-    batch_size: int,
-    labels: torch.Tensor,
-    weights: torch.Tensor,
-    precision: str,
-    picture_path: Path,
-    picture_pairs: int,
+    model: SiamFC, dataset: SiamesePairs, settings: Settings, precision: str, picture_path: Path
 ) -> dict[str, float]:
-    """Compute the loss on the first `num_pairs` of validation pairs and draw `picture_pairs` of them.
+    """Compute the loss on the first `eval_pairs` validation pairs and draw `picture_pairs` of them.
 
     Returns:
-        {"val/loss": float, "val/hit_rate": float}; empty where num_pairs is 0.
+        {"val/loss": float, "val/hit_rate": float}; empty where there are no pairs.
     """
+    num_pairs = settings.eval_pairs if dataset.sequences else 0
     if num_pairs == 0:
         return {}
     model.eval()
+    device = next(model.parameters()).device
+    labels = response_labels(RESPONSE_SIZE, settings.r_pos).to(device)  # (15, 15)
+    weights = balanced_weights(labels)
     loss, hits, pictures = 0.0, 0.0, []
-    for start in range(0, num_pairs, batch_size):
-        batch = collate([dataset[index] for index in range(start, min(start + batch_size, num_pairs))])
-        exemplars, instances = (batch[key].to(labels.device).float() for key in ("exemplars", "instances"))
-        with autocast(labels.device, precision):
-            response = model(exemplars, instances)  # (B, 1, 15, 15)
-        share = len(response) / num_pairs
-        loss += share * balanced_loss(response, labels, weights).item()
-        hits += share * hit_rate(response, labels).item()
-        for exemplar, instance, one in zip(batch["exemplars"], batch["instances"], response, strict=True):
-            if len(pictures) < picture_pairs:
-                pictures.append(draw_pair(exemplar, instance, one[0].float().cpu()))
+    for start in range(0, num_pairs, settings.batch_size):
+        batch = collate([dataset[index] for index in range(start, min(start + settings.batch_size, num_pairs))])
+        exemplars, instances = (batch[key].to(device).float() for key in ("exemplars", "instances"))
+        with autocast(device, precision):
+            responses = model(exemplars, instances)  # (B, 1, 15, 15)
+        share = len(responses) / num_pairs
+        loss += share * balanced_loss(responses, labels, weights).item()
+        hits += share * hit_rate(responses, labels).item()
+        for exemplar, instance, response in zip(batch["exemplars"], batch["instances"], responses, strict=True):
+            if len(pictures) < settings.picture_pairs:
+                pictures.append(draw_pair(exemplar, instance, response[0].float().cpu()))
     if pictures:
         write_image(picture_path, np.concatenate(pictures))
     return {"val/loss": loss, "val/hit_rate": hits}
@@ -518,19 +527,18 @@ def list_data(data: dict) -> tuple[list[Sequence], list[Sequence]]:
     return train_sequences, val_sequences
 
 
-def keep_usable(sequences: list[Sequence], pairs: PairSettings, split: str) -> tuple[list[Sequence], list[np.ndarray]]:
+def keep_usable(
+    sequences: list[Sequence], pair_settings: PairSettings, split: str
+) -> tuple[list[Sequence], list[np.ndarray]]:
     """Leave out sequences without a frame that is fit for pairs, and say how many frames were left out.
 
     Returns:
         the other sequences, and the usable frames of each.
     """
-    found: dict[int, np.ndarray] = {}  # a sequence with several turns is looked at once
-    for sequence in sequences:
-        if id(sequence) not in found:
-            found[id(sequence)] = usable_frames(sequence, pairs)
-    different = {id(sequence): sequence for sequence in sequences}
-    useless = [sequence.name for key, sequence in different.items() if not len(found[key])]
-    num_frames, num_usable = sum(map(len, different.values())), sum(map(len, found.values()))
+    different = {id(sequence): sequence for sequence in sequences}  # one with several turns is looked at once
+    usable = {key: usable_frames(sequence, pair_settings) for key, sequence in different.items()}
+    useless = [sequence.name for key, sequence in different.items() if not len(usable[key])]
+    num_frames, num_usable = sum(map(len, different.values())), sum(map(len, usable.values()))
     print(
         f"{split}: {len(different)} sequences, {num_frames} frames; pairs are cut from {num_usable} frames of "
         f"{len(different) - len(useless)} sequences"
@@ -538,8 +546,8 @@ def keep_usable(sequences: list[Sequence], pairs: PairSettings, split: str) -> t
     if useless:
         listed = ", ".join(first_few(useless, MAX_LISTED))
         print(f"  without a usable box (see pairs.*), or with a first frame that cannot be read: {listed}")
-    kept = [sequence for sequence in sequences if len(found[id(sequence)])]
-    return kept, [found[id(sequence)] for sequence in kept]
+    sequences = [sequence for sequence in sequences if len(usable[id(sequence)])]
+    return sequences, [usable[id(sequence)] for sequence in sequences]
 
 
 def build_model(model_settings: ModelSettings, is_resumed: bool) -> SiamFC:
@@ -558,22 +566,34 @@ def build_model(model_settings: ModelSettings, is_resumed: bool) -> SiamFC:
     return model
 
 
-def build_optimizer(model: SiamFC, optim: OptimSettings) -> torch.optim.SGD:
+def build_optimizer(model: SiamFC, optim_settings: OptimSettings) -> torch.optim.SGD:
     """Build SGD; without `decay_all` biases and batch norm have no weight decay. The rate is set at each step."""
-    groups = {optim.weight_decay: [], 0.0: []}
+    groups = {optim_settings.weight_decay: [], 0.0: []}
     for parameter in model.parameters():
-        groups[optim.weight_decay if optim.decay_all or parameter.ndim > 1 else 0.0].append(parameter)
+        groups[optim_settings.weight_decay if optim_settings.decay_all or parameter.ndim > 1 else 0.0].append(parameter)
     groups = [{"params": group, "weight_decay": decay} for decay, group in groups.items() if group]
-    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
+    return torch.optim.SGD(groups, lr=optim_settings.lr, momentum=optim_settings.momentum)
 
 
 def print_table(start: dict, best: dict, last: dict) -> None:
     """Print one row per metric: the first box kept still, before training, best checkpoint, last."""
     print(f"\n{'metric':<16}{'still box':>10}{'step 0':>9}{'best':>9}{'last':>9}")
     for name in REPORTED:
-        values = [best[f"val/still_{name}"], *(one[f"val/{name}"] for one in (start, best, last))]
-        print(f"{name:<16}{values[0]:>10.3f}" + "".join(f"{value:>9.3f}" for value in values[1:]))
+        cells = "".join(f"{metrics[f'val/{name}']:>9.3f}" for metrics in (start, best, last))
+        print(f"{name:<16}{best[f'val/still_{name}']:>10.3f}{cells}")
     print(f"best checkpoint: step {best['step']}, chosen on {best['val/num_frames']} validation frames")
+
+
+def check_pairs(dataset: SiamesePairs, run_dir: Path, num_pairs: int) -> None:
+    """Draw the first training pairs: exemplar and instance side by side."""
+    if not dataset.sequences or num_pairs == 0:
+        return
+    middle = torch.zeros(RESPONSE_SIZE, RESPONSE_SIZE)
+    middle[RESPONSE_SIZE // 2, RESPONSE_SIZE // 2] = 1  # where the object is, but for the shift
+    samples = [dataset[index] for index in range(num_pairs)]
+    pictures = [draw_pair(sample["exemplar"], sample["instance"], middle) for sample in samples]
+    write_image(run_dir / "pairs.png", np.concatenate(pictures))
+    print(f"the first {num_pairs} pairs are drawn in {os.path.relpath(run_dir / 'pairs.png')}")
 
 
 def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
@@ -605,7 +625,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     train_sequences, val_sequences = list_data(config["data"])
     train_sequences, train_usable = keep_usable(train_sequences, pairs, "train")
     val_pair_sequences, val_usable = keep_usable(val_sequences[: settings.eval_sequences], pairs, "val")
-    val_sequences = [one for one in val_sequences if one.visible[:-1].any()][: settings.eval_sequences]
+    val_sequences = [sequence for sequence in val_sequences if sequence.visible[:-1].any()][: settings.eval_sequences]
     train_dataset = SiamesePairs(train_sequences, train_usable, config["seed"], pairs)
     if config["check"]:
         check_pairs(train_dataset, run_dir, settings.picture_pairs)
@@ -615,12 +635,11 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     if not val_sequences:
         raise ValueError(
             "the dataset has no validation sequence with a box: see data.val_fraction, data.val_sequences; pictures "
-            "alone cannot be tracked: add a part of sequences (data.parts), as configs/data/siamfc_bundled.yaml does"
+            "alone cannot be tracked: add a part of sequences (data.parts), as data=siamfc_bundled does"
         )
-    eval_pairs = settings.eval_pairs if val_pair_sequences else 0
     val_pairs = SiamesePairs(val_pair_sequences, val_usable, config["seed"] + 1, pairs)
 
-    counts = {"train_sequences": len({id(one) for one in train_sequences}), "val_sequences": len(val_sequences)}
+    counts = {"train_sequences": len(set(map(id, train_sequences))), "val_sequences": len(val_sequences)}
     start_run(run_dir, config, counts)
 
     # model and optimizer
@@ -632,127 +651,61 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     respond = torch.compile(model) if settings.compile else model
 
-    # what a resumed run takes over
-    start_step, evaluated_step, bad_evals, num_skipped, skipped_in_a_row = 0, -1, 0, 0, 0
-    best: dict[str, float] = {}
-    start_metrics: dict[str, float] = {}
-    running = {"loss": 0.0, "hit_rate": 0.0, "updates": 0}
-    rows = []
-    if resume_path is not None:
-        state = load_checkpoint(resume_path)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["torch_rng"])
-        start_step, evaluated_step, bad_evals = state["step"], state["evaluated_step"], state["bad_evals"]
-        num_skipped, skipped_in_a_row = state["num_skipped"], state["skipped_in_a_row"]
-        best, start_metrics, running, rows = state["best"], state["start_metrics"], state["running"], state["metrics"]
-        if best["step"] == start_step:  # last.pt is the best; killed just after saving it, best.pt is that of before
-            best_state = {key: state[key] for key in BEST_KEYS} | {"metrics": best}
-        else:
-            best_state = load_checkpoint(resume_path.parent / "best.pt")
-        save_checkpoint(run_dir / "best.pt", best_state)
-        print(f"resumed from {resume_path} at step {start_step}")
-    log = MetricsLog(run_dir, rows)
+    is_resumed = resume_path is not None
+    loop = resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else LoopState()
+    log = MetricsLog(run_dir, loop.rows)
+    save = functools.partial(
+        save_run, run_dir, loop, model, optimizer, scaler, {"script": "train_siamfc", "config": config}
+    )
+    if is_resumed:
+        save(is_best=False)  # from now on this folder can be resumed too
 
     pairs_per_step = settings.batch_size * settings.accumulate
-    num_workers = choose_num_workers(config["num_workers"])
-    loader = DataLoader(
+    batches = load_batches(
         train_dataset,
-        batch_size=settings.batch_size,
-        sampler=SampleCounter(start_step * pairs_per_step, settings.steps * pairs_per_step),
-        num_workers=num_workers,
-        collate_fn=collate,
-        worker_init_fn=limit_threads,
-        generator=torch.Generator(),  # its own: torch's stream, which a resumed run restores, must not be drawn from
-        pin_memory=device.type == "cuda",
-        persistent_workers=num_workers > 0,
+        collate,
+        loop.step * pairs_per_step,
+        settings.steps * pairs_per_step,
+        settings.batch_size,
+        config["num_workers"],
+        device,
     )
-    batches = iter(loader)
-    progress = tqdm(total=settings.steps, initial=start_step, desc="train", disable=None)
-    wait_s, window_start, window_step = 0.0, time.perf_counter(), start_step
-
-    def save_last(step: int) -> None:
-        save_checkpoint(
-            run_dir / "last.pt",
-            {
-                "format": 1,
-                "script": "train_siamfc",
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "torch_rng": torch.get_rng_state(),
-                "step": step,
-                "evaluated_step": evaluated_step,
-                "bad_evals": bad_evals,
-                "num_skipped": num_skipped,
-                "skipped_in_a_row": skipped_in_a_row,
-                "best": best,
-                "start_metrics": start_metrics,
-                "running": running,
-                "metrics": log.rows,
-                "config": config,
-                "git": git_state(),
-            },
-        )
-
-    if resume_path is not None:
-        save_last(start_step)  # from now on this folder can be resumed too
-    step = start_step
+    progress = tqdm(total=settings.steps, initial=loop.step, desc="train", disable=None)
+    window = SpeedWindow(loop.step)
     while True:
         # 1. evaluate and save
-        is_last = step >= settings.steps
-        if (step % settings.eval_every == 0 or is_last) and step > evaluated_step:
-            samples_dir = run_dir / "samples" / f"step_{step:06d}"
+        is_last = loop.step >= settings.steps
+        if (loop.step % settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
+            samples_dir = run_dir / "samples" / f"step_{loop.step:06d}"
             samples_dir.mkdir(parents=True, exist_ok=True)
-            eval_start = time.perf_counter()
-            values = evaluate_tracking(model, val_sequences, tracker_settings, tracker_precision, settings.eval_frames)
-            values |= evaluate_pairs(
-                model, val_pairs, eval_pairs, settings.batch_size, labels, weights, precision,
-                samples_dir / "pairs.png", settings.picture_pairs,
-            )  # fmt: skip
-            tqdm.write(f"step {step}: " + "  ".join(f"{name} {values[f'val/{name}']:.3f}" for name in REPORTED))
-            log.log(step, values)
-            plot_curves(log.rows, run_dir / "curves.png")
-            evaluated_step = step
-            start_metrics = start_metrics or {"step": step, **values}
-            is_best = not best or values[settings.select_by] > best[settings.select_by]
-            bad_evals = 0 if is_best else bad_evals + 1
-            if is_best:
-                best = {"step": step, **values}
-            save_last(step)  # before best.pt: a resumed run makes best.pt from it where it is the best
-            if is_best:
-                save_checkpoint(
-                    run_dir / "best.pt",
-                    {
-                        "format": 1,
-                        "script": "train_siamfc",
-                        "model": model.state_dict(),
-                        "config": config,
-                        "git": git_state(),
-                        "metrics": best,
-                    },
+            with window.paused():  # speed is that of training alone
+                metrics = evaluate_tracking(
+                    model, val_sequences, tracker_settings, tracker_precision, settings.eval_frames
                 )
-            window_start += time.perf_counter() - eval_start  # speed is that of training alone
-        elif step > start_step and step % settings.save_every == 0:
-            save_last(step)
-        if settings.early_stop_evals is not None and bad_evals >= settings.early_stop_evals:
-            tqdm.write(f"early stop: {settings.select_by} has not risen in {bad_evals} evaluations")
+                metrics |= evaluate_pairs(model, val_pairs, settings, precision, samples_dir / "pairs.png")
+                tqdm.write(
+                    f"step {loop.step}: " + "  ".join(f"{name} {metrics[f'val/{name}']:.3f}" for name in REPORTED)
+                )
+                log.log(loop.step, metrics)
+                plot_curves(loop.rows, run_dir / "curves.png")
+                save(is_best=loop.take(metrics, settings.select_by))
+        elif loop.step % settings.save_every == 0:
+            save(is_best=False)
+        if settings.early_stop_evals is not None and loop.bad_evals >= settings.early_stop_evals:
+            tqdm.write(f"early stop: {settings.select_by} has not risen in {loop.bad_evals} evaluations")
             break
         if is_last:
             break
         model.train()
 
         # 2. learning rate
-        lr = exponential_lr(step, settings.steps, optim)
+        lr = exponential_lr(loop.step, settings.steps, optim)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         step_loss, step_hit_rate, step_names = 0.0, 0.0, []
         for _ in range(settings.accumulate):
-            wait_start = time.perf_counter()
-            batch = next(batches)
-            wait_s += time.perf_counter() - wait_start
+            batch = window.next_batch(batches)
             step_names += batch["names"]
             exemplars, instances = (
                 batch[key].to(device, non_blocking=True).float() for key in ("exemplars", "instances")
@@ -766,90 +719,46 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             with autocast(device, precision):
                 response = respond(exemplars, instances)  # (B, 1, 15, 15)
             micro_loss = balanced_loss(response, labels, weights) / settings.accumulate
-            if not math.isfinite(loss_value := micro_loss.item()):
-                raise FloatingPointError(f"loss is {loss_value} at step {step}, pairs {', '.join(batch['names'])}")
-            step_loss += loss_value
+            step_loss += check_finite(micro_loss.item(), loop.step, f"pairs {', '.join(batch['names'])}")
             step_hit_rate += hit_rate(response, labels).item() / settings.accumulate
 
             # 4. backward and clip
             scaler.scale(micro_loss).backward()
-        scaler.unscale_(optimizer)
-        clip_norm = math.inf if settings.clip_norm is None else settings.clip_norm
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
-        is_skipped = not math.isfinite(grad_norm)
-        if is_skipped and not scaler.is_enabled():
-            raise FloatingPointError(f"gradient norm is {grad_norm} at step {step}, pairs {', '.join(step_names)}")
-        num_skipped, skipped_in_a_row = num_skipped + is_skipped, skipped_in_a_row + 1 if is_skipped else 0
-        if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise FloatingPointError(
-                f"fp16 gradients overflowed at {skipped_in_a_row} steps in a row, the last is step {step}: nothing is "
-                "learned; use precision=bf16 or precision=fp32, or start from other weights"
-            )
+        samples = f"pairs {', '.join(step_names)}"
+        grad_norm = clip_gradients(model.parameters(), settings.clip_norm, optimizer, scaler, loop, samples)
 
         # 5. update (the scaler leaves out a step whose fp16 gradients overflowed)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
+        loop.step += 1
 
         # 6. log
-        running["loss"] = RUNNING_MEAN_DECAY * running["loss"] + (1 - RUNNING_MEAN_DECAY) * step_loss
-        running["hit_rate"] = RUNNING_MEAN_DECAY * running["hit_rate"] + (1 - RUNNING_MEAN_DECAY) * step_hit_rate
-        running["updates"] += 1
-        correction = 1 - RUNNING_MEAN_DECAY ** running["updates"]
+        means = running_means(loop.running, {"train/loss": step_loss, "train/hit_rate": step_hit_rate})
         progress.update()
-        if step % settings.log_every == 0 or step == settings.steps:
-            elapsed_s = time.perf_counter() - window_start
-            pairs_per_s = (step - window_step) * pairs_per_step / elapsed_s
-            values = {
-                "train/loss": running["loss"] / correction,
-                "train/hit_rate": running["hit_rate"] / correction,
-                "train/grad_norm": grad_norm,
-                "lr": lr,
-                "skipped_steps": num_skipped,
-                "pairs_per_s": pairs_per_s,
-                "data_wait_share": wait_s / elapsed_s,
-            }
-            log.log(step, values)
+        if loop.step % settings.log_every == 0 or loop.step == settings.steps:
+            steps_per_s, wait_share = window.read(loop.step)
+            pairs_per_s = steps_per_s * pairs_per_step
+            values = {"train/grad_norm": grad_norm, "lr": lr, "skipped_steps": loop.num_skipped}
+            speed = {"pairs_per_s": pairs_per_s, "data_wait_share": wait_share}
+            log.log(loop.step, means | values | speed)
             progress.set_postfix_str(
-                f"loss {values['train/loss']:.3f}, {pairs_per_s:.1f} pairs/s, "
-                f"waits for data {values['data_wait_share']:.0%}"
+                f"loss {means['train/loss']:.3f}, {pairs_per_s:.1f} pairs/s, waits for data {wait_share:.0%}"
             )
-            wait_s, window_start, window_step = 0.0, time.perf_counter(), step
 
     progress.close()
-    last = {"step": step, **values_of_step(log.rows, evaluated_step)}
-    plot_curves(log.rows, run_dir / "curves.png")
+    last = {"step": loop.step, **values_of_step(loop.rows, loop.evaluated_step)}
+    plot_curves(loop.rows, run_dir / "curves.png")
     log.close()
-    finish_run(run_dir, {"start": start_metrics, "best": best, "last": last})
-    print_table(start_metrics, best, last)
+    finish_run(run_dir, {"start": loop.start_metrics, "best": loop.best, "last": last})
+    print_table(loop.start_metrics, loop.best, last)
     shown_dir = os.path.relpath(run_dir)
     print(f"\nWritten to {shown_dir}. Next, track something with it:")
     print(f"  python track.py {shlex.quote(f'checkpoint={shown_dir}/best.pt')}")
-    return best[settings.select_by]
+    return loop.best[settings.select_by]
 
 
-def limit_threads(worker: int) -> None:
-    """Let a data-loading process decode in one thread: there are as many processes as cores already."""
-    cv2.setNumThreads(0)
-
-
-def check_pairs(dataset: SiamesePairs, run_dir: Path, num_pairs: int) -> None:
-    """Draw the first training pairs: exemplar and instance side by side."""
-    if not dataset.sequences or num_pairs == 0:
-        return
-    middle = torch.zeros(RESPONSE_SIZE, RESPONSE_SIZE)
-    middle[RESPONSE_SIZE // 2, RESPONSE_SIZE // 2] = 1  # where the object is, but for the shift
-    samples = [dataset[index] for index in range(num_pairs)]
-    pictures = [draw_pair(sample["exemplar"], sample["instance"], middle) for sample in samples]
-    write_image(run_dir / "pairs.png", np.concatenate(pictures))
-    print(f"the first {num_pairs} pairs are drawn in {os.path.relpath(run_dir / 'pairs.png')}")
-
-
-RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data_root", "data.root", "data.index")
-
-
-@hydra.main(version_base="1.3", config_path="configs", config_name="train_siamfc")
+@hydra.main(version_base="1.3", config_path="configs/tracking", config_name="train_siamfc")
 def main(cfg) -> float:
     """Read the config, train, and end with one line on what went wrong and status 1, if anything did."""
     try:

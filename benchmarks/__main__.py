@@ -1,7 +1,7 @@
 """Run the speed benchmarks, each in a process of its own, and print README's table of ratios.
 
 python -m benchmarks                       # all, about half an hour on 2 cores; on an otherwise idle machine
-python -m benchmarks tracker start_up      # some
+python -m benchmarks tracker pair_loading  # some
 python -m benchmarks "automatic_masks --model sam2.1_hiera_tiny"
 """
 
@@ -17,7 +17,7 @@ BENCHMARKS = (
     "decoder_batching", "decoder_batching --model sam2_nano --image-size 256 --repeats 20",
     "automatic_masks", "automatic_masks --fast-decoder",
     "automatic_masks --model sam2.1_hiera_tiny", "automatic_masks --model sam2.1_hiera_tiny --fast-decoder",
-    "tracker", "pair_loading", "unet_training", "start_up",
+    "tracker", "pair_loading", "unet_training",
 )  # fmt: skip
 
 
@@ -31,9 +31,9 @@ def main() -> None:
         for line in done.stdout.splitlines():
             if line.startswith("{"):
                 print(line, flush=True)
-                one = json.loads(line)
-                times = f"{one['ours_s']:.3g} | {one['plain_s']:.3g}"
-                cells = (one["name"], one["ratio"], one["target"] or "", times, one["checked_equal"])
+                result = json.loads(line)
+                times = f"{result['ours_s']:.3g} | {result['plain_s']:.3g}"
+                cells = (result["name"], result["ratio"], result["target"] or "", times, result["checked_equal"])
                 rows.append("| " + " | ".join(map(str, cells)) + " |")
     print("\n" + "\n".join(rows))
 

@@ -52,7 +52,7 @@ def write_sequences(root: Path) -> None:
 
 def plain_pair(folders: list[Path], sample_index: int) -> tuple[np.ndarray, np.ndarray]:
     """Cut one pair the usual way: exemplar (127, 127, 3), instance (239, 239, 3), uint8."""
-    _, number = shuffled_item(0, sample_index, len(folders))
+    number = shuffled_item(0, sample_index, len(folders))
     paths = sorted(folders[number].glob("*.jpg"))
     boxes = np.loadtxt(folders[number] / "groundtruth.txt", delimiter=",", dtype=np.float32)
     for label in ("absence", "cut_by_image", "cover"):

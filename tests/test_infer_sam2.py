@@ -16,6 +16,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from options import read_option
 from pycocotools import mask as coco_mask
 
 from infer_sam2 import choose_model, infer, list_images, main, output_names
@@ -26,7 +27,7 @@ from utils.sam2.fast_decoder import decode_fast
 from utils.sam2.model import build_sam2, decode
 
 ROOT = Path(__file__).resolve().parent.parent
-NANO = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "model" / "sam2_nano.yaml"))
+NANO = read_option("sam2", "model", "sam2_nano")
 MANY_MASKS = [  # random weights: masks cover the whole picture and no score is high
     "automatic.pred_iou_thresh=0.01",
     "automatic.stability_score_thresh=0.01",
@@ -60,7 +61,7 @@ def folder(tmp_path_factory):
 
 def compose_config(*overrides):
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "configs" / "sam2"), version_base="1.3"):
         cfg = compose("infer_sam2", ["device=cpu", *overrides])
     return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
@@ -198,7 +199,7 @@ def test_box_prompts_of_the_command_line_are_one_object_each(folder, tmp_path):
 
 @pytest.mark.parametrize("num_points", [1, 30])
 def test_region_gives_one_mask_a_point(folder, tmp_path, predictor, num_points):
-    """Each is the mask of highest predicted IoU; the tutorial takes the first of three (D16)."""
+    """Each is the mask of highest predicted IoU; the tutorial takes the first of three."""
     arguments = [f"input={folder / 'photo.png'}", "mode=region", f"region={folder / 'region.png'}"]
     arguments += [f"num_points={num_points}"] if num_points != 30 else []  # 30 is the default
     record = run(folder, tmp_path / "run", *arguments)[0]["photo"]
@@ -215,7 +216,7 @@ def test_region_gives_one_mask_a_point(folder, tmp_path, predictor, num_points):
 
 
 def test_one_point_as_the_tutorial_reads_it_is_a_row_of_the_mask(folder, tmp_path, predictor):
-    """Its masks[:, 0] and scores[:, 0] expect an axis of prompts that is not there for a single one (D16)."""
+    """The tutorial's masks[:, 0] and scores[:, 0] expect an axis of prompts that is not there for a single one."""
     arguments = [f"input={folder / 'photo.png'}", "mode=region", f"region={folder / 'region.png'}", "num_points=1"]
     (annotation,) = run(folder, tmp_path / "run", *arguments)[0]["photo"]["annotations"]
     assert annotation["segmentation"]["size"] == [120, 160]
@@ -265,7 +266,7 @@ def test_automatic_masks_and_their_files(folder, tmp_path):
     np.testing.assert_array_equal(
         overlay, overlay_label_map(read_image(folder / "photo.png"), label_map.astype(np.int32))
     )
-    assert np.abs(overlay.astype(int) - overlay[..., ::-1]).max() > 50  # red and blue exchanged (D16) would be seen
+    assert np.abs(overlay.astype(int) - overlay[..., ::-1]).max() > 50  # red and blue exchanged would be seen
     run_record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run_record["end"] and run_record["metrics"]["last"]["num_masks"] == count
     assert run_record["config"]["automatic"]["points_per_side"] == 6
@@ -432,7 +433,6 @@ def test_best_checkpoint_of_training_predicts_the_same_in_an_untouched_sam2(fold
         (["num_points=many"], "num_points is 'many'; must be a whole number"),
         (["max_overlap=x"], "max_overlap is 'x'; must be a number"),
         (["mode=prompts", "points=5"], "points is 5; must be a list or null"),
-        (["model=unet"], "model is not a SAM 2 model; choose a file of configs/model that starts with sam2"),
         (["image_size=1.5"], "image_size is 1.5; must be a whole number or null"),
         (["automatic.points_per_side=2.5"], "automatic.points_per_side is 2.5; must be a whole number"),
         (
@@ -474,7 +474,7 @@ def test_bad_input_is_one_clear_line(folder, tmp_path, monkeypatch, arguments, m
 
 def test_the_command_reports_bad_input_in_one_line(folder, monkeypatch, capfd):
     monkeypatch.chdir(folder)
-    command = ["infer_sam2.py", "--config-path", str(ROOT / "configs"), "device=cpu", "input=missing.jpg"]
+    command = ["infer_sam2.py", "--config-path", str(ROOT / "configs" / "sam2"), "device=cpu", "input=missing.jpg"]
     monkeypatch.setattr(sys, "argv", [*command, "hydra.run.dir=bad"])
     GlobalHydra.instance().clear()
     capfd.readouterr()

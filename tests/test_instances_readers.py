@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
+from options import read_option
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -16,12 +16,10 @@ from utils.images import read_image, write_image, write_label_map
 from utils.instances.check import check_items, keep_usable, mask_statistics, plot_statistics, report_lines
 from utils.instances.readers import object_ids, read_instances, read_item, split_items
 
-CONFIGS = Path(__file__).parent.parent / "configs" / "data"
-
 
 def data_keys(name: str, root: Path, **changes) -> dict:
-    """The keys of configs/data/<name>.yaml, with a root and other changes, as a command line would give them."""
-    keys = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    """The keys of configs/sam2/data/<name>.yaml, with a root and other changes, as a command line would give them."""
+    keys = read_option("sam2", "data", name)
     assert not set(changes) - set(keys), changes
     return {**keys, "root": str(root), **changes}
 
@@ -79,7 +77,7 @@ def test_label_map_reads_8_16_32_bit_and_palette(tmp_path):
 
 
 def test_a_map_without_background_keeps_its_smallest_id(tmp_path):
-    """The tutorial's np.unique(map)[1:] loses object 3 here (D8)."""
+    """The tutorial's np.unique(map)[1:] loses object 3 here."""
     write_label_maps(tmp_path, 1)
     ids = np.full((8, 10), 3, np.uint8)
     ids[:, 5:] = 9
@@ -107,7 +105,7 @@ def test_ids_to_ignore_become_background(tmp_path):
 
 
 def test_odd_suffixes_and_stray_files(tmp_path):
-    """The tutorial's name[:-4] breaks .jpeg, and it opens whatever lies in the folder (D10)."""
+    """The tutorial's name[:-4] breaks .jpeg, and it opens whatever lies in the folder."""
     for name in ("a.jpeg", "b.JPG", "c.v2.PNG", "d.tif"):
         write_picture(tmp_path / "images" / name)
     for name in ("a.png", "b.png", "c.v2.tif", "d.PNG"):
@@ -169,7 +167,7 @@ LABPICS = {"subsets": ["Simple"], "val_folder": None, "val_fraction": 0}
 @pytest.mark.parametrize(
     ("vessel_id", "material_id", "dtype"),
     [
-        (16, 19, np.uint8),  # the tutorial's uint8 product 16 * (19 + 1) is 64 (D7)
+        (16, 19, np.uint8),  # the tutorial's uint8 product 16 * (19 + 1) is 64
         (16, 15, np.uint8),  # ... is 256, so 0: the vessel is lost
         (3, 255, np.uint8),  # ... 255 + 1 is 0: all vessels are lost
         (255, 255, np.uint8),

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from options import read_option
 
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.sam2 import model as sam2_model
@@ -37,12 +38,12 @@ from utils.sam2.model import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL_FILES = sorted((ROOT / "configs" / "model").glob("sam2*.yaml"))
+MODEL_FILES = sorted((ROOT / "configs" / "sam2" / "model").glob("sam2*.yaml"))
 NAMES = [path.stem for path in MODEL_FILES]
 
 
 def model_config(name: str, **changes) -> dict:
-    return yaml.safe_load((ROOT / "configs" / "model" / f"{name}.yaml").read_text()) | changes
+    return read_option("sam2", "model", name) | changes
 
 
 def build_random(name: str, image_size: int, seed: int = 0) -> torch.nn.Module:
@@ -67,7 +68,7 @@ from hydra.core.global_hydra import GlobalHydra
 from utils.sam2 import model as sam2_model
 
 def config(name):
-    path = Path(sam2_model.__file__).resolve().parents[2] / "configs" / "model" / f"{name}.yaml"
+    path = Path(sam2_model.__file__).resolve().parents[2] / "configs" / "sam2" / "model" / f"{name}.yaml"
     return yaml.safe_load(path.read_text()) | {"checkpoint": "none", "image_size": 64, "device": "cpu"}
 
 TINY, NANO = config("sam2.1_hiera_tiny"), config("sam2_nano")
@@ -395,7 +396,7 @@ def test_a_batch_equals_its_pictures_one_at_a_time(nano, with_masks, monkeypatch
             gradient, single_gradients[name], atol=1e-5 * max(1, largest.item()), rtol=0, msg=name
         )
 
-    # the popular tutorial's form (D2) gives every object the last picture's high-resolution features
+    # the popular tutorial's form gives every object the last picture's high-resolution features
     last = Embeddings(embeddings.image_embeddings, [f[-1:].expand_as(f) for f in embeddings.high_res_features])
     wrong = predict(last, IMAGE_INDEX, torch.arange(7))[0]
     difference = (wrong - together[0]).abs().amax((1, 2, 3))
@@ -429,7 +430,7 @@ def test_conv_trunk_has_four_strides_and_a_batch_of_one_is_the_same():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# every model of configs/model: architectures on the meta device, which takes no memory and no time
+# every model of configs/sam2/model: architectures on the meta device, which takes no memory and no time
 
 
 @pytest.fixture(scope="module")
@@ -468,7 +469,7 @@ def test_model_files_hold_build_sam2s_keywords_and_what_their_header_says(state_
     config = model_config(name)
     assert config.keys() == inspect.signature(build_sam2).parameters.keys() - {"device", "fast_decoder"}
     assert config["name"] == name and config["checkpoint"] == "auto"
-    text = (ROOT / "configs" / "model" / f"{name}.yaml").read_text()
+    text = (ROOT / "configs" / "sam2" / "model" / f"{name}.yaml").read_text()
     millions = f"{state_dicts[f'count {name}'] / 1e6 - 0.05:.1f}"  # cut, not rounded, as SAM 2's README has them
     rounded = f"{state_dicts[f'count {name}'] / 1e6:.1f}"
     header = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
@@ -687,7 +688,7 @@ def small_tiny():
     return build_random("sam2.1_hiera_tiny", 64)
 
 
-NOT_IN_THE_TUTORIAL = {"sam_mask_decoder.conv_s0", "sam_mask_decoder.conv_s1", "no_mem_embed"}  # D1
+NOT_IN_THE_TUTORIAL = {"sam_mask_decoder.conv_s0", "sam_mask_decoder.conv_s1", "no_mem_embed"}
 
 
 @pytest.mark.parametrize("fixture", ["nano", "small_tiny"])
@@ -715,7 +716,7 @@ def test_exactly_the_named_parts_are_trainable(request, fixture, trainable, pref
     assert [name for name, _ in parameters] == expected and expected
     assert [name for name, p in model.named_parameters() if p.requires_grad] == expected
     assert all(p is dict(model.named_parameters())[name] for name, p in parameters)
-    if "mask_decoder" in trainable:  # the popular tutorial never trains these (D1)
+    if "mask_decoder" in trainable:  # the popular tutorial never trains these
         for prefix in NOT_IN_THE_TUTORIAL:
             assert any(name.startswith(prefix) for name in expected)
     model.requires_grad_(True)
@@ -765,7 +766,7 @@ def test_parts_that_make_no_sense_are_refused_and_nothing_is_frozen(nano, traina
 
 
 def test_every_trainable_parameter_moves_and_every_frozen_one_stays(nano):
-    """The tutorial encodes without gradient, so conv_s0, conv_s1 and no_mem_embed never train (D1)."""
+    """The tutorial encodes without gradient, so conv_s0, conv_s1 and no_mem_embed never train."""
     state = {name: value.clone() for name, value in nano.state_dict().items()}
     images = preprocess(picture(64, 64), 128)[None]
     point_coords, point_labels, mask_inputs = object_prompts(2)

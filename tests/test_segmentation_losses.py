@@ -1,15 +1,14 @@
 """Losses of masks and of class maps: values and gradients against torchvision, MONAI, naive loops, closed forms."""
 
 import math
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from monai.losses import DiceLoss, FocalLoss, TverskyLoss
+from options import read_option
 from scipy.ndimage import distance_transform_edt
 from torchvision.ops import sigmoid_focal_loss
 
@@ -155,7 +154,7 @@ def test_extreme_logits_give_finite_values_and_gradients(name, dtype, level):
 
 
 def tutorial_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The popular tutorial's cross-entropy: on probabilities, with 1e-5 inside the logarithms (D4)."""
+    """The popular tutorial's cross-entropy: on probabilities, with 1e-5 inside the logarithms."""
     probs = logits.sigmoid()
     return (-mask * torch.log(probs + 1e-5) - (1 - mask) * torch.log((1 - probs) + 1e-5)).mean((-2, -1))
 
@@ -517,19 +516,18 @@ def test_pixel_weights_take_the_place_of_class_weights_in_the_losses_of_pixels()
 
 
 LOSS_FILES = (
-    "cross_entropy", "soft_iou", "log_iou", "semantic_dice", "tversky", "semantic_focal", "cross_entropy_dice",
+    "cross_entropy", "soft_iou", "log_iou", "dice", "tversky", "focal", "cross_entropy_dice",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LOSS_FILES)
 def test_loss_files_hold_every_knob_and_switch_on_what_they_are_named_after(name):
-    path = Path(__file__).parent.parent / "configs" / "loss" / f"{name}.yaml"
-    knobs = yaml.safe_load(path.read_text(encoding="utf-8"))
+    knobs = read_option("unet", "loss", name)
     assert (knobs.pop("class_weights"), knobs.pop("border_weight"), knobs.pop("border_sigma")) == (None, 0.0, 5.0)
     assert set(knobs) == WEIGHTS_OF_LOSSES.keys() | OTHER_KNOBS.keys()
     on = {key for key in WEIGHTS_OF_LOSSES if knobs[key]}
     both = {"cross_entropy", "dice"}
-    assert on == (both if name == "cross_entropy_dice" else {name.removeprefix("semantic_")})
+    assert on == (both if name == "cross_entropy_dice" else {name})
     logits, target = class_example(11)
     assert semantic_loss(logits, target, **knobs) > 0
 
@@ -548,11 +546,11 @@ def test_wrong_shapes_and_classes_are_errors():
                 loss(logits, bad)
 
 
-# What peers get wrong (anchors D1, B3, C), each beside the right value
+# What peers get wrong, each beside the right value
 
 
 def test_dice_of_fp16_logits_is_not_nan():
-    """Counts above 65,504 are inf in fp16, and inf / inf is nan: Dice in the network's precision (D1.11)."""
+    """Counts above 65,504 are inf in fp16, and inf / inf is nan: Dice in the network's precision, as milesial's."""
     logits, target = torch.zeros(1, 2, 512, 512, dtype=torch.float16), torch.zeros(1, 512, 512, dtype=torch.long)
     target[:, :8] = 1
     probs, truth = logits.softmax(1), F.one_hot(target, 2).movedim(-1, 1).half()
@@ -564,7 +562,7 @@ def test_dice_of_fp16_logits_is_not_nan():
 
 
 def test_an_absent_class_does_not_make_dice_look_better():
-    """An absent class that counts as Dice 1 (D1.2) hides how bad the others are; with smoothing it counts as 0."""
+    """An absent class that counts as Dice 1 hides how bad the others are; with smoothing it counts as 0."""
     logits, target = class_example(13, (1, 4, 8, 8), ignored=0)
     target = target.clamp(max=1)  # classes 2 and 3 are absent
     probs, truth = logits.softmax(1), F.one_hot(target, 4).movedim(-1, 1)

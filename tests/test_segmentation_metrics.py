@@ -80,13 +80,13 @@ def naive_metrics(pred_classes, target, num_classes: int) -> dict:
         for predicted, true in zip(pred_classes.flatten().tolist(), target.flatten().tolist(), strict=True)
         if true != 255
     ]
-    result = {name: [] for name in PER_CLASS} | {"absent": [], "class_share": [], "pred_share": []}
+    result = {name: [] for name in PER_CLASS} | {"absent": []}
+    class_share = []
     for c in range(num_classes):
         truth = {i for i, (_, true) in enumerate(pairs) if true == c}
         predicted = {i for i, (pred_class, _) in enumerate(pairs) if pred_class == c}
         both = len(truth & predicted)
-        result["class_share"].append(len(truth) / len(pairs))
-        result["pred_share"].append(len(predicted) / len(pairs))
+        class_share.append(len(truth) / len(pairs))
         if not truth:
             result["absent"].append(c)
             for name in PER_CLASS:
@@ -100,7 +100,7 @@ def naive_metrics(pred_classes, target, num_classes: int) -> dict:
     result["pixel_accuracy"] = sum(predicted == true for predicted, true in pairs) / len(pairs)
     result["mean_iou"] = sum(result["class_iou"][c] for c in present) / len(present)
     result["dice"] = sum(result["class_dice"][c] for c in present) / len(present)
-    result["weighted_iou"] = sum(result["class_share"][c] * result["class_iou"][c] for c in present)
+    result["weighted_iou"] = sum(class_share[c] * result["class_iou"][c] for c in present)
     return result
 
 
@@ -147,7 +147,7 @@ def test_metrics_are_the_same_for_every_batch_size_and_order():
 
 
 def mean_of_batches(pred_classes, target, batch_size: int, absent: float) -> float:
-    """What some peers report (anchors D1.2): Dice of each batch, `absent` for a class that is in neither, averaged."""
+    """What some peers report: Dice of each batch, `absent` for a class that is in neither, averaged."""
     values = []
     for i in range(0, len(target), batch_size):
         matrix = naive_confusion_matrix(pred_classes[i : i + batch_size], target[i : i + batch_size], 5)
@@ -177,7 +177,6 @@ def test_absent_classes_are_named_and_left_out():
     assert metrics["dice"] == pytest.approx((6 / 8 + 2 / 3) / 2)
     assert metrics["weighted_iou"] == pytest.approx(4 / 6 * 3 / 5 + 2 / 6 * 1 / 2)
     assert metrics["pixel_accuracy"] == pytest.approx(4 / 6)
-    assert metrics["pred_share"].tolist() == pytest.approx([4 / 6, 1 / 6, 1 / 6, 0, 0])
     # the wrong pixel of class 1 is not forgiven: it lowers the IoU of the class that it was taken from
     assert metrics["class_iou"][0] == pytest.approx(3 / (4 + 1))
     assert all(np.isfinite(metrics[name]) for name in SCALARS)
@@ -234,7 +233,7 @@ def test_logits_wrong_shapes_and_unknown_classes_are_errors():
 
 
 def test_one_hot_maps_in_the_place_of_classes_would_look_too_good():
-    """(N, C, H, W) maps read as class indices count every right "not this class" (anchors D4): an error here."""
+    """(N, C, H, W) maps read as class indices count every right "not this class": an error here."""
     pred_classes, target = class_maps(7, ignored=0)
     one_hot = [F.one_hot(classes, 5).movedim(-1, 1) for classes in (pred_classes, target)]
     careless = (one_hot[0] == one_hot[1]).float().mean().item()

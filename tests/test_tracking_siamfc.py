@@ -10,14 +10,12 @@ import torch.nn.functional as F
 
 from utils.tracking import siamfc
 from utils.tracking.siamfc import (
-    InPlaceBatchNorm,
     SiamFC,
     balanced_weights,
     box_center,
     context_side,
     crop_and_resize,
     cross_correlate,
-    fold_batch_norm,
     instance_side,
     load_siamfc,
     mean_color,
@@ -150,34 +148,6 @@ def test_new_weights_are_xavier_uniform_and_follow_the_seed():
             assert (weight == 0).all()
 
 
-def test_folding_batch_norm_keeps_the_values_and_the_model():
-    model = make_model(score_bias=True).train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    folded = fold_batch_norm(model)
-    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
-    images = torch.rand(1, 3, 143, 143) * 255
-    with torch.no_grad():
-        torch.testing.assert_close(folded.features(images), model.eval().features(images), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("size", [1, 30, 61])
-def test_batch_norm_in_place_is_batch_norm_bit_for_bit(size, memory_format):
-    torch.manual_seed(0)
-    norm = torch.nn.BatchNorm2d(96, eps=1e-6, momentum=0.05).eval()
-    for values in (norm.weight.data, norm.bias.data, norm.running_mean):
-        values.normal_()
-    norm.running_var.uniform_(0.1, 9)
-    images = 50 * torch.randn(3, 96, size, size).to(memory_format=memory_format)
-    before = {name: value.clone() for name, value in norm.state_dict().items()}
-    with torch.inference_mode():
-        expected = norm(images)
-        found = InPlaceBatchNorm(norm)(images)
-    assert torch.equal(found, expected) and found.data_ptr() == images.data_ptr()
-    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # cross-correlation
 
@@ -195,7 +165,7 @@ def test_cross_correlation_against_loops(num_exemplars, num_instances):
 
 
 def test_cross_correlation_of_channels_last_batches():
-    """F11: the published `view` fails on channels_last features of several exemplars."""
+    """The published `view` fails on channels_last features of several exemplars."""
     torch.manual_seed(0)
     z, x = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 5, 5)
     x_last = x.to(memory_format=torch.channels_last)
@@ -275,7 +245,7 @@ def test_context_square():
 
 
 def test_center_of_a_box_is_that_of_its_middle_pixel():
-    """F8: boxes are 0-based; taken as 1-based, crops lie one pixel too far left and up."""
+    """Boxes are 0-based; taken as 1-based, crops lie one pixel too far left and up."""
     image = np.zeros((40, 60, 3), np.uint8)
     image[10:21, 30:37] = 255  # an 11 x 7 object at (30, 10)
     center_xy = box_center(np.array([30, 10, 7, 11]))
@@ -319,7 +289,7 @@ def test_crops_equal_those_of_a_padded_frame_to_the_byte():
 
 
 def test_a_patch_has_at_least_one_pixel():
-    """F9: the published code fails in OpenCV where a side rounds to 0."""
+    """The published code fails in OpenCV where a side rounds to 0."""
     image = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
     arguments = (image, np.array([7.0, 5.0]), 0.4, 127, np.zeros(3), cv2.INTER_LINEAR)
     assert (crop_and_resize(*arguments) == image[5, 7]).all()
@@ -328,7 +298,7 @@ def test_a_patch_has_at_least_one_pixel():
 
 
 def test_very_wide_patches_take_no_more_memory(monkeypatch):
-    """F9: the published code pads a whole frame to them."""
+    """The published code pads a whole frame to them."""
     rng = np.random.default_rng(0)
     image = cv2.GaussianBlur(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8), (0, 0), 6)
     image = cv2.normalize(image, None, 0, 255, cv2.NORM_MINMAX)

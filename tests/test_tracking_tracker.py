@@ -13,7 +13,7 @@ from utils.images import read_image, write_image
 from utils.tracking import tracker as siamfc_tracker
 from utils.tracking.frames import FrameSource
 from utils.tracking.siamfc import SiamFC, mean_color
-from utils.tracking.tracker import SiamFCTracker, TrackerSettings, track_frames, vertex_offset
+from utils.tracking.tracker import SiamFCTracker, TrackerSettings, fold_batch_norm, track_frames, vertex_offset
 
 PARITY = TrackerSettings(mode="parity")
 SUBPIXEL = TrackerSettings(subpixel_peak=True)
@@ -183,6 +183,21 @@ def test_the_real_network_in_parity_and_fast():
     assert plain.num_padded > 0
 
 
+def test_folding_batch_norm_keeps_the_values_and_the_model():
+    model = real_model().train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # real_model leaves them 1 and 0
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    folded = fold_batch_norm(model)
+    assert model.training and all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    images = torch.rand(1, 3, 143, 143) * 255
+    with torch.no_grad():
+        torch.testing.assert_close(folded.features(images), model.eval().features(images), rtol=1e-4, atol=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # an object that moves, grows, vanishes and comes back
 
@@ -307,16 +322,18 @@ def test_tracking_a_video_is_init_and_updates(tmp_path):
     expected = SiamFCTracker(model, TrackerSettings())
     expected.init(frames[0], boxes_xywh)
     given = boxes_xywh.copy()
-    found = list(track_frames(SiamFCTracker(model, TrackerSettings()), FrameSource(tmp_path), given))
-    assert [one.index for one in found] == list(range(6)) and np.array_equal(given, boxes_xywh)
-    assert all(one.error is None and one.time_s > 0 for one in found)
-    assert all(np.array_equal(one.frame, frame) for one, frame in zip(found, frames, strict=True))
-    assert np.array_equal(found[0].boxes_xywh, boxes_xywh) and found[0].boxes_xywh.dtype == np.float64
-    assert found[0].scores.tolist() == [1, 1] and found[0].is_lost.tolist() == [False, False]
-    for one, frame in zip(found[1:], frames[1:], strict=True):
-        for value, other in zip((one.boxes_xywh, one.scores, one.is_lost), expected.update(frame), strict=True):
-            assert np.array_equal(value, other)
-    assert np.abs(found[-1].boxes_xywh - boxes_xywh).max() > 2  # earlier answers are not changed by later frames
+    tracked = list(track_frames(SiamFCTracker(model, TrackerSettings()), FrameSource(tmp_path), given))
+    assert [tracked_frame.index for tracked_frame in tracked] == list(range(6)) and np.array_equal(given, boxes_xywh)
+    assert np.array_equal(tracked[0].boxes_xywh, boxes_xywh) and tracked[0].boxes_xywh.dtype == np.float64
+    assert tracked[0].scores.tolist() == [1, 1] and tracked[0].is_lost.tolist() == [False, False]
+    for tracked_frame, frame in zip(tracked, frames, strict=True):
+        assert tracked_frame.error is None and tracked_frame.time_s > 0
+        assert np.array_equal(tracked_frame.frame, frame)
+        if tracked_frame.index > 0:
+            boxes, scores, is_lost = expected.update(frame)
+            assert np.array_equal(tracked_frame.boxes_xywh, boxes) and np.array_equal(tracked_frame.scores, scores)
+            assert np.array_equal(tracked_frame.is_lost, is_lost)
+    assert np.abs(tracked[-1].boxes_xywh - boxes_xywh).max() > 2  # earlier answers are not changed by later frames
 
 
 def test_a_frame_that_cannot_be_read_leaves_the_objects_where_they_were(tmp_path):
@@ -326,16 +343,16 @@ def test_a_frame_that_cannot_be_read_leaves_the_objects_where_they_were(tmp_path
     model = small_model(num_channels=32, is_matching=True)
     expected = SiamFCTracker(model, TrackerSettings())
     expected.init(frames[0], boxes_xywh)
-    found = list(track_frames(SiamFCTracker(model, TrackerSettings()), FrameSource(tmp_path), boxes_xywh))
-    assert [one.index for one in found] == list(range(6))
-    assert [one.error is not None for one in found] == [False, False, True, True, False, False]
+    tracked = list(track_frames(SiamFCTracker(model, TrackerSettings()), FrameSource(tmp_path), boxes_xywh))
+    assert [tracked_frame.index for tracked_frame in tracked] == list(range(6))
+    assert [t for t in range(6) if tracked[t].error is not None] == [2, 3]
     before = expected.update(frames[1])[0]
     for t in (2, 3):
-        assert f"{t}.png" in str(found[t].error) and found[t].frame is None and np.isnan(found[t].time_s)
-        assert np.array_equal(found[t].boxes_xywh, before) and np.isnan(found[t].scores).all()
-        assert found[t].is_lost.tolist() == [True, True]
+        assert f"{t}.png" in str(tracked[t].error) and tracked[t].frame is None and np.isnan(tracked[t].time_s)
+        assert np.array_equal(tracked[t].boxes_xywh, before) and np.isnan(tracked[t].scores).all()
+        assert tracked[t].is_lost.tolist() == [True, True]
     for t in (4, 5):
-        assert np.array_equal(found[t].boxes_xywh, expected.update(frames[t])[0])
+        assert np.array_equal(tracked[t].boxes_xywh, expected.update(frames[t])[0])
 
 
 def test_a_video_whose_first_frame_or_box_is_no_good(tmp_path):
@@ -388,7 +405,7 @@ def test_one_cell_is_eight_instance_px():
 
 
 def test_an_object_at_rest_stays_where_it_is():
-    """F10: the published peak is never in the middle, but a quarter of an instance px to its left and above."""
+    """The published peak is never in the middle, but a quarter of an instance px to its left and above."""
     side = np.sqrt((20 + 25) * (30 + 25)) * 255 / 127
     for responses in (one_peak(8, 8), np.ones((3, 17, 17))):
         box = track_responses(SUBPIXEL, responses)[0]
@@ -407,7 +424,7 @@ def test_a_negative_peak_does_not_favour_a_change_of_scale():
 
 @pytest.mark.parametrize("scale_index, limit", [(2, 5.0), (0, 0.2)])
 def test_the_scale_is_limited(scale_index, limit):
-    """F9: the published scale runs away without end."""
+    """The published scale runs away without end."""
     responses = one_peak(8, 8, scale_index)
     boxes = track_responses(SUBPIXEL, responses, 120)
     np.testing.assert_allclose(boxes[-1, 2:], [20 * limit, 30 * limit], rtol=1e-4)
@@ -421,7 +438,7 @@ def test_the_scale_is_limited(scale_index, limit):
 
 @pytest.mark.parametrize("scale_index", [0, 2])
 def test_a_scale_that_runs_away_ends_no_run(scale_index):
-    """F9: the published code fails in OpenCV where the scale shrinks, and fills the memory where it grows."""
+    """The published code fails in OpenCV where the scale shrinks, and fills the memory where it grows."""
     frame = textured(np.random.default_rng(0), 60, 80)
     tracker = SiamFCTracker(small_model(), PARITY)
     tracker.init(frame, np.array([[30, 20, 10, 12]]))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, HydraException
-from omegaconf import OmegaConf
+from options import read_option
 from tiny_training import (
     COLORS,
     ROOT,
@@ -23,6 +23,7 @@ from tiny_training import (
     list_training_items,
     make_dataset,
     make_runs_quick,
+    read_last,
     run_main,
     script_evaluation,
     tiny_overrides,
@@ -40,11 +41,10 @@ from utils.sam2 import model as sam2_model
 from utils.sam2.fast_decoder import decode_fast
 from utils.sam2.model import Embeddings, build_sam2, preprocess, scale_points
 
-SAM_LOSS = LossSettings(**OmegaConf.load(ROOT / "configs" / "loss" / "sam.yaml"))
-TUTORIAL_LOSS = LossSettings(**OmegaConf.load(ROOT / "configs" / "loss" / "tutorial.yaml"))
+SAM_LOSS = LossSettings(**read_option("sam2", "loss", "sam"))
+TUTORIAL_LOSS = LossSettings(**read_option("sam2", "loss", "tutorial"))
 AUGMENTATION = train_sam2.Augmentation(min_area_px=1, hflip=True, color_jitter=0.0)
-PRESETS = [path for path in (ROOT / "configs" / "experiment").glob("*.yaml") if "/model: sam2" in path.read_text()]
-PRESETS = sorted(path.stem for path in PRESETS)
+PRESETS = sorted(path.stem for path in (ROOT / "configs" / "sam2" / "experiment").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_tiny_data_is_overfitted(overfitted):
 
 
 def test_learning_rate_follows_the_cosine(overfitted):
-    """The tutorial's is constant (D6)."""
+    """The tutorial's is constant."""
     run_dir, _ = overfitted
     rates = {row["step"]: row["lr"] for row in read_rows(run_dir) if "lr" in row}
     expected = {step: 5e-5 + 4.5e-4 * (1 + math.cos(math.pi * (step - 1) / 50)) / 2 for step in range(1, 51)}
@@ -163,7 +163,7 @@ def test_learning_rate_follows_the_cosine(overfitted):
 def test_best_checkpoint_is_plain_and_evaluates_to_its_metrics(overfitted, root, tmp_path, quick):
     run_dir, _ = overfitted
     best = torch.load(run_dir / "best.pt", map_location="cpu", weights_only=True)
-    assert best.keys() == {"format", "model", "config", "metrics", "git"} and best["format"] == 1
+    assert best.keys() == {"format", "script", "model", "config", "metrics", "git"} and best["format"] == 1
     assert json.loads(json.dumps([best["config"], best["metrics"], best["git"]])) == [
         best["config"], best["metrics"], best["git"],
     ]  # fmt: skip
@@ -177,7 +177,7 @@ def test_best_checkpoint_is_plain_and_evaluates_to_its_metrics(overfitted, root,
 
 
 def test_best_checkpoint_loads_by_sam2s_own_function(overfitted, model, sam2, tmp_path):
-    """The tutorial saves the bare weights, which it refuses (D14)."""
+    """The tutorial saves the bare weights, which it refuses."""
     from sam2.build_sam import _load_checkpoint
 
     best_path = overfitted[0] / "best.pt"
@@ -199,7 +199,7 @@ def test_only_a_better_one_replaces_the_best_checkpoint(root, tmp_path, quick, m
     assert (last["step"], last["evaluated_step"]) == (3, 3)  # two evaluations without a rise: stopped before 0.9
     best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
     assert (best["metrics"]["step"], best["metrics"]["val/iou_1_click"]) == (1, 0.7)
-    assert differences(best["model"], last["model"])  # the tutorial keeps the last alone (D14)
+    assert differences(best["model"], last["model"])  # the tutorial keeps the last alone
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [record["metrics"][part]["step"] for part in ("start", "best", "last")] == [0, 1, 3]
 
@@ -251,7 +251,7 @@ def test_trainable_parameters_move_and_frozen_ones_do_not(trainable, prefixes, r
 
 
 def test_encoding_without_gradient_would_leave_three_parts_untrained(root, tmp_path, quick, monkeypatch):
-    """The tutorial's way (D1): the predictor's set_image runs conv_s0, conv_s1 and no_mem_embed under no_grad."""
+    """The tutorial's way: the predictor's set_image runs conv_s0, conv_s1 and no_mem_embed under no_grad."""
     script_evaluation(monkeypatch)
     monkeypatch.setattr(train_sam2, "encode", torch.no_grad()(train_sam2.encode))
     _, still = train_parts(root, tmp_path / "run", "[mask_decoder]")
@@ -279,7 +279,7 @@ def test_fast_decoder_trains_the_same_up_to_rounding_and_off_is_the_default(cach
 
 
 def test_loss_tutorial_trains_one_of_four_mask_tokens(root, tmp_path, quick, monkeypatch):
-    """The tutorial's way (D3), kept to compare with; the default moves all four (the test above)."""
+    """The tutorial's way, kept to compare with; the default moves all four (the test above)."""
     script_evaluation(monkeypatch)
     moved, _ = train_parts(root, tmp_path / "run", "[mask_decoder]", "loss=tutorial", "prompts=point")
     hypernetworks = {name.split(".")[2] for name in moved if "output_hypernetworks_mlps" in name}
@@ -287,7 +287,7 @@ def test_loss_tutorial_trains_one_of_four_mask_tokens(root, tmp_path, quick, mon
 
 
 def test_groups_of_parameters(model):
-    """No decay on biases, norms and embeddings (D6); the encoder has its own rate."""
+    """No decay on biases, norms and embeddings; the encoder has its own rate."""
     optim = train_sam2.OptimSettings(1e-3, 0.1, [0.9, 0.999], 0.2, 0, 0.1)
     named = list(model.named_parameters())
     names = {id(parameter): name for name, parameter in named}
@@ -312,7 +312,7 @@ def test_groups_of_parameters(model):
 
 
 def test_one_group_would_shrink_norms_and_embeddings(model):
-    """The tutorial's AdamW decays every parameter (D6): here without any gradient."""
+    """The tutorial's AdamW decays every parameter: here without any gradient."""
     optim = train_sam2.OptimSettings(1e-2, 1.0, [0.9, 0.999], 0.5, 0, 1.0)
     shrunk = []
     for make_groups in (train_sam2.parameter_groups, lambda named, optim: [{"params": [p for _, p in named]}]):
@@ -360,7 +360,7 @@ def test_batch_equals_one_picture_at_a_time(root, model):
 
 
 def test_features_of_the_last_picture_would_change_the_others(root, model, monkeypatch):
-    """The tutorial's batch script (D2) decodes all pictures with the last one's high-resolution features."""
+    """The tutorial's batch script decodes all pictures with the last one's high-resolution features."""
     batch, prompts = make_batch(root, range(3), "prompts=point")
     losses, _ = compute_gradients(model, [batch], prompts)
     real_encode = train_sam2.encode
@@ -396,7 +396,7 @@ def test_accumulation_equals_a_larger_batch(root, tmp_path, quick, monkeypatch):
 
 
 def test_running_mean_is_bias_corrected_and_weighs_pictures_equally(root, tmp_path, quick, monkeypatch):
-    """Step's loss: mean over pictures of the mean over their objects. The tutorial's mean starts at 0 (D13)."""
+    """Step's loss: mean over pictures of the mean over their objects. The tutorial's mean starts at 0."""
     script_evaluation(monkeypatch)
     step_losses, step_ious = [], []
     real_loss = train_sam2.prompted_loss
@@ -460,7 +460,7 @@ def test_fp16_overflow_at_every_step_stops_the_run_and_a_resumed_one(root, tmp_p
     script_evaluation(monkeypatch)
     real_scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **keys: real_scaler(*args, init_scale=1e30, **keys))
-    monkeypatch.setattr(train_sam2, "MAX_SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr("utils.loop.MAX_SKIPPED_IN_A_ROW", 3)
     overrides = ("precision=fp16", "train.steps=9", "train.save_every=1", "prompts=point")
     config = compose_config(*tiny_overrides(root), *overrides)
     message = "overflowed at 3 steps in a row, the last is step 2: .*use precision=bf16 or precision=fp32"
@@ -469,7 +469,7 @@ def test_fp16_overflow_at_every_step_stops_the_run_and_a_resumed_one(root, tmp_p
         with pytest.raises(FloatingPointError, match=message):
             train_in(tmp_path / name, config, resume_path)
         resume_path = tmp_path / name / "last.pt"
-        last = torch.load(resume_path, weights_only=True)
+        last = read_last(tmp_path / name)
         assert (last["step"], last["num_skipped"], last["skipped_in_a_row"]) == (2, 2, 2)
 
 
@@ -486,7 +486,7 @@ def test_skipped_steps_that_are_not_in_a_row_go_on(root, tmp_path, quick, monkey
         return object_loss, object_iou
 
     monkeypatch.setattr(train_sam2, "prompted_loss", spoil)
-    monkeypatch.setattr(train_sam2, "MAX_SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr("utils.loop.MAX_SKIPPED_IN_A_ROW", 3)
     config = compose_config(*tiny_overrides(root), "precision=fp16", "train.steps=5", "prompts=point")
     last = train_in(tmp_path / "run", config)
     assert (last["step"], last["num_skipped"], last["skipped_in_a_row"]) == (5, 4, 2)
@@ -494,7 +494,7 @@ def test_skipped_steps_that_are_not_in_a_row_go_on(root, tmp_path, quick, monkey
 
 
 class ClippingFirst(torch.amp.GradScaler):
-    """The tutorial's order (D5): gradients are clipped while scaled by 65,536, and divided by it in step alone."""
+    """The tutorial's order: gradients are clipped while scaled by 65,536, and divided by it in step alone."""
 
     asked = False
 
@@ -520,7 +520,7 @@ def test_gradients_are_clipped_at_their_own_scale(root, tmp_path, quick, monkeyp
 
 
 def test_loss_of_fp16_logits_is_computed_in_fp32():
-    """In fp16 (D5) the sum over the pixels of a large mask is infinite, and dice blind."""
+    """In fp16 the sum over the pixels of a large mask is infinite, and dice blind."""
     logits = torch.randn(1, 1, 256, 256, generator=torch.Generator().manual_seed(4)).half()
     masks = torch.ones(1, 256, 256)
     loss, _ = mask_prediction_loss(logits, torch.zeros(1, 1).half(), torch.zeros(1, 1).half(), masks, SAM_LOSS)
@@ -550,7 +550,7 @@ def test_loss_that_is_not_finite_stops_before_backward(accumulate, root, tmp_pat
         train_in(tmp_path / "run", config)
     assert all(name in str(error.value) for name in names[-1]) and str(root) in str(error.value)
     assert len(backward_calls) == 2 * accumulate - 1
-    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    last = read_last(tmp_path / "run")
     assert last["step"] == 1 and all(values.isfinite().all() for values in last["model"].values())
     assert "end" not in json.loads((tmp_path / "run" / "run.json").read_text())
 
@@ -578,7 +578,7 @@ def test_gradient_that_is_not_finite_stops_before_the_update(root, tmp_path, qui
 
 
 def test_sample_is_aligned_in_the_square_frame(root):
-    """Masks, points and boxes lie on their flat-coloured objects, mirrored or not, in any shape (D9, D10)."""
+    """Masks, points and boxes lie on their flat-coloured objects, mirrored or not, in any shape."""
     config = compose_config(*tiny_overrides(root), "train.objects_per_image=4", "data.val_fraction=0")
     dataset = make_dataset(config)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -627,7 +627,7 @@ def test_share_of_boxes_is_exact_on_average(root):
 
 
 def test_picture_without_background_keeps_all_its_objects(root):
-    """The tutorial's np.unique(map)[1:] drops the smallest id, background or not (D8)."""
+    """The tutorial's np.unique(map)[1:] drops the smallest id, background or not."""
     config = compose_config(*tiny_overrides(root), "train.objects_per_image=16")
     item = list_training_items(config)[-1]
     ids = read_item(item)[1]
@@ -636,7 +636,7 @@ def test_picture_without_background_keeps_all_its_objects(root):
 
 
 def test_random_numbers_without_a_generator_would_make_another_sample_each_time(root, monkeypatch):
-    """The tutorial draws from NumPy's global state, unseeded (D15)."""
+    """The tutorial draws from NumPy's global state, unseeded."""
     dataset = make_dataset(compose_config(*tiny_overrides(root)))
     assert not differences(dataset[5], dataset[5])
     monkeypatch.setattr(train_sam2, "sample_rng", lambda seed, index: np.random.default_rng(np.random.randint(2**31)))
@@ -644,7 +644,7 @@ def test_random_numbers_without_a_generator_would_make_another_sample_each_time(
 
 
 def test_picture_is_resized_once_and_lies_as_in_evaluation(root, tmp_path):
-    """The tutorial resizes twice, now and then to 1023 px, and in one script trains on letter-boxed pictures (D9)."""
+    """The tutorial resizes twice, now and then to 1023 px, and in one script trains on letter-boxed pictures."""
     ids = np.zeros((90, 160), np.int32)
     ids[70:86, 120:150] = 1
     item = write_item(tmp_path / "one", ids)
@@ -767,7 +767,7 @@ def test_rounds_of_prompting(name, num_rounds, num_clicks, detach, root, model, 
 
 
 def test_one_point_alone_leaves_the_other_prompts_untrained(root, model):
-    """The tutorial's only prompt (D11): negative clicks, box corners and masks get no gradient. By default all do."""
+    """The tutorial's only prompt: negative clicks, box corners and masks get no gradient. By default all do."""
     trained = []
     for overrides in ((), ("prompts=point",)):
         batch, prompts = make_batch(root, range(4), *overrides)
@@ -796,7 +796,7 @@ def count_saved_bytes(model, batch, prompts, loss_size):
 
 
 def test_cap_on_objects_and_small_loss_bound_the_memory(root, model, tmp_path):
-    """The tutorial decodes all objects of a picture at once, and keeps three masks of each at full size (D12)."""
+    """The tutorial decodes all objects of a picture at once, and keeps three masks of each at full size."""
     ids = (np.arange(64)[:, None] // 8 * 8 + np.arange(64)[None] // 8 + 1).astype(np.int32)  # 64 tiles
     item = write_item(tmp_path / "tiles", ids)
     used = []
@@ -888,7 +888,7 @@ def test_all_three_masks_learn_their_iou_and_only_the_best_its_shape():
 
 
 def test_tutorial_loss_on_logits_still_pulls_at_hopeless_pixels():
-    """The tutorial's -log(sigmoid + 1e-5) has a gradient of 0.0002 at logit -20 on the object, 0 at +20 off it (D4)."""
+    """The tutorial's -log(sigmoid + 1e-5) has a gradient of 0.0002 at logit -20 on the object, 0 at +20 off it."""
     logits = torch.full((1, 1, 1, 2), -20.0)
     logits[..., 1] = 20.0
     masks = torch.tensor([[[1.0, 0.0]]])
@@ -1015,7 +1015,7 @@ def test_evaluation_equals_a_slow_loop_with_the_official_predictor(root, model, 
     assert {name: values[name] for name in expected} == pytest.approx(expected, abs=1e-3)
     assert values.keys() == expected.keys() | {"val/num_images", "val/num_objects"}
     assert (values["val/num_images"], values["val/num_objects"]) == (4, 13)
-    assert abs(first_mask - values["val/iou_1_click"]) > 0.01  # the mask of highest predicted IoU is another one (D3)
+    assert abs(first_mask - values["val/iou_1_click"]) > 0.01  # the mask of highest predicted IoU is another one
     assert values["val/oracle_iou_1_click"] > values["val/iou_1_click"] + 0.01
     assert sorted(path.name for path in tmp_path.iterdir()) == ["001.png", "002.png"]
 
@@ -1071,7 +1071,9 @@ def test_typo_on_the_command_line_names_the_key(root):
 def test_typo_in_a_preset_names_the_key(content, key, root, tmp_path, quick):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{content}\n")
-    config = compose_config(*tiny_overrides(root), "experiment=mine", f"hydra.searchpath=[file://{tmp_path}]")
+    config = compose_config(
+        *tiny_overrides(root), "experiment=mine", f"hydra.searchpath=[pkg://configs.shared,file://{tmp_path}]"
+    )
     with pytest.raises(ValueError, match=rf"\b{key}\b"):
         train_in(tmp_path / "run", config)
 
@@ -1130,12 +1132,6 @@ def test_value_of_another_type_is_named_before_any_data_is_read(override, wanted
     assert str(error.value) == f"{override.split('=')[0]} is {wanted}"
 
 
-def test_model_of_another_script_is_refused(tmp_path):
-    config = compose_config("model=unet", "optim.lr=1e-3")
-    with pytest.raises(ValueError, match="model is not a SAM 2 model; choose a file of configs/model"):
-        train_sam2.train(config, tmp_path / "run", None)
-
-
 def test_value_of_another_type_is_one_line_for_the_user(tmp_path, monkeypatch, capfd):
     arguments = [*tiny_overrides(tmp_path / "no_such_folder"), "train.steps=abc"]
     status, output = run_main(monkeypatch, capfd, tmp_path / "run", *arguments)
@@ -1145,7 +1141,7 @@ def test_value_of_another_type_is_one_line_for_the_user(tmp_path, monkeypatch, c
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_composes_and_fixes_its_model(name):
     check_settings_of(compose_config(f"experiment={name}", "data_root=/nowhere", "model.checkpoint=auto"))
-    assert "override /model:" in (ROOT / "configs" / "experiment" / f"{name}.yaml").read_text()
+    assert "override /model:" in (ROOT / "configs" / "sam2" / "experiment" / f"{name}.yaml").read_text()
 
 
 @pytest.mark.slow
@@ -1177,7 +1173,7 @@ def test_missing_folder(root, tmp_path, monkeypatch, capfd):
 def test_unknown_model_lists_the_valid_ones(root, tmp_path, monkeypatch, capfd):
     status, output = run_main(monkeypatch, capfd, tmp_path / "run", *tiny_overrides(root), "model=sam3")
     assert status == 1 and "sam3" in output
-    for path in (ROOT / "configs" / "model").glob("*.yaml"):
+    for path in (ROOT / "configs" / "sam2" / "model").glob("*.yaml"):
         assert path.stem in output
     with pytest.raises(HydraException):
         compose_config("model=sam3")

@@ -14,6 +14,7 @@ from tiny_training import (
     compose_config,
     differences,
     make_runs_quick,
+    read_last,
     run_main,
     script_evaluation,
     tiny_overrides,
@@ -57,7 +58,7 @@ def run_differences(run_dir, other_dir):
     """Where two runs differ in last.pt, best.pt and metrics.csv, but for timing and the config's `resume`."""
     states, bests, tables = [], [], []
     for folder in (run_dir, other_dir):
-        state = torch.load(folder / "last.pt", weights_only=True)
+        state = read_last(folder)
         state["config"].pop("resume")
         states.append(state | {"metrics": without_timing(state["metrics"])})
         bests.append({key: torch.load(folder / "best.pt", weights_only=True)[key] for key in ("model", "metrics")})
@@ -84,7 +85,7 @@ def crashed(root, tmp_path_factory):
         make_runs_quick(monkeypatch)
         crash_at_step(monkeypatch, 1)
         train_in(run_dir, compose_config(*tiny_overrides(root), *STEPS))
-    assert load_checkpoint(run_dir / "last.pt")["step"] == 1
+    assert load_checkpoint(run_dir / "last.pt")["loop"]["step"] == 1
     return run_dir
 
 
@@ -113,7 +114,7 @@ def test_kill_before_the_first_save_of_a_resumed_run_loses_nothing(root, whole, 
 
 
 def test_weights_alone_would_continue_to_another_result(root, whole, crashed, tmp_path):
-    """The tutorial's checkpoint has no optimizer state (D14)."""
+    """The tutorial's checkpoint has no optimizer state."""
     state = load_checkpoint(crashed / "last.pt")
     state["optimizer"]["state"] = {}
     (tmp_path / "bare").mkdir()
@@ -154,7 +155,7 @@ def test_kill_between_the_two_checkpoints_leaves_them_in_agreement(steps, root, 
     overrides = ("train.eval_every=2", "train.save_every=1", "prompts=point")
     config = compose_config(*tiny_overrides(root), "train.steps=4", *overrides)
     saved = []
-    real_save = train_sam2.save_checkpoint
+    real_save = save_checkpoint
 
     def die(path, state):
         saved.append(path.name)
@@ -164,7 +165,7 @@ def test_kill_between_the_two_checkpoints_leaves_them_in_agreement(steps, root, 
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         script_evaluation(patch, [0.5, 0.9])
-        patch.setattr(train_sam2, "save_checkpoint", die)
+        patch.setattr("utils.loop.save_checkpoint", die)
         train_in(tmp_path / "killed", config)
     assert len(saved) == 5
     script_evaluation(monkeypatch, [0.3])
@@ -237,7 +238,7 @@ def resumed_config(stored, *overrides):
 
 
 def test_resume_takes_the_stored_config_and_allows_what_may_change(stored):
-    """The command line need not repeat anything: configs/train_sam2.yaml's defaults are not the stored values."""
+    """The command line need not repeat anything: configs/sam2/train_sam2.yaml's defaults are not the stored values."""
     assert resumed_config(stored) == stored | {"resume": "run"}
     allowed = ("train.steps=9", "device=cpu", "num_workers=3", "data.root=/elsewhere")
     config = resumed_config(stored, *allowed)
@@ -280,12 +281,13 @@ from pathlib import Path
 import torch
 import torch.utils.tensorboard
 import tiny_training, train_sam2
+from utils import loop
 
 torch.set_num_threads(1)
 config, folder, cases = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 for name in ("plot_curves", "plot_statistics"):
     setattr(train_sam2, name, lambda *args: None)
-train_sam2.git_state = lambda: None
+loop.git_state = lambda: None
 
 
 def die_at_call(module, name, number, ending=None):
@@ -312,7 +314,7 @@ def run(run_dir, resume_path=None, die=None, share=None):
         try:
             if die is not None:
                 module, *rest = die
-                die_at_call({"os": os, "train_sam2": train_sam2}[module], *rest)
+                die_at_call({"os": os, "loop": loop, "train_sam2": train_sam2}[module], *rest)
             tiny_training.train_in(run_dir, config, resume_path)
             status = 0
         except BaseException:
@@ -358,7 +360,7 @@ def test_killed_runs_resume_exactly(root, tmp_path):
         # last.pt.tmp of step 3 is complete, last.pt is not yet replaced
         "mid_save": {"die": ["os", "replace", 4, "last.pt"]},
         # last.pt of step 0 is there, and best.pt is not
-        "between_saves": {"die": ["train_sam2", "save_checkpoint", 2]},
+        "between_saves": {"die": ["loop", "save_checkpoint", 2]},
         # 13 objects, 2 clicks: within the second evaluation
         "mid_validation": {"die": ["train_sam2", "center_point", 13 * 2 + 9]},
         # between the third step's two forwards
@@ -381,7 +383,7 @@ def test_killed_runs_resume_exactly(root, tmp_path):
         assert "end" not in json.loads((tmp_path / f"{name}_killed" / "run.json").read_text())
         assert not run_differences(tmp_path / "whole", tmp_path / name), name
     assert (tmp_path / "mid_save_killed" / "last.pt.tmp").exists()
-    steps = {name: load_checkpoint(tmp_path / f"{name}_killed" / "last.pt")["step"] for name in statuses}
+    steps = {name: load_checkpoint(tmp_path / f"{name}_killed" / "last.pt")["loop"]["step"] for name in statuses}
     assert (steps["mid_save"], steps["mid_validation"], steps["mid_accumulation"]) == (2, 1, 2)
     assert not (tmp_path / "between_saves_killed" / "best.pt").exists()
     assert len(set(steps.values())) >= 3  # the random moments are spread over the run

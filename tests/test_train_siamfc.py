@@ -1,6 +1,6 @@
 """train_siamfc.py on tiny videos: the real command, pairs, loss, rates, validation by tracking, presets, and bad input.
 
-F1 to F13 are the published codes' faults (siamfc-pytorch); F2, no resume, is in test_train_siamfc_resume.py.
+The published code is siamfc-pytorch; that it cannot resume is in test_train_siamfc_resume.py.
 """
 
 import csv
@@ -38,7 +38,7 @@ from tiny_tracking import (
     write_got10k,
     write_pictures,
 )
-from tiny_training import differences
+from tiny_training import differences, read_last
 
 import train_siamfc
 from train_siamfc import (
@@ -55,6 +55,7 @@ from train_siamfc import (
     vary_colors,
 )
 from utils.images import read_image
+from utils.loop import limit_threads
 from utils.run import sample_rng
 from utils.tracking.siamfc import (
     SiamFC,
@@ -69,7 +70,7 @@ from utils.tracking.siamfc import (
 )
 from utils.tracking.tracker import SiamFCTracker, TrackerSettings
 
-PRESETS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("siamfc_*.yaml"))
+PRESETS = sorted(path.stem for path in (ROOT / "configs" / "tracking" / "experiment").glob("siamfc_*.yaml"))
 LABELS = response_labels(15, 16.0)
 WEIGHTS = balanced_weights(LABELS)
 NAN = math.nan
@@ -149,7 +150,7 @@ def test_metrics_are_recorded(finished):
 def test_best_checkpoint_is_plain_and_tracks_as_validation_did(finished):
     run_dir, _ = finished
     best = torch.load(run_dir / "best.pt", map_location="cpu", weights_only=True)
-    assert best.keys() == {*train_siamfc.BEST_KEYS, "metrics"} and best["format"] == 1
+    assert best.keys() == {"format", "script", "model", "config", "git", "metrics"} and best["format"] == 1
     plain = [best[key] for key in best if key != "model"]
     assert json.loads(json.dumps(plain)) == plain
     model = load_siamfc(run_dir / "best.pt")
@@ -238,7 +239,7 @@ def test_usable_frames_without_cover_or_size():
 
 
 def test_large_objects_are_left_out_by_the_config_alone(root, tmp_path, capsys):
-    """F5: limits of 500 px and half the frame are hidden in the published code; here the config has them."""
+    """Limits of 500 px and half the frame are hidden in the published code; here the config has them."""
     sequence = make_sequence([[0, 0, 600, 500], [0, 0, 100, 100]])
     large = make_sequence([[0, 0, 600, 500]], name="large")
     kept, usable = train_siamfc.keep_usable([sequence, large, large], pair_settings(), "train")
@@ -250,7 +251,7 @@ def test_large_objects_are_left_out_by_the_config_alone(root, tmp_path, capsys):
 
 
 def test_drawn_frames_are_any_two_within_the_gap():
-    """F7: in both directions, up to the gap itself, and never the same frame where there is another."""
+    """In both directions, up to the gap itself, never the same frame where there is another."""
     usable = np.array([3, 4, 7, 13, 14, 40])
     drawn = Counter(draw_frames(usable, 6, sample_rng(0, index)) for index in range(4000))
     near = {(a, b) for a in usable.tolist() for b in usable.tolist() if a != b and abs(a - b) <= 6}
@@ -293,7 +294,7 @@ def test_exemplar_is_the_trackers_to_the_byte(box):
     patch = cut_patch(image, box, 127, 0.0, pair_settings(), sample_rng(0, 0))
     assert np.array_equal(patch, seen[0][0])
     shifted = cut_patch(image, box, 127, 4.0, pair_settings(), sample_rng(0, 0))
-    assert not np.array_equal(shifted, seen[0][0])  # F6: the published exemplar is off the middle
+    assert not np.array_equal(shifted, seen[0][0])  # the published exemplar is off the middle
 
 
 def marked(center_xy, height=400, width=500):
@@ -313,7 +314,7 @@ def brightest(patch):
 
 @pytest.mark.parametrize("out_size", [127, INSTANCE_SIZE])
 def test_object_is_in_the_middle_of_the_patch(out_size):
-    """F8: a 0-based box is taken as it is; one that is thought to count from 1 is cut a pixel too far left and up."""
+    """A 0-based box is taken as it is; one that is thought to count from 1 is cut a pixel too far left and up."""
     middle = (out_size - 1) / 2
     # a context square of 127 px is shown px by px
     box = np.array([250 - 31.25, 200 - 31.25, 63.5, 63.5])  # its middle pixel is (250, 200)
@@ -330,7 +331,7 @@ def test_object_is_in_the_middle_of_the_patch(out_size):
 
 
 def test_box_origin_of_the_files_moves_the_crop(root):
-    """F8: the same files, said to count from 0, are cut one pixel to the lower right."""
+    """The same files, said to count from 0, are cut one pixel to the lower right."""
     one, other = (
         make_dataset(compose_config(*tiny_overrides(root), f"data.box_origin={box_origin}")).sequences[0].boxes_xywh
         for box_origin in (1, 0)
@@ -381,7 +382,7 @@ def test_shifted_patch_shows_the_object_off_its_middle():
 
 
 def test_exemplar_and_instance_have_their_own_shifts(root):
-    """F6: `exemplar_shift: 0` keeps the exemplar in the middle, whatever the instance's."""
+    """`exemplar_shift: 0` keeps the exemplar in the middle, whatever the instance's; the published one is off it."""
     base = ["pairs.stretch=0", "pairs.random_interpolation=false"]
     settings = {
         "none": [0, 0], "exemplar": [8, 0], "instance": [0, 8], "both": [8, 8],
@@ -490,8 +491,8 @@ def varied_dataset(root, *overrides):
 def load_all(dataset, num_samples, num_workers):
     """The samples that a data loader, set up as in train, hands over."""
     loader = torch.utils.data.DataLoader(
-        dataset, batch_size=4, sampler=train_siamfc.SampleCounter(0, num_samples), num_workers=num_workers,
-        collate_fn=train_siamfc.collate, worker_init_fn=train_siamfc.limit_threads, generator=torch.Generator(),
+        dataset, batch_size=4, sampler=range(num_samples), num_workers=num_workers,
+        collate_fn=train_siamfc.collate, worker_init_fn=limit_threads, generator=torch.Generator(),
     )  # fmt: skip
     return list(loader)
 
@@ -511,7 +512,7 @@ def test_sample_is_a_function_of_seed_and_index(root):
 
 
 def test_workers_do_not_change_samples(root, monkeypatch):
-    """F4: with generators of their own, workers give other pairs than the main process, and each the same."""
+    """With generators of their own, workers give other pairs than the main process, and each the same."""
     batches = load_all(varied_dataset(root), 12, 0)
     assert not differences(batches, load_all(varied_dataset(root), 12, 2))
     shared = np.random.default_rng(0)
@@ -644,7 +645,7 @@ def test_hit_rate():
     "steps, hold_steps, num_rates", [(50, 1, 50), (58300, 1166, 50), (299250, 5985, 50), (7, 3, 3)]
 )
 def test_rates_are_a_logspace_from_first_to_last(steps, hold_steps, num_rates):
-    """F1: the published code, with 1/50 in place of 1/49 as its exponent, ends at 1.15e-5."""
+    """The published code, with 1/50 in place of 1/49 as its exponent, ends at 1.15e-5."""
     optim = OptimSettings(**(compose_config()["optim"] | {"hold_steps": hold_steps}))
     rates = np.logspace(-2, -5, num_rates)
     for number in range(num_rates):
@@ -669,7 +670,7 @@ def test_rate_of_very_short_runs():
 
 
 def test_weight_decay_groups():
-    """F13: the published code decays biases and batch norm, the paper's does not, and has a score bias."""
+    """The published code decays biases and batch norm, the paper's does not, and has a score bias."""
     model = SiamFC(score_bias=True)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decays = {}
@@ -849,7 +850,7 @@ def test_fp16_overflow_is_a_skipped_step_that_is_counted(root, tmp_path, quick, 
     last = train_in(tmp_path / "run", config)
     assert (last["step"], last["num_skipped"], last["skipped_in_a_row"]) == (2, 2, 2)
     assert last["optimizer"]["state"] == {} and last["metrics"][-2]["skipped_steps"] == 2
-    monkeypatch.setattr(train_siamfc, "MAX_SKIPPED_IN_A_ROW", 2)
+    monkeypatch.setattr("utils.loop.MAX_SKIPPED_IN_A_ROW", 2)
     with pytest.raises(FloatingPointError, match="overflowed at 2 steps in a row, the last is step 1.*precision=bf16"):
         train_in(tmp_path / "stopped", config)
 
@@ -880,7 +881,7 @@ def test_loss_that_is_not_finite_stops_before_backward(accumulate, root, tmp_pat
     shown = str(error.value).split("pairs ")[1].split(", ")
     assert shown == names[2 * accumulate - 1] and str(root) in shown[0] and " with " in shown[0]
     assert len(backward_calls) == 2 * accumulate - 1
-    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    last = read_last(tmp_path / "run")
     assert last["step"] == 1 and "end" not in json.loads((tmp_path / "run" / "run.json").read_text())
 
 
@@ -1046,9 +1047,11 @@ def test_validation_leaves_the_model_and_the_streams_alone(root):
     _, sequences = train_siamfc.list_data(config["data"])
     first = evaluate_tracking(model.train(), sequences, TrackerSettings(), "fp32", 3)
     pairs = make_dataset(config)
-    arguments = (pairs, 3, 2, LABELS, WEIGHTS, "fp32", None, 0)
-    values = train_siamfc.evaluate_pairs(model.train(), *arguments)
-    assert values == train_siamfc.evaluate_pairs(model.train(), *arguments)  # the same pairs each time
+    keys = config["train"] | {"eval_pairs": 3, "batch_size": 2, "picture_pairs": 0}
+    settings = train_siamfc.read_settings(train_siamfc.Settings, keys, "train")
+    arguments = (pairs, settings, "fp32", None)
+    metrics = train_siamfc.evaluate_pairs(model.train(), *arguments)
+    assert metrics == train_siamfc.evaluate_pairs(model.train(), *arguments)  # the same pairs each time
     assert not differences(dict(model.state_dict()), before) and torch.equal(torch.get_rng_state(), stream)
     assert all(parameter.grad is None for parameter in model.parameters())
     second = evaluate_tracking(model, sequences, TrackerSettings(), "fp32", 3)
@@ -1057,12 +1060,13 @@ def test_validation_leaves_the_model_and_the_streams_alone(root):
     }
     # three pairs in batches of two weigh the same
     with torch.no_grad():
-        samples = [train_siamfc.collate([pairs[index]]) for index in range(3)]
-        responses = [model.eval()(one["exemplars"].float(), one["instances"].float()) for one in samples]
+        batches = [train_siamfc.collate([pairs[index]]) for index in range(3)]
+        responses = [model.eval()(batch["exemplars"].float(), batch["instances"].float()) for batch in batches]
     with np.errstate(over="ignore"):
         losses = [published_loss(response[:, 0].double().numpy())[0] for response in responses]
-    assert values["val/loss"] == pytest.approx(np.mean(losses), rel=1e-4)
-    assert values["val/hit_rate"] == pytest.approx(np.mean([hit_rate(one, LABELS).item() for one in responses]))
+    assert metrics["val/loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    hits = [hit_rate(response, LABELS).item() for response in responses]
+    assert metrics["val/hit_rate"] == pytest.approx(np.mean(hits))
 
 
 def test_drawn_pair_marks_the_highest_cell():
@@ -1124,7 +1128,7 @@ def test_preset_composes(name):
         (train_siamfc.ModelSettings, "model"), (TrackerSettings, "tracker"),
     ):  # fmt: skip
         train_siamfc.read_settings(cls, config[section], section)
-    assert "override /model:" in (ROOT / "configs" / "experiment" / f"{name}.yaml").read_text()
+    assert "override /model:" in (ROOT / "configs" / "tracking" / "experiment" / f"{name}.yaml").read_text()
     optim = OptimSettings(**config["optim"])
     steps = config["train"]["steps"]
     assert exponential_lr(steps - 1, steps, optim) == pytest.approx(optim.min_lr)
@@ -1172,7 +1176,7 @@ def test_preset_trains_two_steps(name, data_folder, tmp_path, quick):
 
 
 def test_typo_on_the_command_line_names_the_key(root):
-    """F3: the published code takes any keyword and ignores it."""
+    """The published code takes any keyword and ignores it."""
     for override in ("train.stepz=3", "trian.steps=3", "data.rooot=x", "pairs.max_gab=2", "tracker.scale_lrr=1"):
         with pytest.raises(ConfigCompositionException) as error:
             compose_config(*tiny_overrides(root), override)
@@ -1202,7 +1206,7 @@ def test_typo_on_the_command_line_names_the_key(root):
     ],
 )
 def test_mistake_in_a_preset_names_the_key(content, message, root, tmp_path, quick):
-    """F3: what a preset adds, Hydra does not mind."""
+    """What a preset adds, Hydra does not mind."""
     config = changed_config(compose_config(*tiny_overrides(root)), yaml.safe_load(content))
     with pytest.raises(ValueError, match=f"^{message}"):
         train_in(tmp_path / "run", config)
@@ -1355,7 +1359,7 @@ def test_davis_trains_and_a_score_bias_is_kept(tmp_path, quick):
 
 
 def test_a_dataset_without_boxes_is_named(root, tmp_path, quick):
-    config = compose_config("data=camvid", f"data.root={tmp_path}", "device=cpu")
+    config = compose_config("data=label_map", "data.format=camvid", f"data.root={tmp_path}", "device=cpu")
     with pytest.raises(ValueError, match="data.format is camvid, which has neither boxes nor objects; take a dataset"):
         train_in(tmp_path / "run", config)
 

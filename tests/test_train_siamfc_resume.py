@@ -1,6 +1,6 @@
 """train_siamfc.py: resuming is exact, wherever the run was killed, and a run is a function of its config.
 
-F2: the published code stores neither the optimizer nor the step, and cannot resume.
+The published code stores neither the optimizer nor the step, and cannot resume.
 """
 
 import csv
@@ -23,7 +23,7 @@ from tiny_tracking import (
     without_timing,
     write_got10k,
 )
-from tiny_training import differences
+from tiny_training import differences, read_last
 
 import train_siamfc
 from utils.checkpoint import load_checkpoint
@@ -67,7 +67,7 @@ def run_differences(run_dir, other_dir):
     """Where two runs differ in last.pt, best.pt and metrics.csv, but for timing and the config's `resume`."""
     states, bests, tables = [], [], []
     for folder in (run_dir, other_dir):
-        state = torch.load(folder / "last.pt", weights_only=True)
+        state = read_last(folder)
         state["config"].pop("resume")
         states.append(state | {name: without_timing(state[name]) for name in ("metrics", "best", "start_metrics")})
         best = torch.load(folder / "best.pt", weights_only=True)
@@ -92,7 +92,7 @@ def test_resumed_run_equals_the_uninterrupted_one(root, whole, tmp_path, monkeyp
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         crash_at_step(patch, 2)
         train_in(tmp_path / "crashed", configure(root))
-    assert load_checkpoint(tmp_path / "crashed" / "last.pt")["step"] == 2
+    assert load_checkpoint(tmp_path / "crashed" / "last.pt")["loop"]["step"] == 2
     arguments = [f"resume={tmp_path / 'crashed'}", "num_workers=1"]
     status, output = run_main(monkeypatch, capfd, tmp_path / "resumed", *arguments)
     assert status == 0 and f"resumed from {tmp_path / 'crashed' / 'last.pt'} at step 2" in output
@@ -111,12 +111,13 @@ def test_resumed_run_equals_the_uninterrupted_one(root, whole, tmp_path, monkeyp
 
 
 def test_momentum_and_schedule_have_a_say(root, whole, tmp_path):
-    """F2: to start again from weights alone, as one has to with the published code, gives another run."""
+    """To start again from weights alone, as one has to with the published code, gives another run."""
     state = torch.load(whole / "last.pt", weights_only=True)
     assert any(one["momentum_buffer"].abs().max() > 0 for one in state["optimizer"]["state"].values())
-    rates = [row["lr"] for row in state["metrics"] if "lr" in row]
+    rates = [row["lr"] for row in state["loop"]["rows"] if "lr" in row]
     assert len(rates) == len(set(rates)) == 4
-    lost = {**state, "step": 2, "evaluated_step": 0, "config": {**state["config"], "resume": None}}
+    loop = {**state["loop"], "step": 2, "evaluated_step": 0}
+    lost = {**state, "loop": loop, "config": {**state["config"], "resume": None}}
     lost["optimizer"] = {**state["optimizer"], "state": {}}
     (tmp_path / "lost").mkdir()
     torch.save(lost, tmp_path / "lost" / "last.pt")
@@ -135,7 +136,7 @@ def test_same_seed_is_the_same_run_with_any_workers_and_another_seed_is_not(root
     train_in(tmp_path / "workers", configure(root, "num_workers=2"))
     assert run_differences(whole, tmp_path / "workers") == ["last/config/num_workers: 0 and 2"]
     other = train_in(tmp_path / "other", configure(root, "seed=1"))
-    state = torch.load(whole / "last.pt", weights_only=True)
+    state = read_last(whole)
     assert differences(state["model"], other["model"]) and differences(state["metrics"], other["metrics"])
 
 
@@ -162,7 +163,7 @@ def test_more_steps_go_on_with_the_samples_that_come_next(root, whole, tmp_path,
     status, _ = run_main(monkeypatch, capfd, tmp_path / "run", f"resume={whole}", "train.steps=6", "train.eval_pairs=2")
     assert status == 0 and [index for seed, index in seen if seed == 0] == [8, 9, 10, 11]
     assert {index for seed, index in seen if seed == 1} == {0, 1}  # validation pairs, the same each time
-    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    state = read_last(tmp_path / "run")
     assert state["step"] == 6 and [row["step"] for row in state["metrics"] if "lr" in row] == [1, 2, 3, 4, 5, 6]
 
 
@@ -226,11 +227,12 @@ from pathlib import Path
 import torch
 import torch.utils.tensorboard
 import tiny_tracking, train_siamfc
+from utils import loop
 
 torch.set_num_threads(1)
 config, folder, cases = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 train_siamfc.plot_curves = lambda *args: None
-train_siamfc.git_state = lambda: None
+loop.git_state = lambda: None
 tiny_tracking.use_backbone(type("Setter", (), {"setattr": staticmethod(setattr)}))
 
 
@@ -253,7 +255,7 @@ def run(run_dir, resume_path=None, die=None):
         try:
             if die is not None:
                 module, *rest = die
-                die_at_call({"os": os, "train_siamfc": train_siamfc}[module], *rest)
+                die_at_call({"os": os, "loop": loop, "train_siamfc": train_siamfc}[module], *rest)
             tiny_tracking.train_in(run_dir, config, resume_path)
             status = 0
         except BaseException:
@@ -299,7 +301,7 @@ def test_killed_runs_resume_exactly(root, tmp_path):
         assert "end" not in json.loads((tmp_path / f"{name}_killed" / "run.json").read_text())
         assert not run_differences(tmp_path / "whole", tmp_path / name), name
         assert "end" in json.loads((tmp_path / name / "run.json").read_text())
-    steps = {name: load_checkpoint(tmp_path / f"{name}_killed" / "last.pt")["step"] for name in statuses}
+    steps = {name: load_checkpoint(tmp_path / f"{name}_killed" / "last.pt")["loop"]["step"] for name in statuses}
     assert steps == {
         "mid_save": 2, "before_best": 0, "mid_validation": 1, "mid_accumulation": 2, "mid_step": 4, "at_the_end": 5,
     }  # fmt: skip

@@ -19,7 +19,7 @@ from tiny_segmentation import (
     train_in,
     write_dataset,
 )
-from tiny_training import differences, without_timing
+from tiny_training import differences, read_last, without_timing
 
 import train_unet
 from utils.checkpoint import load_checkpoint
@@ -62,7 +62,7 @@ def run_differences(run_dir, other_dir):
     """Where two runs differ in last.pt, best.pt and metrics.csv, but for timing and the config's `resume`."""
     states, bests, tables = [], [], []
     for folder in (run_dir, other_dir):
-        state = torch.load(folder / "last.pt", weights_only=True)
+        state = read_last(folder)
         state["config"].pop("resume")
         states.append(state | {"metrics": without_timing(state["metrics"])})
         best = torch.load(folder / "best.pt", weights_only=True)
@@ -87,7 +87,7 @@ def test_resumed_run_equals_the_uninterrupted_one(root, whole, tmp_path, monkeyp
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         crash_at_step(patch, 2)
         train_in(tmp_path / "crashed", configure(root))
-    assert load_checkpoint(tmp_path / "crashed" / "last.pt")["step"] == 2
+    assert load_checkpoint(tmp_path / "crashed" / "last.pt")["loop"]["step"] == 2
     arguments = [f"resume={tmp_path / 'crashed'}", "num_workers=1"]
     status, output = run_main(monkeypatch, capfd, tmp_path / "resumed", *arguments)
     assert status == 0 and f"resumed from {tmp_path / 'crashed' / 'last.pt'} at step 2" in output
@@ -102,7 +102,7 @@ def test_resumed_run_equals_the_uninterrupted_one(root, whole, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optim", ["unet_sgd", "unet_adam"])
+@pytest.mark.parametrize("optim", ["sgd", "adam"])
 def test_other_optimizers_and_batch_norm_resume_exactly(optim, root, tmp_path, monkeypatch):
     config = compose_config(*tiny_overrides(root), *STEPS, f"optim={optim}")
     train_in(tmp_path / "whole", config)
@@ -117,7 +117,7 @@ def test_same_seed_is_the_same_run_with_any_workers_and_another_seed_is_not(root
     train_in(tmp_path / "workers", configure(root, "num_workers=2"))
     assert run_differences(whole, tmp_path / "workers") == ["last/config/num_workers: 0 and 2"]
     other = train_in(tmp_path / "other", configure(root, "seed=1"))
-    state = torch.load(whole / "last.pt", weights_only=True)
+    state = read_last(whole)
     assert differences(state["model"], other["model"]) and differences(state["metrics"], other["metrics"])
 
 
@@ -134,7 +134,7 @@ def test_early_stop_holds_after_a_resume(root, tmp_path, monkeypatch):
 
 
 def test_resume_needs_a_new_folder(root, whole, monkeypatch, capfd):
-    """Nest-of-Unets removes earlier runs at its start (D3)."""
+    """Nest-of-Unets removes earlier runs at its start."""
     before = (whole / "last.pt").read_bytes()
     status, output = run_main(monkeypatch, capfd, whole, f"resume={whole}", "train.steps=5")
     assert status == 1 and "a run needs a folder of its own" in output
@@ -170,12 +170,14 @@ from pathlib import Path
 import torch
 import torch.utils.tensorboard
 import tiny_segmentation, train_unet
+from utils import loop
+from utils.segmentation.prediction import Predictor
 
 torch.set_num_threads(1)
 config, folder, cases = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 for name in ("plot_curves", "plot_statistics"):
     setattr(train_unet, name, lambda *args: None)
-train_unet.git_state = lambda: None
+loop.git_state = lambda: None
 
 
 def die_at_call(module, name, number, ending=None):
@@ -197,7 +199,7 @@ def run(run_dir, resume_path=None, die=None):
         try:
             if die is not None:
                 module, *rest = die
-                die_at_call({"os": os, "train_unet": train_unet}[module], *rest)
+                die_at_call({"os": os, "loop": loop, "Predictor": Predictor, "train_unet": train_unet}[module], *rest)
             tiny_segmentation.train_in(run_dir, config, resume_path)
             status = 0
         except BaseException:
@@ -224,12 +226,12 @@ def test_killed_runs_resume_exactly(root, tmp_path):
         # last.pt has the evaluation of step 2, best.pt not yet
         "before_best": ["os", "replace", 2, "best.pt"],
         # three pictures each: the second picture of the second evaluation
-        "mid_validation": ["train_unet", "predict_picture", 3 + 2],
+        "mid_validation": ["Predictor", "predict", 3 + 2],
         # between the third step's two forwards: the evaluations before it use the loss three times each
         "mid_accumulation": ["train_unet", "weighted_loss", 3 + 2 * 2 + 3 + 2],
         "mid_step": ["train_unet", "scheduled_lr", 5],
         # the checkpoint of step 5 is there, the test split was being measured
-        "at_the_end": ["train_unet", "predict_picture", 4 * 3 + 1],
+        "at_the_end": ["Predictor", "predict", 4 * 3 + 1],
     }
     command = [sys.executable, "-c", KILLER, json.dumps(config), str(tmp_path), json.dumps(cases)]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
@@ -242,7 +244,7 @@ def test_killed_runs_resume_exactly(root, tmp_path):
         assert status == -signal.SIGKILL, name
         assert "end" not in json.loads((tmp_path / f"{name}_killed" / "run.json").read_text())
         assert not run_differences(tmp_path / "whole", tmp_path / name), name
-    steps = {name: load_checkpoint(tmp_path / f"{name}_killed" / "last.pt")["step"] for name in statuses}
+    steps = {name: load_checkpoint(tmp_path / f"{name}_killed" / "last.pt")["loop"]["step"] for name in statuses}
     assert steps == {
         "mid_save": 2, "before_best": steps["before_best"], "mid_validation": 1, "mid_accumulation": 2, "mid_step": 4,
         "at_the_end": 5,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from tiny_training import read_last
 from torch import nn
 
 import train_siamfc
@@ -217,14 +218,14 @@ def tiny_overrides(root: Path) -> list[str]:
 
 
 def compose_config(*overrides: str) -> dict:
-    """Compose configs/train_siamfc.yaml with overrides, as main does."""
+    """Compose configs/tracking/train_siamfc.yaml with overrides, as main does."""
     return copy.deepcopy(_compose(overrides))
 
 
 @functools.cache  # composing takes a fifth of a second
 def _compose(overrides: tuple[str, ...]) -> dict:
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "configs" / "tracking"), version_base="1.3"):
         cfg = compose("train_siamfc", list(overrides))
     return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
@@ -252,12 +253,18 @@ def train_in(run_dir: Path, config: dict, resume_path: Path | None = None) -> di
     """Train into a new folder and return what its last.pt holds."""
     run_dir.mkdir(parents=True)
     train_siamfc.train(config, run_dir, resume_path)
-    return torch.load(run_dir / "last.pt", weights_only=True)
+    return read_last(run_dir)
 
 
 def run_main(monkeypatch, capfd, run_dir: Path, *arguments: str) -> tuple[int, str]:
     """Run `python train_siamfc.py arguments` in this process: exit status, and all that was printed."""
-    command = ["train_siamfc.py", "--config-path", str(ROOT / "configs"), *arguments, f"hydra.run.dir={run_dir}"]
+    command = [
+        "train_siamfc.py",
+        "--config-path",
+        str(ROOT / "configs" / "tracking"),
+        *arguments,
+        f"hydra.run.dir={run_dir}",
+    ]
     monkeypatch.setattr(sys, "argv", command)
     GlobalHydra.instance().clear()
     capfd.readouterr()
@@ -272,7 +279,7 @@ def run_main(monkeypatch, capfd, run_dir: Path, *arguments: str) -> tuple[int, s
 def make_runs_quick(monkeypatch) -> None:
     """Leave out pictures of curves and the call of git, and take a small network: most of the time of a tiny run."""
     monkeypatch.setattr(train_siamfc, "plot_curves", lambda rows, path: None)
-    monkeypatch.setattr(train_siamfc, "git_state", lambda: {"commit": None, "dirty": None})
+    monkeypatch.setattr("utils.loop.git_state", lambda: {"commit": None, "dirty": None})
     use_backbone(monkeypatch)
 
 

@@ -111,9 +111,9 @@ def tiny_overrides(root: Path) -> list[str]:
 
 
 def compose_config(*overrides: str) -> dict:
-    """Compose configs/train_sam2.yaml with overrides, as main does."""
+    """Compose configs/sam2/train_sam2.yaml with overrides, as main does."""
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "configs" / "sam2"), version_base="1.3"):
         cfg = compose("train_sam2", list(overrides))
     return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
@@ -122,12 +122,19 @@ def train_in(run_dir: Path, config: dict, resume_path: Path | None = None) -> di
     """Train into a new folder and return what its last.pt holds."""
     run_dir.mkdir(parents=True)
     train_sam2.train(config, run_dir, resume_path)
-    return torch.load(run_dir / "last.pt", weights_only=True)
+    return read_last(run_dir)
+
+
+def read_last(run_dir: Path) -> dict:
+    """What a run's last.pt holds, the fields of LoopState beside the rest, its rows as "metrics"."""
+    state = torch.load(run_dir / "last.pt", weights_only=True)
+    loop = state.pop("loop")
+    return state | {"metrics": loop.pop("rows")} | loop
 
 
 def run_main(monkeypatch, capfd, run_dir: Path, *arguments: str) -> tuple[int, str]:
     """Run `python train_sam2.py arguments` in this process: exit status, and all that was printed."""
-    command = ["train_sam2.py", "--config-path", str(ROOT / "configs"), *arguments, f"hydra.run.dir={run_dir}"]
+    command = ["train_sam2.py", "--config-path", str(ROOT / "configs" / "sam2"), *arguments, f"hydra.run.dir={run_dir}"]
     monkeypatch.setattr(sys, "argv", command)
     GlobalHydra.instance().clear()
     capfd.readouterr()
@@ -143,7 +150,7 @@ def make_runs_quick(monkeypatch) -> None:
     """Leave out pictures of curves and statistics and the call of git: most of the time of a tiny run."""
     monkeypatch.setattr(train_sam2, "plot_curves", lambda rows, path: None)
     monkeypatch.setattr(train_sam2, "plot_statistics", lambda report, path: None)
-    monkeypatch.setattr(train_sam2, "git_state", lambda: {"commit": None, "dirty": None})
+    monkeypatch.setattr("utils.loop.git_state", lambda: {"commit": None, "dirty": None})
 
 
 def script_evaluation(monkeypatch, values: list[float] | None = None) -> None:

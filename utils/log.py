@@ -125,17 +125,17 @@ def _write_text(path: Path, text: str) -> None:
 class MetricsLog:
     """Write metrics to metrics.csv and tensorboard/ in the run's folder, one row per call of `log`.
 
-    `rows` is the whole log as plain types: a checkpoint stores it, and `MetricsLog(run_dir, rows=stored)` writes those
-    rows again, so the file of a resumed run reads as that of an uninterrupted one.
+    `rows` is the whole log as plain types. A checkpoint stores it, and `MetricsLog(run_dir, rows=stored)` writes those
+    rows again and adds to them, so the file of a resumed run reads as that of an uninterrupted one.
     """
 
     def __init__(self, run_dir: Path, rows: list[dict[str, int | float]] | None = None):
         self.run_dir = Path(run_dir)
-        self.rows: list[dict[str, int | float]] = []
+        self.rows = [] if rows is None else rows
         self._columns = ["step"]
         self._writer = None  # made with the first row: importing TensorBoard takes seconds
-        for row in rows or []:
-            self._add(dict(row))
+        for row in self.rows:
+            self._send(row)
         if self.rows:
             self._rewrite()
 
@@ -149,7 +149,8 @@ class MetricsLog:
         row = {"step": step}
         for name, value in values.items():
             row[name] = value if type(value) is int else float(value)
-        if self._add(row) or len(self.rows) == 1:
+        self.rows.append(row)
+        if self._send(row) or len(self.rows) == 1:
             self._rewrite()
         else:
             with (self.run_dir / "metrics.csv").open("a", encoding="utf-8", newline="") as file:
@@ -161,11 +162,10 @@ class MetricsLog:
             self._writer.close()
             self._writer = None
 
-    def _add(self, row: dict[str, int | float]) -> bool:
-        """Keep a row and send it to TensorBoard; say whether it brought a new column."""
+    def _send(self, row: dict[str, int | float]) -> bool:
+        """Send a row to TensorBoard; say whether it brought a new column."""
         new_columns = [name for name in row if name not in self._columns]
         self._columns += new_columns
-        self.rows.append(row)
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 

@@ -7,12 +7,10 @@ import os
 import random
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -131,39 +129,23 @@ def sample_rng(seed: int, sample_index: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0, sample_index)))
 
 
-def shuffled_item(seed: int, sample_index: int, num_items: int) -> tuple[int, int]:
+def shuffled_item(seed: int, sample_index: int, num_items: int) -> int:
     """Find which item a training sample shows: each epoch is one pass over all items, in an order of its own.
 
     Args:
         sample_index: position in the endless stream of samples, from 0.
         num_items: items in the dataset, at least 1.
     Returns:
-        (epoch, item): epoch from 0, item in 0..num_items-1.
+        the item's number, 0..num_items-1.
     """
     epoch, position = divmod(sample_index, num_items)
-    return epoch, int(_epoch_order(seed, epoch, num_items)[position])
+    return int(_epoch_order(seed, epoch, num_items)[position])
 
 
 @functools.lru_cache(maxsize=4)  # samples come nearly in order, so this is drawn once an epoch in each worker
 def _epoch_order(seed: int, epoch: int, num_items: int) -> np.ndarray:
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1, epoch)))
     return rng.permutation(num_items)
-
-
-class SampleCounter(Sampler):
-    """Yield sample_index = start, start + 1, ... up to stop (not included), or without end.
-
-    The dataset derives item and random choices from the index, so a run resumes at start = the samples already used.
-    """
-
-    def __init__(self, start: int, stop: int | None = None):
-        self.start, self.stop = start, stop
-
-    def __iter__(self) -> Iterator[int]:
-        sample_index = self.start
-        while self.stop is None or sample_index < self.stop:
-            yield sample_index
-            sample_index += 1
 
 
 def cosine_lr(step: int, steps: int, lr: float, warmup_steps: int, min_lr_factor: float) -> float:

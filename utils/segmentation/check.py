@@ -180,9 +180,14 @@ def class_frequencies(report: CheckReport, items: list[Item]) -> np.ndarray:
     Returns:
         float64 (num_classes,), sums to 1; ignored pixels do not count.
     """
-    names = {item.name for item in items}
-    class_pixels = sum(item.class_pixels for item in report.usable if item.name in names)
+    class_pixels = count_class_pixels(report, items)
     return class_pixels / class_pixels.sum()
+
+
+def count_class_pixels(report: CheckReport, items: list[Item]) -> np.ndarray:
+    """Count the pixels of each class in some of the checked items: int64 (num_classes,)."""
+    names = {item.name for item in items}
+    return sum(item.class_pixels for item in report.usable if item.name in names)
 
 
 def present_classes(report: CheckReport) -> list[int]:

@@ -52,7 +52,6 @@ def segmentation_metrics(matrix: torch.Tensor | np.ndarray) -> dict:
         weighted_iou: float, mean of IoU weighted by the classes' shares of the truth.
         class_iou, class_dice, class_precision, class_recall: float64 (C,), nan for absent classes; the precision of a
             class that is never predicted is 0.
-        class_share, pred_share: float64 (C,), each class's share of the truth and of the predictions.
         absent: list of the absent classes' indices.
     Raises:
         ValueError: the matrix is empty: no pixel of the set counts.
@@ -77,8 +76,6 @@ def segmentation_metrics(matrix: torch.Tensor | np.ndarray) -> dict:
         "class_dice": class_dice,
         "class_precision": of_classes(right, predicted),
         "class_recall": of_classes(right, true),
-        "class_share": true / matrix.sum(),
-        "pred_share": predicted / matrix.sum(),
         "absent": np.flatnonzero(~present).tolist(),
     }
 

@@ -10,7 +10,6 @@ Sources: Bertinetto et al., "Fully-Convolutional Siamese Networks for Object Tra
 arXiv:1606.09549; sizes, constants and rounding as in github.com/huanglianghua/siamfc-pytorch.
 """
 
-import copy
 from pathlib import Path
 
 import cv2
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from utils.checkpoint import load_checkpoint
 
@@ -115,46 +113,6 @@ def cross_correlate(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         grouped = x.reshape(-1, len(z) * x.shape[1], *x.shape[2:])  # (K, B * C, H, W)
         response = F.conv2d(grouped, z, groups=len(z))  # (K, B, r, r)
     return response.reshape(len(x), 1, *response.shape[2:])
-
-
-def fold_batch_norm(model: SiamFC) -> SiamFC:
-    """Copy a model in eval mode with its batch norm merged into the convolutions: the same values up to rounding."""
-    folded = copy.deepcopy(model).eval()
-    for name, block in folded.backbone.named_children():
-        layers = list(block.children())
-        if len(layers) > 1 and isinstance(layers[1], nn.BatchNorm2d):
-            fused = fuse_conv_bn_eval(layers[0], layers[1])
-            # The pooling, if any, before the ReLU: the same values, of which a quarter is left for the ReLU.
-            setattr(folded.backbone, name, nn.Sequential(fused, *reversed(layers[2:])))
-    return folded
-
-
-def normalize_in_place(model: SiamFC) -> SiamFC:
-    """Copy a model in eval mode with its batch norm made `InPlaceBatchNorm`: the same values, bit for bit."""
-    copied = copy.deepcopy(model).eval()
-    for block in copied.backbone.children():
-        layers = list(block.children())
-        if len(layers) > 1 and isinstance(layers[1], nn.BatchNorm2d):
-            block[1] = InPlaceBatchNorm(layers[1])
-    return copied
-
-
-class InPlaceBatchNorm(nn.Module):
-    """Batch norm of a network in eval mode on a CPU: PyTorch's own kernel, bit for bit, which overwrites its input.
-
-    A convolution's output of many MB needs no second buffer then, whose new pages take longer than the arithmetic. For
-    use without gradients: PyTorch refuses it with them.
-    """
-
-    def __init__(self, norm: nn.BatchNorm2d):
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        norm, unused = self.norm, images.new_empty(0)
-        statistics = norm.weight, norm.bias, norm.running_mean, norm.running_var
-        out = images, unused, unused.clone()
-        return torch.native_batch_norm(images, *statistics, False, norm.momentum, norm.eps, out=out)[0]
 
 
 def load_siamfc(checkpoint_path: Path) -> SiamFC:

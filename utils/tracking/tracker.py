@@ -18,6 +18,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from utils.tracking.frames import FrameSource
 from utils.tracking.siamfc import (
@@ -28,17 +30,15 @@ from utils.tracking.siamfc import (
     box_center,
     context_side,
     crop_and_resize,
-    fold_batch_norm,
     instance_side,
     mean_color,
-    normalize_in_place,
 )
 
 # Objects in one forward in mode fast. On a GPU, this many bound memory: 96 crops of 255 px, about 1 GB of features. On
 # a CPU, the features of more than one leave its caches, which costs more than a larger forward gains.
 GPU_OBJECTS_PER_FORWARD, CPU_OBJECTS_PER_FORWARD = 32, 1
 MAX_INSTANCE_SIDE = 2.0**20  # px; an object does not grow beyond this even without max_scale_change
-MIN_BOX_PX, MAX_BOX_PX = 0.01, 100_000  # of a first box: areas far beyond these leave the range of float32
+MIN_BOX_PX, MAX_BOX_PX = 0.01, 100_000  # sides of a first box; areas far beyond these leave the range of float32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -85,8 +85,8 @@ class Target:
 
     center_xy: np.ndarray  # float32 (2,), px, 0-based
     size_wh: np.ndarray  # float32 (2,), px
-    side: float  # of the square that becomes the instance, px
-    first_side: float  # the same in the first frame
+    side: float  # px, the side of the square that becomes the instance
+    first_side: float  # px, the same in the first frame
     first_contrast: float = 1.0  # how far the response's peak stood above its mean in the first frame
 
     @property
@@ -117,13 +117,13 @@ class SiamFCTracker:
             raise ValueError(f"precision is {precision}; tracker.mode=parity computes in fp32: set precision=fp32")
         self.dtype = DTYPES[precision]
         self.device = next(model.parameters()).device
-        is_cpu = self.device.type == "cpu"
         if self.is_fast:
             self.model = fold_batch_norm(model).to(memory_format=torch.channels_last)
             self.model.backbone.to(self.dtype)
+            is_cpu = self.device.type == "cpu"
             self.objects_per_forward = CPU_OBJECTS_PER_FORWARD if is_cpu else GPU_OBJECTS_PER_FORWARD
         else:
-            self.model = normalize_in_place(model) if is_cpu else copy.deepcopy(model).eval()
+            self.model = copy.deepcopy(model).eval()
             self.objects_per_forward = 1
         exponents = np.linspace(-(settings.scale_num // 2), settings.scale_num // 2, settings.scale_num)
         self.scale_factors = settings.scale_step**exponents  # float64 (scale_num,)
@@ -141,7 +141,7 @@ class SiamFCTracker:
         """
         boxes_xywh = np.asarray(boxes_xywh, np.float64)
         check_boxes(boxes_xywh, image.shape[:2])
-        self.border_rgb = mean_color(image)  # of the first frame, for the whole video
+        self.border_rgb = mean_color(image)  # the first frame's, for the whole video
         self.targets = []
         exemplars = []
         for box_xywh in boxes_xywh:
@@ -213,11 +213,12 @@ class SiamFCTracker:
         settings = self.settings
         enlarged_size = responses.shape[-1] * settings.response_up
         enlarged = [
-            cv2.resize(one, (enlarged_size, enlarged_size), interpolation=cv2.INTER_CUBIC) for one in responses
-        ]  # K of float32 (272, 272)
-        peaks = np.array([one.max() for one in enlarged])  # float32 (K,)
+            cv2.resize(response, (enlarged_size, enlarged_size), interpolation=cv2.INTER_CUBIC)
+            for response in responses
+        ]  # K maps, float32 (272, 272)
+        peaks = np.array([response.max() for response in enlarged])  # float32 (K,)
         penalty = np.full(len(responses), settings.scale_penalty, np.float32)
-        if self.is_fast:  # a peak below 0, as of a lost object or a score bias, would gain from a factor below 1
+        if self.is_fast:  # a peak below 0 (a lost object, a score bias) would gain from a factor below 1
             penalty[peaks < 0] = 1 / settings.scale_penalty
         penalty[len(responses) // 2] = 1
         scale_index = int((peaks * penalty).argmax())  # a product's peak is the peak's product, bit for bit
@@ -255,10 +256,22 @@ class SiamFCTracker:
             target.center_xy = np.clip(target.center_xy, np.float32(0), last_xy)
 
 
+def fold_batch_norm(model: SiamFC) -> SiamFC:
+    """Copy a model in eval mode with its batch norm merged into the convolutions: the same values up to rounding."""
+    folded = copy.deepcopy(model).eval()
+    for name, block in folded.backbone.named_children():
+        layers = list(block.children())
+        if len(layers) > 1 and isinstance(layers[1], nn.BatchNorm2d):
+            fused = fuse_conv_bn_eval(layers[0], layers[1])
+            # The pooling, if any, before the ReLU: the same values, of which a quarter is left for the ReLU.
+            setattr(folded.backbone, name, nn.Sequential(fused, *reversed(layers[2:])))
+    return folded
+
+
 class TrackedFrame(NamedTuple):
     """What `track_frames` found in one frame; N objects."""
 
-    index: int  # of the frame in its source, from 0
+    index: int  # the frame's place in its source, from 0
     frame: np.ndarray | None  # uint8 (H, W, 3) RGB; None where it cannot be read
     boxes_xywh: np.ndarray  # float64 (N, 4) px, 0-based
     scores: np.ndarray  # float64 (N,): 1 in the first frame; nan where the frame cannot be read
@@ -318,17 +331,17 @@ def contrast(response: np.ndarray) -> float:
     return float(response.max() - response.mean(dtype=np.float64))
 
 
-def vertex_offset(values: np.ndarray, index: int) -> float:
-    """Find the peak near the largest of equidistant values, by the parabola through it and its two neighbours.
+def vertex_offset(profile: np.ndarray, index: int) -> float:
+    """Find the peak near the largest value of a profile, by the parabola through it and its two neighbours.
 
     Args:
-        values: (n,).
-        index: of the largest value.
+        profile: (n,), values at equal distances.
+        index: the place of the largest value.
     Returns:
         the vertex's distance from index, -0.5..0.5; 0 at the ends and on a plateau.
     """
-    if index == 0 or index == len(values) - 1:
+    if index == 0 or index == len(profile) - 1:
         return 0.0
-    before, peak, after = (float(value) for value in values[index - 1 : index + 2])
+    before, peak, after = profile[index - 1 : index + 2].tolist()
     curvature = before - 2 * peak + after
     return 0.5 * (before - after) / curvature if curvature < 0 else 0.0

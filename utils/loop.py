@@ -1,0 +1,246 @@
+"""What the three training loops share: their state, saved and restored, and leaves for single phases.
+
+The loops themselves stand in the scripts. Nothing here calls back into them.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import cv2
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.log import git_state
+from utils.run import choose_num_workers
+
+RUNNING_MEAN_DECAY = 0.99
+MAX_SKIPPED_IN_A_ROW = 50  # steps whose fp16 gradients overflowed, each at half the scale of the one before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the state of a run, in last.pt
+
+
+@dataclass
+class LoopState:
+    """What a training loop carries from step to step, plain types: with the weights, the optimizer, the scaler and
+    torch's random state it is all that a resumed run takes over.
+    """
+
+    step: int = 0  # updates attempted
+    evaluated_step: int = -1  # step of the last evaluation
+    bad_evals: int = 0  # evaluations since the best one
+    num_skipped: int = 0  # updates left out because fp16 gradients overflowed
+    skipped_in_a_row: int = 0
+    start_metrics: dict[str, float] = field(default_factory=dict)  # "step" and the metrics of the first evaluation
+    best: dict[str, float] = field(default_factory=dict)  # the same of the best evaluation
+    running: dict[str, float] = field(default_factory=dict)  # see `running_means`
+    rows: list[dict[str, int | float]] = field(default_factory=list)  # of the metrics log
+
+    def take(self, metrics: dict[str, float], select_by: str) -> bool:
+        """Take over what an evaluation measured at this step, and tell whether it is the best so far."""
+        self.evaluated_step = self.step
+        metrics = {"step": self.step, **metrics}
+        self.start_metrics = self.start_metrics or metrics
+        is_best = not self.best or metrics[select_by] > self.best[select_by]
+        self.bad_evals = 0 if is_best else self.bad_evals + 1
+        self.best = metrics if is_best else self.best
+        return is_best
+
+
+def save_run(
+    run_dir: Path,
+    loop: LoopState,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    description: dict,
+    is_best: bool,
+) -> None:
+    """Write last.pt, then best.pt where these weights are the best: `resume_run` mends what a kill between them leaves.
+
+    Args:
+        description: what both files hold beside the weights, plain types: {"script": ..., "config": ..., ...}.
+    """
+    best = {"format": 1, **description, "model": model.state_dict(), "git": git_state()}
+    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "torch_rng": torch.get_rng_state()}
+    save_checkpoint(run_dir / "last.pt", best | state | {"loop": asdict(loop), "best_keys": list(best)})
+    if is_best:
+        save_checkpoint(run_dir / "best.pt", best | {"metrics": loop.best})
+
+
+def resume_run(
+    resume_path: Path,
+    run_dir: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> LoopState:
+    """Bring a run back from its last.pt, and its best.pt into the new folder.
+
+    Where last.pt is the best, best.pt is made from it: a run killed just after saving it has that of before.
+
+    Returns:
+        the state in which the loop goes on.
+    """
+    state = load_checkpoint(resume_path)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    torch.set_rng_state(state["torch_rng"])
+    loop = LoopState(**state["loop"])
+    if loop.best["step"] == loop.step:
+        best = {key: state[key] for key in state["best_keys"]} | {"metrics": loop.best}
+    else:
+        best = load_checkpoint(resume_path.parent / "best.pt")
+    save_checkpoint(run_dir / "best.pt", best)
+    print(f"resumed from {resume_path} at step {loop.step}")
+    return loop
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# samples on their way to the device
+
+
+def load_batches(
+    dataset: Dataset,
+    collate,
+    first_sample: int,
+    stop: int,
+    batch_size: int,
+    num_workers: int | str,
+    device: torch.device,
+) -> Iterator[dict]:
+    """Read the samples first_sample, first_sample + 1, ... up to stop (not included), in processes, in batches.
+
+    Args:
+        dataset: gives a sample for each sample_index of the endless stream, a function of (seed, sample_index).
+        collate: list of samples -> batch.
+        num_workers: the setting, see `choose_num_workers`.
+        device: where the batches will go.
+    """
+    num_workers = choose_num_workers(num_workers)
+    return iter(
+        DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=range(first_sample, stop),
+            num_workers=num_workers,
+            collate_fn=collate,
+            worker_init_fn=limit_threads,
+            generator=torch.Generator(),  # torch's own stream, which a resumed run restores, must not be drawn from
+            pin_memory=device.type == "cuda",
+            persistent_workers=num_workers > 0,
+        )
+    )
+
+
+def limit_threads(worker: int) -> None:
+    """Let a data-loading process decode in one thread: there are as many processes as cores already."""
+    cv2.setNumThreads(0)
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """Bring a batch's tensors to a device; all else stays as it is."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
+
+
+class SpeedWindow:
+    """The steps since the last reading, and the seconds that they took: without evaluations, and the wait for data."""
+
+    def __init__(self, step: int):
+        self.first_step, self.start, self.waited_s = step, time.perf_counter(), 0.0
+
+    def next_batch(self, batches: Iterator[dict]) -> dict:
+        """Take the next batch, and count the wait for it."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.waited_s += time.perf_counter() - start
+        return batch
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Leave out the time of a block."""
+        start = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - start
+
+    def read(self, step: int) -> tuple[float, float]:
+        """Return (steps per second, share of the time that was waited for data), 0..1, and start anew."""
+        now = time.perf_counter()
+        steps_per_s, wait_share = (step - self.first_step) / (now - self.start), self.waited_s / (now - self.start)
+        self.first_step, self.start, self.waited_s = step, now, 0.0
+        return steps_per_s, wait_share
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gradients, and what is logged of them
+
+
+def check_finite(loss: float, step: int, samples: str) -> float:
+    """Return the loss of a forward.
+
+    Args:
+        samples: what it was computed from, such as "pictures a.png, b.png".
+    Raises:
+        FloatingPointError: for nan or infinity, before a backward spreads it.
+    """
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"loss is {loss} at step {step}, {samples}")
+    return loss
+
+
+def clip_gradients(
+    parameters: Iterable[torch.nn.Parameter],
+    clip_norm: float | None,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    loop: LoopState,
+    samples: str,
+) -> float:
+    """Unscale gradients, clip them, and count in `loop` the steps whose fp16 gradients overflowed.
+
+    Args:
+        clip_norm: the largest norm of all gradients together; None: any.
+        samples: as for `check_finite`.
+    Returns:
+        the norm before clipping.
+    Raises:
+        FloatingPointError: for gradients that are not finite without a scaler, which would leave the step out, and for
+            an overflow in too many steps in a row.
+    """
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if clip_norm is None else clip_norm).item()
+    is_skipped = not math.isfinite(grad_norm)
+    if is_skipped and not scaler.is_enabled():
+        raise FloatingPointError(f"gradient norm is {grad_norm} at step {loop.step}, {samples}")
+    loop.num_skipped += is_skipped
+    loop.skipped_in_a_row = loop.skipped_in_a_row + 1 if is_skipped else 0
+    if loop.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        raise FloatingPointError(
+            f"fp16 gradients overflowed at {loop.skipped_in_a_row} steps in a row, the last is step {loop.step}: "
+            "nothing is learned; use precision=bf16 or precision=fp32, or start from other weights"
+        )
+    return grad_norm
+
+
+def running_means(running: dict[str, float], values: dict[str, float]) -> dict[str, float]:
+    """Bring exponential means (decay 0.99) one step on, in place, and return them corrected for their start at 0.
+
+    Args:
+        running: {name: mean, "updates": steps so far}; empty at the start.
+        values: {name: this step's}, the same names at each step.
+    """
+    running["updates"] = running["updates"] + 1 if running else 1
+    for name, value in values.items():
+        before = running[name] if name in running else 0.0
+        running[name] = RUNNING_MEAN_DECAY * before + (1 - RUNNING_MEAN_DECAY) * value
+    return {name: running[name] / (1 - RUNNING_MEAN_DECAY ** running["updates"]) for name in values}
