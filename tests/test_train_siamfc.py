@@ -1063,9 +1063,11 @@ def test_validation_leaves_the_model_and_the_streams_alone(root):
     _, sequences = train_siamfc.list_data(config["data"])
     first = evaluate_tracking(model.train(), sequences, TrackerSettings(), "fp32", 3)
     pairs = make_dataset(config)
-    arguments = (pairs, 3, 2, LABELS, WEIGHTS, "fp32", None, 0)
-    values = train_siamfc.evaluate_pairs(model.train(), *arguments)
-    assert values == train_siamfc.evaluate_pairs(model.train(), *arguments)  # the same pairs each time
+    keys = config["train"] | {"eval_pairs": 3, "batch_size": 2, "picture_pairs": 0}
+    settings = train_siamfc.read_settings(train_siamfc.Settings, keys, "train")
+    arguments = (pairs, settings, "fp32", None)
+    metrics = train_siamfc.evaluate_pairs(model.train(), *arguments)
+    assert metrics == train_siamfc.evaluate_pairs(model.train(), *arguments)  # the same pairs each time
     assert not differences(dict(model.state_dict()), before) and torch.equal(torch.get_rng_state(), stream)
     assert all(parameter.grad is None for parameter in model.parameters())
     second = evaluate_tracking(model, sequences, TrackerSettings(), "fp32", 3)
@@ -1074,12 +1076,13 @@ def test_validation_leaves_the_model_and_the_streams_alone(root):
     }
     # three pairs in batches of two weigh the same
     with torch.no_grad():
-        samples = [train_siamfc.collate([pairs[index]]) for index in range(3)]
-        responses = [model.eval()(one["exemplars"].float(), one["instances"].float()) for one in samples]
+        batches = [train_siamfc.collate([pairs[index]]) for index in range(3)]
+        responses = [model.eval()(batch["exemplars"].float(), batch["instances"].float()) for batch in batches]
     with np.errstate(over="ignore"):
         losses = [published_loss(response[:, 0].double().numpy())[0] for response in responses]
-    assert values["val/loss"] == pytest.approx(np.mean(losses), rel=1e-4)
-    assert values["val/hit_rate"] == pytest.approx(np.mean([hit_rate(one, LABELS).item() for one in responses]))
+    assert metrics["val/loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    hits = [hit_rate(response, LABELS).item() for response in responses]
+    assert metrics["val/hit_rate"] == pytest.approx(np.mean(hits))
 
 
 def test_drawn_pair_marks_the_highest_cell():
