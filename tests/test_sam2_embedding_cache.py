@@ -18,6 +18,7 @@ from tiny_training import (
     list_training_items,
     make_dataset,
     make_runs_quick,
+    read_last,
     run_main,
     script_evaluation,
     tiny_overrides,
@@ -460,7 +461,7 @@ def test_resumed_run_equals_the_uninterrupted_one(root, cache_dir, tmp_path, qui
         "num_workers=1",
     )  # fmt: skip
     assert status == 0 and len(num_encoded) == NUM_ENTRIES  # in a new folder, from the weights in last.pt
-    resumed = load_checkpoint(tmp_path / "resumed" / "last.pt")
+    resumed = read_last(tmp_path / "resumed")
     assert list_files(tmp_path / "moved") == list_files(cache_dir)
     for state in (whole, resumed):
         state["metrics"] = without_timing(state["metrics"])
