@@ -253,7 +253,7 @@ def test_trainable_parameters_move_and_frozen_ones_do_not(trainable, prefixes, r
 def test_encoding_without_gradient_would_leave_three_parts_untrained(root, tmp_path, quick, monkeypatch):
     """The tutorial's way: the predictor's set_image runs conv_s0, conv_s1 and no_mem_embed under no_grad."""
     script_evaluation(monkeypatch)
-    monkeypatch.setattr(train_sam2, "encode", torch.no_grad()(train_sam2.encode))
+    monkeypatch.setattr(train_sam2, "embed", torch.no_grad()(train_sam2.embed))
     _, still = train_parts(root, tmp_path / "run", "[mask_decoder]")
     untrained = {name for name in still if name.startswith(("sam_mask_decoder.", "no_mem_embed"))}
     convolutions = {f"sam_mask_decoder.conv_s{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")}
@@ -363,13 +363,13 @@ def test_features_of_the_last_picture_would_change_the_others(root, model, monke
     """The tutorial's batch script decodes all pictures with the last one's high-resolution features."""
     batch, prompts = make_batch(root, range(3), "prompts=point")
     losses, _ = compute_gradients(model, [batch], prompts)
-    real_encode = train_sam2.encode
+    real_embed = train_sam2.embed
 
     def encode_as_tutorial(model, images):
-        image_embeddings, features = real_encode(model, images)
+        image_embeddings, features = real_embed(model, images)
         return Embeddings(image_embeddings, [level[-1:].expand_as(level) for level in features])
 
-    monkeypatch.setattr(train_sam2, "encode", encode_as_tutorial)
+    monkeypatch.setattr(train_sam2, "embed", encode_as_tutorial)
     buggy_losses, _ = compute_gradients(model, [batch], prompts)
     is_last = batch["image_index"] == 2
     torch.testing.assert_close(losses[is_last], buggy_losses[is_last], atol=1e-4, rtol=0)
