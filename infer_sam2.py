@@ -103,7 +103,7 @@ MASK_LOGIT = 10.0  # a mask prompt's pixels are +10 inside and -10 outside, as i
 
 @dataclass(frozen=True)
 class Settings:
-    """The keys of configs/infer_sam2.yaml that only this script has."""
+    """The keys of configs/sam2/infer_sam2.yaml that only this script has."""
 
     input: str  # a picture, or a folder of pictures
     checkpoint: str | None  # .pt file; None: the model's own, and the bundled nano if no model is named either
@@ -134,7 +134,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     """Segment all pictures and write the results.
 
     Args:
-        config: the resolved config of configs/infer_sam2.yaml, plain types.
+        config: the resolved config of configs/sam2/infer_sam2.yaml, plain types.
         run_dir: where everything is written.
     Returns:
         One line for each picture that failed; always empty for a single picture, whose failure is raised.
@@ -240,7 +240,7 @@ def choose_model(checkpoint: str | None, image_size: int | None, model: dict | N
     Args:
         checkpoint: a file; None for the model's own weights.
         image_size: px; None for the checkpoint's, or the model's.
-        model: the values of a file of configs/model; None to read the architecture from the checkpoint, or for the
+        model: the values of a file of configs/sam2/model; None to read the architecture from the checkpoint, or for the
             bundled nano where there is no checkpoint either.
     Returns:
         The arguments of `build_sam2`, less the device.
@@ -249,7 +249,7 @@ def choose_model(checkpoint: str | None, image_size: int | None, model: dict | N
         ValueError: for one that is not of the named model, or of none.
     """
     if model is not None and "image_size" not in model:
-        raise ValueError("model is not a SAM 2 model; choose a file of configs/model that starts with sam2")
+        raise ValueError("model is not a SAM 2 model; choose a file of configs/sam2/model that starts with sam2")
     chosen = model
     if checkpoint:
         state = load_checkpoint(Path(checkpoint))
@@ -273,8 +273,8 @@ def choose_model(checkpoint: str | None, image_size: int | None, model: dict | N
 
 
 def read_model_config(name: str) -> dict:
-    """Read a file of configs/model."""
-    return OmegaConf.to_container(OmegaConf.load(REPOSITORY / "configs" / "model" / f"{name}.yaml"))
+    """Read a file of configs/sam2/model."""
+    return OmegaConf.to_container(OmegaConf.load(REPOSITORY / "configs" / "sam2" / "model" / f"{name}.yaml"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -519,7 +519,7 @@ def write_results(
     os.replace(partial, path)
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="infer_sam2")
+@hydra.main(version_base="1.3", config_path="configs/sam2", config_name="infer_sam2")
 def main(cfg: DictConfig) -> None:
     """Read the config, segment, and end with one line on what went wrong and status 1, if anything did."""
     try:

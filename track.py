@@ -112,7 +112,7 @@ MAX_DRAWN_PX = 1e6  # boxes in mode parity may lie anywhere; OpenCV draws within
 
 @dataclass(frozen=True)
 class Settings:
-    """The keys of configs/track.yaml that only this script has."""
+    """The keys of configs/tracking/track.yaml that only this script has."""
 
     mode: str  # track, benchmark or evaluate
     checkpoint: str  # auto, a file, or random
@@ -146,7 +146,7 @@ def track(config: dict, run_dir: Path) -> list[str]:
     """Do what the mode says, and write the results.
 
     Args:
-        config: the resolved config of configs/track.yaml, plain types.
+        config: the resolved config of configs/tracking/track.yaml, plain types.
         run_dir: where everything is written.
     Returns:
         One line for each frame or sequence that failed; where nothing can be tracked, that is raised instead.
@@ -284,7 +284,7 @@ def choose_dataset(data: dict, names: list | None) -> list[Sequence]:
     """List the sequences to track; generate them if need be.
 
     Args:
-        data: the values of a file of configs/data.
+        data: the values of a file of configs/tracking/data.
         names: of any of the dataset's sequences; None: the validation sequences, or if there are none the training ones
     """
     if "index" not in data:  # a key of all that have sequences
@@ -959,7 +959,7 @@ def close_window(window) -> None:
     pyplot.close(window)
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="track")
+@hydra.main(version_base="1.3", config_path="configs/tracking", config_name="track")
 def main(cfg: DictConfig) -> None:
     """Read the config, track, and end with one line on what went wrong and status 1, if anything did."""
     try:

@@ -95,7 +95,7 @@ LOGIT_LIMIT = 32.0  # of logits that are fed back as a mask prompt, as SAM 2's p
 
 @dataclass(frozen=True)
 class Settings:
-    """Knobs of the training loop (`train:` in configs/train_sam2.yaml, which explains each)."""
+    """Knobs of the training loop (`train:` in configs/sam2/train_sam2.yaml, which explains each)."""
 
     steps: int
     batch_size: int  # images per forward
@@ -127,7 +127,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """How a user is simulated (`prompts:`, configs/prompts/*.yaml)."""
+    """How a user is simulated (`prompts:`, configs/sam2/prompts/*.yaml)."""
 
     box_share: float  # of objects; the others start with one point
     repeat_objects: bool  # prompt objects again, anew, where a picture has fewer than objects_per_image
@@ -140,7 +140,7 @@ class PromptSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Weights of the loss (`loss:`, configs/loss/*.yaml)."""
+    """Weights of the loss (`loss:`, configs/sam2/loss/*.yaml)."""
 
     focal: float
     dice: float
@@ -154,7 +154,7 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class OptimSettings:
-    """AdamW and its schedule (`optim:`, configs/optim/*.yaml)."""
+    """AdamW and its schedule (`optim:`, configs/sam2/optim/*.yaml)."""
 
     lr: float  # highest
     encoder_lr_factor: float  # of the image encoder's parameters
@@ -703,7 +703,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     check_type(config["fast_decoder"], bool, "fast_decoder")
     check_cache_settings(config["cache"], config["cache_precision"])
     if "image_size" not in config["model"]:
-        raise ValueError("model is not a SAM 2 model; choose a file of configs/model that starts with sam2")
+        raise ValueError("model is not a SAM 2 model; choose a file of configs/sam2/model that starts with sam2")
     check_keys(functools.partial(build_sam2, device="cpu"), config["model"], "model")
     check_type(config["model"]["image_size"], int, "model.image_size")
     check_settings(settings, prompts, loss, optim)
@@ -882,7 +882,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
 RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data.root", "data.train_list", "data.val_list", "cache")
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="train_sam2")
+@hydra.main(version_base="1.3", config_path="configs/sam2", config_name="train_sam2")
 def main(cfg) -> float:
     """Read the config, train, and end with one line on what went wrong and status 1, if anything did."""
     try:

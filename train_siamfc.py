@@ -103,7 +103,7 @@ TOP_LEVEL_KEYS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Knobs of the training loop (`train:` in configs/train_siamfc.yaml, which explains each)."""
+    """Knobs of the training loop (`train:` in configs/tracking/train_siamfc.yaml, which explains each)."""
 
     steps: int
     batch_size: int  # pairs per forward
@@ -147,7 +147,7 @@ class PairSettings:
 
 @dataclass(frozen=True)
 class OptimSettings:
-    """SGD and its schedule (`optim:`, configs/optim/siamfc_sgd.yaml)."""
+    """SGD and its schedule (`optim:`, configs/tracking/optim/sgd.yaml)."""
 
     lr: float
     min_lr: float
@@ -159,7 +159,7 @@ class OptimSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The network (`model:`, configs/model/siamfc.yaml)."""
+    """The network (`model:`, configs/tracking/model/siamfc.yaml)."""
 
     name: str
     score_bias: bool
@@ -620,7 +620,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     if not val_sequences:
         raise ValueError(
             "the dataset has no validation sequence with a box: see data.val_fraction, data.val_sequences; pictures "
-            "alone cannot be tracked: add a part of sequences (data.parts), as configs/data/siamfc_bundled.yaml does"
+            "alone cannot be tracked: add a part of sequences (data.parts), as data=siamfc_bundled does"
         )
     eval_pairs = settings.eval_pairs if val_pair_sequences else 0
     val_pairs = SiamesePairs(val_pair_sequences, val_usable, config["seed"] + 1, pairs)
@@ -762,7 +762,7 @@ def check_pairs(dataset: SiamesePairs, run_dir: Path, num_pairs: int) -> None:
 RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data_root", "data.root", "data.index")
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="train_siamfc")
+@hydra.main(version_base="1.3", config_path="configs/tracking", config_name="train_siamfc")
 def main(cfg) -> float:
     """Read the config, train, and end with one line on what went wrong and status 1, if anything did."""
     try:

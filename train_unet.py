@@ -113,7 +113,7 @@ TOP_LEVEL_KEYS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Knobs of the training loop (`train:` in configs/train_unet.yaml, which explains each)."""
+    """Knobs of the training loop (`train:` in configs/unet/train_unet.yaml, which explains each)."""
 
     steps: int
     batch_size: int  # images per forward
@@ -157,7 +157,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Weights of the loss (`loss:`, configs/loss/*.yaml)."""
+    """Weights of the loss (`loss:`, configs/unet/loss/*.yaml)."""
 
     cross_entropy: float
     soft_iou: float
@@ -174,7 +174,7 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class OptimSettings:
-    """Optimizer and schedule (`optim:`, configs/optim/unet_*.yaml)."""
+    """Optimizer and schedule (`optim:`, configs/unet/optim/*.yaml)."""
 
     name: str  # adamw, adam, sgd
     lr: float  # highest
@@ -730,7 +730,7 @@ def check_tiles(tiles: TileSettings, margin: int) -> None:
 
 
 def build_network(model_config: dict, in_channels: int, num_classes: int) -> torch.nn.Module:
-    """Build a network with random weights from the values of a file of configs/model.
+    """Build a network with random weights from the values of a file of configs/unet/model.
 
     Raises:
         ValueError: for an unknown name, an unknown or missing key, or a value that makes no sense.
@@ -1224,7 +1224,7 @@ def check_mode(config: dict) -> None:
         raise ValueError(f"resume= is given but mode is {mode}, which does not use it: leave one of them out")
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="train_unet")
+@hydra.main(version_base="1.3", config_path="configs/unet", config_name="train_unet")
 def main(cfg) -> float | None:
     """Read the config, do what `mode` says, and end with one line on what went wrong and status 1, if anything did."""
     try:

@@ -55,7 +55,7 @@ PASS_BY_IOU, PASS_BY_STABILITY = 0.3, 0.5  # shares, with random weights
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sam2_nano", help="a file of configs/model")
+    parser.add_argument("--model", default="sam2_nano", help="a file of configs/sam2/model")
     parser.add_argument("--points-per-side", type=int, default=None, help="16 for sam2_nano, else 8")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--fast-decoder", action="store_true", help="ours with fast_decoder=true")
@@ -72,7 +72,7 @@ def main() -> None:
 
     is_nano = arguments.model == "sam2_nano"
     points_per_side = arguments.points_per_side or (16 if is_nano else 8)
-    settings = AutomaticSettings(**read_config("model", arguments.model)["automatic"])
+    settings = AutomaticSettings(**read_config("sam2/model", arguments.model)["automatic"])
     settings = replace(settings, points_per_side=points_per_side)
     if not is_nano:
         settings = choose_thresholds(model, image_rgb, settings)
@@ -118,7 +118,7 @@ def read_picture() -> np.ndarray:
 
 def build_model(name: str) -> torch.nn.Module:
     """Build the nano with its weights; any other model with random ones, the same in every process."""
-    config = read_config("model", name)
+    config = read_config("sam2/model", name)
     if name != "sam2_nano":
         config["checkpoint"] = "none"
     seed_everything(0)

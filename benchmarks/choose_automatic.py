@@ -54,7 +54,7 @@ def count_found(label_map: np.ndarray, truth: np.ndarray) -> int:
 @torch.inference_mode()
 def main() -> None:
     overrides = ["data=scenes", *(f"model.{argument}" for argument in sys.argv[1:])]
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    with hydra.initialize_config_dir(str(CONFIGS / "sam2"), version_base="1.3"):
         config = OmegaConf.to_container(hydra.compose("train_sam2", overrides), resolve=True)
     model = build_sam2(**config["model"], device="cpu")
     other_keys = ("generate", "root", "min_area_px", "hflip", "color_jitter")

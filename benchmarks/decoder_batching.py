@@ -34,13 +34,13 @@ GRADIENT_LIMIT, TARGET = 1e-4, 1.3
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="sam2.1_hiera_tiny", help="a file of configs/model")
+    parser.add_argument("--model", default="sam2.1_hiera_tiny", help="a file of configs/sam2/model")
     parser.add_argument("--image-size", type=int, default=1024, help="px")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each way, after one that warms up")
     arguments = parser.parse_args()
     seed_everything(0)
     side = arguments.image_size
-    config = read_config("model", arguments.model) | {"checkpoint": "none", "image_size": side}
+    config = read_config("sam2/model", arguments.model) | {"checkpoint": "none", "image_size": side}
     model = build_sam2(**config, device=CPU).train()
     trainable = freeze_except(model, ["prompt_encoder", "mask_decoder"])
 

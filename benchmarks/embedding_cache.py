@@ -57,7 +57,7 @@ CLIP_NORM = 0.1
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="sam2.1_hiera_small", help="a file of configs/model")
+    parser.add_argument("--model", default="sam2.1_hiera_small", help="a file of configs/sam2/model")
     parser.add_argument("--image-size", type=int, default=1024, help="px")
     parser.add_argument("--steps", type=int, default=7, help="timed steps of each way, after one that warms up")
     parser.add_argument("--cache-precision", choices=("fp16", "fp32"), default="fp16")
@@ -71,10 +71,10 @@ def main() -> None:
 def compare(arguments: argparse.Namespace, folder: Path) -> dict:
     """Check that both ways compute the same, then time their steps in turn."""
     side = arguments.image_size
-    config = read_config("model", arguments.model) | {"checkpoint": "none", "image_size": side}
-    optim = OptimSettings(**read_config("optim", "adamw") | {"lr": 1e-5})
-    loss = LossSettings(**read_config("loss", "tutorial"))
-    prompts = PromptSettings(**read_config("prompts", "point"))
+    config = read_config("sam2/model", arguments.model) | {"checkpoint": "none", "image_size": side}
+    optim = OptimSettings(**read_config("sam2/optim", "adamw") | {"lr": 1e-5})
+    loss = LossSettings(**read_config("sam2/loss", "tutorial"))
+    prompts = PromptSettings(**read_config("sam2/prompts", "point"))
     model = build_sam2(**config, device=CPU, fast_decoder=arguments.fast_decoder)
     trainable = freeze_except(model, ["prompt_encoder", "mask_decoder"])
     optimizer = torch.optim.AdamW(parameter_groups(trainable, optim), lr=optim.lr)

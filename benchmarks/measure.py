@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def read_config(group: str, name: str) -> dict:
-    """Read a file of configs/, its references to other files left out."""
+    """Read the file configs/<group>/<name>.yaml, its references to other files left out."""
     return OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{name}.yaml"), resolve=False)
 
 

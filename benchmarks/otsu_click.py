@@ -40,7 +40,7 @@ def clicked_component(image_rgb: np.ndarray, point: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    with hydra.initialize_config_dir(str(CONFIGS / "sam2"), version_base="1.3"):
         data = OmegaConf.to_container(hydra.compose("train_sam2", ["experiment=dsb2018"]).data, resolve=True)
     min_area_px = data["min_area_px"]
     reader_keys = {key: value for key, value in data.items() if key not in ("min_area_px", "hflip", "color_jitter")}

@@ -44,7 +44,7 @@ PARTED_PX = 0.5  # mean centre distance from which on fast and parity have parte
 
 
 def compose_config(*overrides: str) -> dict:
-    with hydra.initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
+    with hydra.initialize_config_dir(str(REPOSITORY / "configs" / "tracking"), version_base="1.3"):
         return OmegaConf.to_container(hydra.compose("track", list(overrides)), resolve=True)
 
 

@@ -63,7 +63,7 @@ def compare_steps() -> None:
 
 
 def compose_config(seed: int) -> dict:
-    with hydra.initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
+    with hydra.initialize_config_dir(str(REPOSITORY / "configs" / "unet"), version_base="1.3"):
         overrides = [
             f"seed={seed}", f"train.steps={STEPS}", f"train.eval_every={STEPS}", "train.eval_images=1", "device=cpu",
             "train.test_at_end=false", "train.picture_images=0", "train.log_every=1000", "precision=bf16",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
+from options import read_option
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -16,12 +16,10 @@ from utils.images import read_image, write_image, write_label_map
 from utils.instances.check import check_items, keep_usable, mask_statistics, plot_statistics, report_lines
 from utils.instances.readers import object_ids, read_instances, read_item, split_items
 
-CONFIGS = Path(__file__).parent.parent / "configs" / "data"
-
 
 def data_keys(name: str, root: Path, **changes) -> dict:
-    """The keys of configs/data/<name>.yaml, with a root and other changes, as a command line would give them."""
-    keys = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    """The keys of configs/sam2/data/<name>.yaml, with a root and other changes, as a command line would give them."""
+    keys = read_option("sam2", "data", name)
     assert not set(changes) - set(keys), changes
     return {**keys, "root": str(root), **changes}
 

@@ -1,9 +1,10 @@
-"""The project's own rules: who imports whom, nothing happens at import, requirements, and configs/common.yaml."""
+"""The project's own rules: who imports whom, nothing happens at import, requirements, and common.yaml."""
 
 import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -164,14 +165,14 @@ def test_requirements_list_what_is_used_and_nothing_else():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# configs/common.yaml, in a script of five lines
+# configs/shared/common.yaml, in a script of five lines
 
 SCRIPT = """
 import os
 import hydra
 from omegaconf import OmegaConf
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="small")
+@hydra.main(version_base="1.3", config_path="configs/small", config_name="small")
 def main(cfg):
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     print(os.getcwd(), hydra.core.hydra_config.HydraConfig.get().runtime.output_dir, config, sep="|")
@@ -183,9 +184,11 @@ main()
 @pytest.fixture
 def run_small(tmp_path):
     """Make a script that uses common.yaml, and return the function that runs it: arguments -> (process, its rows)."""
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "common.yaml").write_bytes((ROOT / "configs" / "common.yaml").read_bytes())
-    (tmp_path / "configs" / "small.yaml").write_text("defaults: [common, _self_]\n")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "configs" / "small").mkdir()
+    (tmp_path / "configs" / "small" / "small.yaml").write_text(
+        "{defaults: [common, _self_], hydra: {searchpath: [pkg://configs.shared]}}"
+    )
     (tmp_path / "small.py").write_text(SCRIPT)
     environment = {name: value for name, value in os.environ.items() if name != "DATA_ROOT"}
 

@@ -561,7 +561,7 @@ def test_typos_name_the_key(root, tmp_path, quick):
             compose_config(*tiny_overrides(root), override)
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ncahce: auto\n")
-    config = tiny_config(root, "experiment=mine", f"hydra.searchpath=[file://{tmp_path}]")
+    config = tiny_config(root, "experiment=mine", f"hydra.searchpath=[pkg://configs.shared,file://{tmp_path}]")
     with pytest.raises(ValueError, match="unknown key cahce in the config"):
         train_in(tmp_path / "run", config)
 
@@ -570,7 +570,9 @@ def test_off_without_quotes_in_a_preset_is_off(root, tmp_path, quick, monkeypatc
     script_evaluation(monkeypatch)
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ncache: off\n")
-    config = tiny_config(root, "experiment=mine", "train.steps=1", f"hydra.searchpath=[file://{tmp_path}]")
+    config = tiny_config(
+        root, "experiment=mine", "train.steps=1", f"hydra.searchpath=[pkg://configs.shared,file://{tmp_path}]"
+    )
     assert config["cache"] is False
     train_in(tmp_path / "run", config)
     assert len(num_encoded) == 2

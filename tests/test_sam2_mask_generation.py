@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
+from options import read_option
 from pycocotools import mask as coco_mask
 from torch import nn
 
@@ -148,7 +148,7 @@ def test_generates_the_masks_of_the_official_generator(official, image_hw, crop_
 
 @pytest.mark.slow
 def test_generates_the_masks_of_the_official_generator_with_the_nano(official):
-    config = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "model" / "sam2_nano.yaml"))
+    config = read_option("sam2", "model", "sam2_nano")
     settings = config["automatic"]
     if not (ROOT / "checkpoints" / "sam2_nano.pt").is_file():  # random weights: low scores, and masks without an edge
         torch.manual_seed(0)
@@ -230,7 +230,7 @@ def rounds_by_the_number_of_rows(model: nn.Module, part_sizes: set[int], num_poi
 @pytest.mark.parametrize("image_size, points_per_side", [(256, 9), (1280, 5)])
 def test_parts_of_a_batch_give_its_masks(image_size, points_per_side, monkeypatch):
     """With the real decoder: bit for bit where this CPU's matrix kernels do so, else up to rounding."""
-    config = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "model" / "sam2_nano.yaml"))
+    config = read_option("sam2", "model", "sam2_nano")
     model = build_sam2(**config | {"image_size": image_size}, device="cpu")
     settings = AutomaticSettings(points_per_side=points_per_side, pred_iou_thresh=0.1, stability_score_thresh=0.1)
     part_sizes, results = set(), []

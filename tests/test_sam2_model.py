@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from options import read_option
 
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.sam2 import model as sam2_model
@@ -37,12 +38,12 @@ from utils.sam2.model import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL_FILES = sorted((ROOT / "configs" / "model").glob("sam2*.yaml"))
+MODEL_FILES = sorted((ROOT / "configs" / "sam2" / "model").glob("sam2*.yaml"))
 NAMES = [path.stem for path in MODEL_FILES]
 
 
 def model_config(name: str, **changes) -> dict:
-    return yaml.safe_load((ROOT / "configs" / "model" / f"{name}.yaml").read_text()) | changes
+    return read_option("sam2", "model", name) | changes
 
 
 def build_random(name: str, image_size: int, seed: int = 0) -> torch.nn.Module:
@@ -67,7 +68,7 @@ from hydra.core.global_hydra import GlobalHydra
 from utils.sam2 import model as sam2_model
 
 def config(name):
-    path = Path(sam2_model.__file__).resolve().parents[2] / "configs" / "model" / f"{name}.yaml"
+    path = Path(sam2_model.__file__).resolve().parents[2] / "configs" / "sam2" / "model" / f"{name}.yaml"
     return yaml.safe_load(path.read_text()) | {"checkpoint": "none", "image_size": 64, "device": "cpu"}
 
 TINY, NANO = config("sam2.1_hiera_tiny"), config("sam2_nano")
@@ -429,7 +430,7 @@ def test_conv_trunk_has_four_strides_and_a_batch_of_one_is_the_same():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# every model of configs/model: architectures on the meta device, which takes no memory and no time
+# every model of configs/sam2/model: architectures on the meta device, which takes no memory and no time
 
 
 @pytest.fixture(scope="module")
@@ -468,7 +469,7 @@ def test_model_files_hold_build_sam2s_keywords_and_what_their_header_says(state_
     config = model_config(name)
     assert config.keys() == inspect.signature(build_sam2).parameters.keys() - {"device", "fast_decoder"}
     assert config["name"] == name and config["checkpoint"] == "auto"
-    text = (ROOT / "configs" / "model" / f"{name}.yaml").read_text()
+    text = (ROOT / "configs" / "sam2" / "model" / f"{name}.yaml").read_text()
     millions = f"{state_dicts[f'count {name}'] / 1e6 - 0.05:.1f}"  # cut, not rounded, as SAM 2's README has them
     rounded = f"{state_dicts[f'count {name}'] / 1e6:.1f}"
     header = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))

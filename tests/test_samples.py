@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import skimage.data
-import yaml
+from options import read_option
 from torchvision.datasets import OxfordIIITPet
 
 from utils.instances.readers import object_ids, read_item, split_items
@@ -18,13 +18,13 @@ from utils.samples.glassware import draw_glassware
 from utils.samples.moving_shapes import draw_moving_shapes
 from utils.samples.pets import draw_pet
 from utils.samples.scenes import draw_scene, read_photographs
-from utils.samples.write import REPOSITORY, write_samples
+from utils.samples.write import write_samples
 from utils.segmentation import readers as semantic_data
 from utils.segmentation.check import check_items
 
 
 def data_config(name: str, root) -> dict:
-    config = yaml.safe_load((REPOSITORY / "configs" / "data" / f"{name}.yaml").read_text())
+    config = read_option("sam2", "data", name)
     assert config.pop("generate") == name
     assert config["root"] == f"data/generated_{name}"  # below the repository, never below DATA_ROOT
     return config | {"root": str(root)}
@@ -359,7 +359,7 @@ def test_pets_lie_in_the_layout_of_oxford_pet(pets):
 
 
 def test_pets_are_read_by_the_default_config(pets):
-    config = yaml.safe_load((REPOSITORY / "configs" / "data" / "pets_sample.yaml").read_text())
+    config = read_option("unet", "data", "pets_sample")
     assert config.pop("generate") == "pets" and config["root"] == "data/generated_pets"
     splits = semantic_data.split_items(**config | {"root": str(pets)})
     assert [len(split) for split in splits] == [8, 2, 5]

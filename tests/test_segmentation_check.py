@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from options import read_option
 from PIL import Image
 from test_segmentation_readers import bands, data_keys, write_pairs, write_picture, write_png
 
@@ -34,7 +35,7 @@ def refused(root: Path, **changes) -> str:
 
 def yaml_lines(message: str) -> dict:
     """Find the YAML lines that a message proposes."""
-    keys = yaml.safe_load((Path(__file__).parent.parent / "configs" / "data" / "folders.yaml").read_text())
+    keys = read_option("unet", "data", "folders")
     found = re.findall(rf"\b({'|'.join(keys)}): (\{{[^}}]*\}}|\[[^\]]*\]|[\w-]+)", message)
     return {key: yaml.safe_load(value) for key, value in found}
 

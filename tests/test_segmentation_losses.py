@@ -1,15 +1,14 @@
 """Losses of masks and of class maps: values and gradients against torchvision, MONAI, naive loops, closed forms."""
 
 import math
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from monai.losses import DiceLoss, FocalLoss, TverskyLoss
+from options import read_option
 from scipy.ndimage import distance_transform_edt
 from torchvision.ops import sigmoid_focal_loss
 
@@ -517,19 +516,18 @@ def test_pixel_weights_take_the_place_of_class_weights_in_the_losses_of_pixels()
 
 
 LOSS_FILES = (
-    "cross_entropy", "soft_iou", "log_iou", "semantic_dice", "tversky", "semantic_focal", "cross_entropy_dice",
+    "cross_entropy", "soft_iou", "log_iou", "dice", "tversky", "focal", "cross_entropy_dice",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LOSS_FILES)
 def test_loss_files_hold_every_knob_and_switch_on_what_they_are_named_after(name):
-    path = Path(__file__).parent.parent / "configs" / "loss" / f"{name}.yaml"
-    knobs = yaml.safe_load(path.read_text(encoding="utf-8"))
+    knobs = read_option("unet", "loss", name)
     assert (knobs.pop("class_weights"), knobs.pop("border_weight"), knobs.pop("border_sigma")) == (None, 0.0, 5.0)
     assert set(knobs) == WEIGHTS_OF_LOSSES.keys() | OTHER_KNOBS.keys()
     on = {key for key in WEIGHTS_OF_LOSSES if knobs[key]}
     both = {"cross_entropy", "dice"}
-    assert on == (both if name == "cross_entropy_dice" else {name.removeprefix("semantic_")})
+    assert on == (both if name == "cross_entropy_dice" else {name})
     logits, target = class_example(11)
     assert semantic_loss(logits, target, **knobs) > 0
 

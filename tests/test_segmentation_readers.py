@@ -8,21 +8,20 @@ import cv2
 import numpy as np
 import pytest
 import torchvision
-import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from options import read_option
 from PIL import Image
 
 from utils.images import write_image
 from utils.segmentation.readers import IGNORE_INDEX, name_classes, read_item, read_picture, split_items
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = ROOT / "configs" / "data"
 
 
 def data_keys(name: str, root: Path, **changes) -> dict:
-    """The keys of configs/data/<name>.yaml, with a root and other changes, as a command line would give them."""
-    keys = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    """The keys of configs/unet/data/<name>.yaml, with a root and other changes, as a command line would give them."""
+    keys = read_option("unet", "data", name)
     assert not set(changes) - set(keys), changes
     return {**keys, "root": str(root), **changes}
 
@@ -419,17 +418,16 @@ def test_camvid_reads_the_lists_as_published_and_as_cut(tmp_path, prefix):
 def recipe_keys(tmp_path):
     """Return a function: name of a recipe -> its data keys, composed as a script does, with root below tmp_path."""
     recipes = re.findall(
-        r"```yaml\n# configs/data/(\w+).yaml\n(.*?)```", (ROOT / "data" / "README.md").read_text(), re.S
+        r"```yaml\n# configs/unet/data/(\w+).yaml\n(.*?)```", (ROOT / "data" / "README.md").read_text(), re.S
     )
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     for name, text in recipes:
-        (tmp_path / "configs" / "data" / f"{name}.yaml").write_text(text)
-    (tmp_path / "configs" / "recipe.yaml").write_text("defaults: [common, {data: folders}, _self_]\n")
+        (tmp_path / "configs" / "unet" / "data" / f"{name}.yaml").write_text(text)
 
     def keys(name: str) -> dict:
         assert name in dict(recipes)
-        with initialize_config_dir(str(tmp_path / "configs"), version_base="1.3"):
-            cfg = compose("recipe", [f"data={name}", f"data_root={tmp_path}"])
+        with initialize_config_dir(str(tmp_path / "configs" / "unet"), version_base="1.3"):
+            cfg = compose(f"data/{name}", [f"+data_root={tmp_path}"])
         return OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)
 
     keys.names = sorted(dict(recipes))

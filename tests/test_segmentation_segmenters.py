@@ -1,20 +1,18 @@
 """FCN, SegNet and the vision transformer against other libraries and naive loops; what all networks have in common."""
 
 import inspect
-from pathlib import Path
 
 import cv2
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
+from options import CONFIGS, read_option
 from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
 from utils.segmentation.segmenters import FCN, SegNet, TransformerBlock, ViTSegmenter
 from utils.segmentation.unet import UNet, UNetPaper
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "model"
 CLASSES = {"unet_paper": UNetPaper, "unet": UNet, "fcn": FCN, "segnet": SegNet, "vit": ViTSegmenter}
 PRESETS = ["unet_paper", "unet", "fcn", "segnet", "segnet_dsc", "vit", "vit_small"]
 SMALL = {  # the settings of a network that a test can afford
@@ -29,7 +27,7 @@ SMALL = {  # the settings of a network that a test can afford
 
 
 def make(preset: str, in_channels: int, num_classes: int, **changes):
-    settings = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text(encoding="utf-8"))
+    settings = read_option("unet", "model", preset)
     network = CLASSES[settings.pop("name")]
     return network(in_channels=in_channels, num_classes=num_classes, **(settings | changes))
 
@@ -61,11 +59,9 @@ def test_published_numbers_of_parameters(preset, count):
         assert num_parameters(make(preset, in_channels=3, num_classes=3)) == count
 
 
-@pytest.mark.parametrize(
-    "preset", sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith(("sam2", "siamfc")))
-)
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (CONFIGS / "unet" / "model").glob("*.yaml")))
 def test_yaml_holds_exactly_the_classs_arguments(preset):
-    settings = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text(encoding="utf-8"))
+    settings = read_option("unet", "model", preset)
     arguments = inspect.signature(CLASSES[settings.pop("name")]).parameters
     assert list(arguments)[:2] == ["in_channels", "num_classes"]
     assert list(settings) == list(arguments)[2:]

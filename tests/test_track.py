@@ -51,7 +51,7 @@ def quick(monkeypatch):
 @functools.cache
 def compose_groups(*overrides):
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "configs" / "tracking"), version_base="1.3"):
         return compose("track", ["device=cpu", *overrides])
 
 
@@ -71,7 +71,9 @@ def run(run_dir, *overrides):
 
 def run_main(monkeypatch, *arguments):
     """Run the command in this process: what it exits with."""
-    monkeypatch.setattr(sys, "argv", ["track.py", "--config-path", str(ROOT / "configs"), "device=cpu", *arguments])
+    monkeypatch.setattr(
+        sys, "argv", ["track.py", "--config-path", str(ROOT / "configs" / "tracking"), "device=cpu", *arguments]
+    )
     GlobalHydra.instance().clear()
     handlers = list(logging.getLogger().handlers)
     with pytest.raises(SystemExit) as stop:

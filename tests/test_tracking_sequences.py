@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import six  # noqa: F401  the toolkit imports it without saying so in its requirements
-import yaml
 from got10k.datasets import OTB, VOT, GOT10k, ImageNetVID
 from got10k.experiments import ExperimentGOT10k, ExperimentOTB
 from got10k.experiments.vot import ExperimentVOT
+from options import read_option
 from PIL import Image
 
 from utils.images import write_image, write_label_map
@@ -32,13 +32,12 @@ from utils.tracking.sequences import (
     write_result,
 )
 
-CONFIGS = Path(__file__).parent.parent / "configs" / "data"
 BOXES = np.array([[3, 4, 20, 10], [3.5, 4.25, 21, 10.5], [-2, 0, 19.125, 11], [120, 77, 8, 9]])
 
 
 def data_keys(name: str, root: Path, **changes) -> dict:
-    """The keys of configs/data/<name>.yaml, with a root and other changes, as a command line would give them."""
-    keys = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    """The keys of configs/tracking/data/<name>.yaml, with a root and changes, as a command line gives them."""
+    keys = read_option("sam2" if name in ("coco", "label_map", "masks_per_file") else "tracking", "data", name)
     keys.pop("generate", None)
     assert not set(changes) - set(keys), changes
     return {**keys, "root": str(root), **changes}
@@ -206,7 +205,7 @@ def test_got10k_is_listed_as_the_toolkit_lists_it(shapes_root):
 def test_got10k_leaves_out_lists_and_splits(tmp_path, shapes_root):
     root = tmp_path / "GOT-10k"
     shutil.copytree(shapes_root, root)
-    keys = yaml.safe_load((CONFIGS / "got10k.yaml").read_text())
+    keys = read_option("tracking", "data", "got10k")
     broken = ["GOT-10k_Train_008628", "GOT-10k_Train_008630", "GOT-10k_Train_009058", "GOT-10k_Train_009059"]
     assert keys["leave_out"] == broken and keys["box_origin"] == 1
     for name in broken + ["GOT-10k_Train_009060"]:

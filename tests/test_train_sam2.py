@@ -14,7 +14,7 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, HydraException
-from omegaconf import OmegaConf
+from options import read_option
 from tiny_training import (
     COLORS,
     ROOT,
@@ -41,11 +41,10 @@ from utils.sam2 import model as sam2_model
 from utils.sam2.fast_decoder import decode_fast
 from utils.sam2.model import Embeddings, build_sam2, preprocess, scale_points
 
-SAM_LOSS = LossSettings(**OmegaConf.load(ROOT / "configs" / "loss" / "sam.yaml"))
-TUTORIAL_LOSS = LossSettings(**OmegaConf.load(ROOT / "configs" / "loss" / "tutorial.yaml"))
+SAM_LOSS = LossSettings(**read_option("sam2", "loss", "sam"))
+TUTORIAL_LOSS = LossSettings(**read_option("sam2", "loss", "tutorial"))
 AUGMENTATION = train_sam2.Augmentation(min_area_px=1, hflip=True, color_jitter=0.0)
-PRESETS = [path for path in (ROOT / "configs" / "experiment").glob("*.yaml") if "/model: sam2" in path.read_text()]
-PRESETS = sorted(path.stem for path in PRESETS)
+PRESETS = sorted(path.stem for path in (ROOT / "configs" / "sam2" / "experiment").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -1071,7 +1070,9 @@ def test_typo_on_the_command_line_names_the_key(root):
 def test_typo_in_a_preset_names_the_key(content, key, root, tmp_path, quick):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{content}\n")
-    config = compose_config(*tiny_overrides(root), "experiment=mine", f"hydra.searchpath=[file://{tmp_path}]")
+    config = compose_config(
+        *tiny_overrides(root), "experiment=mine", f"hydra.searchpath=[pkg://configs.shared,file://{tmp_path}]"
+    )
     with pytest.raises(ValueError, match=rf"\b{key}\b"):
         train_in(tmp_path / "run", config)
 
@@ -1130,12 +1131,6 @@ def test_value_of_another_type_is_named_before_any_data_is_read(override, wanted
     assert str(error.value) == f"{override.split('=')[0]} is {wanted}"
 
 
-def test_model_of_another_script_is_refused(tmp_path):
-    config = compose_config("model=unet", "optim.lr=1e-3")
-    with pytest.raises(ValueError, match="model is not a SAM 2 model; choose a file of configs/model"):
-        train_sam2.train(config, tmp_path / "run", None)
-
-
 def test_value_of_another_type_is_one_line_for_the_user(tmp_path, monkeypatch, capfd):
     arguments = [*tiny_overrides(tmp_path / "no_such_folder"), "train.steps=abc"]
     status, output = run_main(monkeypatch, capfd, tmp_path / "run", *arguments)
@@ -1145,7 +1140,7 @@ def test_value_of_another_type_is_one_line_for_the_user(tmp_path, monkeypatch, c
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_composes_and_fixes_its_model(name):
     check_settings_of(compose_config(f"experiment={name}", "data_root=/nowhere", "model.checkpoint=auto"))
-    assert "override /model:" in (ROOT / "configs" / "experiment" / f"{name}.yaml").read_text()
+    assert "override /model:" in (ROOT / "configs" / "sam2" / "experiment" / f"{name}.yaml").read_text()
 
 
 @pytest.mark.slow
@@ -1177,7 +1172,7 @@ def test_missing_folder(root, tmp_path, monkeypatch, capfd):
 def test_unknown_model_lists_the_valid_ones(root, tmp_path, monkeypatch, capfd):
     status, output = run_main(monkeypatch, capfd, tmp_path / "run", *tiny_overrides(root), "model=sam3")
     assert status == 1 and "sam3" in output
-    for path in (ROOT / "configs" / "model").glob("*.yaml"):
+    for path in (ROOT / "configs" / "sam2" / "model").glob("*.yaml"):
         assert path.stem in output
     with pytest.raises(HydraException):
         compose_config("model=sam3")

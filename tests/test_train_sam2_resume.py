@@ -204,7 +204,7 @@ def resumed_config(stored, *overrides):
 
 
 def test_resume_takes_the_stored_config_and_allows_what_may_change(stored):
-    """The command line need not repeat anything: configs/train_sam2.yaml's defaults are not the stored values."""
+    """The command line need not repeat anything: configs/sam2/train_sam2.yaml's defaults are not the stored values."""
     assert resumed_config(stored) == stored | {"resume": "run"}
     allowed = ("train.steps=9", "device=cpu", "num_workers=3", "data.root=/elsewhere")
     config = resumed_config(stored, *allowed)

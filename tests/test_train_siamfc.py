@@ -70,7 +70,7 @@ from utils.tracking.siamfc import (
 )
 from utils.tracking.tracker import SiamFCTracker, TrackerSettings
 
-PRESETS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("siamfc_*.yaml"))
+PRESETS = sorted(path.stem for path in (ROOT / "configs" / "tracking" / "experiment").glob("siamfc_*.yaml"))
 LABELS = response_labels(15, 16.0)
 WEIGHTS = balanced_weights(LABELS)
 NAN = math.nan
@@ -1125,7 +1125,7 @@ def test_preset_composes(name):
         (train_siamfc.ModelSettings, "model"), (TrackerSettings, "tracker"),
     ):  # fmt: skip
         train_siamfc.read_settings(cls, config[section], section)
-    assert "override /model:" in (ROOT / "configs" / "experiment" / f"{name}.yaml").read_text()
+    assert "override /model:" in (ROOT / "configs" / "tracking" / "experiment" / f"{name}.yaml").read_text()
     optim = OptimSettings(**config["optim"])
     steps = config["train"]["steps"]
     assert exponential_lr(steps - 1, steps, optim) == pytest.approx(optim.min_lr)
@@ -1356,7 +1356,7 @@ def test_davis_trains_and_a_score_bias_is_kept(tmp_path, quick):
 
 
 def test_a_dataset_without_boxes_is_named(root, tmp_path, quick):
-    config = compose_config("data=camvid", f"data.root={tmp_path}", "device=cpu")
+    config = compose_config("data=label_map", "data.format=camvid", f"data.root={tmp_path}", "device=cpu")
     with pytest.raises(ValueError, match="data.format is camvid, which has neither boxes nor objects; take a dataset"):
         train_in(tmp_path / "run", config)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
+from options import read_option
 from PIL import Image
 from tiny_segmentation import (
     COLORS,
@@ -40,10 +41,10 @@ from utils.segmentation.unet import UNet, UNetPaper
 
 CPU = torch.device("cpu")
 PLAIN = Augmentation(scale=[1.0, 1.0], hflip=False, vflip=False, rotation=0.0, color_jitter=0.0, elastic_px=0.0)
-LOSS = LossSettings(**OmegaConf.load(ROOT / "configs" / "loss" / "cross_entropy.yaml"))
+LOSS = LossSettings(**read_option("unet", "loss", "cross_entropy"))
 PRESETS = sorted(
     path.stem
-    for path in (ROOT / "configs" / "experiment").glob("*.yaml")
+    for path in (ROOT / "configs" / "unet" / "experiment").glob("*.yaml")
     if "python train_unet.py" in path.read_text(encoding="utf-8")
 )
 
@@ -262,8 +263,8 @@ def test_only_a_better_one_replaces_the_best_checkpoint(root, tmp_path, quick, m
 
 @pytest.mark.parametrize(
     "name, optim",
-    [(name, "unet_adamw") for name in ("unet", "unet_paper", "fcn", "segnet", "segnet_dsc", "vit_small")]
-    + [("unet", "unet_adam"), ("unet", "unet_sgd")],
+    [(name, "adamw") for name in ("unet", "unet_paper", "fcn", "segnet", "segnet_dsc", "vit_small")]
+    + [("unet", "adam"), ("unet", "sgd")],
 )
 def test_every_parameter_of_every_network_moves(name, optim, root, tmp_path, quick, monkeypatch):
     """Without weight decay, which would move a parameter that gets no gradient."""
@@ -319,7 +320,7 @@ def test_accumulation_equals_a_larger_batch(root, tmp_path, quick, monkeypatch):
     for batch_size, accumulate in ((4, 1), (2, 2)):
         config = compose_config(
             *overrides, "model=unet_paper", "model.base_channels=2", "model.dropout=0.0", "data.image_size=204",
-            f"train.batch_size={batch_size}", f"train.accumulate={accumulate}", "train.steps=1", "optim=unet_sgd",
+            f"train.batch_size={batch_size}", f"train.accumulate={accumulate}", "train.steps=1", "optim=sgd",
             "train.clip_norm=null", "optim.weight_decay=0.0", "train.test_at_end=false", "loss=cross_entropy",
         )  # fmt: skip
         last = train_in(tmp_path / str(batch_size), config)
@@ -872,7 +873,9 @@ def test_typo_on_the_command_line_names_the_key(root):
 def test_typo_in_a_preset_names_the_key(content, key, root, tmp_path, quick):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{content}\n")
-    config = compose_config(*tiny_overrides(root), "experiment=mine", f"hydra.searchpath=[file://{tmp_path}]")
+    config = compose_config(
+        *tiny_overrides(root), "experiment=mine", f"hydra.searchpath=[pkg://configs.shared,file://{tmp_path}]"
+    )
     changed = OmegaConf.create(config)
     OmegaConf.update(changed, content.split(":")[0], OmegaConf.create(content)[content.split(":")[0]], force_add=True)
     with pytest.raises(ValueError, match=rf"\b{key}\b"):
@@ -933,7 +936,7 @@ def test_preset_composes_and_fixes_its_model(name):
     framing, _, _ = train_unet.read_data_settings(config["data"])
     train_unet.check_size("data.image_size", framing.image_size, train_unet.output_margin(config["model"]))
     train_unet.build_network(config["model"], config["data"]["channels"], config["data"]["num_classes"])
-    assert "override /model:" in (ROOT / "configs" / "experiment" / f"{name}.yaml").read_text()
+    assert "override /model:" in (ROOT / "configs" / "unet" / "experiment" / f"{name}.yaml").read_text()
 
 
 def test_there_are_presets():

@@ -67,7 +67,7 @@ def test_resumed_run_equals_the_uninterrupted_one(root, whole, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optim", ["unet_sgd", "unet_adam"])
+@pytest.mark.parametrize("optim", ["sgd", "adam"])
 def test_other_optimizers_and_batch_norm_resume_exactly(optim, root, tmp_path, monkeypatch):
     config = compose_config(*tiny_overrides(root), *STEPS, f"optim={optim}")
     train_in(tmp_path / "whole", config)

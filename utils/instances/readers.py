@@ -1,7 +1,7 @@
 """Datasets of pictures with instance masks, read straight from disk: LabPics, label maps, one file per mask, COCO,
 SA-1B, DAVIS.
 
-`split_items(**config["data"])` lists a dataset: its keyword arguments are the keys of configs/data/*.yaml.
+`split_items(**config["data"])` lists a dataset: its keyword arguments are the keys of configs/sam2/data/*.yaml.
 `read_item(item)` reads one picture and its objects. Objects come as id layers, int32 (L, H, W): 0 is background, an id
 lives in exactly one layer, and objects that overlap lie in different layers (label maps have one layer).
 """
@@ -53,7 +53,7 @@ def split_items(format: str, root: str, **keys) -> tuple[list[Item], list[Item]]
     Args:
         format: one of labpics, label_map, masks_per_file, coco, sa1b, davis.
         root: the dataset's folder, relative to where the user stands.
-        keys: the other keys of that format's configs/data/*.yaml; the functions below explain them.
+        keys: the other keys of that format's configs/sam2/data/*.yaml; the functions below explain them.
     Returns:
         (train_items, val_items), each sorted by name.
     Raises:

@@ -322,7 +322,7 @@ def build_sam2(
     device,
     fast_decoder: bool = False,
 ) -> nn.Module:
-    """Build a SAM 2 model with its weights, in eval mode. The keywords are the keys of configs/model/*.yaml.
+    """Build a SAM 2 model with its weights, in eval mode. The keywords are the keys of configs/sam2/model/*.yaml.
 
     Args:
         name: the model's name, for messages and to choose the nano.

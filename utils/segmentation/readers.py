@@ -1,7 +1,7 @@
 """Datasets of pictures with one class per pixel, read straight from disk: Oxford-IIIT Pet, ISBI 2012, CamVid, and any
 two folders of pictures and masks.
 
-`split_items(**config["data"])` lists a dataset: its keyword arguments are the keys of configs/data/*.yaml.
+`split_items(**config["data"])` lists a dataset: its keyword arguments are the keys of configs/unet/data/*.yaml.
 `read_item(item)` reads one picture and its class map, uint8 (H, W): 0..num_classes-1, or 255 (IGNORE_INDEX) for pixels
 that neither train nor count. Which value (or colour) of a mask file is which class stands in the YAML.
 """
@@ -83,7 +83,7 @@ def split_items(
         nearest_value: take any other value as the nearest of these, instead of refusing it.
         on_bad: what to do with a picture that lacks its mask, or the reverse: "stop" raises; with "skip" such an item
             is listed, and the dataset check leaves it out and counts it.
-        keys: the other keys of that format's configs/data/*.yaml; the functions below explain them.
+        keys: the other keys of that format's configs/unet/data/*.yaml; the functions below explain them.
     Returns:
         (train_items, val_items, test_items), each sorted by name.
     Raises:
@@ -386,7 +386,7 @@ def suggest_pairing(image_paths: list[Path], mask_paths: list[Path]) -> str:
         return "give a picture and its mask the same name but for the suffix"
     keys = zip(("image_start", "image_ending", "mask_start", "mask_ending"), best, strict=True)
     lines = ", ".join(f"{key}: {value}" for key, value in keys if value)
-    return f"in configs/data/folders.yaml set {lines}, which pairs {num_paired}"
+    return f"in configs/unet/data/folders.yaml set {lines}, which pairs {num_paired}"
 
 
 def _num_pages(path: Path) -> int:

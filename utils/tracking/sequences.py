@@ -1,7 +1,7 @@
 """Video sequences with a box per frame, read straight from disk: GOT-10k, ImageNet VID, DAVIS, OTB, VOT, any folders;
 pictures with masks as sequences of one frame; and the result files of OTB, GOT-10k and VOT.
 
-`split_sequences(**config["data"])` lists a dataset: its keyword arguments are the keys of configs/data/*.yaml.
+`split_sequences(**config["data"])` lists a dataset: its keyword arguments are the keys of configs/tracking/data/*.yaml.
 Boxes are boxes_xywh, float64 (..., 4): left, top, width, height in pixels, 0-based: the top left pixel is at (0, 0).
 Many files count from 1; `box_origin` in the YAML says which, and reading and writing convert.
 """
@@ -76,7 +76,7 @@ def split_sequences(format: str, root: str, index: str | None, **keys) -> tuple[
         format: one of got10k, imagenet_vid, davis, otb, vot, folders.
         root: the dataset's folder, relative to where the user stands.
         index: a file (.npz) to keep the list in, for the next run; None: read all annotations each time.
-        keys: the other keys of that format's configs/data/*.yaml; the functions below explain them.
+        keys: the other keys of that format's configs/tracking/data/*.yaml; the functions below explain them.
     Returns:
         (train_sequences, val_sequences), each in natural order of the names.
     Raises:
@@ -411,7 +411,7 @@ def split_pictures(format: str, root: str, **keys) -> tuple[list[Sequence], list
 
     Args:
         format: one of STATIC_FORMATS.
-        root, keys: as in those formats' configs/data/*.yaml (`readers.split_items`).
+        root, keys: as in those formats' configs/tracking/data/*.yaml (`readers.split_items`).
     Returns:
         (train_sequences, val_sequences), named <picture>.<object id>, or .<layer>.<object id> where objects overlap.
     Raises:

@@ -1,0 +1,1 @@
+"""On the search path of every script; Hydra wants a package."""
