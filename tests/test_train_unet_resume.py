@@ -138,12 +138,12 @@ def test_killed_runs_resume_exactly(root, tmp_path):
         # last.pt has the evaluation of step 2, best.pt not yet
         "before_best": {"die": ["os", "replace", 2, "best.pt"]},
         # three pictures each: the second picture of the second evaluation
-        "mid_validation": {"die": ["train_unet", "predict_picture", 3 + 2]},
+        "mid_validation": {"die": ["utils.segmentation.prediction:Predictor", "predict", 3 + 2]},
         # between the third step's two forwards: the evaluations before it use the loss three times each
         "mid_accumulation": {"die": ["train_unet", "weighted_loss", 3 + 2 * 2 + 3 + 2]},
         "mid_step": {"die": ["train_unet", "scheduled_lr", 5]},
         # the checkpoint of step 5 is there, the test split was being measured
-        "at_the_end": {"die": ["train_unet", "predict_picture", 4 * 3 + 1]},
+        "at_the_end": {"die": ["utils.segmentation.prediction:Predictor", "predict", 4 * 3 + 1]},
     }
     steps = kill_and_resume("tiny_segmentation", config, tmp_path, cases)
     assert steps == {

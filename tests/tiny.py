@@ -152,7 +152,7 @@ def crash_at_step(monkeypatch, step: int) -> None:
 # "die" kills itself at a call; the others are killed by the parent once they have used a share of the processor time
 # that the whole run took from its first checkpoint to its end.
 KILLER = r"""
-import importlib, json, os, shutil, signal, sys, time, traceback
+import importlib, json, os, pkgutil, shutil, signal, sys, time, traceback
 from pathlib import Path
 import pytest, torch
 import torch.utils.tensorboard
@@ -164,7 +164,7 @@ tiny_runs.make_runs_quick(pytest.MonkeyPatch())
 
 
 def die_at_call(module, name, number, ending=None):
-    module = importlib.import_module(module)
+    module = pkgutil.resolve_name(module)
     real, calls = getattr(module, name), []
 
     def call(*args, **keywords):
@@ -229,8 +229,8 @@ def kill_and_resume(tiny_runs: str, config: dict, folder: Path, cases: dict[str,
     Args:
         tiny_runs: the module whose make_runs_quick and train_in run it.
         folder: <case>_killed and <case> come here, and whole, the run that was not killed.
-        cases: {case: {"die": [module, function, number of its call, what its last argument ends with: all if left
-            out]} or {"share": of the processor time between its first checkpoint and its end, 0..1}}.
+        cases: {case: {"die": [module, or module:class, its function, number of the call, what the last argument ends
+            with: all if left out]} or {"share": of the processor time between its first checkpoint and its end, 0..1}}.
     Returns:
         {case: the step of the last.pt that the killed run left}.
     """

@@ -11,6 +11,7 @@ from tiny import ROOT as ROOT
 
 import train_unet
 from utils.images import write_image
+from utils.segmentation import reports
 
 NAMES = ("background", "disc", "square")
 COLORS = np.array([(40, 40, 40), (220, 60, 60), (70, 90, 240)], np.uint8)  # of the classes
@@ -108,8 +109,8 @@ def script_evaluation(monkeypatch, values: list[float] | None = None) -> None:
     """Let evaluate return these values, one after the other (None: always 0.5), without looking at the model."""
     values = itertools.repeat(0.5) if values is None else iter(values)
 
-    def evaluate(model, items, split, *rest):
-        found = dict.fromkeys((f"{split}/{name}" for name in train_unet.REPORTED), next(values))
+    def evaluate(predictor, items, split, *rest):
+        found = dict.fromkeys((f"{split}/{name}" for name in reports.REPORTED), next(values))
         return found | {f"{split}/num_images": len(items)}, np.diag([5, 3, 2])
 
     monkeypatch.setattr(train_unet, "evaluate", evaluate)
