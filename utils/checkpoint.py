@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
+# beside the knobs of the loss in checkpoints of older versions, which had no loss.terms
+FLAT_LOSS_TERMS = ("cross_entropy", "focal", "soft_iou", "log_iou", "dice", "tversky")
 PLAIN_TYPES = (int, float, str, bool, type(None))  # exact types: numpy's float64 is a float, but not a plain one
 
 
@@ -58,6 +60,17 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
         ) from error
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint {path} holds a {type(state).__name__}; must be a dict")
+    return update_older(state)
+
+
+def update_older(state: dict) -> dict:
+    """Bring a checkpoint that an older version wrote to today's names: flat weights of the loss become `loss.terms`."""
+    config = state.get("config")
+    loss = config.get("loss") if isinstance(config, dict) else None
+    if isinstance(loss, dict) and loss and "terms" not in loss:
+        terms = {name: loss[name] for name in FLAT_LOSS_TERMS if name in loss}
+        others = {name: value for name, value in loss.items() if name not in terms}
+        state["config"] = config | {"loss": {"terms": terms, **others}}
     return state
 
 
