@@ -31,7 +31,7 @@ from tqdm import tqdm
 from utils.images import read_image
 from utils.run import REPOSITORY, autocast, num_cores
 from utils.sam2.model import FrozenMaps, encode_frozen, preprocess, project_high_res
-from utils.settings import check_type
+from utils.settings import check_value
 
 FORMAT = 1  # of the entries and of all that leads to them: reading a picture, preprocess, encode_frozen
 HEADER_BYTES, FOOTER_BYTES = 4096, 64 + 8
@@ -73,7 +73,7 @@ class StoredMaps(NamedTuple):
 
 def check_cache_settings(setting: str | bool, stored: str) -> None:
     """Raise a ValueError for a `cache` or `cache_precision` that makes no sense."""
-    check_type(setting, str | bool, "cache")
+    check_value(setting, str | bool, "cache")
     if setting in ("", True):
         raise ValueError(f"cache is {setting!r}; must be auto, off, or a folder")
     if stored not in STORED_DTYPES:
