@@ -65,12 +65,12 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
 
 def update_older(state: dict) -> dict:
     """Bring a checkpoint that an older version wrote to today's names: flat weights of the loss become `loss.terms`."""
-    config = state.get("config")
-    loss = config.get("loss") if isinstance(config, dict) else None
+    stored = state.get("config")
+    loss = stored.get("loss") if isinstance(stored, dict) else None
     if isinstance(loss, dict) and loss and "terms" not in loss:
         terms = {name: loss[name] for name in FLAT_LOSS_TERMS if name in loss}
         others = {name: value for name, value in loss.items() if name not in terms}
-        state["config"] = config | {"loss": {"terms": terms, **others}}
+        state["config"] = stored | {"loss": {"terms": terms, **others}}
     return state
 
 
