@@ -46,7 +46,7 @@ from tqdm import tqdm
 from utils.checkpoint import find_resume, load_checkpoint, resumed_config
 from utils.images import id_colors, mask_to_box, write_image
 from utils.instances.check import MAX_LISTED, check_items, keep_usable, plot_statistics, report_lines
-from utils.instances.readers import Item, object_ids, read_instances, read_item, split_items
+from utils.instances.readers import Item, object_ids, read_item, split_items
 from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
 from utils.loop import (
     LoopState,
@@ -208,7 +208,7 @@ class PromptedMasks(Dataset):
         if self.entries is None:
             image_rgb, layers = read_item(item)  # (H, W, 3), (L, H, W)
         else:
-            layers = read_instances(item)  # of the picture's size, as the dataset check has seen
+            layers = item.read().layers  # they have the picture's size, as the dataset check has seen
         if is_mirrored:
             layers = layers[:, :, ::-1]
         objects = kept_objects(layers, self.augmentation.min_area_px)
@@ -511,7 +511,7 @@ def evaluate(
         if entries is None or is_pictured:
             image_rgb, layers = read_item(item)
         else:
-            layers = read_instances(item)
+            layers = item.read().layers
         orig_hw = layers.shape[1:]
         objects = kept_objects(layers, augmentation.min_area_px)
         num_objects += len(objects)

@@ -37,16 +37,17 @@ def read_settings(cls: type, section: dict, name: str):
     return cls(**section)
 
 
-def check_keys(function, keys: dict, name: str) -> None:
+def check_keys(function, keys: dict, name: str, others: tuple[str, ...] = ()) -> None:
     """Raise a ValueError for keyword arguments that a function does not take, or lacks, naming them as section.key.
 
     Args:
         function: a function or class; bind what is no key of the config with `functools.partial` before.
         keys: {key: value}, to be passed as function(**keys).
         name: the section's name in messages, such as "data".
+        others: keys of the section that another function takes; they are named among those that may be.
     """
     parameters = inspect.signature(function).parameters.values()
-    known = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD]
+    known = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD] + list(others)
     takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters)
     for key in keys:
         if key not in known and not takes_all:
