@@ -52,29 +52,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import hydra
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from utils.images import id_colors, write_image
+from utils.images import read_image, write_image
 from utils.listing import first_few
 from utils.log import finish_run, start_run
 from utils.run import choose_device, choose_precision, seed_everything
 from utils.samples.write import write_samples
 from utils.settings import check_keys, read_settings
+from utils.tracking import drawing, window
 from utils.tracking.frames import FrameSource, write_video
-from utils.tracking.metrics import (
-    PRECISION_THRESHOLDS,
-    PROTOCOLS,
-    SUCCESS_THRESHOLDS,
-    box_iou,
-    got10k_scores,
-    mean_one_pass_scores,
-    score_result,
-)
+from utils.tracking.metrics import PROTOCOLS, mean_scores, mean_visible_iou, read_times, score_result, still_boxes
 from utils.tracking.sequences import (
     Sequence,
     choose_sequences,
@@ -87,13 +79,13 @@ from utils.tracking.sequences import (
     write_result,
 )
 from utils.tracking.siamfc import SiamFC, load_siamfc
-from utils.tracking.tracker import SiamFCTracker, TrackerSettings, track_frames
+from utils.tracking.tracker import SiamFCTracker, TrackedFrame, TrackerSettings, track_frames
 
 log = logging.getLogger("track")
 REPOSITORY = Path(__file__).resolve().parent
 BUNDLED_CHECKPOINT = REPOSITORY / "checkpoints" / "siamfc_alexnet.pt"
 SHARED_KEYS = ("seed", "device", "precision", "num_workers", "resume", "data_root", "data", "tracker")
-KEYS_OF_MODE = {  # of those keys that say what to do
+KEYS_OF_MODE = {  # which of the keys that say what to do
     "track": ("checkpoint", "input", "box", "boxes", "sequences", "show"),
     "benchmark": ("checkpoint", "sequences", "results"),
     "evaluate": ("sequences", "results"),
@@ -102,12 +94,9 @@ RESULT_LAYOUTS = {
     "otb": "otb", "davis": "otb", "folders": "otb", "imagenet_vid": "otb", "got10k": "got10k", "vot": "vot",
 }  # fmt: skip
 SCORE_NAMES = ("success_auc", "precision_20", "success_50", "ao", "sr_50", "sr_75")
-OUR_NAME, STILL_NAME = "siamfc", "still_box"  # of trackers, in tables and results/
-LOST_RGB = (150, 150, 150)
-TRUTH_RGB, TRACKED_RGB = (0, 220, 0), (255, 40, 40)
-SHEET_FRAMES, SHEET_COLUMNS, SHEET_TILE_WIDTH = 8, 4, 320  # px
+OUR_NAME, STILL_NAME = "siamfc", "still_box"  # the trackers' names in tables and results/
+SHEET_FRAMES = 8
 MAX_LISTED = 50  # failures that are printed at the end
-MAX_DRAWN_PX = 1e6  # boxes in mode parity may lie anywhere; OpenCV draws within 32 bits
 
 
 @dataclass(frozen=True)
@@ -129,7 +118,7 @@ class Settings:
 
 
 class Track(NamedTuple):
-    """What was found in a video: T frames, N objects."""
+    """A video's objects, followed from frame to frame: T frames, N objects."""
 
     boxes_xywh: np.ndarray  # float64 (T, N, 4) px, 0-based; nan before the object is there
     scores: np.ndarray  # float64 (T, N); nan where the frame was not read
@@ -139,7 +128,6 @@ class Track(NamedTuple):
     total_s: float  # from the first frame asked for to the overlay written
     unreadable: dict[int, str]  # frame -> why it was not read
     problem: str | None  # what the video lacks at its end
-    sheet_frames: dict[int, np.ndarray]  # frame -> uint8 (H, W, 3), those asked for
 
 
 def track(config: dict, run_dir: Path) -> list[str]:
@@ -156,7 +144,7 @@ def track(config: dict, run_dir: Path) -> list[str]:
     settings = read_settings(Settings, {key: config[key] for key in config if key not in SHARED_KEYS}, "")
     check_settings(settings)
     if settings.show or settings.box == "select":
-        check_screen("show=true" if settings.show else "box=select")
+        window.check_screen("show=true" if settings.show else "box=select")
 
     if settings.input is not None:
         source = FrameSource(settings.input)
@@ -184,7 +172,7 @@ def track(config: dict, run_dir: Path) -> list[str]:
     tracker = build_tracker(settings, config)
     start_run(run_dir, config, counts)
     layout = RESULT_LAYOUTS[config["data"]["format"]]
-    return benchmark(tracker, sequences, layout, others, settings.protocol, run_dir)
+    return benchmark(tracker, sequences, layout, others, settings, run_dir)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,14 +219,14 @@ def choose_first_boxes(settings: Settings, source: FrameSource) -> np.ndarray:
     """
     box, boxes = settings.box, settings.boxes
     if box == "select":
-        return select_box(read_first_frame(source), source.frame_name(0))[None]
+        return window.select_box(read_first_frame(source), source.frame_name(0))[None]
     if isinstance(box, list):
         boxes = [box]
     if isinstance(boxes, list):
-        for one in boxes:
-            if not is_box(one):
-                key = "box" if box is not None else "boxes has"
-                raise ValueError(f"{key} {'is ' if box is not None else ''}{one}; must be [x, y, width, height] px")
+        for box_xywh in boxes:
+            if not is_box(box_xywh):
+                key = "box is" if box is not None else "boxes has"
+                raise ValueError(f"{key} {box_xywh}; must be [x, y, width, height] px")
         if not boxes:
             raise ValueError("boxes is []; must be [[x, y, width, height], ...] px")
         return np.array(boxes, np.float64) - [settings.box_origin, settings.box_origin, 0, 0]
@@ -262,13 +250,10 @@ def choose_first_boxes(settings: Settings, source: FrameSource) -> np.ndarray:
     return box_xywh[None]
 
 
-def is_box(values) -> bool:
-    """Tell whether values is a list of four finite numbers."""
-    return (
-        isinstance(values, list)
-        and len(values) == 4
-        and all(type(value) in (int, float) and math.isfinite(value) for value in values)
-    )
+def is_box(box) -> bool:
+    """Tell whether a box is a list of four finite numbers."""
+    is_list = isinstance(box, list) and len(box) == 4
+    return is_list and all(type(number) in (int, float) and math.isfinite(number) for number in box)
 
 
 def read_first_frame(source: FrameSource) -> np.ndarray:
@@ -287,11 +272,6 @@ def choose_dataset(data: dict, names: list | None) -> list[Sequence]:
         data: the values of a file of configs/tracking/data.
         names: of any of the dataset's sequences; None: the validation sequences, or if there are none the training ones
     """
-    if "index" not in data:  # a key of all that have sequences
-        raise ValueError(
-            "data= is a dataset of pictures, without sequences; take one of those, such as data=otb, davis_sequences, "
-            "got10k or folder_sequences"
-        )
     reader_keys = dict(data)
     generate = reader_keys.pop("generate", None)
     if generate is not None:
@@ -346,65 +326,52 @@ def track_video(
     source: FrameSource,
     boxes_xywh: np.ndarray,
     name: str,
-    start: int = 0,
+    settings: Settings,
     overlay_path: Path | None = None,
-    fps: float = 25,
-    show: bool = False,
-    sheet_indices: tuple[int, ...] = (),
+    start: int = 0,
 ) -> Track:
-    """Track objects through a video, and draw what is asked for on the way; no frame is kept but those of the sheet.
+    """Track objects through a video, and draw what is asked for on the way; no frame is kept.
 
     Args:
         boxes_xywh: (N, 4) px, 0-based, in the source's first frame.
-        name: of the video, for the progress bar and the window.
-        start: frames of the video that come before the source's first: nan, and lost, in what is returned.
+        name: the video's, for the progress bar and the window.
+        settings: show; and fps, the overlay's where the source is not a video.
         overlay_path: the .mp4 to write; None: none.
-        fps: of the overlay where the source is not a video.
-        show: show the frames in a window.
-        sheet_indices: frames of the video to return.
+        start: frames of the video that come before the source's first: nan, and lost, in what is returned.
     Raises:
         ValueError, OSError: where the first frame cannot be read, or its boxes not be tracked.
     """
-    num_objects = len(boxes_xywh)
-    boxes = [np.full((num_objects, 4), np.nan)] * start
-    scores, is_lost = [np.full(num_objects, np.nan)] * start, [np.ones(num_objects, bool)] * start
-    times_s, frame_times_s = [math.nan] * start, []
-    unreadable, sheet_frames = {}, {}
-    last_frame = video = window = None
+    no_boxes, is_lost = np.full((len(boxes_xywh), 4), np.nan), np.ones(len(boxes_xywh), bool)
+    tracked = [TrackedFrame(-1, None, no_boxes, no_boxes[:, 0], is_lost, math.nan, None)] * start
+    frame_times_s = []
+    last_frame = video = figure = None
     is_resized = False
     with contextlib.ExitStack() as opened:
         progress = opened.enter_context(tqdm(total=source.num_frames, desc=name, unit="frame", leave=False))
         begin = last_done = time.perf_counter()
-        for found in track_frames(tracker, source, boxes_xywh):
-            index = start + found.index
-            boxes.append(found.boxes_xywh)
-            scores.append(found.scores)
-            is_lost.append(found.is_lost)
-            times_s.append(found.time_s)
-            if found.error is not None:
-                unreadable[index] = str(found.error)
-            else:
-                if last_frame is not None and found.frame.shape != last_frame.shape and not is_resized:
-                    is_resized = True  # said once
-                    (old_height, old_width), (height, width) = last_frame.shape[:2], found.frame.shape[:2]
-                    log.info(
-                        f"{source.frame_name(found.index)}: the frames' size changes here from {old_width} x "
-                        f"{old_height} to {width} x {height} px; boxes are in px of their own frame"
-                    )
-                last_frame = found.frame
-                if index in sheet_indices:
-                    sheet_frames[index] = found.frame
-            if overlay_path is not None or show:
-                drawn = draw_boxes(last_frame, found.boxes_xywh, found.scores, found.is_lost)
+        for tracked_frame in track_frames(tracker, source, boxes_xywh):
+            tracked.append(tracked_frame._replace(frame=None))
+            frame = last_frame if tracked_frame.error is not None else tracked_frame.frame
+            if last_frame is not None and frame.shape != last_frame.shape and not is_resized:
+                is_resized = True  # said once
+                (old_height, old_width), (height, width) = last_frame.shape[:2], frame.shape[:2]
+                log.info(
+                    f"{source.frame_name(tracked_frame.index)}: the frames' size changes here from {old_width} x "
+                    f"{old_height} to {width} x {height} px; boxes are in px of their own frame"
+                )
+            last_frame = frame
+            if overlay_path is not None or settings.show:
+                drawn = drawing.draw_boxes(frame, tracked_frame.boxes_xywh, tracked_frame.scores, tracked_frame.is_lost)
             if overlay_path is not None:
                 if video is None:
-                    video = opened.enter_context(write_video(overlay_path, drawn.shape[:2], source.fps or fps))
+                    fps = source.fps or settings.fps
+                    video = opened.enter_context(write_video(overlay_path, drawn.shape[:2], fps))
                 video.add(drawn)
-            if show:
-                if window is None:
-                    window = open_window(name)
-                    opened.callback(close_window, window)
-                show_image(window, drawn)
+            if settings.show:
+                if figure is None:
+                    figure = window.open_window(name)
+                    opened.callback(window.close_window, figure)
+                window.show_image(figure, drawn)
             progress.update()
             now = time.perf_counter()
             frame_times_s.append(now - last_done)
@@ -412,15 +379,14 @@ def track_video(
     if not frame_times_s:
         raise ValueError(source.problem or f"{name} has no frames")
     return Track(
-        np.stack(boxes),
-        np.stack(scores),
-        np.stack(is_lost),
-        np.array(times_s),
+        np.stack([tracked_frame.boxes_xywh for tracked_frame in tracked]),
+        np.stack([tracked_frame.scores for tracked_frame in tracked]),
+        np.stack([tracked_frame.is_lost for tracked_frame in tracked]),
+        np.array([tracked_frame.time_s for tracked_frame in tracked]),
         np.array(frame_times_s),
         time.perf_counter() - begin,
-        unreadable,
+        {index: str(tracked_frame.error) for index, tracked_frame in enumerate(tracked) if tracked_frame.error},
         source.problem,
-        sheet_frames,
     )
 
 
@@ -443,7 +409,7 @@ def measure_speed(tracks: list[Track]) -> dict[str, float]:
 
 
 def describe_speed(speed: dict[str, float]) -> str:
-    """Put what `measure_speed` found into words."""
+    """Put what `measure_speed` returns into words."""
     parts = [
         f"{words} {speed[f'{key}frames_per_s']:.1f} frames/s "
         f"(p50 {speed[f'{key}p50_ms']:.1f} ms, p95 {speed[f'{key}p95_ms']:.1f} ms)"
@@ -452,8 +418,8 @@ def describe_speed(speed: dict[str, float]) -> str:
     return ", ".join(parts)
 
 
-def failures_of(track: Track) -> list[str]:
-    """List what could not be read of a video, a line each."""
+def list_failures(track: Track) -> list[str]:
+    """List what could not be read in a video, a line each."""
     return [*track.unreadable.values(), *([track.problem] if track.problem else [])]
 
 
@@ -467,18 +433,13 @@ def track_input(
     """Track the user's video, and write its files into the run's folder; return what could not be read."""
     overlay_path = run_dir / "overlay.mp4" if settings.overlay else None
     name = Path(settings.input).resolve().name
-    found = track_video(
-        tracker, source, boxes_xywh, name, overlay_path=overlay_path, fps=settings.fps, show=settings.show
-    )
-    fps = source.fps or settings.fps
-    write_tracks(run_dir, found, settings.input, fps, settings.box_origin)
-    failures, speed = failures_of(found), measure_speed([found])
-    num_lost = int(found.is_lost.any(1).sum())
-    counts = {"num_frames": len(found.boxes_xywh), "num_lost": num_lost, "num_failed": len(failures)}
+    track = track_video(tracker, source, boxes_xywh, name, settings, overlay_path)
+    write_tracks(run_dir, track, settings.input, source.fps or settings.fps, settings.box_origin)
+    failures, speed = list_failures(track), measure_speed([track])
+    num_frames, num_lost = len(track.boxes_xywh), int(track.is_lost.any(1).sum())
+    counts = {"num_frames": num_frames, "num_lost": num_lost, "num_failed": len(failures)}
     finish_run(run_dir, {"last": counts | speed})
-    log.info(
-        f"{name}: {len(found.boxes_xywh)} frames, an object seems lost in {num_lost} of them; {describe_speed(speed)}"
-    )
+    log.info(f"{name}: {num_frames} frames, an object seems lost in {num_lost} of them; {describe_speed(speed)}")
     log.info(f"written to {run_dir}")
     return failures
 
@@ -491,14 +452,14 @@ def track_dataset(tracker: SiamFCTracker, sequences: list[Sequence], settings: S
         folder.mkdir()
         overlay_path = folder / "overlay.mp4" if settings.overlay else None
         try:
-            found = track_sequence(tracker, sequence, overlay_path, settings.fps, settings.show)
+            track = track_sequence(tracker, sequence, settings, overlay_path)
         except (ValueError, OSError) as error:
             failures.append(f"{sequence.name}: {error}")
             continue
-        write_tracks(folder, found, str(sequence.frame_dir), settings.fps, settings.box_origin)
-        failures += failures_of(found)
-        tracks.append(found)
-        mean_iou = mean_visible_iou(found.boxes_xywh[:, 0], sequence)
+        write_tracks(folder, track, str(sequence.frame_dir), settings.fps, settings.box_origin)
+        failures += list_failures(track)
+        tracks.append(track)
+        mean_iou = mean_visible_iou(track.boxes_xywh[:, 0], sequence)
         still_iou = mean_visible_iou(still_boxes(sequence), sequence)
         line = f"{sequence.name}: {len(sequence)} frames"
         if mean_iou is not None:
@@ -523,12 +484,7 @@ def track_dataset(tracker: SiamFCTracker, sequences: list[Sequence], settings: S
 
 
 def track_sequence(
-    tracker: SiamFCTracker,
-    sequence: Sequence,
-    overlay_path: Path | None = None,
-    fps: float = 25,
-    show: bool = False,
-    sheet_indices: tuple[int, ...] = (),
+    tracker: SiamFCTracker, sequence: Sequence, settings: Settings, overlay_path: Path | None = None
 ) -> Track:
     """Track a sequence from the first frame in which its object is visible.
 
@@ -539,32 +495,16 @@ def track_sequence(
         raise ValueError("its groundtruth has no visible box; there is nothing to track")
     start = int(sequence.visible.argmax())
     source = FrameSource(sequence.frame_paths[start:])
-    first_box = sequence.boxes_xywh[start][None]  # (1, 4)
-    return track_video(tracker, source, first_box, sequence.name, start, overlay_path, fps, show, sheet_indices)
+    return track_video(tracker, source, sequence.boxes_xywh[[start]], sequence.name, settings, overlay_path, start)
 
 
-def still_boxes(sequence: Sequence) -> np.ndarray:
-    """Make the boxes of a tracker that keeps the first box, float64 (T, 4); nan before it."""
-    start = int(sequence.visible.argmax())
-    boxes_xywh = np.full((len(sequence), 4), np.nan)
-    boxes_xywh[start:] = sequence.boxes_xywh[start]
-    return boxes_xywh
-
-
-def mean_visible_iou(boxes_xywh: np.ndarray, sequence: Sequence) -> float | None:
-    """Compute the mean IoU over the frames after the first in which the object is visible; None if there are none."""
-    counts = sequence.visible.copy()
-    counts[counts.argmax()] = False
-    return float(box_iou(boxes_xywh[counts], sequence.boxes_xywh[counts]).mean()) if counts.any() else None
-
-
-def write_tracks(folder: Path, found: Track, source: str, fps: float, box_origin: int) -> None:
-    """Write boxes.txt (of several objects boxes_1.txt, ...) and tracks.json, boxes counted from box_origin."""
-    num_objects = found.boxes_xywh.shape[1]
+def write_tracks(folder: Path, track: Track, source: str, fps: float, box_origin: int) -> None:
+    """Write boxes.txt (several objects: boxes_1.txt, ...) and tracks.json, boxes counted from box_origin."""
+    num_objects = track.boxes_xywh.shape[1]
     names = ["boxes.txt"] if num_objects == 1 else [f"boxes_{n + 1}.txt" for n in range(num_objects)]
     for n, name in enumerate(names):
-        write_boxes(folder / name, found.boxes_xywh[:, n], box_origin)
-    in_file = found.boxes_xywh + [box_origin, box_origin, 0, 0]
+        write_boxes(folder / name, track.boxes_xywh[:, n], box_origin)
+    in_file = track.boxes_xywh + [box_origin, box_origin, 0, 0]
     record = {
         "source": source,
         "num_frames": len(in_file),
@@ -574,23 +514,23 @@ def write_tracks(folder: Path, found: Track, source: str, fps: float, box_origin
             {
                 "file": name,
                 "boxes_xywh": without_nan(in_file[:, n]),
-                "scores": without_nan(found.scores[:, n]),
-                "lost": found.is_lost[:, n].tolist(),
+                "scores": without_nan(track.scores[:, n]),
+                "lost": track.is_lost[:, n].tolist(),
             }
             for n, name in enumerate(names)
         ],
-        "times_s": without_nan(found.times_s),
-        "not_read": [{"frame": index, "error": error} for index, error in found.unreadable.items()],
-        "problem": found.problem,
+        "times_s": without_nan(track.times_s),
+        "not_read": [{"frame": index, "error": error} for index, error in track.unreadable.items()],
+        "problem": track.problem,
     }
     partial = folder / "tracks.json.tmp"
     partial.write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
     os.replace(partial, folder / "tracks.json")
 
 
-def without_nan(values: np.ndarray) -> list:
+def without_nan(array: np.ndarray) -> list:
     """Turn an array into lists, with None for nan, which JSON lacks."""
-    return np.where(np.isnan(values), None, values).tolist()
+    return np.where(np.isnan(array), None, array).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -602,13 +542,13 @@ def benchmark(
     sequences: list[Sequence],
     layout: str,
     others: dict[str, Path],
-    protocol: str,
+    settings: Settings,
     run_dir: Path,
 ) -> list[str]:
     """Track sequences once from their first box, write result files and pictures, and evaluate; return what failed.
 
     Args:
-        layout: of the result files (`write_result`).
+        layout: the result files' (`write_result`).
         others: folders of other trackers' result files, by name.
     """
     result_dirs = {name: run_dir / "results" / name for name in (OUR_NAME, STILL_NAME)}
@@ -616,26 +556,27 @@ def benchmark(
         (run_dir / name).mkdir()
     failures, tracks, tracked = [], [], []
     for sequence in tqdm(sequences, desc="sequences", disable=len(sequences) == 1):
-        start, last = sequence.visible.argmax(), len(sequence) - 1
-        sheet_indices = np.linspace(start, last, SHEET_FRAMES).round().astype(int).tolist()
         try:
-            found = track_sequence(tracker, sequence, sheet_indices=tuple(sheet_indices))
+            track = track_sequence(tracker, sequence, settings)
         except (ValueError, OSError) as error:
             failures.append(f"{sequence.name}: {error}")
             continue
-        boxes_xywh, still = found.boxes_xywh[:, 0], still_boxes(sequence)
-        write_result(layout, result_dirs[OUR_NAME], sequence.name, boxes_xywh, found.times_s, sequence.box_origin)
+        boxes_xywh, still = track.boxes_xywh[:, 0], still_boxes(sequence)
+        write_result(layout, result_dirs[OUR_NAME], sequence.name, boxes_xywh, track.times_s, sequence.box_origin)
         write_result(layout, result_dirs[STILL_NAME], sequence.name, still, np.zeros(len(still)), sequence.box_origin)
-        sheet = draw_sheet(found.sheet_frames, boxes_xywh, sequence.boxes_xywh)
+        indices = np.linspace(sequence.visible.argmax(), len(sequence) - 1, SHEET_FRAMES).round().astype(int).tolist()
+        frames = {i: read_image(sequence.frame_path(i)) for i in indices if i not in track.unreadable}
+        sheet = drawing.draw_sheet(frames, boxes_xywh, sequence.boxes_xywh)
         write_image(run_dir / "sheets" / f"{sequence.name}.png", sheet)
-        plot_scores(found, sequence, run_dir / "scores" / f"{sequence.name}.png")
-        failures += failures_of(found)
-        tracks.append(found._replace(sheet_frames={}))  # no frame is kept
+        scores_path = run_dir / "scores" / f"{sequence.name}.png"
+        drawing.plot_scores(boxes_xywh, track.scores[:, 0], track.is_lost[:, 0], sequence, scores_path)
+        failures += list_failures(track)
+        tracks.append(track)
         tracked.append(sequence)
     if not tracks:
         raise ValueError("no sequence could be tracked:\n" + "\n".join(f"  {line}" for line in failures))
     speed = measure_speed(tracks)
-    metrics = evaluate(tracked, result_dirs | others, protocol, run_dir)
+    metrics = evaluate(tracked, result_dirs | others, settings.protocol, run_dir)
     counts = {"num_sequences": len(tracks), "num_failed": len(failures)}
     finish_run(run_dir, {"last": counts | speed} | metrics)
     log.info(describe_speed(speed))
@@ -674,15 +615,16 @@ def evaluate(
         folders = ", ".join(map(str, trackers.values()))
         log.info(f"no sequence has groundtruth to evaluate with; the result files are in {folders}")
         return {}
-    rows = [
-        score_result(folder, sequence, protocol)
-        | {"sequence": sequence.name, "tracker": name, "times_s": read_times(folder, sequence.name)}
-        for sequence in scored
-        for name, folder in trackers.items()
+    rows = []
+    for sequence in scored:
+        for name, folder in trackers.items():
+            row = score_result(folder, sequence, protocol) | {"times_s": read_times(folder, sequence.name)}
+            rows.append(row | mean_scores([row]) | {"sequence": sequence.name, "tracker": name})
+    means = [
+        mean_scores([row for row in rows if row["tracker"] == name])
+        | {"sequence": f"mean of {len(scored)}", "tracker": name}
+        for name in trackers
     ]
-    for row in rows:
-        row |= overlap_scores([row["overlaps"]]) | {"fps": frames_per_s([row["times_s"]])}
-    means = [mean_row([row for row in rows if row["tracker"] == name]) for name in trackers]
     columns = ["sequence", "tracker", "num_frames", *SCORE_NAMES, "fps"]
     with (run_dir / "table.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -695,54 +637,9 @@ def evaluate(
             f"{number(row['sr_50_by_frame'])}, SR0.75 {number(row['sr_75_by_frame'])}; over sequences AO "
             f"{number(row['ao'])}, SR0.5 {number(row['sr_50'])}, SR0.75 {number(row['sr_75'])}"
         )
-    plot_curves(means, protocol, run_dir)
+    drawing.plot_curves(means, protocol, run_dir)
     names = ("num_frames", *SCORE_NAMES, "ao_by_frame", "sr_50_by_frame", "sr_75_by_frame", "fps")
     return {row["tracker"]: {name: row[name] for name in names} for row in means}
-
-
-def overlap_scores(overlaps: list[np.ndarray]) -> dict[str, float | None]:
-    """Compute GOT-10k's scores: means of the sequences' own, and over all frames `_by_frame`; None without frames."""
-    scores = got10k_scores(overlaps) if any(len(one) for one in overlaps) else None
-    named = {}
-    for name in ("ao", "sr_50", "sr_75"):
-        named[name] = scores[f"{name}_by_sequence"] if scores else None
-        named[f"{name}_by_frame"] = scores[name] if scores else None
-    return named
-
-
-def mean_row(rows: list[dict]) -> dict:
-    """Average a tracker's rows, each sequence counting the same; fps is frames over seconds."""
-    return (
-        mean_one_pass_scores(rows)
-        | overlap_scores([row["overlaps"] for row in rows])
-        | {
-            "sequence": f"mean of {len(rows)}",
-            "tracker": rows[0]["tracker"],
-            "num_frames": sum(row["num_frames"] for row in rows),
-            "fps": frames_per_s([row["times_s"] for row in rows]),
-        }
-    )
-
-
-def read_times(folder: Path, name: str) -> np.ndarray:
-    """Read the seconds that a tracker took for each frame, float64 (T,), from the file beside its result, if any."""
-    path = find_result(folder, name)
-    stem = path.stem.removesuffix("_001")
-    for time_path in (path.with_name(f"{stem}_time.txt"), path.parent / "times" / f"{stem}_time.txt"):
-        if time_path.is_file():
-            lines = time_path.read_text(encoding="utf-8").replace(",", " ").splitlines()
-            try:
-                return np.array([float(line.split()[0]) for line in lines if line.strip()])
-            except ValueError as error:
-                raise ValueError(f"{time_path} must have seconds, a number a line: {error}") from error
-    return np.zeros(0)
-
-
-def frames_per_s(times_s: list[np.ndarray]) -> float | None:
-    """Compute frames over seconds; None where no time is known."""
-    known = np.concatenate(times_s)
-    known = known[np.isfinite(known) & (known > 0)]
-    return len(known) / float(known.sum()) if len(known) else None
 
 
 def table_lines(rows: list[dict]) -> list[str]:
@@ -765,198 +662,6 @@ def table_lines(rows: list[dict]) -> list[str]:
 def number(value: float | None, decimals: int = 3) -> str:
     """Write a number for a table; "-" where there is none."""
     return "-" if value is None else f"{value:.{decimals}f}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# pictures
-
-
-def draw_boxes(frame: np.ndarray, boxes_xywh: np.ndarray, scores: np.ndarray, is_lost: np.ndarray) -> np.ndarray:
-    """Draw objects over a frame: a colour each with the score, grey and the word "lost" where it seems lost.
-
-    Args:
-        frame: uint8 (H, W, 3) RGB; it stays as it is.
-        boxes_xywh, scores, is_lost: (N, 4), (N,), (N,); a score of nan says that this frame could not be read.
-    """
-    image_rgb = frame.copy()
-    colors = id_colors(np.arange(2, len(boxes_xywh) + 2)).tolist()  # the first id's dark blue is hard to see
-    for n, (box_xywh, score, lost) in enumerate(zip(boxes_xywh, scores, is_lost, strict=True)):
-        text = [str(n + 1)] if len(boxes_xywh) > 1 else []
-        text += ["not read" if math.isnan(score) else f"{score:.2f}"]
-        text += ["lost"] if lost else []
-        color = LOST_RGB if lost else tuple(colors[n])
-        draw_box(image_rgb, box_xywh, color)
-        draw_text(image_rgb, " ".join(text), box_xywh, color)
-    return image_rgb
-
-
-def draw_box(image_rgb: np.ndarray, box_xywh: np.ndarray, color: tuple[int, int, int]) -> None:
-    """Draw a box's outline, placed to 1/16 px, into a picture; nothing for nan."""
-    if not np.isfinite(box_xywh).all():
-        return
-    x, y, width, height = box_xywh
-    corners = np.clip([[x, y], [x + width - 1, y + height - 1]], -MAX_DRAWN_PX, MAX_DRAWN_PX)  # the outermost pixels
-    first, last = (tuple(round(16 * value) for value in corner) for corner in corners.tolist())
-    thickness = line_width(image_rgb)
-    cv2.rectangle(image_rgb, first, last, (0, 0, 0), thickness + 2, cv2.LINE_AA, shift=4)  # visible on any ground
-    cv2.rectangle(image_rgb, first, last, color, thickness, cv2.LINE_AA, shift=4)
-
-
-def draw_text(image_rgb: np.ndarray, text: str, box_xywh: np.ndarray, color: tuple[int, int, int]) -> None:
-    """Write above a box, or as near as the picture allows, on black; (0, 0, 0, 0) is the picture's corner."""
-    height, width = image_rgb.shape[:2]
-    font, scale = cv2.FONT_HERSHEY_SIMPLEX, max(0.45, min(height, width) / 900)
-    thickness = max(1, round(scale))
-    (text_width, text_height), below = cv2.getTextSize(text, font, scale, thickness)
-    x = round(min(max(float(box_xywh[0]), 0), max(0, width - text_width)))
-    y = round(min(max(float(box_xywh[1]) - below - 2, text_height), height - below))  # of the letters' foot
-    cv2.rectangle(image_rgb, (x, y - text_height), (x + text_width, y + below), (0, 0, 0), cv2.FILLED)
-    cv2.putText(image_rgb, text, (x, y), font, scale, color, thickness, cv2.LINE_AA)
-
-
-def line_width(image_rgb: np.ndarray) -> int:
-    """Choose how thick lines are in a picture, px."""
-    return max(2, round(min(image_rgb.shape[:2]) / 300))
-
-
-def draw_sheet(frames: dict[int, np.ndarray], boxes_xywh: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Draw a sequence's frames side by side, with groundtruth in green, the tracked box in red, and their number.
-
-    Args:
-        frames: {index: uint8 (H, W, 3) RGB}.
-        boxes_xywh, truth: (T, 4) px, 0-based.
-    Returns:
-        uint8 (H', W', 3) RGB.
-    """
-    first_height, first_width = next(iter(frames.values())).shape[:2]
-    tile_hw = max(1, round(first_height * SHEET_TILE_WIDTH / first_width)), SHEET_TILE_WIDTH
-    tiles = []
-    for index, frame in sorted(frames.items()):
-        to_tile = np.array([tile_hw[1] / frame.shape[1], tile_hw[0] / frame.shape[0]] * 2)
-        tile = cv2.resize(frame, tile_hw[::-1], interpolation=cv2.INTER_AREA)
-        draw_box(tile, truth[index] * to_tile, TRUTH_RGB)
-        draw_box(tile, boxes_xywh[index] * to_tile, TRACKED_RGB)
-        draw_text(tile, str(index), np.zeros(4), (255, 255, 255))
-        tiles.append(tile)
-    columns = min(SHEET_COLUMNS, len(tiles))
-    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
-    rows = [np.concatenate(tiles[first : first + columns], 1) for first in range(0, len(tiles), columns)]
-    return np.concatenate(rows)
-
-
-def plot_scores(found: Track, sequence: Sequence, path: Path) -> None:
-    """Draw score and IoU against the frame; frames in which the object seems lost are marked."""
-    from matplotlib.figure import Figure  # slow to import
-
-    frames = np.arange(len(sequence))
-    iou = np.where(sequence.visible, box_iou(found.boxes_xywh[:, 0], sequence.boxes_xywh), np.nan)
-    is_lost = found.is_lost[:, 0] & (frames >= sequence.visible.argmax())
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    ax = figure.subplots()
-    ax.plot(frames, found.scores[:, 0], label="score", color="tab:blue")
-    ax.plot(frames, iou, label="IoU", color="tab:green")
-    ax.plot(frames[is_lost], np.zeros(is_lost.sum()), "x", label="seems lost", color="tab:red")
-    ax.set(title=sequence.name, xlabel="frame", ylim=(-0.05, max(1.05, np.nanmax(found.scores) + 0.05)))
-    ax.grid(alpha=0.3)
-    ax.legend(loc="upper right")
-    figure.savefig(path, dpi=100)
-
-
-def plot_curves(means: list[dict], protocol: str, run_dir: Path) -> None:
-    """Draw success.png and precision.png: a curve for each tracker, best first, with its score in the legend."""
-    from matplotlib.figure import Figure  # slow to import
-
-    for kind, score, thresholds, label in (
-        ("success", "success_auc", SUCCESS_THRESHOLDS, "IoU above"),
-        ("precision", "precision_20", PRECISION_THRESHOLDS, "centre at most so many px off"),
-    ):
-        figure = Figure(figsize=(6, 5), layout="constrained")
-        ax = figure.subplots()
-        for row in sorted(means, key=lambda row: -row[score]):
-            ax.plot(thresholds, row[f"{kind}_curve"], label=f"{row['tracker']} [{row[score]:.3f}]")
-        ax.set(title=f"{kind}, {row['sequence']} sequences", xlabel=label, ylabel="share of frames", ylim=(0, 1.02))
-        ax.grid(alpha=0.3)
-        ax.legend(title=f"{score}, protocol {protocol}")
-        figure.savefig(run_dir / f"{kind}.png", dpi=100)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the window: box=select and show=true; nothing else needs a screen
-
-
-def check_screen(key: str) -> None:
-    """Stop where matplotlib cannot show windows."""
-    from matplotlib import pyplot
-
-    try:
-        figure = pyplot.figure()
-        framework = figure.canvas.required_interactive_framework  # None of a backend that only writes files
-        pyplot.close(figure)
-    except ImportError:  # a backend was asked for that does not work here
-        framework = None
-    if framework is None:
-        raise ValueError(
-            f"{key} opens a window, which matplotlib (backend {pyplot.get_backend()}) cannot do here: it needs a "
-            "screen and tkinter, PyQt or the like; without them give 'box=[x,y,width,height]', and leave out show="
-        )
-
-
-def select_box(frame: np.ndarray, title: str) -> np.ndarray:
-    """Let the user draw a box with the mouse.
-
-    Args:
-        frame: uint8 (H, W, 3) RGB.
-    Returns:
-        box_xywh float64 (4,) px, 0-based.
-    Raises:
-        ValueError: where none was drawn.
-    """
-    from matplotlib import pyplot
-    from matplotlib.widgets import RectangleSelector
-
-    figure, ax = pyplot.subplots()
-    ax.imshow(frame)
-    ax.set_title(f"{title}\ndraw a box around the object, then press Enter or close the window", fontsize="small")
-    selector = RectangleSelector(ax, lambda press, release: None, interactive=True)
-    figure.canvas.mpl_connect("key_press_event", lambda event: event.key == "enter" and pyplot.close(figure))
-    pyplot.show(block=True)
-    x1, x2, y1, y2 = (float(value) for value in selector.extents)
-    if not (x2 > x1 and y2 > y1):
-        raise ValueError("box=select: no box was drawn; draw one, or give 'box=[x,y,width,height]'")
-    return np.array([x1 + 0.5, y1 + 0.5, x2 - x1, y2 - y1])  # matplotlib's pixel (0, 0) reaches from -0.5 to 0.5
-
-
-def open_window(title: str):
-    """Open a window for `show_image`."""
-    from matplotlib import pyplot
-
-    figure = pyplot.figure(title)
-    figure.add_axes([0, 0, 1, 1]).set_axis_off()
-    pyplot.show(block=False)
-    return figure
-
-
-def show_image(window, image_rgb: np.ndarray) -> None:
-    """Show a picture in a window; once the user has closed it, nothing."""
-    from matplotlib import pyplot
-
-    if not pyplot.fignum_exists(window.number):
-        return
-    (ax,) = window.axes
-    if ax.images and ax.images[0].get_size() == image_rgb.shape[:2]:
-        ax.images[0].set_data(image_rgb)
-    else:
-        for shown in list(ax.images):
-            shown.remove()
-        ax.imshow(image_rgb)
-    pyplot.pause(0.001)
-
-
-def close_window(window) -> None:
-    """Close a window, if the user has not."""
-    from matplotlib import pyplot
-
-    pyplot.close(window)
 
 
 @hydra.main(version_base="1.3", config_path="configs/tracking", config_name="track")

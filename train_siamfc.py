@@ -74,8 +74,8 @@ from utils.run import (
 from utils.samples.write import write_samples
 from utils.settings import check_keys, check_type, describe_error, read_settings
 from utils.tracking.frames import FrameSource
-from utils.tracking.metrics import got10k_scores, mean_one_pass_scores, score_boxes
-from utils.tracking.sequences import STATIC_FORMATS, Sequence, file_coordinates, split_pictures, split_sequences
+from utils.tracking.metrics import got10k_scores, mean_one_pass_scores, score_boxes, still_boxes
+from utils.tracking.sequences import Sequence, file_coordinates, split_dataset
 from utils.tracking.siamfc import (
     EXEMPLAR_SIZE,
     TOTAL_STRIDE,
@@ -92,9 +92,11 @@ from utils.tracking.tracker import SiamFCTracker, TrackerSettings, track_frames
 INSTANCE_SIZE, RESPONSE_SIZE = 239, 15  # px, cells along each side, in training
 INTERPOLATIONS = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_LANCZOS4)
 BLUR_SIGMA = (0.5, 2.5)  # px
-RANDOM_BOX_SHARE = (0.08, 0.4)  # of the picture's shorter side
+RANDOM_BOX_SHARE = (0.08, 0.4)  # least and most, a share of the picture's shorter side
 MAX_LISTED = 5
 REPORTED = ("ao", "sr_50", "success_auc")  # what best.pt can be chosen by
+# what may differ in a resumed run
+RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data_root", "data.root", "data.index")
 TOP_LEVEL_KEYS = (
     "seed", "device", "precision", "num_workers", "resume", "data_root", "check", "model", "data", "optim", "tracker",
     "pairs", "train",
@@ -170,7 +172,7 @@ class ModelSettings:
 # disk -> tensors
 
 
-def usable_frames(sequence: Sequence, pairs: PairSettings) -> np.ndarray:
+def usable_frames(sequence: Sequence, pair_settings: PairSettings) -> np.ndarray:
     """List the frames of a sequence whose box is fit for pairs: int64 (number of them,), in order.
 
     Source: the filter of siamfc-pytorch, whose box area of at least 20 px follows here from min_side.
@@ -180,11 +182,11 @@ def usable_frames(sequence: Sequence, pairs: PairSettings) -> np.ndarray:
     wh = sequence.boxes_xywh[:, 2:]  # (T, 2)
     share = wh / np.array(sequence.frame_wh)
     with np.errstate(divide="ignore", invalid="ignore"):  # frames without box are nan, and nan is not within bounds
-        is_usable = sequence.visible & (wh >= pairs.min_side).all(1) & (wh <= pairs.max_side).all(1)
-        is_usable &= (share >= pairs.min_share).all(1) & (share <= pairs.max_share).all(1)
-        is_usable &= wh.max(1) <= pairs.max_aspect * wh.min(1)
+        is_usable = sequence.visible & (wh >= pair_settings.min_side).all(1) & (wh <= pair_settings.max_side).all(1)
+        is_usable &= (share >= pair_settings.min_share).all(1) & (share <= pair_settings.max_share).all(1)
+        is_usable &= wh.max(1) <= pair_settings.max_aspect * wh.min(1)
     if sequence.cover is not None:
-        is_usable &= sequence.cover > max(1.0, pairs.min_cover * sequence.cover.max())
+        is_usable &= sequence.cover > max(1.0, pair_settings.min_cover * sequence.cover.max())
     return np.flatnonzero(is_usable)
 
 
@@ -226,7 +228,7 @@ def cut_patch(
     box_xywh: np.ndarray,
     out_size: int,
     shift_px: float,
-    pairs: PairSettings,
+    pair_settings: PairSettings,
     rng: np.random.Generator,
 ) -> np.ndarray:
     """Cut a patch around a box, at the exemplar's scale, a little off and stretched: the geometry that the tracker has.
@@ -239,21 +241,23 @@ def cut_patch(
     Returns:
         uint8 (out_size, out_size, 3).
     """
-    side = context_side(box_xywh[2:]) * out_size / EXEMPLAR_SIZE * (1 + pairs.stretch * rng.uniform(-1, 1))
+    side = context_side(box_xywh[2:]) * out_size / EXEMPLAR_SIZE * (1 + pair_settings.stretch * rng.uniform(-1, 1))
     shift_xy = rng.uniform(-shift_px, shift_px, 2) * side / out_size  # px of the image
-    interpolation = INTERPOLATIONS[rng.integers(len(INTERPOLATIONS)) if pairs.random_interpolation else 0]
+    interpolation = INTERPOLATIONS[rng.integers(len(INTERPOLATIONS)) if pair_settings.random_interpolation else 0]
     center_xy = box_center(box_xywh) + shift_xy
     return crop_and_resize(image_rgb, center_xy, side, out_size, None, interpolation)
 
 
-def vary_colors(patch: np.ndarray, is_grey: bool, pairs: PairSettings, rng: np.random.Generator) -> torch.Tensor:
+def vary_colors(
+    patch: np.ndarray, is_grey: bool, pair_settings: PairSettings, rng: np.random.Generator
+) -> torch.Tensor:
     """Blur a patch, change its colours, or take them away: uint8 (S, S, 3) -> uint8 (3, S, S)."""
-    if rng.random() < pairs.blur:
+    if rng.random() < pair_settings.blur:
         patch = cv2.GaussianBlur(patch, (0, 0), rng.uniform(*BLUR_SIGMA))
     picture = torch.from_numpy(patch).permute(2, 0, 1)
     for adjust in (transforms.adjust_brightness, transforms.adjust_contrast, transforms.adjust_saturation):
-        factor = 1 + pairs.color_jitter * rng.uniform(-1, 1)
-        if pairs.color_jitter > 0:
+        factor = 1 + pair_settings.color_jitter * rng.uniform(-1, 1)
+        if pair_settings.color_jitter > 0:
             picture = adjust(picture, factor)
     if is_grey:
         picture = transforms.rgb_to_grayscale(picture, num_output_channels=3)
@@ -265,11 +269,12 @@ class SiamesePairs(Dataset):
 
     Args:
         sequences: those to draw from; one that is listed twice has two turns in each epoch.
-        usable: of each sequence, from `usable_frames`, at least one frame.
+        usable: each sequence's frames from `usable_frames`, at least one.
     """
 
-    def __init__(self, sequences: list[Sequence], usable: list[np.ndarray], seed: int, pairs: PairSettings):
-        self.sequences, self.usable, self.seed, self.pairs = sequences, usable, seed, pairs
+    def __init__(self, sequences: list[Sequence], usable: list[np.ndarray], seed: int, pair_settings: PairSettings):
+        self.sequences, self.usable = sequences, usable
+        self.seed, self.pair_settings = seed, pair_settings
 
     def __getitem__(self, sample_index: int) -> dict:
         """Read two frames of a sequence, or one twice, and cut the patches.
@@ -277,23 +282,27 @@ class SiamesePairs(Dataset):
         Returns:
             exemplar uint8 (3, 127, 127); instance uint8 (3, 239, 239), the object in its middle; name: both files.
         """
-        number = shuffled_item(self.seed, sample_index // self.pairs.per_visit, len(self.sequences))
-        sequence, pairs = self.sequences[number], self.pairs
+        number = shuffled_item(self.seed, sample_index // self.pair_settings.per_visit, len(self.sequences))
+        sequence, pair_settings = self.sequences[number], self.pair_settings
         rng = sample_rng(self.seed, sample_index)
-        is_random = rng.random() < pairs.random_boxes
-        frames = draw_frames(self.usable[number], pairs.max_gap, rng)
+        is_random = rng.random() < pair_settings.random_boxes
+        frames = draw_frames(self.usable[number], pair_settings.max_gap, rng)
         paths = [sequence.frame_path(frame) for frame in (frames[:1] * 2 if is_random else frames)]
         exemplar_rgb = read_image(paths[0])
         instance_rgb = exemplar_rgb if paths[0] == paths[1] else read_image(paths[1])
         exemplar_box, instance_box = (sequence.boxes_xywh[frame] for frame in frames)
         if is_random:
             exemplar_box = instance_box = draw_box(exemplar_rgb, rng)
-        exemplar = cut_patch(exemplar_rgb, exemplar_box, EXEMPLAR_SIZE, pairs.exemplar_shift, pairs, rng)
-        instance = cut_patch(instance_rgb, instance_box, INSTANCE_SIZE, pairs.instance_shift, pairs, rng)
-        is_grey = rng.random() < pairs.grey
+        exemplar = cut_patch(
+            exemplar_rgb, exemplar_box, EXEMPLAR_SIZE, pair_settings.exemplar_shift, pair_settings, rng
+        )
+        instance = cut_patch(
+            instance_rgb, instance_box, INSTANCE_SIZE, pair_settings.instance_shift, pair_settings, rng
+        )
+        is_grey = rng.random() < pair_settings.grey
         return {
-            "exemplar": vary_colors(exemplar, is_grey, pairs, rng),
-            "instance": vary_colors(instance, is_grey, pairs, rng),
+            "exemplar": vary_colors(exemplar, is_grey, pair_settings, rng),
+            "instance": vary_colors(instance, is_grey, pair_settings, rng),
             "name": f"{paths[0]} with {paths[1]}",
         }
 
@@ -329,15 +338,16 @@ def hit_rate(response: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return labels.flatten()[response.flatten(1).argmax(1)].mean()
 
 
-def exponential_lr(step: int, steps: int, optim: OptimSettings) -> float:
+def exponential_lr(step: int, steps: int, optim_settings: OptimSettings) -> float:
     """Compute the learning rate of the update that follows `step` done ones: from lr to min_lr, both reached.
 
     Args:
         step: updates already done, 0..steps-1.
         steps: updates in the whole run.
     """
-    last = max(1, math.ceil(steps / optim.hold_steps) - 1)  # rates are 0..last
-    return optim.lr * (optim.min_lr / optim.lr) ** min(1.0, step // optim.hold_steps / last)
+    last = max(1, math.ceil(steps / optim_settings.hold_steps) - 1)  # rates are 0..last
+    progress = min(1.0, step // optim_settings.hold_steps / last)
+    return optim_settings.lr * (optim_settings.min_lr / optim_settings.lr) ** progress
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,66 +367,60 @@ def evaluate_tracking(
         ValueError: for a frame that cannot be read, or a first box that cannot be tracked, with the sequence.
     """
     tracker = SiamFCTracker(model, tracker_settings, precision)
-    tracks, track_s, num_tracked = {"val/": [], "val/still_": []}, 0.0, 0
+    rows, track_s, num_tracked = {"val/": [], "val/still_": []}, 0.0, 0
     for sequence in tqdm(sequences, desc="evaluate", leave=False, disable=None):
-        first = int(np.flatnonzero(sequence.visible)[0])
+        first = int(sequence.visible.argmax())
         stop = len(sequence) if num_frames is None else min(len(sequence), first + num_frames)
-        first_box, boxes = sequence.boxes_xywh[first], []
+        boxes = []
         try:
-            for tracked in track_frames(tracker, FrameSource(sequence.frame_paths[first:stop]), first_box[None]):
-                if tracked.error is not None:
-                    raise tracked.error
-                boxes.append(tracked.boxes_xywh[0])
-                track_s += tracked.time_s
-        except (OSError, ValueError) as error:  # of a frame that cannot be read, or a first box that is none
+            frames = FrameSource(sequence.frame_paths[first:stop])
+            for tracked_frame in track_frames(tracker, frames, sequence.boxes_xywh[[first]]):
+                if tracked_frame.error is not None:
+                    raise tracked_frame.error
+                boxes.append(tracked_frame.boxes_xywh[0])
+                track_s += tracked_frame.time_s
+        except (OSError, ValueError) as error:  # a frame that cannot be read, or a first box that is none
             raise ValueError(f"sequence {sequence.name}: {error}") from error
         num_tracked += len(boxes)
-        for prefix, found in (("val/", np.stack(boxes)), ("val/still_", np.tile(first_box, (len(boxes), 1)))):
-            tracks[prefix].append((sequence, first, file_coordinates(found, sequence.box_origin)))
-    values = {}
-    for prefix, found in tracks.items():
-        rows = [
-            score_boxes(boxes, sequence, first, min(first + len(boxes), sequence.num_annotated), "got10k")
-            for sequence, first, boxes in found
-        ]
-        scores = got10k_scores([row["overlaps"] for row in rows]) | mean_one_pass_scores(rows)
-        values |= {f"{prefix}{name}": scores[name] for name in REPORTED}
-        num_scored = scores["num_frames"]
-    return values | {"val/num_frames": num_scored, "val/tracked_per_s": num_tracked / track_s}
+        stop = min(stop, sequence.num_annotated)
+        for prefix, boxes_xywh in (("val/", np.stack(boxes)), ("val/still_", still_boxes(sequence)[first:])):
+            in_file = file_coordinates(boxes_xywh, sequence.box_origin)
+            rows[prefix].append(score_boxes(in_file, sequence, first, stop, "got10k"))
+    metrics = {}
+    for prefix, sequence_rows in rows.items():
+        scores = got10k_scores([row["overlaps"] for row in sequence_rows]) | mean_one_pass_scores(sequence_rows)
+        metrics |= {f"{prefix}{name}": scores[name] for name in REPORTED}
+    return metrics | {"val/num_frames": scores["num_frames"], "val/tracked_per_s": num_tracked / track_s}
 
 
 @torch.no_grad()
 def evaluate_pairs(
-    model: SiamFC,
-    dataset: SiamesePairs,
-    num_pairs: int,
-    batch_size: int,
-    labels: torch.Tensor,
-    weights: torch.Tensor,
-    precision: str,
-    picture_path: Path,
-    picture_pairs: int,
+    model: SiamFC, dataset: SiamesePairs, settings: Settings, precision: str, picture_path: Path
 ) -> dict[str, float]:
-    """Compute the loss on the first `num_pairs` of validation pairs and draw `picture_pairs` of them.
+    """Compute the loss on the first `eval_pairs` validation pairs and draw `picture_pairs` of them.
 
     Returns:
-        {"val/loss": float, "val/hit_rate": float}; empty where num_pairs is 0.
+        {"val/loss": float, "val/hit_rate": float}; empty where there are no pairs.
     """
+    num_pairs = settings.eval_pairs if dataset.sequences else 0
     if num_pairs == 0:
         return {}
     model.eval()
+    device = next(model.parameters()).device
+    labels = response_labels(RESPONSE_SIZE, settings.r_pos).to(device)  # (15, 15)
+    weights = balanced_weights(labels)
     loss, hits, pictures = 0.0, 0.0, []
-    for start in range(0, num_pairs, batch_size):
-        batch = collate([dataset[index] for index in range(start, min(start + batch_size, num_pairs))])
-        exemplars, instances = (batch[key].to(labels.device).float() for key in ("exemplars", "instances"))
-        with autocast(labels.device, precision):
-            response = model(exemplars, instances)  # (B, 1, 15, 15)
-        share = len(response) / num_pairs
-        loss += share * balanced_loss(response, labels, weights).item()
-        hits += share * hit_rate(response, labels).item()
-        for exemplar, instance, one in zip(batch["exemplars"], batch["instances"], response, strict=True):
-            if len(pictures) < picture_pairs:
-                pictures.append(draw_pair(exemplar, instance, one[0].float().cpu()))
+    for start in range(0, num_pairs, settings.batch_size):
+        batch = collate([dataset[index] for index in range(start, min(start + settings.batch_size, num_pairs))])
+        exemplars, instances = (batch[key].to(device).float() for key in ("exemplars", "instances"))
+        with autocast(device, precision):
+            responses = model(exemplars, instances)  # (B, 1, 15, 15)
+        share = len(responses) / num_pairs
+        loss += share * balanced_loss(responses, labels, weights).item()
+        hits += share * hit_rate(responses, labels).item()
+        for exemplar, instance, response in zip(batch["exemplars"], batch["instances"], responses, strict=True):
+            if len(pictures) < settings.picture_pairs:
+                pictures.append(draw_pair(exemplar, instance, response[0].float().cpu()))
     if pictures:
         write_image(picture_path, np.concatenate(pictures))
     return {"val/loss": loss, "val/hit_rate": hits}
@@ -497,14 +501,8 @@ def list_data(data: dict) -> tuple[list[Sequence], list[Sequence]]:
         generate = data.pop("generate", None)
         if generate is not None:
             data["root"] = write_samples(generate, data["root"])
-        split = split_pictures if data.get("format") in STATIC_FORMATS else split_sequences
-        if split is split_sequences and "index" not in data:  # a key of all that have sequences
-            raise ValueError(
-                f"data.format is {data.get('format')}, which has neither boxes nor objects; take a dataset of "
-                "sequences, such as data=got10k, davis_sequences or folder_sequences"
-            )
-        check_keys(split, data, "data")
-        return split(**data)
+        check_keys(split_dataset, data, "data")
+        return split_dataset(**data)
     check_keys(lambda parts, turns: None, data, "data")
     if sorted(data["parts"]) != sorted(data["turns"]):
         raise ValueError(f"data.turns names {', '.join(data['turns'])}; must name {', '.join(data['parts'])}")
@@ -523,19 +521,18 @@ def list_data(data: dict) -> tuple[list[Sequence], list[Sequence]]:
     return train_sequences, val_sequences
 
 
-def keep_usable(sequences: list[Sequence], pairs: PairSettings, split: str) -> tuple[list[Sequence], list[np.ndarray]]:
+def keep_usable(
+    sequences: list[Sequence], pair_settings: PairSettings, split: str
+) -> tuple[list[Sequence], list[np.ndarray]]:
     """Leave out sequences without a frame that is fit for pairs, and say how many frames were left out.
 
     Returns:
         the other sequences, and the usable frames of each.
     """
-    found: dict[int, np.ndarray] = {}  # a sequence with several turns is looked at once
-    for sequence in sequences:
-        if id(sequence) not in found:
-            found[id(sequence)] = usable_frames(sequence, pairs)
-    different = {id(sequence): sequence for sequence in sequences}
-    useless = [sequence.name for key, sequence in different.items() if not len(found[key])]
-    num_frames, num_usable = sum(map(len, different.values())), sum(map(len, found.values()))
+    different = {id(sequence): sequence for sequence in sequences}  # one with several turns is looked at once
+    usable = {key: usable_frames(sequence, pair_settings) for key, sequence in different.items()}
+    useless = [sequence.name for key, sequence in different.items() if not len(usable[key])]
+    num_frames, num_usable = sum(map(len, different.values())), sum(map(len, usable.values()))
     print(
         f"{split}: {len(different)} sequences, {num_frames} frames; pairs are cut from {num_usable} frames of "
         f"{len(different) - len(useless)} sequences"
@@ -543,8 +540,8 @@ def keep_usable(sequences: list[Sequence], pairs: PairSettings, split: str) -> t
     if useless:
         listed = ", ".join(first_few(useless, MAX_LISTED))
         print(f"  without a usable box (see pairs.*), or with a first frame that cannot be read: {listed}")
-    kept = [sequence for sequence in sequences if len(found[id(sequence)])]
-    return kept, [found[id(sequence)] for sequence in kept]
+    sequences = [sequence for sequence in sequences if len(usable[id(sequence)])]
+    return sequences, [usable[id(sequence)] for sequence in sequences]
 
 
 def build_model(model_settings: ModelSettings, is_resumed: bool) -> SiamFC:
@@ -563,22 +560,34 @@ def build_model(model_settings: ModelSettings, is_resumed: bool) -> SiamFC:
     return model
 
 
-def build_optimizer(model: SiamFC, optim: OptimSettings) -> torch.optim.SGD:
+def build_optimizer(model: SiamFC, optim_settings: OptimSettings) -> torch.optim.SGD:
     """Build SGD; without `decay_all` biases and batch norm have no weight decay. The rate is set at each step."""
-    groups = {optim.weight_decay: [], 0.0: []}
+    groups = {optim_settings.weight_decay: [], 0.0: []}
     for parameter in model.parameters():
-        groups[optim.weight_decay if optim.decay_all or parameter.ndim > 1 else 0.0].append(parameter)
+        groups[optim_settings.weight_decay if optim_settings.decay_all or parameter.ndim > 1 else 0.0].append(parameter)
     groups = [{"params": group, "weight_decay": decay} for decay, group in groups.items() if group]
-    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
+    return torch.optim.SGD(groups, lr=optim_settings.lr, momentum=optim_settings.momentum)
 
 
 def print_table(start: dict, best: dict, last: dict) -> None:
     """Print one row per metric: the first box kept still, before training, best checkpoint, last."""
     print(f"\n{'metric':<16}{'still box':>10}{'step 0':>9}{'best':>9}{'last':>9}")
     for name in REPORTED:
-        values = [best[f"val/still_{name}"], *(one[f"val/{name}"] for one in (start, best, last))]
-        print(f"{name:<16}{values[0]:>10.3f}" + "".join(f"{value:>9.3f}" for value in values[1:]))
+        cells = "".join(f"{metrics[f'val/{name}']:>9.3f}" for metrics in (start, best, last))
+        print(f"{name:<16}{best[f'val/still_{name}']:>10.3f}{cells}")
     print(f"best checkpoint: step {best['step']}, chosen on {best['val/num_frames']} validation frames")
+
+
+def check_pairs(dataset: SiamesePairs, run_dir: Path, num_pairs: int) -> None:
+    """Draw the first training pairs: exemplar and instance side by side."""
+    if not dataset.sequences or num_pairs == 0:
+        return
+    middle = torch.zeros(RESPONSE_SIZE, RESPONSE_SIZE)
+    middle[RESPONSE_SIZE // 2, RESPONSE_SIZE // 2] = 1  # where the object is, but for the shift
+    samples = [dataset[index] for index in range(num_pairs)]
+    pictures = [draw_pair(sample["exemplar"], sample["instance"], middle) for sample in samples]
+    write_image(run_dir / "pairs.png", np.concatenate(pictures))
+    print(f"the first {num_pairs} pairs are drawn in {os.path.relpath(run_dir / 'pairs.png')}")
 
 
 def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
@@ -610,7 +619,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     train_sequences, val_sequences = list_data(config["data"])
     train_sequences, train_usable = keep_usable(train_sequences, pairs, "train")
     val_pair_sequences, val_usable = keep_usable(val_sequences[: settings.eval_sequences], pairs, "val")
-    val_sequences = [one for one in val_sequences if one.visible[:-1].any()][: settings.eval_sequences]
+    val_sequences = [sequence for sequence in val_sequences if sequence.visible[:-1].any()][: settings.eval_sequences]
     train_dataset = SiamesePairs(train_sequences, train_usable, config["seed"], pairs)
     if config["check"]:
         check_pairs(train_dataset, run_dir, settings.picture_pairs)
@@ -622,10 +631,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             "the dataset has no validation sequence with a box: see data.val_fraction, data.val_sequences; pictures "
             "alone cannot be tracked: add a part of sequences (data.parts), as data=siamfc_bundled does"
         )
-    eval_pairs = settings.eval_pairs if val_pair_sequences else 0
     val_pairs = SiamesePairs(val_pair_sequences, val_usable, config["seed"] + 1, pairs)
 
-    counts = {"train_sequences": len({id(one) for one in train_sequences}), "val_sequences": len(val_sequences)}
+    counts = {"train_sequences": len(set(map(id, train_sequences))), "val_sequences": len(val_sequences)}
     start_run(run_dir, config, counts)
 
     # model and optimizer
@@ -668,10 +676,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
                 metrics = evaluate_tracking(
                     model, val_sequences, tracker_settings, tracker_precision, settings.eval_frames
                 )
-                metrics |= evaluate_pairs(
-                    model, val_pairs, eval_pairs, settings.batch_size, labels, weights, precision,
-                    samples_dir / "pairs.png", settings.picture_pairs,
-                )  # fmt: skip
+                metrics |= evaluate_pairs(model, val_pairs, settings, precision, samples_dir / "pairs.png")
                 tqdm.write(
                     f"step {loop.step}: " + "  ".join(f"{name} {metrics[f'val/{name}']:.3f}" for name in REPORTED)
                 )
@@ -745,21 +750,6 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     print(f"\nWritten to {shown_dir}. Next, track something with it:")
     print(f"  python track.py {shlex.quote(f'checkpoint={shown_dir}/best.pt')}")
     return loop.best[settings.select_by]
-
-
-def check_pairs(dataset: SiamesePairs, run_dir: Path, num_pairs: int) -> None:
-    """Draw the first training pairs: exemplar and instance side by side."""
-    if not dataset.sequences or num_pairs == 0:
-        return
-    middle = torch.zeros(RESPONSE_SIZE, RESPONSE_SIZE)
-    middle[RESPONSE_SIZE // 2, RESPONSE_SIZE // 2] = 1  # where the object is, but for the shift
-    samples = [dataset[index] for index in range(num_pairs)]
-    pictures = [draw_pair(sample["exemplar"], sample["instance"], middle) for sample in samples]
-    write_image(run_dir / "pairs.png", np.concatenate(pictures))
-    print(f"the first {num_pairs} pairs are drawn in {os.path.relpath(run_dir / 'pairs.png')}")
-
-
-RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data_root", "data.root", "data.index")
 
 
 @hydra.main(version_base="1.3", config_path="configs/tracking", config_name="train_siamfc")

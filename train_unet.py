@@ -33,7 +33,6 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before th
 
 import functools
 import logging
-import math
 import os
 import shlex
 from dataclasses import dataclass
@@ -46,13 +45,10 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from utils.checkpoint import find_resume, load_checkpoint, resumed_config
-from utils.images import IGNORE_INDEX, id_colors, list_images, output_names, overlay_label_map, write_image
+from utils.images import IGNORE_INDEX, list_images, output_names, overlay_label_map, write_image
 from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
 from utils.loop import (
     LoopState,
@@ -75,6 +71,7 @@ from utils.run import (
     shuffled_item,
 )
 from utils.samples.write import write_samples
+from utils.segmentation import losses, metrics, model_summary, prediction, reports, views
 from utils.segmentation.check import (
     MAX_LISTED,
     CheckReport,
@@ -85,24 +82,12 @@ from utils.segmentation.check import (
     plot_statistics,
     report_lines,
 )
-from utils.segmentation.losses import balanced_class_weights, border_weight_map, semantic_loss
-from utils.segmentation.metrics import confusion_matrix, segmentation_metrics, soft_iou
-from utils.segmentation.model_summary import format_summary, measure_latency, summarize
 from utils.segmentation.readers import Item, name_classes, read_item, read_picture, split_items
 from utils.segmentation.segmenters import FCN, SegNet, ViTSegmenter
-from utils.segmentation.unet import (
-    PAPER_MARGIN,
-    UNet,
-    UNetPaper,
-    is_paper_input_size,
-    nearest_paper_input_sizes,
-    paper_input_size,
-)
+from utils.segmentation.unet import PAPER_MARGIN, UNet, UNetPaper
 from utils.settings import check_keys, check_type, describe_error, read_settings
 
 NETWORKS = {"unet_paper": UNetPaper, "unet": UNet, "fcn": FCN, "segnet": SegNet, "vit": ViTSegmenter}
-ONE_CLASS_SHARE = 0.995  # of all predictions; above it a network is taken to answer with one class whatever it sees
-REPORTED = ("mean_iou", "pixel_accuracy", "dice", "weighted_iou")  # what best.pt can be chosen by
 LATENCY_REPEATS = 30
 MODES = ("train", "evaluate", "predict", "summary")
 TOP_LEVEL_KEYS = (
@@ -129,30 +114,6 @@ class Settings:
     early_stop_evals: int | None
     test_at_end: bool
     picture_images: int
-
-
-@dataclass(frozen=True)
-class Framing:
-    """How a picture is brought before the network, in training and prediction (in `data:`)."""
-
-    image_size: int | list[int]  # px, S or [height, width]: the network's input in training
-    fit: str  # resize: the whole picture is brought to image_size; crop: it keeps its resolution
-
-    @property
-    def input_hw(self) -> tuple[int, int]:
-        return side_hw(self.image_size)
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """How training pictures are varied, together with their class maps (in `data:`)."""
-
-    scale: list[float]  # range of the window's side, as a share of the picture (resize) or of image_size (crop)
-    hflip: bool
-    vflip: bool
-    rotation: float  # degrees
-    color_jitter: float
-    elastic_px: float
 
 
 @dataclass(frozen=True)
@@ -190,134 +151,30 @@ class OptimSettings:
     poly_power: float
 
 
-@dataclass(frozen=True)
-class TileSettings:
-    """How pictures that do not fit in memory are predicted (`tiles:`)."""
-
-    size: int | list[int] | str  # px, S, [height, width] or auto
-    overlap: int  # px
-
-
-def side_hw(size: int | list[int]) -> tuple[int, int]:
-    """Turn S or [height, width] into (height, width)."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # disk -> tensors
 
 
-def mirrored_index(start: int, length: int, size: int) -> np.ndarray:
-    """List the pixels at start, start + 1, ... of an axis of `size` pixels, mirrored at both ends: int64 (length,)."""
-    period = max(1, 2 * (size - 1))  # 0 1 2 3 2 1 | 0 1 2 3 2 1: the outermost pixel is not repeated
-    index = np.arange(start, start + length) % period
-    return np.minimum(index, period - index) if size > 1 else index
-
-
-def elastic_displacement(vectors_px: np.ndarray, hw: tuple[int, int]) -> torch.Tensor:
-    """Interpolate displacement vectors on a coarse grid to every pixel, bicubically.
-
-    Args:
-        vectors_px: float (2, rows, columns): x and y displacements; the grid's corners are the image's.
-    Returns:
-        float32 (2, H, W), px.
-    Source: Ronneberger et al. 2015, section 3.1: 3 x 3 vectors, standard deviation 10 px.
-    """
-    vectors = torch.from_numpy(vectors_px).float()[None]
-    return torch.nn.functional.interpolate(vectors, size=hw, mode="bicubic", align_corners=True)[0]
-
-
-def training_view(
-    image: np.ndarray,
-    class_map: np.ndarray,
-    framing: Framing,
-    augmentation: Augmentation,
-    margin: int,
-    rng: np.random.Generator,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut a window out of a picture and its class map, bring it to the network's size, and vary both alike.
-
-    The window holds the pixels whose class is predicted. An unpadded network sees `margin` px more on each side; turned
-    or deformed pictures need some more. What lies outside the picture is mirrored. Images are resized with
-    antialiasing, class maps to the nearest pixel.
-
-    Args:
-        image: uint8 (H, W, channels).
-        class_map: uint8 (H, W).
-        margin: px of the network's input that its output lacks on each side; 0 for a padded network.
-        rng: of this sample alone.
-    Returns:
-        image uint8 (channels, h, w), h and w of framing; target uint8 (h - 2 margin, w - 2 margin).
-    """
-    out_hw = [side - 2 * margin for side in framing.input_hw]
-    scale = rng.uniform(*augmentation.scale)
-    angle = math.radians(augmentation.rotation * rng.uniform(-1, 1))
-    vectors_px = augmentation.elastic_px * rng.standard_normal((2, 3, 3))
-
-    # how far beyond the input the turned and deformed picture reaches, px of the input; bicubic interpolation can
-    # overshoot its nodes, by less than their size again
-    height, width = framing.input_hw
-    sin, cos = abs(math.sin(angle)), abs(math.cos(angle))
-    reach = max(height * cos + width * sin - height, width * cos + height * sin - width, 0) / 2
-    reach = math.ceil(reach + 2 * np.abs(vectors_px).max())
-
-    cuts, grown_hw = [], []  # of each axis: the picture's pixels, and how many pixels they become
-    for axis in (0, 1):
-        size = image.shape[axis]
-        window = max(1, round(scale * (size if framing.fit == "resize" else out_hw[axis])))
-        first, last = sorted((0, size - window))
-        start = int(rng.integers(first, last + 1))
-        border = round((margin + reach) * window / out_hw[axis])
-        cuts.append(mirrored_index(start - border, window + 2 * border, size))
-        grown_hw.append(out_hw[axis] + 2 * (margin + reach))
-    rows, columns = cuts[0][:, None], cuts[1][None]
-    picture = tv_tensors.Image(torch.from_numpy(image[rows, columns]).permute(2, 0, 1))  # (channels, h', w')
-    classes = torch.from_numpy(class_map[rows, columns])[None]  # (1, h', w')
-    picture = transforms.resize(picture, grown_hw, antialias=True)
-    classes = transforms.resize_image(classes, grown_hw, interpolation=InterpolationMode.NEAREST_EXACT)
-    classes = tv_tensors.Mask(classes)  # from here on a transform knows not to mix classes
-
-    if reach > 0:
-        # one displacement for turning and deforming, so that the picture is interpolated once
-        grown_h, grown_w = grown_hw
-        y = torch.arange(grown_h).float()[:, None] - (grown_h - 1) / 2
-        x = torch.arange(grown_w).float()[None] - (grown_w - 1) / 2
-        displacement = elastic_displacement(vectors_px, (grown_h, grown_w))  # (2, h, w): x, y
-        displacement[0] += math.cos(angle) * x - math.sin(angle) * y - x
-        displacement[1] += math.sin(angle) * x + math.cos(angle) * y - y
-        displacement = (displacement * 2 / torch.tensor([grown_w, grown_h])[:, None, None]).permute(1, 2, 0)[None]
-        picture = transforms.elastic(picture, displacement)
-        classes = transforms.elastic(classes, displacement, fill=IGNORE_INDEX)
-        picture, classes = [one[..., reach : grown_h - reach, reach : grown_w - reach] for one in (picture, classes)]
-    for is_used, flip in (
-        (augmentation.hflip, transforms.horizontal_flip),
-        (augmentation.vflip, transforms.vertical_flip),
-    ):
-        if rng.random() < 0.5 and is_used:
-            picture, classes = flip(picture), flip(classes)
-    for adjust in (transforms.adjust_brightness, transforms.adjust_contrast, transforms.adjust_saturation):
-        factor = 1 + augmentation.color_jitter * rng.uniform(-1, 1)
-        if augmentation.color_jitter > 0:
-            picture = adjust(picture, factor)
-    target = classes[0, margin : height - margin, margin : width - margin]
-    return picture.as_subclass(torch.Tensor).contiguous(), target.as_subclass(torch.Tensor).contiguous()
-
-
-def border_weights(class_map: np.ndarray, loss: LossSettings, class_weights: list[float] | None) -> np.ndarray:
+def border_weights(
+    class_map: np.ndarray, loss_settings: LossSettings, class_weights: list[float] | None
+) -> torch.Tensor | None:
     """Compute the weight of each pixel: its class's, and the paper's more in narrow gaps between objects of class 1.
 
     Args:
         class_map: uint8 (H, W); the connected parts of class 1 are the objects.
         class_weights: one a class; None: 1.
     Returns:
-        float32 (H, W).
+        float32 (H, W); None without border_weight.
     """
+    if loss_settings.border_weight == 0:
+        return None
     weight_of_class = np.ones(256, np.float32)
     if class_weights is not None:
         weight_of_class[: len(class_weights)] = class_weights
     _, instances = cv2.connectedComponents((class_map == 1).astype(np.uint8), connectivity=4)
-    extra = border_weight_map(instances, loss.border_weight, loss.border_sigma, class_weights=(0.0, 0.0))
-    return weight_of_class[class_map] + extra
+    w0, sigma = loss_settings.border_weight, loss_settings.border_sigma
+    extra = losses.border_weight_map(instances, w0, sigma, class_weights=(0.0, 0.0))
+    return torch.from_numpy(weight_of_class[class_map] + extra)
 
 
 class AugmentedPairs(Dataset):
@@ -327,14 +184,14 @@ class AugmentedPairs(Dataset):
         self,
         items: list[Item],
         seed: int,
-        framing: Framing,
-        augmentation: Augmentation,
+        framing: views.Framing,
+        augmentation: views.Augmentation,
         margin: int,
-        loss: LossSettings,
+        loss_settings: LossSettings,
         class_weights: list[float] | None,
     ):
         self.items, self.seed, self.framing, self.augmentation = items, seed, framing, augmentation
-        self.margin, self.loss, self.class_weights = margin, loss, class_weights
+        self.margin, self.loss_settings, self.class_weights = margin, loss_settings, class_weights
 
     def __getitem__(self, sample_index: int) -> dict:
         """Read a pair and vary it.
@@ -346,10 +203,8 @@ class AugmentedPairs(Dataset):
         item_number = shuffled_item(self.seed, sample_index, len(self.items))
         item = self.items[item_number]
         rng = sample_rng(self.seed, sample_index)
-        image, target = training_view(*read_item(item), self.framing, self.augmentation, self.margin, rng)
-        pixel_weight = None
-        if self.loss.border_weight > 0:
-            pixel_weight = torch.from_numpy(border_weights(target.numpy(), self.loss, self.class_weights))
+        image, target = views.training_view(*read_item(item), self.framing, self.augmentation, self.margin, rng)
+        pixel_weight = border_weights(target.numpy(), self.loss_settings, self.class_weights)
         return {"image": image, "target": target, "pixel_weight": pixel_weight, "name": str(item.image_path)}
 
 
@@ -382,7 +237,7 @@ def weighted_loss(
         class_weights: one a class, or None.
         pixel_weight: float32 (B, H, W), which holds the class weights too, or None.
     """
-    return semantic_loss(
+    return losses.semantic_loss(
         logits,
         targets.long(),
         cross_entropy=loss.cross_entropy,
@@ -417,144 +272,16 @@ def scheduled_lr(step: int, steps: int, optim: OptimSettings) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# prediction of pictures of any size
-
-
-def plan_tiles(size: int, tile: int, margin: int, overlap: int) -> tuple[list[int], int, torch.Tensor]:
-    """Divide an axis of a picture into tiles.
-
-    Args:
-        size: px of the picture along this axis.
-        tile: most px of a network's input.
-        margin: px of the input that the output lacks on each side; then only sizes 16 k + 60 will do.
-        overlap: px that the outputs of neighbouring tiles share; a network without padding needs the least there is.
-    Returns:
-        where each tile's output starts, px of the picture (less than 0: in the mirrored border); px of a tile's input;
-        weight of each pixel of a tile's output, float32.
-    """
-    if margin == 0:
-        if size <= tile:
-            return [0], size, torch.ones(size)
-        step = tile - overlap
-        edge = torch.arange(tile).float()
-        ramp = torch.minimum(edge, edge.flip(0)) + 1  # px from the tile's edge
-        return list(range(-(overlap // 2), size - overlap // 2, step)), tile, (ramp / (overlap + 1)).clamp(max=1)
-    tile = min(tile, paper_input_size(size))
-    output = tile - 2 * margin
-    step = output // 16 * 16  # moved by a multiple of 16 (four poolings), an unpadded network gives the same logits
-    return list(range(0, max(1, size - output + step), step)), tile, torch.ones(output)
-
-
-def predict_tiled(
-    model: torch.nn.Module, image: torch.Tensor, margin: int, tile_hw: tuple[int, int], overlap: int
-) -> torch.Tensor:
-    """Predict a picture of any size, in tiles where it is larger than one, with mirrored borders.
-
-    The tiles of an unpadded network are seamless: each logit is that of the whole picture. A padded network sees zeros
-    beyond a tile's edge, so the logits of neighbouring tiles are blended over `overlap` px; a picture that fits in one
-    tile is predicted as it is.
-
-    Args:
-        image: float (channels, H, W), 0..1, on the model's device.
-        margin: px of the network's input that its output lacks on each side; 0 for a padded network.
-        tile_hw: largest input of the network, px.
-        overlap: px; of no use where margin is above 0.
-    Returns:
-        float32 logits (num_classes, H, W).
-    Source: Ronneberger et al. 2015, figure 2 (overlap-tile strategy).
-    """
-    height, width = image.shape[1:]
-    tops, tile_h, weight_y = plan_tiles(height, tile_hw[0], margin, overlap)
-    lefts, tile_w, weight_x = plan_tiles(width, tile_hw[1], margin, overlap)
-    weight = (weight_y[:, None] * weight_x[None]).to(image.device)  # (h', w') of a tile's output
-    logits_sum, weight_sum = None, torch.zeros((height, width), device=image.device)
-    for top in tops:
-        rows = torch.from_numpy(mirrored_index(top - margin, tile_h, height)).to(image.device)
-        for left in lefts:
-            columns = torch.from_numpy(mirrored_index(left - margin, tile_w, width)).to(image.device)
-            tile_logits = model(image[:, rows[:, None], columns[None]][None])[0].float()  # (num_classes, h', w')
-            if logits_sum is None:
-                logits_sum = torch.zeros((len(tile_logits), height, width), device=image.device)
-            y, x = slice(max(top, 0), top + weight.shape[0]), slice(max(left, 0), left + weight.shape[1])
-            inside_y = slice(y.start - top, min(height, y.stop) - top)  # of the tile's output: what lies in the picture
-            inside_x = slice(x.start - left, min(width, x.stop) - left)
-            logits_sum[:, y, x] += (tile_logits * weight)[:, inside_y, inside_x]
-            weight_sum[y, x] += weight[inside_y, inside_x]
-    return logits_sum / weight_sum
-
-
-@torch.no_grad()
-def predict_picture(
-    model: torch.nn.Module,
-    image: np.ndarray,
-    framing: Framing,
-    margin: int,
-    tile_hw: tuple[int, int],
-    overlap: int,
-    device: torch.device,
-    precision: str,
-) -> torch.Tensor:
-    """Predict the classes of a picture at its own size.
-
-    Args:
-        image: uint8 (H, W, channels).
-    Returns:
-        float32 logits (num_classes, H, W) on the device. With framing.fit "resize" the network sees the picture at
-        framing.image_size, and its logits are brought back to H x W bilinearly.
-    """
-    picture = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)  # (channels, H, W)
-    if framing.fit == "resize":
-        picture = transforms.resize(picture, [side - 2 * margin for side in framing.input_hw], antialias=True)
-    with autocast(device, precision):
-        logits = predict_tiled(model, picture.to(device).float() / 255, margin, tile_hw, overlap)
-    if logits.shape[1:] != image.shape[:2]:
-        logits = torch.nn.functional.interpolate(logits[None], image.shape[:2], mode="bilinear", align_corners=False)[0]
-    return logits
-
-
-def choose_tile(
-    tiles: TileSettings, model: torch.nn.Module, framing: Framing, margin: int, channels: int, device: torch.device
-) -> tuple[int, int]:
-    """Turn `tiles.size` into the largest input that the network is given at once, (height, width) px.
-
-    "auto" takes a quarter of the memory that is free, and what one forward of framing.image_size keeps if nothing were
-    freed, per pixel: rather too small a tile than one that does not fit.
-    """
-    if tiles.size != "auto":
-        return side_hw(tiles.size)
-    summary = summarize(model, framing.input_hw, channels)
-    bytes_per_px = 1e6 * summary.activation_megabytes / math.prod(framing.input_hw)
-    side = min(max(int((free_memory(device) / 4 / bytes_per_px) ** 0.5), 256), 4096)
-    return (nearest_paper_input_sizes(side)[0],) * 2 if margin > 0 else (side, side)
-
-
-def free_memory(device: torch.device) -> int:
-    """Estimate how many bytes the device has free; 4 GB where it does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu" and Path("/proc/meminfo").exists():  # Linux
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    return 4 * 2**30
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # evaluation
 
 
 @torch.no_grad()
 def evaluate(
-    model: torch.nn.Module,
+    predictor: prediction.Predictor,
     items: list[Item],
     split: str,
-    framing: Framing,
-    margin: int,
-    tile_hw: tuple[int, int],
-    overlap: int,
-    loss: LossSettings,
+    loss_settings: LossSettings,
     class_weights: list[float] | None,
-    device: torch.device,
-    precision: str,
     samples_dir: Path | None,
     picture_images: int,
 ) -> tuple[dict[str, float], np.ndarray]:
@@ -562,99 +289,37 @@ def evaluate(
 
     Args:
         split: the metrics' prefix: val or test.
+        class_weights: one a class, or None: 1.
         samples_dir: where to put pictures (image, prediction, truth) of the first `picture_images` items.
     Returns:
         {"val/mean_iou": float, ...}, val/iou_<class> for the classes that occur; the confusion matrix, int64 (C, C),
         rows are the truth.
     """
-    model.eval()
+    predictor.model.eval()
     names = items[0].coding.class_names
-    matrix, losses, soft_ious = np.zeros((len(names), len(names)), np.int64), [], []
+    matrix, loss_values, soft_ious = np.zeros((len(names), len(names)), np.int64), [], []
     for number, item in enumerate(tqdm(items, desc="evaluate", leave=False, disable=None)):
         image, class_map = read_item(item)
-        logits = predict_picture(model, image, framing, margin, tile_hw, overlap, device, precision)
-        target = torch.from_numpy(class_map).to(device)  # (H, W)
-        pixel_weight = None
-        if loss.border_weight > 0:
-            pixel_weight = torch.from_numpy(border_weights(class_map, loss, class_weights)).to(device)[None]
-        losses.append(weighted_loss(logits[None], target[None], loss, class_weights, pixel_weight).item())
-        soft_ious.append(soft_iou(logits.softmax(0)[None], target[None].long()).item())
+        logits = predictor.predict(image)  # (C, H, W)
+        target = torch.from_numpy(class_map).to(predictor.device)  # (H, W)
+        pixel_weight = border_weights(class_map, loss_settings, class_weights)
+        if pixel_weight is not None:
+            pixel_weight = pixel_weight.to(predictor.device)[None]
+        loss = weighted_loss(logits[None], target[None], loss_settings, class_weights, pixel_weight)
+        loss_values.append(loss.item())
+        soft_ious.append(metrics.soft_iou(logits.softmax(0)[None], target[None].long()).item())
         pred = logits.argmax(0)  # (H, W)
-        matrix += confusion_matrix(pred, target, len(names)).cpu().numpy()
+        matrix += metrics.confusion_matrix(pred, target, len(names)).cpu().numpy()
         if samples_dir is not None and number < picture_images:
-            picture = draw_sample(image, pred.cpu().numpy(), class_map, names)
+            picture = reports.draw_sample(image, pred.cpu().numpy(), class_map, names)
             write_image(samples_dir / f"{item.name.replace('/', '_')}.png", picture)  # stems repeat across folders
-    metrics = segmentation_metrics(matrix)
-    values = {f"{split}/{name}": metrics[name] for name in REPORTED}
-    values |= {f"{split}/soft_iou": float(np.mean(soft_ious)), f"{split}/loss": float(np.mean(losses))}
+    measured = metrics.segmentation_metrics(matrix)
+    values = {f"{split}/{name}": measured[name] for name in reports.REPORTED}
+    values |= {f"{split}/soft_iou": float(np.mean(soft_ious)), f"{split}/loss": float(np.mean(loss_values))}
     for index, name in enumerate(names):
-        if index not in metrics["absent"]:
-            values[f"{split}/iou_{name}"] = float(metrics["class_iou"][index])
+        if index not in measured["absent"]:
+            values[f"{split}/iou_{name}"] = float(measured["class_iou"][index])
     return values | {f"{split}/num_images": len(items)}, matrix
-
-
-def class_ids(class_map: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
-    """Number classes for colouring, (H, W) from 1; 0, which is left uncoloured: "background", and what is ignored."""
-    ids = np.zeros(256, np.int64)
-    ids[: len(names)] = [0 if name == "background" else index + 1 for index, name in enumerate(names)]
-    return ids[class_map]
-
-
-def draw_sample(image: np.ndarray, pred: np.ndarray, class_map: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
-    """Draw picture, prediction and truth side by side, with the classes' colours below: uint8, 384 px a side each."""
-    image_rgb = np.broadcast_to(image, (*image.shape[:2], 3))
-    panels = [image_rgb] + [overlay_label_map(image_rgb, class_ids(one, names)) for one in (pred, class_map)]
-    scale = 384 / max(image_rgb.shape[:2])
-    size_wh = (max(1, round(image_rgb.shape[1] * scale)), max(1, round(image_rgb.shape[0] * scale)))
-    panels = [cv2.resize(np.ascontiguousarray(panel), size_wh, interpolation=cv2.INTER_AREA) for panel in panels]
-    picture = np.concatenate(panels, 1)
-    legend = np.full((16 * math.ceil(len(names) / 6) + 4, picture.shape[1], 3), 255, np.uint8)
-    for index, name in enumerate(names):
-        color = id_colors(class_ids(np.array([[index]]), names)[0])[0].tolist()
-        x, y = index % 6 * picture.shape[1] // 6, 16 * (index // 6)
-        cv2.rectangle(legend, (x + 4, y + 4), (x + 14, y + 14), color, -1 if any(color) else 1)  # uncoloured: hollow
-        cv2.putText(legend, name[:24], (x + 18, y + 14), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.concatenate([picture, legend])
-
-
-def remarks_on_predictions(matrix: np.ndarray, names: tuple[str, ...], split: str) -> list[str]:
-    """Say which classes are absent from the truth, and whether nearly all pixels are predicted to be of one class."""
-    lines = []
-    truth, predicted = matrix.sum(1), matrix.sum(0)
-    if absent := [name for name, count in zip(names, truth, strict=True) if count == 0]:
-        lines.append(f"no pixel of the {split} pictures is {', '.join(absent)}: left out of the means")
-    largest = int(predicted.argmax())
-    if predicted[largest] > ONE_CLASS_SHARE * predicted.sum():
-        lines.append(
-            f"warning: {predicted[largest] / predicted.sum():.2%} of all {split} pixels are predicted to be "
-            f"{names[largest]} (in truth {truth[largest] / truth.sum():.2%}): train longer, or try "
-            "loss.class_weights=auto, another loss, another optim.lr; check=true shows what the masks hold"
-        )
-    return lines
-
-
-def majority_metrics(truth: np.ndarray, split: str) -> dict[str, float]:
-    """Compute the metrics of a prediction that knows nothing: the most frequent class, everywhere.
-
-    Args:
-        truth: int (num_classes,), pixels of each class.
-    """
-    knows_nothing = np.zeros((len(truth), len(truth)), truth.dtype)
-    knows_nothing[:, truth.argmax()] = truth
-    metrics = segmentation_metrics(knows_nothing)
-    return {f"{split}/{name}": metrics[name] for name in REPORTED}
-
-
-def class_lines(matrix: np.ndarray, names: tuple[str, ...]) -> list[str]:
-    """Put the metrics of each class into lines to print."""
-    metrics, truth = segmentation_metrics(matrix), matrix.sum(1)
-    lines = [f"{'class':<24}{'share':>9}{'IoU':>9}{'Dice':>9}{'precision':>11}{'recall':>9}"]
-    for index, name in enumerate(names):
-        keys = ("class_iou", "class_dice", "class_precision", "class_recall")
-        iou, dice, precision, recall = (metrics[key][index] for key in keys)
-        share = truth[index] / max(1, truth.sum())
-        lines.append(f"{name:<24}{share:>9.2%}{iou:>9.3f}{dice:>9.3f}{precision:>11.3f}{recall:>9.3f}")
-    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -663,13 +328,13 @@ def class_lines(matrix: np.ndarray, names: tuple[str, ...]) -> list[str]:
 
 def check_settings(
     settings: Settings,
-    framing: Framing,
-    augmentation: Augmentation,
+    framing: views.Framing,
+    augmentation: views.Augmentation,
     loss: LossSettings,
     optim: OptimSettings,
 ) -> None:
     """Raise a ValueError for values that make no sense, naming the key, the value and what it must be."""
-    selectable = [f"val/{name}" for name in REPORTED]
+    selectable = [f"val/{name}" for name in reports.REPORTED]
     names, schedules = ("adamw", "adam", "sgd"), ("constant", "step", "cosine", "poly")
     weights = (loss.cross_entropy, loss.soft_iou, loss.log_iou, loss.dice, loss.tversky, loss.focal)
     scale, class_weights, clip_norm = augmentation.scale, loss.class_weights, settings.clip_norm
@@ -703,32 +368,6 @@ def check_settings(
             raise ValueError(f"{name} is {value}; must be {remedy}")
 
 
-def check_size(name: str, size: int | list[int], margin: int) -> None:
-    """Raise a ValueError for a size that no network, or not the unpadded one (margin above 0), can take."""
-    if not isinstance(size, int) and len(size) != 2 or min(side_hw(size)) < 1:
-        raise ValueError(f"{name} is {size}; must be a number of pixels, or [height, width]")
-    for side in side_hw(size):
-        if margin > 0 and not is_paper_input_size(side):
-            nearest = " and ".join(str(near) for near in nearest_paper_input_sizes(side))
-            raise ValueError(
-                f"{name} is {size}; a side must be 16 k + 60 with k >= 8 for unet_paper: nearest are {nearest}"
-            )
-
-
-def check_tiles(tiles: TileSettings, margin: int) -> None:
-    """Raise a ValueError for tiles that cannot cover a picture."""
-    smallest = paper_input_size(20) if margin > 0 else tiles.overlap + 1
-    if tiles.overlap < 0:
-        raise ValueError(f"tiles.overlap is {tiles.overlap}; must be 0 or more")
-    if tiles.size == "auto":
-        return
-    if isinstance(tiles.size, str):
-        raise ValueError(f"tiles.size is {tiles.size}; must be auto, a number of pixels, or [height, width]")
-    check_size("tiles.size", tiles.size, margin)
-    if min(side_hw(tiles.size)) < smallest:
-        raise ValueError(f"tiles.size is {tiles.size}; must be at least {smallest}, so that tiles advance")
-
-
 def build_network(model_config: dict, in_channels: int, num_classes: int) -> torch.nn.Module:
     """Build a network with random weights from the values of a file of configs/unet/model.
 
@@ -749,11 +388,11 @@ def output_margin(model_config: dict) -> int:
     return PAPER_MARGIN if model_config["name"] == "unet_paper" else 0
 
 
-def read_data_settings(data: dict) -> tuple[Framing, Augmentation, dict]:
+def read_data_settings(data: dict) -> tuple[views.Framing, views.Augmentation, dict]:
     """Divide the section `data:` into this script's settings and the keys of the dataset reader."""
     reader_keys = dict(data)
     sections = []
-    for cls in (Framing, Augmentation):
+    for cls in (views.Framing, views.Augmentation):
         ours = {key: reader_keys.pop(key) for key in cls.__dataclass_fields__ if key in reader_keys}
         sections.append(read_settings(cls, ours, "data"))
     return *sections, reader_keys
@@ -812,7 +451,7 @@ def choose_class_weights(
     """
     num_classes = len(report.coding.class_names)
     if class_weights == "auto":
-        return balanced_class_weights(class_frequencies(report, items)).tolist()
+        return losses.balanced_class_weights(class_frequencies(report, items)).tolist()
     if class_weights is not None and (len(class_weights) != num_classes or min(class_weights) < 0):
         raise ValueError(
             f"loss.class_weights is {class_weights}; must be {num_classes} numbers, one for each class, 0 or more"
@@ -837,17 +476,6 @@ def build_optimizer(model: torch.nn.Module, optim: OptimSettings) -> torch.optim
     return optimizer(groups, lr=optim.lr, betas=tuple(optim.betas))
 
 
-def print_table(start: dict, best: dict, last: dict, test: dict, majority: dict) -> None:
-    """Print one row per metric: the most frequent class everywhere, before training, best checkpoint, last, test."""
-    columns = f"{'majority':>10}{'step 0':>9}{'best':>9}{'last':>9}" + (f"{'test':>9}" if test else "")
-    print(f"\n{'metric':<20}{columns}")
-    for name in REPORTED:
-        values = [majority[f"val/{name}"], *(one[f"val/{name}"] for one in (start, best, last))]
-        shown = f"{values[0]:>10.3f}" + "".join(f"{value:>9.3f}" for value in values[1:])
-        print(f"{name:<20}{shown}" + (f"{test[f'test/{name}']:>9.3f}" if test else ""))
-    print(f"best checkpoint: step {best['step']}, chosen on {best['val/num_images']} validation images")
-
-
 def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     """Train as configured and return the best value of `train.select_by`.
 
@@ -857,15 +485,15 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         resume_path: the last.pt to continue from, or None.
     """
     settings = read_settings(Settings, config["train"], "train")
-    loss = read_settings(LossSettings, config["loss"], "loss")
+    loss_settings = read_settings(LossSettings, config["loss"], "loss")
     optim = read_settings(OptimSettings, config["optim"], "optim")
-    tiles = read_settings(TileSettings, config["tiles"], "tiles")
+    tiles = read_settings(prediction.TileSettings, config["tiles"], "tiles")
     framing, augmentation, reader_keys = read_data_settings(config["data"])
     check_type(config["check"], bool, "check")
     margin = output_margin(config["model"])
-    check_settings(settings, framing, augmentation, loss, optim)
-    check_size("data.image_size", framing.image_size, margin)
-    check_tiles(tiles, margin)
+    check_settings(settings, framing, augmentation, loss_settings, optim)
+    views.check_size("data.image_size", framing.image_size, margin)
+    prediction.check_tiles(tiles, margin)
     device = choose_device(config["device"])
     precision = choose_precision(config["precision"], device)
     seed_everything(config["seed"])
@@ -885,9 +513,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     if not val_items:
         raise ValueError(f"data.root {reader_keys['root']} has no validation picture: see data.val_fraction")
     class_names = val_items[0].coding.class_names
-    class_weights = choose_class_weights(loss.class_weights, train_items or val_items, report)
+    class_weights = choose_class_weights(loss_settings.class_weights, train_items or val_items, report)
 
-    majority = majority_metrics(count_class_pixels(report, val_items), "val")
+    majority = reports.majority_metrics(count_class_pixels(report, val_items), "val")
     start_run(run_dir, config, counts)
     write_splits(splits, run_dir / "splits")
 
@@ -895,7 +523,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     model = model.to(device)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    tile_hw = choose_tile(tiles, model, framing, margin, reader_keys["channels"], device)
+    tile_hw = prediction.choose_tile(tiles, model, framing, margin, reader_keys["channels"], device)
+    predictor = prediction.Predictor(model, framing, margin, tile_hw, tiles.overlap, device, precision)
     print(
         f"{config['model']['name']}: {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{len(class_names)} classes; {device}, {precision}"
@@ -904,7 +533,6 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if settings.compile:
         model.forward = torch.compile(model.forward)
-    evaluation = (framing, margin, tile_hw, tiles.overlap, loss, class_weights, device, precision)
 
     is_resumed = resume_path is not None
     loop = resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else LoopState()
@@ -914,7 +542,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     if is_resumed:
         save(is_best=False)  # from now on this folder can be resumed too
 
-    dataset = AugmentedPairs(train_items, config["seed"], framing, augmentation, margin, loss, class_weights)
+    dataset = AugmentedPairs(train_items, config["seed"], framing, augmentation, margin, loss_settings, class_weights)
     images_per_step = settings.batch_size * settings.accumulate
     batches = load_batches(
         dataset,
@@ -934,16 +562,17 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             samples_dir = run_dir / "samples" / f"step_{loop.step:06d}"
             samples_dir.mkdir(parents=True, exist_ok=True)
             with window.paused():  # speed is that of training alone
-                metrics, matrix = evaluate(model, val_items, "val", *evaluation, samples_dir, settings.picture_images)
-                tqdm.write(
-                    f"step {loop.step}: " + "  ".join(f"{name} {metrics[f'val/{name}']:.3f}" for name in REPORTED)
+                values, matrix = evaluate(
+                    predictor, val_items, "val", loss_settings, class_weights, samples_dir, settings.picture_images
                 )
+                shown = "  ".join(f"{name} {values[f'val/{name}']:.3f}" for name in reports.REPORTED)
+                tqdm.write(f"step {loop.step}: {shown}")
                 if loop.step > 0:  # random weights often know one class alone
-                    for line in remarks_on_predictions(matrix, class_names, "val"):
+                    for line in reports.remarks_on_predictions(matrix, class_names, "val"):
                         tqdm.write(line)
-                log.log(loop.step, metrics)
+                log.log(loop.step, values)
                 plot_curves(loop.rows, run_dir / "curves.png")
-                save(is_best=loop.take(metrics, settings.select_by))
+                save(is_best=loop.take(values, settings.select_by))
         elif loop.step % settings.save_every == 0:
             save(is_best=False)
         if settings.early_stop_evals is not None and loop.bad_evals >= settings.early_stop_evals:
@@ -970,9 +599,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             # 3. forward
             with autocast(device, precision):
                 logits = model(images)  # (B, C, h', w')
-            micro_loss = (
-                weighted_loss(logits, targets, loss, class_weights, batch["pixel_weight"]) / settings.accumulate
-            )
+            micro_loss = weighted_loss(logits, targets, loss_settings, class_weights, batch["pixel_weight"])
+            micro_loss = micro_loss / settings.accumulate
             step_loss += check_finite(micro_loss.item(), loop.step, f"pictures {', '.join(batch['names'])}")
             is_right, valid = logits.argmax(1) == targets, targets != IGNORE_INDEX  # (B, h', w')
             step_accuracy += (is_right.sum() / valid.sum().clamp(min=1)).item() / settings.accumulate
@@ -1008,14 +636,14 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     test: dict[str, float] = {}
     if settings.test_at_end and test_items:
         model.load_state_dict(load_checkpoint(run_dir / "best.pt")["model"])
-        test, matrix = evaluate(model, test_items, "test", *evaluation, None, 0)
-        print(
-            "\n" + "\n".join([*class_lines(matrix, class_names), *remarks_on_predictions(matrix, class_names, "test")])
-        )
+        test, matrix = evaluate(predictor, test_items, "test", loss_settings, class_weights, None, 0)
+        print("\n" + "\n".join(reports.class_lines(matrix, class_names, "test")))
     finish_run(
         run_dir, {"start": loop.start_metrics, "best": loop.best, "last": last, "test": test, "majority": majority}
     )
-    print_table(loop.start_metrics, loop.best, last, test, majority)
+    columns = {"majority": majority, "step 0": loop.start_metrics, "best": loop.best, "last": last, "test": test}
+    print("\n" + "\n".join(reports.metric_lines(columns)))
+    print(f"best checkpoint: step {loop.best['step']}, chosen on {loop.best['val/num_images']} validation images")
     shown_dir, example = os.path.relpath(run_dir), os.path.relpath((test_items or val_items)[0].image_path)
     print(f"\nWritten to {shown_dir}. Next, predict a picture with it:")
     checkpoint = shlex.quote(f"checkpoint={shown_dir}/best.pt")
@@ -1080,13 +708,26 @@ def checkpoint_config(state: dict, current: dict, overrides: list[str]) -> dict:
     for key in sorted(given):
         if key.startswith("data."):
             data[key.split(".")[1]] = current["data"][key.split(".")[1]]
-    fixed = ("channels", "num_classes", *Framing.__dataclass_fields__)
+    fixed = ("channels", "num_classes", *views.Framing.__dataclass_fields__)
     for key in fixed:
         if (f"data.{key}" in given or key == "num_classes") and data[key] != stored["data"][key]:
             raise ValueError(f"data.{key} is {data[key]}; checkpoint {name} was trained with {stored['data'][key]}")
     data |= {key: stored["data"][key] for key in fixed}
     keys = ("mode", "checkpoint", "split", "input", "probabilities", "device", "precision", "num_workers", "tiles")
     return stored | {key: current[key] for key in keys} | {"data": data}
+
+
+def load_predictor(config: dict, state: dict) -> prediction.Predictor:
+    """Rebuild the network of a checkpoint, and how it predicts pictures; arguments as those of `predict`."""
+    tiles = read_settings(prediction.TileSettings, config["tiles"], "tiles")
+    framing, _, reader_keys = read_data_settings(config["data"])
+    margin = output_margin(config["model"])
+    prediction.check_tiles(tiles, margin)
+    device = choose_device(config["device"])
+    precision = choose_precision(config["precision"], device)
+    model = load_network(config, state, device)
+    tile_hw = prediction.choose_tile(tiles, model, framing, margin, reader_keys["channels"], device)
+    return prediction.Predictor(model, framing, margin, tile_hw, tiles.overlap, device, precision)
 
 
 def evaluate_checkpoint(config: dict, state: dict, run_dir: Path) -> float:
@@ -1098,13 +739,9 @@ def evaluate_checkpoint(config: dict, state: dict, run_dir: Path) -> float:
         run_dir: where samples/, confusion.csv (rows: truth) and run.json are written.
     """
     settings = read_settings(Settings, config["train"], "train")
-    loss = read_settings(LossSettings, config["loss"], "loss")
-    tiles = read_settings(TileSettings, config["tiles"], "tiles")
-    framing, _, reader_keys = read_data_settings(config["data"])
-    margin, split = output_margin(config["model"]), config["split"]
-    check_tiles(tiles, margin)
-    device = choose_device(config["device"])
-    precision = choose_precision(config["precision"], device)
+    loss_settings = read_settings(LossSettings, config["loss"], "loss")
+    _, _, reader_keys = read_data_settings(config["data"])
+    predictor, split = load_predictor(config, state), config["split"]
     splits = list_splits(reader_keys)
     if split not in splits:
         raise ValueError(f"split is {split}; must be one of {', '.join(splits)}")
@@ -1112,23 +749,17 @@ def evaluate_checkpoint(config: dict, state: dict, run_dir: Path) -> float:
         raise ValueError(f"data.root {reader_keys['root']} has no picture in its {split} split")
     splits, counts, _ = check_data({split: splits[split]}, reader_keys["on_bad"], run_dir, MAX_LISTED)
     items = splits[split]
-    model = load_network(config, state, device)
-    tile_hw = choose_tile(tiles, model, framing, margin, reader_keys["channels"], device)
     start_run(run_dir, config, counts)
     write_splits(splits, run_dir / "splits")
     samples_dir = run_dir / "samples"
     samples_dir.mkdir()
-    values, matrix = evaluate(
-        model, items, split, framing, margin, tile_hw, tiles.overlap, loss, state["class_weights"], device, precision,
-        samples_dir, settings.picture_images,
-    )  # fmt: skip
-    class_names, majority = items[0].coding.class_names, majority_metrics(matrix.sum(1), split)
+    class_weights, picture_images = state["class_weights"], settings.picture_images
+    values, matrix = evaluate(predictor, items, split, loss_settings, class_weights, samples_dir, picture_images)
+    class_names, majority = items[0].coding.class_names, reports.majority_metrics(matrix.sum(1), split)
     finish_run(run_dir, {"last": values, "majority": majority})
     np.savetxt(run_dir / "confusion.csv", matrix, "%d", ",", header=",".join(class_names), comments="")
-    print("\n" + "\n".join([*class_lines(matrix, class_names), *remarks_on_predictions(matrix, class_names, split)]))
-    print(f"\n{'metric':<24}{'majority':>10}{'measured':>10}")
-    for name in majority:
-        print(f"{name:<24}{majority[name]:>10.3f}{values[name]:>10.3f}")
+    print("\n" + "\n".join(reports.class_lines(matrix, class_names, split)))
+    print("\n" + "\n".join(reports.metric_lines({"majority": majority, "measured": values})))
     print(f"{len(items)} images; pictures and confusion.csv in {os.path.relpath(run_dir)}")
     return values[f"{split}/mean_iou"]
 
@@ -1143,35 +774,29 @@ def predict(config: dict, state: dict, run_dir: Path) -> list[str]:
     Returns:
         One line for each picture that cannot be read; always empty for a single picture, whose failure is raised.
     """
-    tiles = read_settings(TileSettings, config["tiles"], "tiles")
-    framing, _, reader_keys = read_data_settings(config["data"])
-    margin, channels = output_margin(config["model"]), reader_keys["channels"]
-    check_tiles(tiles, margin)
+    _, _, reader_keys = read_data_settings(config["data"])
     check_type(config["probabilities"], bool, "probabilities")
-    device = choose_device(config["device"])
-    precision = choose_precision(config["precision"], device)
     class_names = tuple(name_classes(reader_keys["num_classes"], reader_keys["class_names"]))
     image_paths, is_folder = list_images(Path(config["input"])), Path(config["input"]).is_dir()
-    model = load_network(config, state, device)
-    tile_hw = choose_tile(tiles, model, framing, margin, channels, device)
+    predictor = load_predictor(config, state)
     start_run(run_dir, config, {"images": len(image_paths)})
 
     failures, num_px = [], np.zeros(len(class_names), np.int64)
     names = output_names(image_paths)
     for name, path in zip(names, tqdm(image_paths, desc="predict", disable=not is_folder), strict=True):
         try:
-            image = read_picture(path, channels)  # uint8 (H, W, channels)
+            image = read_picture(path, reader_keys["channels"])  # uint8 (H, W, channels)
         except (ValueError, FileNotFoundError) as error:
             if not is_folder:
                 raise
             failures.append(f"{path}: {error}")
             continue
-        logits = predict_picture(model, image, framing, margin, tile_hw, tiles.overlap, device, precision)
+        logits = predictor.predict(image)
         pred = logits.argmax(0).to(torch.uint8).cpu().numpy()  # (H, W)
         num_px += np.bincount(pred.ravel(), minlength=len(class_names))
         image_rgb = np.broadcast_to(image, (*image.shape[:2], 3))
         write_image(run_dir / f"{name}_classes.png", pred)
-        write_image(run_dir / f"{name}_overlay.png", overlay_label_map(image_rgb, class_ids(pred, class_names)))
+        write_image(run_dir / f"{name}_overlay.png", overlay_label_map(image_rgb, reports.class_ids(pred, class_names)))
         if config["probabilities"]:
             np.save(run_dir / f"{name}_probabilities.npy", logits.softmax(0).half().cpu().numpy())
     num_done = len(image_paths) - len(failures)
@@ -1200,8 +825,8 @@ def print_summary(config: dict, state: dict | None) -> None:
         model = build_network(config["model"], channels, reader_keys["num_classes"]).to(device).eval()
     else:
         model = load_network(config, state, device)
-    print(format_summary(summarize(model, framing.input_hw, channels)))
-    latency = measure_latency(model, framing.input_hw, channels, device, precision, LATENCY_REPEATS)
+    print(model_summary.format_summary(model_summary.summarize(model, framing.input_hw, channels)))
+    latency = model_summary.measure_latency(model, framing.input_hw, channels, device, precision, LATENCY_REPEATS)
     print(f"latency on {device}, {precision}: p50 {latency.p50_ms:.1f} ms, p95 {latency.p95_ms:.1f} ms")
 
 

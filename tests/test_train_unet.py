@@ -1,4 +1,4 @@
-"""train_unet.py on tiny pictures: the real command, what is trained, views, tiles, metrics, and bad input."""
+"""train_unet.py on tiny pictures: the real command, what is trained, samples, metrics, and bad input."""
 
 import csv
 import json
@@ -33,14 +33,16 @@ from tiny_segmentation import (
 from tiny_training import differences, read_last
 
 import train_unet
-from train_unet import Augmentation, Framing, LossSettings, OptimSettings, predict_picture, predict_tiled, training_view
+from train_unet import LossSettings, OptimSettings
 from utils.images import read_image, write_image
-from utils.run import sample_rng, seed_everything
+from utils.run import seed_everything
+from utils.segmentation import prediction, reports, views
+from utils.segmentation.prediction import Predictor, TileSettings
 from utils.segmentation.readers import read_item
-from utils.segmentation.unet import UNet, UNetPaper
+from utils.segmentation.unet import UNet
+from utils.segmentation.views import Framing
 
 CPU = torch.device("cpu")
-PLAIN = Augmentation(scale=[1.0, 1.0], hflip=False, vflip=False, rotation=0.0, color_jitter=0.0, elastic_px=0.0)
 LOSS = LossSettings(**read_option("unet", "loss", "cross_entropy"))
 PRESETS = sorted(
     path.stem
@@ -463,125 +465,7 @@ def test_gradient_that_is_not_finite_stops_before_the_update(root, tmp_path, qui
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# views
-
-
-def test_mirrored_index_equals_numpys_reflection():
-    for size in (1, 2, 3, 7):
-        pixels = np.arange(size)
-        for before, after in ((0, 0), (1, 2), (9, 4), (23, 31)):
-            expected = np.pad(pixels, (before, after), mode="reflect")
-            assert (train_unet.mirrored_index(-before, before + size + after, size) == expected).all()
-
-
-def test_view_without_augmentation_is_the_picture_itself():
-    image, class_map = draw_pair(np.random.default_rng(3), 40, 56)
-    for fit in ("resize", "crop"):
-        view, target = training_view(image, class_map, Framing([40, 56], fit), PLAIN, 0, sample_rng(0, 0))
-        assert (view.permute(1, 2, 0).numpy() == image).all() and (target.numpy() == class_map).all()
-        assert view.dtype == target.dtype == torch.uint8
-
-
-def test_resizing_antialiases_the_picture_and_takes_the_nearest_class():
-    """Against Pillow, whose resizing antialiases, and a naive loop over pixel centres."""
-    rng = np.random.default_rng(0)
-    image, class_map = rng.integers(0, 256, (90, 131, 3)).astype(np.uint8), rng.integers(0, 9, (90, 131)).astype("u1")
-    view, target = training_view(image, class_map, Framing([32, 40], "resize"), PLAIN, 0, sample_rng(0, 0))
-    expected = np.array(Image.fromarray(image).resize((40, 32), Image.Resampling.BILINEAR)).astype(int)
-    assert np.abs(view.permute(1, 2, 0).numpy() - expected).max() <= 1
-    for y in range(32):
-        for x in range(40):
-            assert target[y, x] == class_map[int((y + 0.5) * 90 / 32), int((x + 0.5) * 131 / 40)]
-
-
-AUGMENTED = {
-    "hflip": {"hflip": True},
-    "vflip": {"vflip": True},
-    "scale": {"scale": [0.5, 1.6]},
-    "rotation": {"rotation": 180.0},
-    "elastic": {"elastic_px": 6.0},
-    "all": {"hflip": True, "vflip": True, "scale": [0.6, 1.5], "rotation": 40.0, "elastic_px": 4.0},
-}
-
-
-@pytest.mark.parametrize("margin", [0, 92])
-@pytest.mark.parametrize("fit", ["resize", "crop"])
-@pytest.mark.parametrize("name", AUGMENTED)
-def test_picture_and_classes_are_varied_alike(name, fit, margin):
-    """On a picture whose grey value tells the class, seen through every augmentation; no class is mixed or lost."""
-    yy, xx = np.mgrid[:64, :80]
-    class_map = ((xx // 20) + 4 * (yy // 32)).astype(np.uint8)  # 8 blocks, each its own class
-    image = (class_map * 30)[..., None]
-    augmentation = Augmentation(**(PLAIN.__dict__ | AUGMENTED[name]))
-    framing = Framing(252 if margin else [48, 64], fit)
-    shares, seen = [], set()
-    for sample_index in range(6):
-        view, target = training_view(image, class_map, framing, augmentation, margin, sample_rng(0, sample_index))
-        height, width = framing.input_hw
-        assert view.shape == (1, height, width) and target.shape == (height - 2 * margin, width - 2 * margin)
-        inside = view[0, margin : height - margin, margin : width - margin].float() / 30
-        shares.append(((inside - target).abs() < 0.17).float().mean().item())  # at blocks' borders greys are mixed
-        seen |= set(target.unique().tolist())
-        assert target.max() <= 7  # neither mixed classes nor what lies outside the picture
-    assert min(shares) > 0.75 and np.mean(shares) > 0.85, shares
-    assert seen == set(range(8))
-
-
-def test_views_differ_as_augmentation_says():
-    image, class_map = draw_pair(np.random.default_rng(3), 40, 56)
-    framing = Framing([40, 56], "resize")
-    flips = set()
-    for sample_index in range(12):
-        augmentation = Augmentation(**(PLAIN.__dict__ | {"hflip": True}))
-        view, target = training_view(image, class_map, framing, augmentation, 0, sample_rng(0, sample_index))
-        is_plain, is_flipped = (target.numpy() == class_map).all(), (target.numpy() == class_map[:, ::-1]).all()
-        assert is_plain or is_flipped
-        flips.add(bool(is_flipped))
-    assert flips == {False, True}
-    jitter = Augmentation(**(PLAIN.__dict__ | {"color_jitter": 0.3}))
-    view, target = training_view(image, class_map, framing, jitter, 0, sample_rng(0, 1))
-    assert (view.permute(1, 2, 0).numpy() != image).mean() > 0.5 and (target.numpy() == class_map).all()
-
-
-def test_rotation_turns_by_the_angle_drawn():
-    """A bright dot on a dark ground: where it lands is where a rotation about the centre takes it."""
-    image = np.zeros((65, 65, 1), np.uint8)
-    image[32 - 1 : 32 + 2, 52 - 1 : 52 + 2] = 255  # 20 px right of the centre
-    augmentation = Augmentation(**(PLAIN.__dict__ | {"rotation": 90.0}))
-    angles = []
-    for sample_index in range(20):
-        framing = Framing(65, "crop")
-        view, _ = training_view(image, image[..., 0], framing, augmentation, 0, sample_rng(0, sample_index))
-        yy, xx = np.mgrid[-32:33, -32:33]
-        view = torch.where(torch.from_numpy(np.hypot(yy, xx) < 26), view, 0)  # beyond, there may be its mirror image
-        weights = view[0].double() / view.sum()
-        y = (weights.sum(1) * torch.arange(65)).sum().item() - 32
-        x = (weights.sum(0) * torch.arange(65)).sum().item() - 32
-        assert math.hypot(x, y) == pytest.approx(20, abs=0.5)
-        angles.append(math.degrees(math.atan2(y, x)))
-    assert min(angles) < -40 and max(angles) > 40 and max(map(abs, angles)) < 91
-
-
-def test_elastic_displacement_is_the_papers():
-    """3 x 3 vectors of standard deviation 10 px, met exactly at the nodes, smooth and bicubic between them."""
-    vectors = np.random.default_rng(0).standard_normal((2, 3, 3)) * 10
-    field = train_unet.elastic_displacement(vectors, (41, 61)).numpy()
-    assert np.abs(field[:, ::20, ::30] - vectors).max() < 1e-4
-    assert np.abs(np.diff(field, axis=2)).max() < 4  # no jumps
-    linear = (field[:, 0, 0] + field[:, 0, 30]) / 2
-    assert np.abs(field[:, 0, 15] - linear).max() > 0.1
-    # what a sample gets: the displacement drawn for many samples has the standard deviation asked for
-    image = np.zeros((64, 64, 1), np.uint8)
-    drawn = []
-    real = train_unet.elastic_displacement
-    try:
-        train_unet.elastic_displacement = lambda vectors_px, hw: drawn.append(vectors_px) or real(vectors_px, hw)
-        for sample_index in range(100):
-            augmentation = Augmentation(**(PLAIN.__dict__ | {"elastic_px": 10.0}))
-            training_view(image, image[..., 0], Framing(16, "crop"), augmentation, 0, sample_rng(0, sample_index))
-    finally:
-        train_unet.elastic_displacement = real
-    assert np.std(drawn) == pytest.approx(10, rel=0.05) and np.shape(drawn) == (100, 2, 3, 3)
+# samples
 
 
 def test_sample_is_a_function_of_seed_and_index(root):
@@ -622,126 +506,6 @@ def test_border_weight_reaches_the_loss(root, tmp_path, quick, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# tiles
-
-
-@pytest.fixture(scope="module")
-def paper_net():
-    torch.manual_seed(0)
-    return UNetPaper(1, 2, base_channels=3).eval()
-
-
-def predict_whole(model, image):
-    """Mirror the picture's borders with numpy and predict it with one forward, as the paper's figure 2 has it."""
-    _, height, width = image.shape
-    after = [math.ceil((size + 184 - 60) / 16) * 16 + 60 - size - 92 for size in (height, width)]
-    padded = np.pad(image.numpy(), ((0, 0), (92, after[0]), (92, after[1])), mode="reflect")
-    return model(torch.from_numpy(padded)[None])[0, :, :height, :width]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("hw, tile_hw", [((100, 131), (204, 236)), ((37, 260), (220, 220)), ((150, 20), (284, 204))])
-def test_tiles_of_the_unpadded_network_are_seamless(hw, tile_hw, paper_net):
-    image = torch.from_numpy(np.random.default_rng(1).random((1, *hw), np.float32))
-    whole = predict_whole(paper_net, image)
-    tiled = predict_tiled(paper_net, image, 92, tile_hw, 0)
-    assert tiled.shape == (2, *hw)
-    assert (tiled - whole).abs().max() < 1e-5 < whole.std() / 100
-    at_once = predict_tiled(paper_net, image, 92, (1004, 1004), 0)
-    assert (at_once - whole).abs().max() < 1e-5
-    # what would not do: tiles that advance by 8, half of what four poolings need
-    shifted = np.pad(image.numpy(), ((0, 0), (92, 92 + 300), (92, 92 + 300)), mode="reflect")[:, 8:, :]
-    shifted = paper_net(torch.from_numpy(shifted)[None, :, :204, :204])[0]
-    rows, columns = min(20, hw[0] - 8), min(20, hw[1])
-    assert (shifted[:, :rows, :columns] - whole[:, 8 : 8 + rows, :columns]).abs().max() > 1e-4
-
-
-@torch.no_grad()
-def test_padded_network_sees_a_picture_that_fits_at_once():
-    torch.manual_seed(0)
-    model = UNet(3, 4, 4, 2, "bilinear").eval()
-    image = torch.rand(3, 45, 70)
-    assert torch.equal(predict_tiled(model, image, 0, (45, 70), 16), model(image[None])[0])
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "hw, tile, overlap", [((45, 150), (40, 64), 16), ((33, 33), (32, 32), 31), ((90, 7), (20, 5), 0)]
-)
-def test_blended_tiles_are_exact_where_a_network_looks_at_no_neighbours(hw, tile, overlap):
-    """The weights of all tiles add up to 1 on every pixel, at the borders too."""
-    if overlap >= min(tile):
-        overlap = 4
-    torch.manual_seed(0)
-    model = torch.nn.Conv2d(3, 2, 1)
-    image = torch.rand(3, *hw)
-    torch.testing.assert_close(
-        predict_tiled(model, image, 0, tile, overlap), model(image[None])[0], atol=1e-6, rtol=1e-5
-    )
-
-
-@torch.no_grad()
-def test_blended_tiles_are_near_the_whole_picture():
-    """Far from tiles' edges equal, and nowhere a seam: blending is closer than tiles without overlap."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(*[torch.nn.Conv2d(1, 1, 3, padding=1) for _ in range(4)])
-    image = torch.rand(1, 60, 200)
-    whole = model(image[None])[0]
-    inside = np.s_[:, :, 8:-8]  # at the picture's own border the tiles see it mirrored, and the whole picture zeros
-    blended = (predict_tiled(model, image, 0, (64, 64), 24) - whole).abs()[inside]
-    abrupt = (predict_tiled(model, image, 0, (64, 64), 0) - whole).abs()[inside]
-    assert blended.max() < 0.3 * abrupt.max() and abrupt.max() > 1e-3
-    assert (blended < 1e-6).float().mean() > 0.3
-
-
-def test_tiles_that_memory_allows(monkeypatch):
-    model = UNet(3, 3, 8, 3, "transposed")
-    auto = train_unet.TileSettings("auto", 64)
-    sides = []
-    for gigabytes in (0.01, 1, 4, 1000):
-        monkeypatch.setattr(train_unet, "free_memory", lambda device, size=gigabytes: int(size * 1e9))
-        height, width = train_unet.choose_tile(auto, model, Framing(128, "crop"), 0, 3, CPU)
-        assert height == width
-        sides.append(height)
-    assert sides[0] == 256 < sides[1] < sides[2] < sides[3] == 4096
-    assert sides[2] / sides[1] == pytest.approx(2, abs=0.02)  # four times the pixels
-    paper = train_unet.choose_tile(auto, UNetPaper(1, 2, 2), Framing(188, "crop"), 92, 1, CPU)
-    assert (paper[0] - 60) % 16 == 0
-    given = train_unet.TileSettings([100, 200], 64)
-    assert train_unet.choose_tile(given, model, Framing(128, "crop"), 0, 3, CPU) == (100, 200)
-
-
-@torch.no_grad()
-def test_resized_prediction_comes_back_at_the_files_size():
-    """Against Pillow's resizing of the picture and a naive bilinear enlargement of the logits."""
-    torch.manual_seed(0)
-    model = torch.nn.Conv2d(3, 2, 1)
-    image = np.random.default_rng(0).integers(0, 256, (60, 90, 3)).astype(np.uint8)
-    logits = predict_picture(model, image, Framing([20, 30], "resize"), 0, (99, 99), 0, CPU, "fp32")
-    small = np.array(Image.fromarray(image).resize((30, 20), Image.Resampling.BILINEAR)).astype(np.float32) / 255
-    small_logits = model(torch.from_numpy(small).permute(2, 0, 1)[None])[0].numpy()
-    assert logits.shape == (2, 60, 90)
-    for y, x in ((0, 0), (59, 89), (30, 41), (17, 88)):
-        sy, sx = np.clip((y + 0.5) / 3 - 0.5, 0, 19), np.clip((x + 0.5) / 3 - 0.5, 0, 29)
-        y0, x0 = int(sy), int(sx)
-        y1, x1, fy, fx = min(y0 + 1, 19), min(x0 + 1, 29), sy - y0, sx - x0
-        top = (1 - fx) * small_logits[:, y0, x0] + fx * small_logits[:, y0, x1]
-        bottom = (1 - fx) * small_logits[:, y1, x0] + fx * small_logits[:, y1, x1]
-        assert np.abs(logits[:, y, x].numpy() - ((1 - fy) * top + fy * bottom)).max() < 0.01
-
-
-@torch.no_grad()
-def test_dark_picture_is_not_brightened():
-    """Scaled by its type, not by its largest value: a picture of ones is nearly black."""
-    model = torch.nn.Conv2d(1, 2, 1)
-    for value in (1, 200):
-        image = np.full((8, 8, 1), value, np.uint8)
-        logits = predict_picture(model, image, Framing(8, "crop"), 0, (8, 8), 0, CPU, "fp32")
-        expected = model(torch.full((1, 1, 8, 8), value / 255))[0]
-        torch.testing.assert_close(logits, expected)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # evaluation
 
 
@@ -756,8 +520,8 @@ class ColorReader(torch.nn.Module):
 
 
 def run_evaluate(items, model, split="val"):
-    framing = Framing(64, "crop")
-    return train_unet.evaluate(model, items, split, framing, 0, (99, 99), 0, LOSS, None, CPU, "fp32", None, 0)
+    predictor = Predictor(model, Framing(64, "crop"), 0, (99, 99), 0, CPU, "fp32")
+    return train_unet.evaluate(predictor, items, split, LOSS, None, None, 0)
 
 
 def test_evaluation_equals_a_slow_loop(root):
@@ -780,7 +544,7 @@ def test_evaluation_equals_a_slow_loop(root):
     assert [values[f"val/iou_{name}"] for name in NAMES] == pytest.approx(ious)
     assert values["val/num_images"] == 3 and matrix.dtype == np.int64 and matrix.sum() == len(truth)
     assert run_evaluate(items[::-1], ColorReader())[1].tolist() == matrix.tolist()
-    majority = train_unet.majority_metrics(matrix.sum(1), "val")
+    majority = reports.majority_metrics(matrix.sum(1), "val")
     counts = np.bincount(truth)
     assert majority["val/pixel_accuracy"] == pytest.approx(counts.max() / counts.sum())
     assert majority["val/mean_iou"] == pytest.approx(counts.max() / counts.sum() / 3)
@@ -792,7 +556,7 @@ def test_validation_is_never_augmented_and_leaves_no_graph(root, monkeypatch):
     def refuse(*args):
         raise AssertionError("validation data was augmented")
 
-    monkeypatch.setattr(train_unet, "training_view", refuse)
+    monkeypatch.setattr(views, "training_view", refuse)
     model, seen = UNet(3, 3, 4, 2, "bilinear"), []
     model.register_forward_hook(lambda module, inputs, outputs: seen.append((module.training, outputs.requires_grad)))
     model.train()
@@ -814,7 +578,7 @@ def test_ignored_pixels_and_absent_classes_are_left_out(root, tmp_path):
     values, matrix = run_evaluate(items, ColorReader())
     assert values["val/mean_iou"] == values["val/pixel_accuracy"] == 1.0 and matrix.sum() == 36 * 64
     assert "val/iou_disc" not in values and "val/iou_square" in values
-    lines = train_unet.remarks_on_predictions(matrix, NAMES, "val")
+    lines = reports.remarks_on_predictions(matrix, NAMES, "val")
     assert len(lines) == 1 and lines[0].startswith("no pixel of the val pictures is disc")
 
 
@@ -822,7 +586,7 @@ def test_ignored_pixels_and_absent_classes_are_left_out(root, tmp_path):
 def test_class_that_gets_nearly_all_predictions_is_named(share, is_warned):
     truth = np.array([6000, 4000])
     matrix = np.rint(np.stack([truth * share, truth * (1 - share)], 1)).astype(np.int64)
-    lines = train_unet.remarks_on_predictions(matrix, ("sea", "sky"), "val")
+    lines = reports.remarks_on_predictions(matrix, ("sea", "sky"), "val")
     assert bool(lines) == is_warned
     if is_warned:
         assert "warning" in lines[0] and "sea" in lines[0] and "(in truth 60.00%)" in lines[0]
@@ -924,17 +688,17 @@ def test_value_that_makes_no_sense_is_named(override, root, tmp_path, quick):
 
 def test_size_that_the_unpadded_network_cannot_take_names_the_nearest():
     with pytest.raises(ValueError, match=r"^data.image_size is 256; .*16 k \+ 60.*nearest are 252 and 268"):
-        train_unet.check_size("data.image_size", 256, 92)
+        views.check_size("data.image_size", 256, 92)
     with pytest.raises(ValueError, match=r"^tiles.size is 188; must be at least 204"):
-        train_unet.check_tiles(train_unet.TileSettings(188, 0), 92)
-    train_unet.check_tiles(train_unet.TileSettings([204, 572], 0), 92)
+        prediction.check_tiles(TileSettings(188, 0), 92)
+    prediction.check_tiles(TileSettings([204, 572], 0), 92)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_composes_and_fixes_its_model(name):
     config = compose_config(f"experiment={name}", "data_root=/nowhere")
     framing, _, _ = train_unet.read_data_settings(config["data"])
-    train_unet.check_size("data.image_size", framing.image_size, train_unet.output_margin(config["model"]))
+    views.check_size("data.image_size", framing.image_size, train_unet.output_margin(config["model"]))
     train_unet.build_network(config["model"], config["data"]["channels"], config["data"]["num_classes"])
     assert "override /model:" in (ROOT / "configs" / "unet" / "experiment" / f"{name}.yaml").read_text()
 

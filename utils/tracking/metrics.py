@@ -122,8 +122,10 @@ def mean_one_pass_scores(scores: list[dict]) -> dict:
     Args:
         scores: of `one_pass_scores`, at least one.
     """
-    curves = [np.mean([one[name] for one in scores], 0) for name in ("success_curve", "precision_curve")]
-    return _scores_of_curves(*curves)
+    success, precision = (
+        np.mean([score[name] for score in scores], 0) for name in ("success_curve", "precision_curve")
+    )
+    return _scores_of_curves(success, precision)
 
 
 def _scores_of_curves(success: np.ndarray, precision: np.ndarray) -> dict:
@@ -210,7 +212,7 @@ def got10k_scores(overlaps: list[np.ndarray]) -> dict:
     Raises:
         ValueError: where no frame counts.
     """
-    overlaps = [one for one in overlaps if len(one)]
+    overlaps = [iou for iou in overlaps if len(iou)]
     if not overlaps:
         raise ValueError("no sequence has a frame after the first with a visible object; nothing can be scored")
     frames = np.concatenate(overlaps)
@@ -218,9 +220,9 @@ def got10k_scores(overlaps: list[np.ndarray]) -> dict:
         "ao": float(frames.mean()),
         "sr_50": _success_rate(frames, 0.5),
         "sr_75": _success_rate(frames, 0.75),
-        "ao_by_sequence": float(np.mean([one.mean() for one in overlaps])),
-        "sr_50_by_sequence": float(np.mean([_success_rate(one, 0.5) for one in overlaps])),
-        "sr_75_by_sequence": float(np.mean([_success_rate(one, 0.75) for one in overlaps])),
+        "ao_by_sequence": float(np.mean([iou.mean() for iou in overlaps])),
+        "sr_50_by_sequence": float(np.mean([_success_rate(iou, 0.5) for iou in overlaps])),
+        "sr_75_by_sequence": float(np.mean([_success_rate(iou, 0.75) for iou in overlaps])),
         "success_curve": (frames[:, None] > GOT10K_THRESHOLDS).mean(0),
         "num_frames": len(frames),
     }
@@ -228,6 +230,48 @@ def got10k_scores(overlaps: list[np.ndarray]) -> dict:
 
 def _success_rate(iou: np.ndarray, threshold: float) -> float:
     return float(np.mean(iou > threshold))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sequences
+
+
+def still_boxes(sequence: Sequence) -> np.ndarray:
+    """Make the boxes of a tracker that keeps the first visible box, float64 (T, 4) px, 0-based; nan before it."""
+    start = int(sequence.visible.argmax())
+    boxes_xywh = np.full((len(sequence), 4), np.nan)
+    boxes_xywh[start:] = sequence.boxes_xywh[start]
+    return boxes_xywh
+
+
+def mean_visible_iou(boxes_xywh: np.ndarray, sequence: Sequence) -> float | None:
+    """Compute the mean IoU over the frames after the first in which the object is visible; None if there are none.
+
+    Args:
+        boxes_xywh: tracked, (T, 4) px, 0-based.
+    """
+    counts = sequence.visible.copy()
+    counts[counts.argmax()] = False
+    return float(box_iou(boxes_xywh[counts], sequence.boxes_xywh[counts]).mean()) if counts.any() else None
+
+
+def mean_scores(rows: list[dict]) -> dict:
+    """Average a tracker's sequences, each counting the same.
+
+    Args:
+        rows: of `score_result`, at least one, each with times_s, from `read_times`.
+    Returns:
+        the scores of `mean_one_pass_scores`; ao, sr_50, sr_75: means of the sequences' own, and over all frames
+        ao_by_frame, ..., None where no frame counts (`got10k_scores`); num_frames; fps: frames over seconds, None where
+        no time is known.
+    """
+    overlaps, times_s = [row["overlaps"] for row in rows], np.concatenate([row["times_s"] for row in rows])
+    got10k = got10k_scores(overlaps) if any(map(len, overlaps)) else {}
+    times_s = times_s[np.isfinite(times_s) & (times_s > 0)]
+    means = mean_one_pass_scores(rows) | {"num_frames": sum(row["num_frames"] for row in rows)}
+    for name in ("ao", "sr_50", "sr_75"):
+        means |= {name: got10k.get(f"{name}_by_sequence"), f"{name}_by_frame": got10k.get(name)}
+    return means | {"fps": len(times_s) / float(times_s.sum()) if len(times_s) else None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,3 +320,21 @@ def score_boxes(boxes: np.ndarray, sequence: Sequence, first: int, stop: int, pr
     cover = None if sequence.cover is None else sequence.cover[first:stop]
     overlaps = got10k_overlaps(boxes, truth, sequence.frame_wh, cover)
     return scores | {"overlaps": overlaps, "num_frames": len(truth)}
+
+
+def read_times(folder: str | Path, name: str) -> np.ndarray:
+    """Read the seconds that a tracker took for each frame, float64 (T,), from the file beside its result, if any.
+
+    Raises:
+        FileNotFoundError, ValueError: where there is no result file, or its times are no numbers, naming the file.
+    """
+    path = find_result(folder, name)
+    stem = path.stem.removesuffix("_001")
+    for time_path in (path.with_name(f"{stem}_time.txt"), path.parent / "times" / f"{stem}_time.txt"):
+        if time_path.is_file():
+            lines = time_path.read_text(encoding="utf-8").replace(",", " ").splitlines()
+            try:
+                return np.array([float(line.split()[0]) for line in lines if line.strip()])
+            except ValueError as error:
+                raise ValueError(f"{time_path} must have seconds, a number a line: {error}") from error
+    return np.zeros(0)
