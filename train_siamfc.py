@@ -130,7 +130,6 @@ class PairSettings:
     """Which frames become pairs, and how patches are varied (`pairs:`)."""
 
     max_gap: int  # frames
-    per_visit: int
     stretch: float
     exemplar_shift: float  # px of the exemplar
     instance_shift: float  # px of the instance
@@ -282,7 +281,7 @@ class SiamesePairs(Dataset):
         Returns:
             exemplar uint8 (3, 127, 127); instance uint8 (3, 239, 239), the object in its middle; name: both files.
         """
-        number = shuffled_item(self.seed, sample_index // self.pair_settings.per_visit, len(self.sequences))
+        number = shuffled_item(self.seed, sample_index, len(self.sequences))
         sequence, pair_settings = self.sequences[number], self.pair_settings
         rng = sample_rng(self.seed, sample_index)
         is_random = rng.random() < pair_settings.random_boxes
@@ -461,7 +460,6 @@ def check_settings(settings: Settings, pairs: PairSettings, optim: OptimSettings
     rules = [
         ("pairs.stretch", pairs.stretch, 0 <= pairs.stretch < 1, "0 or more, and below 1"),
         ("pairs.max_gap", pairs.max_gap, pairs.max_gap >= 1, "1 or more"),
-        ("pairs.per_visit", pairs.per_visit, pairs.per_visit >= 1, "1 or more"),
         ("pairs.exemplar_shift", pairs.exemplar_shift, pairs.exemplar_shift >= 0, "0 or more"),
         ("pairs.instance_shift", pairs.instance_shift, pairs.instance_shift >= 0, "0 or more"),
         ("pairs.max_aspect", pairs.max_aspect, pairs.max_aspect >= 1, "1 or more"),

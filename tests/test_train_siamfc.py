@@ -533,14 +533,6 @@ def test_each_epoch_visits_every_sequence(root):
     assert len({tuple(epoch) for epoch in epochs}) > 1
 
 
-def test_several_pairs_of_each_visit(root):
-    dataset = varied_dataset(root, "pairs.random_boxes=0", "pairs.per_visit=4")
-    names = [dataset[index]["name"] for index in range(12)]
-    videos = [Path(name.split(" with ")[0]).parent.name for name in names]
-    assert [len(set(videos[start : start + 4])) for start in (0, 4, 8)] == [1, 1, 1] and len(set(videos)) == 3
-    assert min(len(set(names[start : start + 4])) for start in (0, 4, 8)) > 1
-
-
 def test_boxes_are_those_of_the_drawn_frames(root, monkeypatch):
     """The exemplar is cut around the first frame's box, the instance around the second's, each from its own file."""
     cuts = []
@@ -1244,7 +1236,7 @@ def test_key_that_is_missing_is_named(root, tmp_path, quick):
         "train.steps=-1", "train.batch_size=0", "train.accumulate=0", "train.log_every=0", "train.eval_every=0",
         "train.save_every=0", "train.select_by=val/auc", "train.clip_norm=0", "train.eval_sequences=0",
         "train.eval_frames=1", "train.eval_pairs=-1", "train.early_stop_evals=0", "train.picture_pairs=-1",
-        "pairs.stretch=1.0", "pairs.stretch=-0.1", "pairs.max_gap=0", "pairs.per_visit=0", "pairs.exemplar_shift=-1",
+        "pairs.stretch=1.0", "pairs.stretch=-0.1", "pairs.max_gap=0", "pairs.exemplar_shift=-1",
         "pairs.instance_shift=-1", "pairs.max_aspect=0.5", "pairs.grey=1.5", "pairs.color_jitter=-0.1",
         "pairs.blur=2", "pairs.random_boxes=-1", "pairs.max_side=1", "pairs.max_share=0.0001",
         "optim.lr=0", "optim.min_lr=0", "optim.min_lr=0.1",
