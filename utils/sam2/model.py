@@ -42,12 +42,16 @@ class Embeddings(NamedTuple):
 
 
 class FrozenMaps(NamedTuple):
-    """What an image encoder computes of B images before anything that trains while it is frozen."""
+    """What an image encoder computes of B images before anything that trains while it is frozen.
+
+    Maps from the embedding cache are in its own type and on the CPU until `embedding_cache.embed` restores them.
+    """
 
     stride_4: torch.Tensor  # (B, T, S/4, S/4) of the trunk (T channels: 96 in tiny); projected (B, C/8, S/4, S/4)
     stride_8: torch.Tensor  # (B, 2T, S/8, S/8) of the trunk; projected (B, C/4, S/8, S/8)
     stride_16: torch.Tensor  # (B, C, S/16, S/16) of the neck, without no_mem_embed
     is_projected: bool  # the fine maps have been through `project_high_res`
+    dtypes: list[torch.dtype] | None = None  # the encoder's three, of maps from the cache
 
 
 # ---------------------------------------------------------------------------------------------------------------------
