@@ -91,7 +91,7 @@ from utils.sam2.model import (
 )
 from utils.sam2.prompts import BOX_NOISE_MAX_PX, center_point, noised_box, random_correction_points, random_point
 from utils.samples.write import write_samples
-from utils.settings import check_keys, check_type, describe_error, read_settings
+from utils.settings import check_keys, check_value, describe_error, read_settings
 
 TOP_LEVEL_KEYS = (
     "seed", "device", "precision", "num_workers", "resume", "data_root", "check", "cache", "cache_precision",
@@ -736,13 +736,13 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     reader_keys = dict(config["data"])  # for the dataset reader, less those of this script
     ours = {key: reader_keys.pop(key) for key in Augmentation.__dataclass_fields__ if key in reader_keys}
     augmentation = read_settings(Augmentation, ours, "data")
-    check_type(config["check"], bool, "check")
-    check_type(config["fast_decoder"], bool, "fast_decoder")
+    check_value(config["check"], bool, "check")
+    check_value(config["fast_decoder"], bool, "fast_decoder")
     check_cache_settings(config["cache"], config["cache_precision"])
     if "image_size" not in config["model"]:
         raise ValueError("model is not a SAM 2 model; choose a file of configs/sam2/model that starts with sam2")
     check_keys(functools.partial(build_sam2, device="cpu"), config["model"], "model")
-    check_type(config["model"]["image_size"], int, "model.image_size")
+    check_value(config["model"]["image_size"], int, "model.image_size")
     check_settings(settings, prompts, loss, optim)
     device = choose_device(config["device"])
     precision = choose_precision(config["precision"], device)

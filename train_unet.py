@@ -85,7 +85,7 @@ from utils.segmentation.check import (
 from utils.segmentation.readers import Item, name_classes, read_item, read_picture, split_items
 from utils.segmentation.segmenters import FCN, SegNet, ViTSegmenter
 from utils.segmentation.unet import PAPER_MARGIN, UNet, UNetPaper
-from utils.settings import check_keys, check_type, describe_error, read_settings
+from utils.settings import check_keys, check_value, describe_error, read_settings
 
 NETWORKS = {"unet_paper": UNetPaper, "unet": UNet, "fcn": FCN, "segnet": SegNet, "vit": ViTSegmenter}
 LATENCY_REPEATS = 30
@@ -483,7 +483,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     optim = read_settings(OptimSettings, config["optim"], "optim")
     tiles = read_settings(prediction.TileSettings, config["tiles"], "tiles")
     framing, augmentation, reader_keys = read_data_settings(config["data"])
-    check_type(config["check"], bool, "check")
+    check_value(config["check"], bool, "check")
     margin = output_margin(config["model"])
     check_settings(settings, framing, augmentation, loss_settings, optim)
     views.check_size("data.image_size", framing.image_size, margin)
@@ -769,7 +769,7 @@ def predict(config: dict, state: dict, run_dir: Path) -> list[str]:
         One line for each picture that cannot be read; always empty for a single picture, whose failure is raised.
     """
     _, _, reader_keys = read_data_settings(config["data"])
-    check_type(config["probabilities"], bool, "probabilities")
+    check_value(config["probabilities"], bool, "probabilities")
     class_names = tuple(name_classes(reader_keys["num_classes"], reader_keys["class_names"]))
     image_paths, is_folder = list_images(Path(config["input"])), Path(config["input"]).is_dir()
     predictor = load_predictor(config, state)

@@ -38,7 +38,7 @@ from utils.sam2.model import (
     preprocess,
     project_high_res,
 )
-from utils.settings import check_type
+from utils.settings import check_value
 
 HIGH_RES_CONVS = ("sam_mask_decoder.conv_s0.", "sam_mask_decoder.conv_s1.")  # what `project_high_res` ends with
 FORMAT = 1  # of the entries and of all that leads to them: reading a picture, preprocess, encode_frozen
@@ -99,7 +99,7 @@ def join_pictures(parts: list[torch.Tensor] | list[FrozenMaps]) -> torch.Tensor 
 
 def check_cache_settings(setting: str | bool, stored: str) -> None:
     """Raise a ValueError for a `cache` or `cache_precision` that makes no sense."""
-    check_type(setting, str | bool, "cache")
+    check_value(setting, str | bool, "cache")
     if setting in ("", True):
         raise ValueError(f"cache is {setting!r}; must be auto, off, or a folder")
     if stored not in STORED_DTYPES:
