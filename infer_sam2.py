@@ -42,6 +42,7 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import hydra
 import numpy as np
@@ -87,25 +88,39 @@ from utils.sam2.model import (
     recognise_weights,
     scale_points,
 )
-from utils.settings import check_type, read_settings
+from utils.settings import (
+    SAME_SECTION,
+    CommonSettings,
+    at_least,
+    check_modes,
+    check_value,
+    one_line_errors,
+    one_of,
+    read_settings,
+)
 
 log = logging.getLogger("infer_sam2")
 REPOSITORY = Path(__file__).resolve().parent
-MODES = ("automatic", "region", "prompts")
-SHARED_KEYS = ("seed", "device", "precision", "num_workers", "resume", "data_root", "model", "automatic")
+MODES_OF_KEY = {  # which modes use a key that says what to look for
+    "region": ("region",), "points": ("prompts",), "boxes": ("prompts",), "mask": ("prompts",),
+    "prompts_file": ("prompts",),
+}  # fmt: skip
 MASK_LOGIT = 10.0  # a mask prompt's pixels are +10 inside and -10 outside, as in SAM 2's training
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The keys of configs/sam2/infer_sam2.yaml that only this script has."""
+class Config:
+    """All keys of this script (configs/sam2/infer_sam2.yaml explains each)."""
 
+    common: Annotated[CommonSettings, SAME_SECTION]
+    model: dict | None  # of configs/sam2/model; None: as the checkpoint says
+    automatic: dict  # changes of the model's AutomaticSettings; null: none
     input: str  # a picture, or a folder of pictures
     checkpoint: str | None  # .pt file; None: the model's own, and the bundled nano if no model is named either
     image_size: int | None  # side S that pictures are resized to, px; None: as the checkpoint was trained
-    mode: str  # automatic, region or prompts
+    mode: Annotated[str, one_of("automatic", "region", "prompts")]
     region: str | None  # mode=region: mask file of the picture's size, the region is where it is not 0
-    num_points: int  # mode=region: points drawn in it, one mask each
+    num_points: Annotated[int, at_least(1)]  # mode=region: points drawn in it, one mask each
     points: list | None  # mode=prompts: [[x, y, label], ...] px, all of one object
     boxes: list | None  # mode=prompts: [[x1, y1, x2, y2], ...] px, one object each
     mask: str | None  # mode=prompts: mask file of the picture's size, of one object
@@ -136,7 +151,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     Raises:
         ValueError, FileNotFoundError: for what makes the whole run impossible.
     """
-    settings = read_settings(Settings, {key: config[key] for key in config if key not in SHARED_KEYS}, "")
+    settings = read_settings(Config, config)
     check_mode(settings)
     check_cache_settings(settings.cache, settings.cache_precision)
     image_paths = list_images(Path(settings.input))
@@ -145,12 +160,12 @@ def infer(config: dict, run_dir: Path) -> list[str]:
         image_paths = [path for path in image_paths if path.name in objects_of]
     region = read_label_map(settings.region) > 0 if settings.mode == "region" else None  # (H, W)
 
-    device = choose_device(config["device"])
-    precision = choose_precision(config["precision"], device)
-    model_config = choose_model(settings.checkpoint, settings.image_size, config["model"])
-    changed = {key: value for key, value in config["automatic"].items() if value is not None}
-    automatic = read_settings(AutomaticSettings, model_config["automatic"] | changed, "automatic")
-    check_type(model_config["image_size"], int, "model.image_size")
+    device = choose_device(settings.common.device)
+    precision = choose_precision(settings.common.precision, device)
+    model_config = choose_model(settings.checkpoint, settings.image_size, settings.model)
+    changed = {key: value for key, value in settings.automatic.items() if value is not None}
+    automatic = read_settings(AutomaticSettings, model_config.get("automatic", {}) | changed, "automatic")
+    check_value(model_config["image_size"], int, "model.image_size")
     model = build_sam2(**model_config, device=device, fast_decoder=settings.fast_decoder)
     pictures = [(path, False) for path in image_paths]  # none is mirrored
     obstacle = "mode=automatic encodes crops of pictures, too" if settings.mode == "automatic" else None
@@ -168,7 +183,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
                 orig_hw = image_rgb.shape[:2]
                 if settings.mode == "region":
                     objects = objects_in_region(
-                        region, orig_hw, settings.num_points, sample_rng(config["seed"], image_index)
+                        region, orig_hw, settings.num_points, sample_rng(settings.common.seed, image_index)
                     )
                 elif settings.mode == "prompts":
                     objects = [parse_object(prompt, orig_hw) for prompt in objects_of[path.name]]
@@ -209,25 +224,16 @@ def infer(config: dict, run_dir: Path) -> list[str]:
 # what to segment, and with what
 
 
-def check_mode(settings: Settings) -> None:
-    """Refuse an unknown mode, a mode without its input, and input that the mode would not use."""
-    if settings.mode not in MODES:
-        raise ValueError(f"mode is {settings.mode}; must be one of {', '.join(MODES)}")
-    mode_of = {"region": "region"} | dict.fromkeys(("points", "boxes", "mask", "prompts_file"), "prompts")
-    given = [key for key in mode_of if getattr(settings, key)]
-    for key in given:
-        if mode_of[key] != settings.mode:
-            raise ValueError(
-                f"{key}= is given but mode is {settings.mode}, which does not use it: add mode={mode_of[key]}"
-            )
+def check_mode(settings: Config) -> None:
+    """Refuse a mode without its input, and input that the mode would not use."""
+    given = [key for key in MODES_OF_KEY if getattr(settings, key)]
+    check_modes(given, MODES_OF_KEY, settings.mode)
     if settings.mode == "region" and not given:
         raise ValueError("mode=region needs region=<mask file of the picture's size>")
     if settings.mode == "prompts" and not given:
         raise ValueError("mode=prompts needs points=, boxes=, mask= or prompts_file=")
     if "prompts_file" in given and len(given) > 1:
         raise ValueError(f"prompts_file= is given together with {given[0]}=; put all prompts in the json file")
-    if settings.num_points < 1:
-        raise ValueError(f"num_points is {settings.num_points}; must be at least 1")
 
 
 def choose_model(checkpoint: str | None, image_size: int | None, model: dict | None) -> dict:
@@ -277,7 +283,7 @@ def read_model_config(name: str) -> dict:
 # prompts
 
 
-def read_prompts(settings: Settings, image_paths: list[Path]) -> dict[str, list[dict]]:
+def read_prompts(settings: Config, image_paths: list[Path]) -> dict[str, list[dict]]:
     """Collect the prompts from the command line or the json file.
 
     Returns:
@@ -502,12 +508,9 @@ def write_results(
 @hydra.main(version_base="1.3", config_path="configs/sam2", config_name="infer_sam2")
 def main(cfg: DictConfig) -> None:
     """Read the config, segment, and end with one line on what went wrong and status 1, if anything did."""
-    try:
+    with one_line_errors("infer_sam2"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         failures = infer(config, Path(HydraConfig.get().runtime.output_dir))
-    except (ValueError, FileNotFoundError, FileExistsError, ConnectionError) as error:
-        log.debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true
-        sys.exit(f"error: {error}")
     if failures:
         sys.exit(f"{len(failures)} images failed:\n" + "\n".join(f"  {line}" for line in failures))
 
