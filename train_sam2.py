@@ -91,7 +91,7 @@ from utils.sam2.model import (
 )
 from utils.sam2.prompts import BOX_NOISE_MAX_PX, center_point, noised_box, random_correction_points, random_point
 from utils.samples.write import write_samples
-from utils.settings import check_keys, check_value, describe_error, read_settings
+from utils.settings import check_keys, check_value, describe_error, read_settings, stop_at_moved_files
 
 TOP_LEVEL_KEYS = (
     "seed", "device", "precision", "num_workers", "resume", "data_root", "check", "cache", "cache_precision",
@@ -929,4 +929,5 @@ def main(cfg) -> float:
 
 
 if __name__ == "__main__":
+    stop_at_moved_files("sam2", sys.argv[1:])
     main()

@@ -85,7 +85,7 @@ from utils.segmentation.check import (
 from utils.segmentation.readers import Item, name_classes, read_item, read_picture, split_items
 from utils.segmentation.segmenters import FCN, SegNet, ViTSegmenter
 from utils.segmentation.unet import PAPER_MARGIN, UNet, UNetPaper
-from utils.settings import check_keys, check_value, describe_error, read_settings
+from utils.settings import check_keys, check_value, describe_error, read_settings, stop_at_moved_files
 
 NETWORKS = {"unet_paper": UNetPaper, "unet": UNet, "fcn": FCN, "segnet": SegNet, "vit": ViTSegmenter}
 LATENCY_REPEATS = 30
@@ -874,4 +874,5 @@ def main(cfg) -> float | None:
 
 
 if __name__ == "__main__":
+    stop_at_moved_files("unet", sys.argv[1:])
     main()
