@@ -68,6 +68,7 @@ from utils.run import (
     seed_everything,
     shuffled_item,
 )
+from utils.sam2 import losses
 from utils.sam2.embedding_cache import (
     HIGH_RES_CONVS,
     check_cache_settings,
@@ -77,7 +78,6 @@ from utils.sam2.embedding_cache import (
     plan_cache,
     read_entry,
 )
-from utils.sam2.losses import cross_entropy_loss, dice_loss, focal_loss, shrink_masks
 from utils.sam2.metrics import mask_iou
 from utils.sam2.model import (
     Embeddings,
@@ -91,12 +91,17 @@ from utils.sam2.model import (
 )
 from utils.sam2.prompts import BOX_NOISE_MAX_PX, center_point, noised_box, random_correction_points, random_point
 from utils.samples.write import write_samples
-from utils.settings import check_keys, check_value, describe_error, read_settings
+from utils.settings import check_keys, check_terms, check_value, describe_error, describe_terms, read_settings
 
 TOP_LEVEL_KEYS = (
     "seed", "device", "precision", "num_workers", "resume", "data_root", "check", "cache", "cache_precision",
     "fast_decoder", "model", "data", "prompts", "loss", "optim", "train",
 )  # fmt: skip
+TERMS = {  # of a mask's shape, summed in this order: logits and truth (O, M, s, s) -> (O, M)
+    "focal": lambda logits, truth, knobs: losses.focal_loss(logits, truth),
+    "dice": lambda logits, truth, knobs: losses.dice_loss(logits, truth),
+    "cross_entropy": lambda logits, truth, knobs: losses.cross_entropy_loss(logits, truth, knobs.foreground_balance),
+}
 LOGIT_LIMIT = 32.0  # of logits that are fed back as a mask prompt, as SAM 2's predictor limits them
 
 
@@ -147,11 +152,9 @@ class PromptSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Weights of the loss (`loss:`, configs/sam2/loss/*.yaml)."""
+    """The loss (`loss:`, configs/sam2/loss/*.yaml)."""
 
-    focal: float
-    dice: float
-    cross_entropy: float
+    terms: dict  # of a mask's shape: {a name in TERMS: its weight}
     foreground_balance: float  # 0: every pixel counts the same; 1: foreground and background count the same
     iou: float  # L1 between predicted and actual IoU
     objectness: float
@@ -321,15 +324,12 @@ def collate(samples: list[dict]) -> dict:
 # the loss of one decode, and of all rounds of prompting
 
 
-def mask_shape_loss(logits: torch.Tensor, truth: torch.Tensor, loss: LossSettings) -> torch.Tensor:
-    """Sum the weighted pixel losses of each mask: logits and truth (O, M, s, s) -> (O, M)."""
+def mask_shape_loss(logits: torch.Tensor, truth: torch.Tensor, loss_settings: LossSettings) -> torch.Tensor:
+    """Sum the terms of each mask, each times its weight: logits and truth (O, M, s, s) -> (O, M)."""
     total = torch.zeros(logits.shape[:2], device=logits.device)
-    if loss.focal > 0:
-        total = total + loss.focal * focal_loss(logits, truth)
-    if loss.dice > 0:
-        total = total + loss.dice * dice_loss(logits, truth)
-    if loss.cross_entropy > 0:
-        total = total + loss.cross_entropy * cross_entropy_loss(logits, truth, loss.foreground_balance)
+    for name, term in TERMS.items():
+        if weight := loss_settings.terms.get(name, 0):
+            total = total + weight * term(logits, truth, loss_settings)
     return total
 
 
@@ -363,7 +363,7 @@ def mask_prediction_loss(
     iou_predictions: torch.Tensor,
     object_score_logits: torch.Tensor,
     masks: torch.Tensor,
-    loss: LossSettings,
+    loss_settings: LossSettings,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the loss of one prediction of O objects with M masks each, in fp32.
 
@@ -379,14 +379,14 @@ def mask_prediction_loss(
     logits = low_res_masks.float()
     if logits.shape[-1] != masks.shape[-1]:
         logits = upscale_masks(logits, masks.shape[-2:])
-    if loss.masks == "first":
+    if loss_settings.masks == "first":
         logits, iou_predictions = logits[:, :1], iou_predictions[:, :1]
     truth = masks[:, None].float().expand_as(logits)  # (O, M, s, s)
-    mask_loss = mask_shape_loss(logits, truth, loss)  # (O, M)
+    mask_loss = mask_shape_loss(logits, truth, loss_settings)  # (O, M)
     iou = mask_iou(logits.detach() > 0, truth > 0.5)  # (O, M)
     iou_loss = (iou_predictions.float() - iou).abs().mean(1)  # (O,)
     objectness_loss = torch.nn.functional.softplus(-object_score_logits.float()).squeeze(1)  # every object is there
-    return mask_loss.amin(1) + loss.iou * iou_loss + loss.objectness * objectness_loss, iou
+    return mask_loss.amin(1) + loss_settings.iou * iou_loss + loss_settings.objectness * objectness_loss, iou
 
 
 def prompted_loss(
@@ -402,7 +402,7 @@ def prompted_loss(
     """
     embeddings = embed(model, batch["pictures"])
     masks = batch["masks"]  # (O, S, S)
-    truth = shrink_masks(masks, loss_size)  # (O, s, s)
+    truth = losses.shrink_masks(masks, loss_size)  # (O, s, s)
     num_objects, num_rounds = len(masks), batch["num_rounds"].cpu()
     num_corrections = batch["is_click"].shape[1]
     point_coords = torch.nn.functional.pad(batch["point_coords"], (0, 0, 0, num_corrections))  # (O, 2 + R, 2)
@@ -600,6 +600,7 @@ def check_settings(settings: Settings, prompts: PromptSettings, loss: LossSettin
     known = [f"val/iou_{count}_click" + ("s" if count > 1 else "") for count in settings.eval_clicks]
     known += ["val/oracle_iou_1_click", "val/iou_box"]
     clicks, fewest, most = settings.eval_clicks, prompts.min_corrections, prompts.max_corrections
+    check_terms(loss.terms, TERMS)
     rules = [
         ("train.steps", settings.steps, settings.steps >= 0, "0 or more"),
         ("train.trainable", settings.trainable, settings.trainable != [], "a list of parts"),
@@ -780,7 +781,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     num_trainable, num_all = sum(p.numel() for _, p in trainable), sum(p.numel() for p in model.parameters())
     print(
         f"{config['model']['name']}: {num_trainable:,} parameters trained, {num_all - num_trainable:,} frozen; "
-        f"{device}, {precision}"
+        f"{device}, {precision}; loss: {describe_terms(loss.terms)}"
     )
     optimizer = torch.optim.AdamW(parameter_groups(trainable, optim), lr=optim.lr, betas=tuple(optim.betas))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")

@@ -85,9 +85,17 @@ from utils.segmentation.check import (
 from utils.segmentation.readers import Item, name_classes, read_item, read_picture, split_items
 from utils.segmentation.segmenters import FCN, SegNet, ViTSegmenter
 from utils.segmentation.unet import PAPER_MARGIN, UNet, UNetPaper
-from utils.settings import check_keys, check_value, describe_error, read_settings
+from utils.settings import check_keys, check_terms, check_value, describe_error, describe_terms, read_settings
 
 NETWORKS = {"unet_paper": UNetPaper, "unet": UNet, "fcn": FCN, "segnet": SegNet, "vit": ViTSegmenter}
+TERMS = {  # summed in this order; inputs: logits (B, C, H, W), targets (B, H, W), the classes' weights (C,) or None
+    "cross_entropy": lambda inputs, pixel_weight, knobs: losses.cross_entropy_loss(*inputs, pixel_weight),
+    "focal": lambda inputs, pixel_weight, knobs: losses.focal_loss(*inputs, pixel_weight, knobs.focal_gamma),
+    "soft_iou": lambda inputs, pixel_weight, knobs: losses.soft_iou_loss(*inputs),
+    "log_iou": lambda inputs, pixel_weight, knobs: losses.log_iou_loss(*inputs),
+    "dice": lambda inputs, pixel_weight, knobs: losses.dice_loss(*inputs),
+    "tversky": lambda inputs, pixel_weight, knobs: losses.tversky_loss(*inputs, knobs.tversky_alpha),
+}
 LATENCY_REPEATS = 30
 MODES = ("train", "evaluate", "predict", "summary")
 TOP_LEVEL_KEYS = (
@@ -118,15 +126,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Weights of the loss (`loss:`, configs/unet/loss/*.yaml)."""
+    """The loss (`loss:`, configs/unet/loss/*.yaml)."""
 
-    cross_entropy: float
-    soft_iou: float
-    log_iou: float
-    dice: float
-    tversky: float
+    terms: dict  # {a name in TERMS: its weight}
     tversky_alpha: float
-    focal: float
     focal_gamma: float
     class_weights: list[float] | str | None  # one a class; auto: from the frequencies in the training set
     border_weight: float  # w0 of the paper's weight map; 0: none
@@ -225,11 +228,11 @@ def collate(samples: list[dict]) -> dict:
 def weighted_loss(
     logits: torch.Tensor,
     targets: torch.Tensor,
-    loss: LossSettings,
+    loss_settings: LossSettings,
     class_weights: list[float] | None,
     pixel_weight: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Compute the weighted sum of the losses, in fp32.
+    """Sum the terms of the loss, each times its weight, in fp32.
 
     Args:
         logits: (B, C, H, W), any float type.
@@ -237,20 +240,12 @@ def weighted_loss(
         class_weights: one a class, or None.
         pixel_weight: float32 (B, H, W), which holds the class weights too, or None.
     """
-    return losses.semantic_loss(
-        logits,
-        targets.long(),
-        cross_entropy=loss.cross_entropy,
-        soft_iou=loss.soft_iou,
-        log_iou=loss.log_iou,
-        dice=loss.dice,
-        tversky=loss.tversky,
-        tversky_alpha=loss.tversky_alpha,
-        focal=loss.focal,
-        focal_gamma=loss.focal_gamma,
-        class_weight=None if class_weights is None else torch.tensor(class_weights, device=logits.device),
-        pixel_weight=pixel_weight,
-    )
+    class_weight = None if class_weights is None else torch.tensor(class_weights, device=logits.device)
+    total = torch.zeros((), device=logits.device)
+    for name, term in TERMS.items():
+        if weight := loss_settings.terms.get(name, 0):
+            total = total + weight * term((logits, targets, class_weight), pixel_weight, loss_settings)
+    return total
 
 
 def scheduled_lr(step: int, steps: int, optim: OptimSettings) -> float:
@@ -330,25 +325,24 @@ def check_settings(
     settings: Settings,
     framing: views.Framing,
     augmentation: views.Augmentation,
-    loss: LossSettings,
+    loss_settings: LossSettings,
     optim: OptimSettings,
 ) -> None:
     """Raise a ValueError for values that make no sense, naming the key, the value and what it must be."""
     selectable = [f"val/{name}" for name in reports.REPORTED]
     names, schedules = ("adamw", "adam", "sgd"), ("constant", "step", "cosine", "poly")
-    weights = (loss.cross_entropy, loss.soft_iou, loss.log_iou, loss.dice, loss.tversky, loss.focal)
-    scale, class_weights, clip_norm = augmentation.scale, loss.class_weights, settings.clip_norm
+    check_terms(loss_settings.terms, TERMS)
+    scale, class_weights, clip_norm = augmentation.scale, loss_settings.class_weights, settings.clip_norm
     rules = [
         ("data.fit", framing.fit, framing.fit in ("resize", "crop"), "resize or crop"),
         ("data.scale", scale, len(scale) == 2 and 0 < scale[0] <= scale[1], "[lowest, highest], above 0"),
         ("data.rotation", augmentation.rotation, 0 <= augmentation.rotation <= 180, "between 0 and 180"),
         ("data.color_jitter", augmentation.color_jitter, 0 <= augmentation.color_jitter <= 1, "between 0 and 1"),
         ("data.elastic_px", augmentation.elastic_px, augmentation.elastic_px >= 0, "0 or more"),
-        ("loss", "0 in all its terms", max(weights) > 0, "above 0 in one of them"),
         ("loss.class_weights", class_weights, not isinstance(class_weights, str) or class_weights == "auto",
          "auto, null, or a list"),
-        ("loss.border_weight", loss.border_weight, loss.border_weight >= 0, "0 or more"),
-        ("loss.border_sigma", loss.border_sigma, loss.border_sigma > 0, "above 0"),
+        ("loss.border_weight", loss_settings.border_weight, loss_settings.border_weight >= 0, "0 or more"),
+        ("loss.border_sigma", loss_settings.border_sigma, loss_settings.border_sigma > 0, "above 0"),
         ("optim.name", optim.name, optim.name in names, "one of " + ", ".join(names)),
         ("optim.lr", optim.lr, optim.lr > 0, "above 0"),
         ("optim.betas", optim.betas, len(optim.betas) == 2, "two numbers"),
@@ -527,7 +521,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     predictor = prediction.Predictor(model, framing, margin, tile_hw, tiles.overlap, device, precision)
     print(
         f"{config['model']['name']}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{len(class_names)} classes; {device}, {precision}"
+        f"{len(class_names)} classes; {device}, {precision}; loss: {describe_terms(loss_settings.terms)}"
     )
     optimizer = build_optimizer(model, optim)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")

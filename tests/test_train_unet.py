@@ -36,7 +36,7 @@ import train_unet
 from train_unet import LossSettings, OptimSettings
 from utils.images import read_image, write_image
 from utils.run import seed_everything
-from utils.segmentation import prediction, reports, views
+from utils.segmentation import losses, prediction, reports, views
 from utils.segmentation.prediction import Predictor, TileSettings
 from utils.segmentation.readers import read_item
 from utils.segmentation.unet import UNet
@@ -351,6 +351,68 @@ def test_running_mean_is_bias_corrected(root, tmp_path, quick, monkeypatch):
 # the learning rate
 
 
+LOSSES = {  # the terms of the loss, with class weights and the knobs 0.8 and 1
+    "cross_entropy": lambda *batch: losses.cross_entropy_loss(*batch, torch.tensor(WEIGHTS)),
+    "focal": lambda *batch: losses.focal_loss(*batch, torch.tensor(WEIGHTS), gamma=1.0),
+    "soft_iou": lambda *batch: losses.soft_iou_loss(*batch, torch.tensor(WEIGHTS)),
+    "log_iou": lambda *batch: losses.log_iou_loss(*batch, torch.tensor(WEIGHTS)),
+    "dice": lambda *batch: losses.dice_loss(*batch, torch.tensor(WEIGHTS)),
+    "tversky": lambda *batch: losses.tversky_loss(*batch, torch.tensor(WEIGHTS), alpha=0.8),
+}
+WEIGHTS = [0.5, 2.0, 1.0]
+
+
+def loss_settings(**terms):
+    changes = {"terms": terms, "tversky_alpha": 0.8, "focal_gamma": 1.0}
+    return LossSettings(**read_option("unet", "loss", "terms") | changes)
+
+
+def random_batch():
+    generator = torch.Generator().manual_seed(9)
+    target = torch.randint(3, (2, 9, 11), generator=generator)
+    target[0, 3:5] = 255
+    return torch.randn(2, 3, 9, 11, generator=generator), target
+
+
+def test_loss_is_the_weighted_sum_of_its_terms():
+    batch = random_batch()
+    expected = {name: loss(*batch) for name, loss in LOSSES.items()}
+    weights = {name: 0.5 + index for index, name in enumerate(LOSSES)}
+    assert LOSSES.keys() == train_unet.TERMS.keys()
+    for name, weight in weights.items():
+        value = train_unet.weighted_loss(*batch, loss_settings(**{name: weight}), WEIGHTS, None)
+        torch.testing.assert_close(value, weight * expected[name])
+    value = train_unet.weighted_loss(*batch, loss_settings(**weights), WEIGHTS, None)
+    torch.testing.assert_close(value, sum(weight * expected[name] for name, weight in weights.items()))
+
+
+def test_pixel_weights_take_the_place_of_class_weights_in_the_terms_of_pixels():
+    logits, target = random_batch()
+    pixel_weight = 10 * torch.rand(target.shape, generator=torch.Generator().manual_seed(0))
+    expected = {
+        "cross_entropy": losses.cross_entropy_loss(logits, target, pixel_weight=pixel_weight),
+        "focal": losses.focal_loss(logits, target, pixel_weight=pixel_weight, gamma=1.0),
+        "dice": losses.dice_loss(logits, target, torch.tensor(WEIGHTS)),
+    }
+    for name, loss in expected.items():
+        value = train_unet.weighted_loss(logits, target, loss_settings(**{name: 1.0}), WEIGHTS, pixel_weight)
+        torch.testing.assert_close(value, loss)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "unet" / "loss").glob("*.yaml")))
+def test_loss_files_list_every_term_and_switch_on_what_they_are_named_after(name):
+    section = read_option("unet", "loss", name)
+    assert section["terms"].keys() == train_unet.TERMS.keys()
+    on = {term for term, weight in section["terms"].items() if weight}
+    assert on == {"terms": set(), "cross_entropy_dice": {"cross_entropy", "dice"}}.get(name, {name})
+    assert (section["class_weights"], section["border_weight"], section["border_sigma"]) == (None, 0.0, 5.0)
+
+
+def test_terms_are_chosen_on_the_command_line():
+    config = compose_config("loss=dice", "loss.terms.dice=0", "loss.terms.tversky=1.5")
+    assert {name for name, weight in config["loss"]["terms"].items() if weight} == {"tversky"}
+
+
 def schedule(**changes):
     return OptimSettings(**(compose_config()["optim"] | {"lr": 0.1, "warmup_steps": 0} | changes))
 
@@ -626,6 +688,9 @@ def test_typo_on_the_command_line_names_the_key(root):
         ("train: {stepz: 3}", "stepz"),
         ("optim: {learning_rate: 3}", "learning_rate"),
         ("loss: {focl: 1}", "focl"),
+        ("loss: {terms: {dise: 1}}", "unknown term loss.terms.dise"),
+        ("loss: {terms: {dice: much}}", "loss.terms.dice"),
+        ("loss: {terms: {cross_entropy: 0, dice: 0}}", "0 in all its terms"),
         ("data: {rooot: x}", "rooot"),
         ("model: {dpth: 64}", "unknown key model.dpth"),
         ("tiles: {sise: 64}", "sise"),
@@ -667,6 +732,7 @@ def test_typo_in_a_preset_names_the_key(content, key, root, tmp_path, quick):
         "data.color_jitter=2",
         "data.elastic_px=-1",
         "loss.class_weights=balanced",
+        "loss.terms.dice=-1",
         "loss.class_weights=[1,2]",
         "loss.border_weight=-1",
         "loss.border_sigma=0",
