@@ -476,7 +476,6 @@ def predict_masks(
     point_labels: np.ndarray,
     mask_inputs: torch.Tensor | None,
     orig_hw: tuple[int, int],
-    device: torch.device,
     precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Predict the masks of O objects of one picture, prompted in the picture's own frame.
@@ -488,23 +487,28 @@ def predict_masks(
     Returns:
         low_res_masks (O, M, S/4, S/4) logits, iou_predictions (O, M), masks bool (O, M, H, W).
     """
-    coords = scale_points(torch.from_numpy(point_coords), orig_hw, model.image_size).to(device)
-    labels = torch.from_numpy(point_labels).to(device)
-    image_index = torch.zeros(len(coords), dtype=torch.long, device=device)
-    with autocast(device, precision):
+    coords = scale_points(torch.from_numpy(point_coords), orig_hw, model.image_size).to(model.device)
+    labels = torch.from_numpy(point_labels).to(model.device)
+    image_index = torch.zeros(len(coords), dtype=torch.long, device=model.device)
+    with autocast(model.device, precision):
         low_res_masks, iou_predictions, _ = decode(
             model, embeddings, image_index, coords, labels, mask_inputs, multimask_output=coords.shape[1] == 1
         )
     return low_res_masks, iou_predictions, upscale_masks(low_res_masks, orig_hw) > 0
 
 
+def metric_names(clicks: list[int]) -> list[str]:
+    """Name what `evaluate` measures of each object: after these numbers of clicks, then the others."""
+    names = [f"val/iou_{count}_click" + ("s" if count > 1 else "") for count in clicks]
+    return [*names, "val/oracle_iou_1_click", "val/iou_box"]
+
+
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module,
     items: list[Item],
-    augmentation: Augmentation,
+    min_area_px: int,
     clicks: list[int],
-    device: torch.device,
     precision: str,
     samples_dir: Path | None,
     picture_images: int,
@@ -513,34 +517,34 @@ def evaluate(
     """Measure a model on every object of the items, at each picture's own size.
 
     Args:
+        min_area_px: smaller objects are left out.
         clicks: numbers of clicks to report, such as [1, 2, 3, 5, 9].
         samples_dir: where to put pictures (image with prompts, prediction, truth) of the first `picture_images` items.
         entries: as for `read_picture`.
     Returns:
-        {"val/iou_1_click": mean over objects, ...} and "val/num_images", "val/num_objects".
+        {"val/iou_1_click": mean over objects, ...} for `metric_names`, and "val/num_images", "val/num_objects".
     """
     model.eval()
-    names = {count: f"val/iou_{count}_click" + ("s" if count > 1 else "") for count in clicks}
-    ious: dict[str, list[torch.Tensor]] = {
-        name: [] for name in [*names.values(), "val/oracle_iou_1_click", "val/iou_box"]
-    }
+    names = metric_names(clicks)
+    *click_names, oracle_name, box_name = names
+    measured: dict[str, list[torch.Tensor]] = {name: [] for name in names}  # (O,) of each chunk of objects
     num_objects = 0
     for number, item in enumerate(tqdm(items, desc="evaluate", leave=False, disable=None)):
         layers = read_instances(item)  # (L, H, W)
         orig_hw = layers.shape[1:]
-        objects = kept_objects(layers, augmentation.min_area_px)
+        objects = kept_objects(layers, min_area_px)
         num_objects += len(objects)
-        with autocast(device, precision):
+        with autocast(model.device, precision):
             embeddings = embed(model, read_picture(item.image_path, False, model.image_size, entries))
         pictured = []  # (prompt point, predicted mask) of this picture's objects
         chunk_size = max(1, min(64, 2**26 // (orig_hw[0] * orig_hw[1])))  # bounds the full-size logits
         for start in range(0, len(objects), chunk_size):
             masks = np.stack([layers[layer] == object_id for layer, object_id in objects[start : start + chunk_size]])
-            truth = torch.from_numpy(masks).to(device)  # (O, H, W)
+            truth = torch.from_numpy(masks).to(model.device)  # (O, H, W)
             boxes = np.stack([mask_to_box(mask) for mask in masks]).reshape(-1, 2, 2)
             box_labels = np.full((len(masks), 2), [2, 3], np.int32)
-            _, _, pred_masks = predict_masks(model, embeddings, boxes, box_labels, None, orig_hw, device, precision)
-            ious["val/iou_box"].append(mask_iou(pred_masks[:, 0], truth))
+            _, _, pred_masks = predict_masks(model, embeddings, boxes, box_labels, None, orig_hw, precision)
+            measured[box_name].append(mask_iou(pred_masks[:, 0], truth))
 
             point_coords = np.zeros((len(masks), 0, 2), np.float32)
             point_labels = np.zeros((len(masks), 0), np.int32)
@@ -550,24 +554,24 @@ def evaluate(
                 point_coords = np.concatenate([point_coords, np.stack(points)[:, None]], 1)
                 point_labels = np.concatenate([point_labels, np.array(labels, np.int32)[:, None]], 1)
                 low_res_masks, iou_predictions, pred_masks = predict_masks(
-                    model, embeddings, point_coords, point_labels, mask_inputs, orig_hw, device, precision
+                    model, embeddings, point_coords, point_labels, mask_inputs, orig_hw, precision
                 )
                 mask_inputs = pick_mask(low_res_masks, iou_predictions)
                 best = iou_predictions.argmax(1)
                 best_masks = pred_masks[torch.arange(len(best)), best]  # (O, H, W)
                 pred_mask = best_masks.cpu().numpy()
-                if count in names:
-                    ious[names[count]].append(mask_iou(best_masks, truth))
+                if count in clicks:
+                    measured[click_names[clicks.index(count)]].append(mask_iou(best_masks, truth))
                 if count == 1:
-                    ious["val/oracle_iou_1_click"].append(mask_iou(pred_masks, truth[:, None]).amax(1))
+                    measured[oracle_name].append(mask_iou(pred_masks, truth[:, None]).amax(1))
                     pictured += list(zip(points, pred_mask, strict=True))
         if samples_dir is not None and number < picture_images:
             truth_masks = [layers[layer] == object_id for layer, object_id in objects]
             image_rgb = read_image(item.image_path)
             picture = draw_sample(image_rgb, [p for p, _ in pictured], [m for _, m in pictured], truth_masks)
             write_image(samples_dir / f"{item.name.replace('/', '_')}.png", picture)  # stems repeat across folders
-    values = {name: torch.cat(parts).mean().item() for name, parts in ious.items()}
-    return values | {"val/num_images": len(items), "val/num_objects": num_objects}
+    means = {name: torch.cat(chunks).mean().item() for name, chunks in measured.items()}
+    return means | {"val/num_images": len(items), "val/num_objects": num_objects}
 
 
 def draw_sample(
@@ -597,8 +601,7 @@ def draw_sample(
 
 def check_settings(settings: Settings, prompts: PromptSettings, loss: LossSettings, optim: OptimSettings) -> None:
     """Raise a ValueError for values that make no sense, naming the key, the value and what it must be."""
-    known = [f"val/iou_{count}_click" + ("s" if count > 1 else "") for count in settings.eval_clicks]
-    known += ["val/oracle_iou_1_click", "val/iou_box"]
+    known = metric_names(settings.eval_clicks)
     clicks, fewest, most = settings.eval_clicks, prompts.min_corrections, prompts.max_corrections
     check_terms(loss.terms, TERMS)
     rules = [
@@ -827,9 +830,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
                 metrics = evaluate(
                     model,
                     val_items,
-                    augmentation,
+                    augmentation.min_area_px,
                     settings.eval_clicks,
-                    device,
                     precision,
                     samples_dir,
                     settings.picture_images,

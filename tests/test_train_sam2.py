@@ -43,7 +43,6 @@ from utils.sam2.model import Embeddings, build_sam2, preprocess, scale_points
 
 SAM_LOSS = LossSettings(**read_option("sam2", "loss", "sam"))
 TUTORIAL_LOSS = LossSettings(**read_option("sam2", "loss", "tutorial"))
-AUGMENTATION = train_sam2.Augmentation(min_area_px=1, hflip=True, color_jitter=0.0)
 PRESETS = sorted(path.stem for path in (ROOT / "configs" / "sam2" / "experiment").glob("*.yaml"))
 
 
@@ -693,7 +692,7 @@ def test_300_objects_are_capped_in_training_and_all_measured(root, model, tmp_pa
     batch = collate([dataset[0], dataset[1]])
     assert len(batch["masks"]) == 14 and differences(dataset[0]["masks"], dataset[1]["masks"])  # drawn anew
     torch.testing.assert_close(batch["object_weight"], torch.full((14,), 1 / 14))
-    values = evaluate(model, [item], AUGMENTATION, [1], torch.device("cpu"), "fp32", None, 0)
+    values = evaluate(model, [item], 1, [1], "fp32", None, 0)
     model.train()
     assert (values["val/num_objects"], values["val/num_images"]) == (300, 1)
 
@@ -1007,7 +1006,7 @@ def measure_slowly(predictor, items, clicks):
 
 def test_evaluation_equals_a_slow_loop_with_the_official_predictor(root, model, predictor, tmp_path):
     items = list_training_items(compose_config(*tiny_overrides(root)))
-    values = evaluate(model, items, AUGMENTATION, [1, 2, 4], torch.device("cpu"), "fp32", tmp_path, 2)
+    values = evaluate(model, items, 1, [1, 2, 4], "fp32", tmp_path, 2)
     model.eval()
     expected = measure_slowly(predictor, items, [1, 2, 4])
     model.train()
@@ -1023,8 +1022,7 @@ def test_evaluation_equals_a_slow_loop_with_the_official_predictor(root, model, 
 def test_evaluation_leaves_out_small_objects(root, model):
     items = list_training_items(compose_config(*tiny_overrides(root)))
     areas = sorted(int((read_item(items[0])[1] == object_id).sum()) for object_id in (1, 2, 3))
-    augmentation = train_sam2.Augmentation(min_area_px=areas[1], hflip=True, color_jitter=0.0)
-    values = evaluate(model, items[:1], augmentation, [1], torch.device("cpu"), "fp32", None, 0)
+    values = evaluate(model, items[:1], areas[1], [1], "fp32", None, 0)
     model.train()
     assert values["val/num_objects"] == 2
 
@@ -1032,7 +1030,7 @@ def test_evaluation_leaves_out_small_objects(root, model):
 def test_pictures_of_items_with_the_same_file_name_are_kept_apart(root, model, tmp_path):
     first = list_training_items(compose_config(*tiny_overrides(root)))[0]
     items = [Item(f"{name}/00000", "davis", first.image_path, first.annotation_path) for name in ("a", "b")]
-    evaluate(model, items, AUGMENTATION, [1], torch.device("cpu"), "fp32", tmp_path, 2)
+    evaluate(model, items, 1, [1], "fp32", tmp_path, 2)
     model.train()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a_00000.png", "b_00000.png"]
 

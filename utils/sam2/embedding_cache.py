@@ -79,7 +79,7 @@ def embed(model: torch.nn.Module, pictures: torch.Tensor | FrozenMaps) -> Embedd
 def restore_maps(maps: FrozenMaps, device: torch.device) -> FrozenMaps:
     """Bring maps from the cache to a device, then to the types in which the encoder gave them."""
     pairs = zip(maps[:3], maps.dtypes, strict=True)
-    return FrozenMaps(*(values.to(device, non_blocking=True).to(dtype) for values, dtype in pairs), maps.is_projected)
+    return FrozenMaps(*(level.to(device, non_blocking=True).to(dtype) for level, dtype in pairs), maps.is_projected)
 
 
 def join_pictures(parts: list[torch.Tensor] | list[FrozenMaps]) -> torch.Tensor | FrozenMaps:
@@ -287,9 +287,9 @@ def write_entry(path: Path, maps: FrozenMaps, stored: str, image_path: Path) -> 
         ValueError: for values that are not finite or too large for fp16, and where the disk cannot be written.
     """
     records, blocks = [], []
-    for values in maps[:3]:
-        assert len(values) == 1, values.shape
-        largest = max(-values.min().item(), values.max().item())
+    for level in maps[:3]:
+        assert len(level) == 1, level.shape
+        largest = max(-level.min().item(), level.max().item())
         if not math.isfinite(largest):
             raise ValueError(f"the image encoder gives nan or infinity for {image_path}; use precision=fp32")
         if largest > torch.finfo(STORED_DTYPES[stored]).max:
@@ -298,11 +298,11 @@ def write_entry(path: Path, maps: FrozenMaps, stored: str, image_path: Path) -> 
                 "use cache_precision=fp32"
             )
         # the order of memory is kept: convolutions choose their algorithm, and so their rounding, by it
-        is_channels_last = values.is_contiguous(memory_format=torch.channels_last) and not values.is_contiguous()
-        ordered = values.detach().permute(0, 2, 3, 1) if is_channels_last else values.detach()
+        is_channels_last = level.is_contiguous(memory_format=torch.channels_last) and not level.is_contiguous()
+        ordered = level.detach().permute(0, 2, 3, 1) if is_channels_last else level.detach()
         blocks.append(ordered.to("cpu", STORED_DTYPES[stored]).contiguous().numpy().data.cast("B"))
-        dtype = str(values.dtype).removeprefix("torch.")
-        records.append({"shape": list(values.shape), "dtype": dtype, "is_channels_last": is_channels_last})
+        dtype = str(level.dtype).removeprefix("torch.")
+        records.append({"shape": list(level.shape), "dtype": dtype, "is_channels_last": is_channels_last})
     key = path.stem
     header = {"format": FORMAT, "key": key, "stored": stored, "is_projected": maps.is_projected, "maps": records}
     content = b"".join([json.dumps(header).encode().ljust(HEADER_BYTES), *blocks])
