@@ -164,7 +164,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     precision = choose_precision(settings.common.precision, device)
     model_config = choose_model(settings.checkpoint, settings.image_size, settings.model)
     changed = {key: value for key, value in settings.automatic.items() if value is not None}
-    automatic = read_settings(AutomaticSettings, model_config["automatic"] | changed, "automatic")
+    automatic = read_settings(AutomaticSettings, model_config.get("automatic", {}) | changed, "automatic")
     check_value(model_config["image_size"], int, "model.image_size")
     model = build_sam2(**model_config, device=device, fast_decoder=settings.fast_decoder)
     pictures = [(path, False) for path in image_paths]  # none is mirrored

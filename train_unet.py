@@ -305,10 +305,8 @@ def scheduled_lr(step: int, steps: int, optim: OptimSettings) -> float:
     """
     if optim.schedule == "cosine" or step < optim.warmup_steps:
         return cosine_lr(step, steps, optim.lr, optim.warmup_steps, optim.min_lr_factor)
-    since_warmup = step - optim.warmup_steps
-    if optim.schedule == "step":
-        return optim.lr * optim.step_factor ** (since_warmup // optim.step_every)
     if optim.schedule == "poly":
+        since_warmup = step - optim.warmup_steps
         left = 1 - min(1.0, since_warmup / max(1, steps - optim.warmup_steps))  # 1..0
         return optim.lr * (optim.min_lr_factor + (1 - optim.min_lr_factor) * left**optim.poly_power)
     return optim.lr  # constant
@@ -462,7 +460,7 @@ def build_optimizer(model: torch.nn.Module, optim: OptimSettings) -> torch.optim
     """Build the optimizer that `optim.name` names; its learning rate is set at each step."""
     groups = parameter_groups(model, optim.weight_decay)
     if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov)
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
     optimizer = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
     return optimizer(groups, lr=optim.lr, betas=tuple(optim.betas))
 

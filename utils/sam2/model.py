@@ -321,7 +321,7 @@ def build_sam2(
     url: str | None,
     checkpoint: str,
     image_size: int,
-    automatic: dict,
+    automatic: dict | None = None,
     lr: float,
     device,
     fast_decoder: bool = False,
@@ -335,7 +335,8 @@ def build_sam2(
         checkpoint: "auto" (the bundled or downloaded file in checkpoints/ of the repository, downloaded if absent),
             "none" (random weights) or a path, relative to where the user stands.
         image_size: side S of the input in pixels, a multiple of 32; fixed from here on.
-        automatic, lr: thresholds for infer_sam2.py and learning rate for train_sam2.py; not used here.
+        automatic, lr: thresholds for infer_sam2.py where they are not SAM 2's own, and learning rate for train_sam2.py;
+            not used here.
         device: where to put the model.
         fast_decoder: compute masks as utils/sam2/fast_decoder.py does, which rounds differently; no key of those files.
     Raises:
