@@ -96,6 +96,7 @@ from utils.settings import (
     check_modes,
     check_terms,
     describe_terms,
+    fill_defaults,
     of_length,
     one_line_errors,
     one_of,
@@ -392,7 +393,7 @@ def list_splits(reader_keys: dict) -> dict[str, list[Item]]:
     reader_keys = dict(reader_keys)
     generate = reader_keys.pop("generate", None)
     if generate is not None:
-        reader_keys["root"] = write_samples(generate, reader_keys["root"])
+        reader_keys["root"] = str(write_samples(generate, reader_keys["root"]))
     check_keys(split_items, reader_keys, "data")
     return dict(zip(("train", "val", "test"), split_items(**reader_keys), strict=True))
 
@@ -839,7 +840,8 @@ def main(cfg) -> float | None:
             resume_path = None
             if config["resume"] is not None:
                 resume_path = find_resume(config["resume"])
-                config = resumed_config(load_checkpoint(resume_path)["config"], config, overrides, RESUMABLE)
+                stored = fill_defaults(Config, load_checkpoint(resume_path)["config"])
+                config = resumed_config(stored, config, overrides, RESUMABLE)
             return train(config, run_dir, resume_path)
         state = None
         if config["checkpoint"] is not None:

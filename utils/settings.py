@@ -108,6 +108,23 @@ def read_settings(cls: type, section: dict, name: str = ""):
     return cls(**values, **({others: left} if others else {}))
 
 
+def fill_defaults(cls: type, section: dict) -> dict:
+    """Add the keys that a stored config lacks because they are younger, with the defaults that mean "as before".
+
+    Args:
+        cls: as for `read_settings`.
+        section: as that of a checkpoint; it stays as it is.
+    """
+    kinds = typing.get_type_hints(cls, include_extras=True)
+    filled = dict(section)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(kinds[field.name]) and isinstance(filled.get(field.name), dict):
+            filled[field.name] = fill_defaults(kinds[field.name], filled[field.name])
+        elif field.name not in filled and field.default is not dataclasses.MISSING:
+            filled[field.name] = field.default
+    return filled
+
+
 def known_keys(cls: type) -> list[str]:
     """List the keys that a section of this dataclass may have, less those that a field takes as ALL_OTHERS."""
     keys = []
