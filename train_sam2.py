@@ -46,7 +46,7 @@ from tqdm import tqdm
 from utils.checkpoint import find_resume, load_checkpoint, resumed_config
 from utils.images import id_colors, mask_to_box, read_image, write_image
 from utils.instances.check import MAX_LISTED, check_items, keep_usable, plot_statistics, report_lines
-from utils.instances.readers import Item, object_ids, read_instances, split_items
+from utils.instances.readers import Item, object_ids, split_items
 from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
 from utils.loop import (
     LoopState,
@@ -306,7 +306,7 @@ class PromptedMasks(Dataset):
         item = self.items[item_number]
         rng = sample_rng(self.seed, sample_index)
         is_mirrored = self.augmentation.hflip and rng.random() < 0.5
-        layers = read_instances(item)  # (L, H, W), the picture's size, as the dataset check has seen
+        layers = item.read().layers  # (L, H, W), the picture's size, as the dataset check has seen
         if is_mirrored:
             layers = layers[:, :, ::-1]
         objects = kept_objects(layers, self.min_area_px)
@@ -596,7 +596,7 @@ def evaluate(
     measured: dict[str, list[torch.Tensor]] = {name: [] for name in names}  # (O,) of each chunk of objects
     num_objects = 0
     for number, item in enumerate(tqdm(items, desc="evaluate", leave=False, disable=None)):
-        layers = read_instances(item)  # (L, H, W)
+        layers = item.read().layers  # (L, H, W)
         orig_hw = layers.shape[1:]
         objects = kept_objects(layers, min_area_px)
         num_objects += len(objects)

@@ -2,6 +2,8 @@
 
 import copy
 import csv
+import dataclasses
+import functools
 import json
 import math
 import subprocess
@@ -35,7 +37,7 @@ from tiny_training import (
 import train_sam2
 from train_sam2 import LossSettings, PromptSettings, collate, evaluate, mask_prediction_loss, prompted_loss
 from utils.images import read_image, write_image, write_label_map
-from utils.instances.readers import Item, read_item
+from utils.instances.readers import Item, read_ids, read_item
 from utils.run import seed_everything
 from utils.sam2 import model as sam2_model
 from utils.sam2.fast_decoder import decode_fast
@@ -671,7 +673,7 @@ def write_item(folder, ids):
     rng = np.random.default_rng(0)
     write_image(folder / "image.png", rng.integers(0, 255, (*ids.shape, 3)).astype(np.uint8))
     write_label_map(folder / "ids.png", ids)
-    return Item("one", "label_map", folder / "image.png", folder / "ids.png")
+    return Item("one", folder / "image.png", folder / "ids.png", functools.partial(read_ids, folder / "ids.png"))
 
 
 def test_one_object(root, model, tmp_path):
@@ -1029,7 +1031,7 @@ def test_evaluation_leaves_out_small_objects(root, model):
 
 def test_pictures_of_items_with_the_same_file_name_are_kept_apart(root, model, tmp_path):
     first = list_training_items(compose_config(*tiny_overrides(root)))[0]
-    items = [Item(f"{name}/00000", "davis", first.image_path, first.annotation_path) for name in ("a", "b")]
+    items = [dataclasses.replace(first, name=f"{name}/00000") for name in ("a", "b")]
     evaluate(model, items, 1, [1], "fp32", tmp_path, 2)
     model.train()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a_00000.png", "b_00000.png"]

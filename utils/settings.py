@@ -136,16 +136,17 @@ def known_keys(cls: type) -> list[str]:
     return keys
 
 
-def check_keys(function, keys: dict, name: str) -> None:
+def check_keys(function, keys: dict, name: str, others: tuple[str, ...] = ()) -> None:
     """Raise a ValueError for keyword arguments that a function does not take, lacks, or takes as another type.
 
     Args:
         function: a function or class; bind what is no key of the config with `functools.partial` before.
         keys: {key: value}, to be passed as function(**keys).
         name: the section's name in messages, such as "data", which names them as section.key.
+        others: keys of the section that another function takes; they are named among those that may be.
     """
     parameters = inspect.signature(function).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    known = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD] + [*others]
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     for key in keys:
         if key not in known and not takes_all:
