@@ -1042,10 +1042,7 @@ def test_pictures_of_items_with_the_same_file_name_are_kept_apart(root, model, t
 
 
 def check_settings_of(config):
-    """Check the settings of a config, as train does."""
-    settings, prompts = train_sam2.Settings(**config["train"]), PromptSettings(**config["prompts"])
-    loss, optim = LossSettings(**config["loss"]), train_sam2.OptimSettings(**config["optim"])
-    train_sam2.check_settings(settings, prompts, loss, optim)
+    train_sam2.read_settings(train_sam2.Config, config)
 
 
 def test_typo_on_the_command_line_names_the_key(root):

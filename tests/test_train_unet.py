@@ -62,8 +62,12 @@ def quick(monkeypatch):
 
 
 def val_items(root):
-    _, _, reader_keys = train_unet.read_data_settings(compose_config(*tiny_overrides(root))["data"])
-    return train_unet.list_splits(reader_keys)["val"]
+    return list_items(compose_config(*tiny_overrides(root)), "val")
+
+
+def list_items(config, split):
+    settings = train_unet.read_settings(train_unet.Config, config)
+    return train_unet.list_splits(settings.data.reader_keys)[split]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -635,7 +639,7 @@ def test_ignored_pixels_and_absent_classes_are_left_out(root, tmp_path):
     write_image(tmp_path / "masks" / "a.png", class_map)
     overrides = ["data.val_list=null", "data.test_list=null", "data.val_fraction=1", "data.test_fraction=0"]
     config = compose_config(*tiny_overrides(root), *overrides, f"data.root={tmp_path}", "data.ignore_values=[255]")
-    items = train_unet.list_splits(train_unet.read_data_settings(config["data"])[2])["val"]
+    items = list_items(config, "val")
     values, matrix = run_evaluate(items, ColorReader())
     assert values["val/mean_iou"] == values["val/pixel_accuracy"] == 1.0 and matrix.sum() == 36 * 64
     assert "val/iou_disc" not in values and "val/iou_square" in values
@@ -762,8 +766,7 @@ def test_size_that_the_unpadded_network_cannot_take_names_the_nearest():
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_composes_and_fixes_its_model(name):
     config = compose_config(f"experiment={name}", "data_root=/nowhere")
-    framing, _, _ = train_unet.read_data_settings(config["data"])
-    views.check_size("data.image_size", framing.image_size, train_unet.output_margin(config["model"]))
+    train_unet.read_settings(train_unet.Config, config)  # checks sizes, too
     train_unet.build_network(config["model"], config["data"]["channels"], config["data"]["num_classes"])
     assert "override /model:" in (ROOT / "configs" / "unet" / "experiment" / f"{name}.yaml").read_text()
 
