@@ -43,31 +43,13 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
+from utils import loop as loops
+from utils import run
 from utils.checkpoint import find_resume, load_checkpoint, resumed_config
 from utils.images import id_colors, mask_to_box, read_image, write_image
 from utils.instances.check import MAX_LISTED, check_items, keep_usable, plot_statistics, report_lines
 from utils.instances.readers import Item, object_ids, split_items
 from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
-from utils.loop import (
-    LoopState,
-    SpeedWindow,
-    check_finite,
-    clip_gradients,
-    load_batches,
-    resume_run,
-    running_means,
-    save_run,
-    to_device,
-)
-from utils.run import (
-    autocast,
-    choose_device,
-    choose_precision,
-    cosine_lr,
-    sample_rng,
-    seed_everything,
-    shuffled_item,
-)
 from utils.sam2 import losses
 from utils.sam2.embedding_cache import (
     HIGH_RES_CONVS,
@@ -302,9 +284,9 @@ class PromptedMasks(Dataset):
             padding; num_points int64 (N,): 2 or 1; num_rounds int64 (N,): 1 to R + 1; is_click bool (N, R),
             is_truth_click bool (N, R), uniform float (N, R) in [0, 1): the rounds' draws; name: the picture's file.
         """
-        item_number = shuffled_item(self.seed, sample_index, len(self.items))
+        item_number = run.shuffled_item(self.seed, sample_index, len(self.items))
         item = self.items[item_number]
-        rng = sample_rng(self.seed, sample_index)
+        rng = run.sample_rng(self.seed, sample_index)
         is_mirrored = self.augmentation.hflip and rng.random() < 0.5
         layers = item.read().layers  # (L, H, W), the picture's size, as the dataset check has seen
         if is_mirrored:
@@ -556,7 +538,7 @@ def predict_masks(
     coords = scale_points(torch.from_numpy(point_coords), orig_hw, model.image_size).to(model.device)
     labels = torch.from_numpy(point_labels).to(model.device)
     image_index = torch.zeros(len(coords), dtype=torch.long, device=model.device)
-    with autocast(model.device, precision):
+    with run.autocast(model.device, precision):
         low_res_masks, iou_predictions, _ = decode(
             model, embeddings, image_index, coords, labels, mask_inputs, multimask_output=coords.shape[1] == 1
         )
@@ -600,7 +582,7 @@ def evaluate(
         orig_hw = layers.shape[1:]
         objects = kept_objects(layers, min_area_px)
         num_objects += len(objects)
-        with autocast(model.device, precision):
+        with run.autocast(model.device, precision):
             embeddings = embed(model, read_picture(item.image_path, False, model.image_size, entries))
         pictured = []  # (prompt point, predicted mask) of this picture's objects
         chunk_size = max(1, min(64, 2**26 // (orig_hw[0] * orig_hw[1])))  # bounds the full-size logits
@@ -772,9 +754,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     settings = read_settings(Config, config)
     common, train_settings, optim_settings = settings.common, settings.train, settings.optim
     min_area_px, reader_keys = settings.data.min_area_px, dict(settings.data.reader_keys)
-    device = choose_device(common.device)
-    precision = choose_precision(common.precision, device)
-    seed_everything(common.seed)
+    device = run.choose_device(common.device)
+    precision = run.choose_precision(common.precision, device)
+    run.seed_everything(common.seed)
 
     # data: list, check, leave out what cannot be used
     generate, root = reader_keys.pop("generate", None), reader_keys["root"]
@@ -823,10 +805,10 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     entries = cache_embeddings(model, trainable, precision, used_items, val_items, settings)
 
     is_resumed = resume_path is not None
-    loop = resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else LoopState()
+    loop = loops.resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else loops.LoopState()
     log = MetricsLog(run_dir, loop.rows)
     save = functools.partial(
-        save_run, run_dir, loop, model, optimizer, scaler, {"script": "train_sam2", "config": config}
+        loops.save_run, run_dir, loop, model, optimizer, scaler, {"script": "train_sam2", "config": config}
     )
     if is_resumed:
         save(is_best=False)  # from now on this folder can be resumed too
@@ -842,7 +824,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         entries,
     )
     images_per_step = train_settings.batch_size * train_settings.accumulate
-    batches = load_batches(
+    batches = loops.load_batches(
         dataset,
         collate,
         loop.step * images_per_step,
@@ -852,7 +834,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         device,
     )
     progress = tqdm(total=train_settings.steps, initial=loop.step, desc="train", disable=None)
-    window = SpeedWindow(loop.step)
+    window = loops.SpeedWindow(loop.step)
     while True:
         # 1. evaluate and save
         is_last = loop.step >= train_settings.steps
@@ -885,7 +867,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         model.train()
 
         # 2. learning rate
-        lr = cosine_lr(
+        lr = run.cosine_lr(
             loop.step,
             train_settings.steps,
             optim_settings.lr,
@@ -899,20 +881,20 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         for _ in range(train_settings.accumulate):
             batch = window.next_batch(batches)
             step_names += batch["names"]
-            batch = to_device(batch, device)
+            batch = loops.to_device(batch, device)
 
             # 3. forward
-            with autocast(device, precision):
+            with run.autocast(device, precision):
                 object_loss, object_iou = prompted_loss(model, batch, settings.prompts, settings.loss, loss_size)
             weight = batch["object_weight"] / train_settings.accumulate
             micro_loss = (object_loss * weight).sum()
-            step_loss += check_finite(micro_loss.item(), loop.step, f"pictures {', '.join(batch['names'])}")
+            step_loss += loops.check_finite(micro_loss.item(), loop.step, f"pictures {', '.join(batch['names'])}")
             step_iou += (object_iou * weight).sum().item()
 
             # 4. backward and clip
             scaler.scale(micro_loss).backward()
         samples = f"pictures {', '.join(step_names)}"
-        grad_norm = clip_gradients(
+        grad_norm = loops.clip_gradients(
             [p for _, p in trainable], train_settings.clip_norm, optimizer, scaler, loop, samples
         )
 
@@ -923,7 +905,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         loop.step += 1
 
         # 6. log
-        means = running_means(loop.running, {"train/loss": step_loss, "train/iou": step_iou})
+        means = loops.running_means(loop.running, {"train/loss": step_loss, "train/iou": step_iou})
         progress.update()
         if loop.step % train_settings.log_every == 0 or loop.step == train_settings.steps:
             steps_per_s, wait_share = window.read(loop.step)

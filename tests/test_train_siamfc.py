@@ -518,7 +518,7 @@ def test_workers_do_not_change_samples(root, monkeypatch):
     batches = load_all(varied_dataset(root), 12, 0)
     assert not differences(batches, load_all(varied_dataset(root), 12, 2))
     shared = np.random.default_rng(0)
-    monkeypatch.setattr(train_siamfc, "sample_rng", lambda seed, sample_index: shared)
+    monkeypatch.setattr(train_siamfc.run, "sample_rng", lambda seed, sample_index: shared)
     alone = load_all(varied_dataset(root), 12, 0)
     shared = np.random.default_rng(0)
     assert differences(alone, load_all(varied_dataset(root), 12, 2))
@@ -705,7 +705,7 @@ def test_every_parameter_moves_and_the_score_bias_is_one(score_bias, root, tmp_p
         *tiny_overrides(root), f"model.score_bias={str(score_bias).lower()}", "optim.weight_decay=0", "train.steps=2"
     )
     trained = train_in(tmp_path / "run", config)["model"]
-    train_siamfc.seed_everything(config["seed"])  # the weights that the run started from
+    train_siamfc.run.seed_everything(config["seed"])  # the weights that the run started from
     before = dict(train_siamfc.SiamFC(score_bias).named_parameters())
     assert ("score_bias" in before) == score_bias
     assert not [name for name, values in before.items() if torch.equal(values, trained[name])]
