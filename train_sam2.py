@@ -321,20 +321,18 @@ class PromptedMasks(Dataset):
                 point_coords.append([point, (0, 0)])
                 point_labels.append([1, -1])
 
-        num_objects, num_rounds = (
-            len(masks),
-            self.prompt_settings.max_corrections + self.prompt_settings.mask_only_rounds,
-        )
-        corrections = rng.integers(
-            self.prompt_settings.min_corrections, self.prompt_settings.max_corrections + 1, num_objects
-        )
-        last_round = corrections + self.prompt_settings.mask_only_rounds - 1  # of each object; -1: it has none
+        fewest, most = self.prompt_settings.min_corrections, self.prompt_settings.max_corrections
+        mask_only_rounds = self.prompt_settings.mask_only_rounds
+        num_objects, num_rounds = len(masks), most + mask_only_rounds
+        corrections = rng.integers(fewest, most + 1, num_objects)
+        last_round = corrections + mask_only_rounds - 1  # (N,); -1: the object has none
         is_click = np.ones((num_objects, num_rounds), bool)
-        if self.prompt_settings.mask_only_rounds > 0:
+        if mask_only_rounds > 0:
             is_click[np.arange(num_objects), last_round] = False
-        if self.prompt_settings.mask_only_rounds > 1:
+        if mask_only_rounds > 1:
             is_click[np.arange(num_objects), rng.integers(0, last_round)] = False
         point_labels = np.array(point_labels, np.int32).reshape(-1, 2)
+        truth_click_share = self.prompt_settings.truth_click_share
         return {
             "picture": read_picture(  # before the draws below: it makes some, too
                 item.image_path, is_mirrored, side, self.entries, self.augmentation.color_jitter, rng
@@ -345,11 +343,9 @@ class PromptedMasks(Dataset):
             ),
             "point_labels": torch.from_numpy(point_labels),
             "num_points": torch.from_numpy((point_labels != -1).sum(1)),
-            "num_rounds": torch.from_numpy(1 + corrections + self.prompt_settings.mask_only_rounds),
+            "num_rounds": torch.from_numpy(1 + corrections + mask_only_rounds),
             "is_click": torch.from_numpy(is_click),
-            "is_truth_click": torch.from_numpy(
-                rng.random((num_objects, num_rounds)) < self.prompt_settings.truth_click_share
-            ),
+            "is_truth_click": torch.from_numpy(rng.random((num_objects, num_rounds)) < truth_click_share),
             "uniform": torch.from_numpy(rng.random((num_objects, num_rounds), np.float32)),
             "name": str(item.image_path),
         }
@@ -439,7 +435,7 @@ def mask_prediction_loss(
 
 
 def prompted_loss(
-    model: torch.nn.Module, batch: dict, prompts: PromptSettings, loss: LossSettings, loss_size: int
+    model: torch.nn.Module, batch: dict, prompt_settings: PromptSettings, loss_settings: LossSettings, loss_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompt every object of a batch, correct its mask round by round, and compute the loss of every round.
 
@@ -461,11 +457,11 @@ def prompted_loss(
     total_loss = mask_inputs.new_zeros(num_objects)
     total_iou = mask_inputs.new_zeros(num_objects)
     extra_loss = mask_inputs.new_zeros(num_objects)
-    if loss.click_similarity > 0:
+    if loss_settings.click_similarity > 0:
         clicked = (num_points == 1).nonzero().squeeze(1).to(masks.device)  # not the boxes
         logits = click_similarity(embeddings, batch["image_index"][clicked], point_coords[clicked, 0], model.image_size)
-        similarity_loss = mask_shape_loss(upscale_masks(logits, truth.shape[-2:]), truth[clicked, None], loss)
-        extra_loss = extra_loss.index_add(0, clicked, loss.click_similarity * similarity_loss.squeeze(1))
+        similarity_loss = mask_shape_loss(upscale_masks(logits, truth.shape[-2:]), truth[clicked, None], loss_settings)
+        extra_loss = extra_loss.index_add(0, clicked, loss_settings.click_similarity * similarity_loss.squeeze(1))
 
     for round_number in range(int(num_rounds.max())):
         # objects with the same number of points go through the decoder together: padding points would move the logits
@@ -481,13 +477,13 @@ def prompted_loss(
                 multimask_output=count == 1,
             )
             object_loss, iou = mask_prediction_loss(
-                low_res_masks, iou_predictions, object_score_logits, truth[chosen], loss
+                low_res_masks, iou_predictions, object_score_logits, truth[chosen], loss_settings
             )
             best = iou_predictions[:, : iou.shape[1]].argmax(1, keepdim=True)
             total_loss = total_loss.index_add(0, chosen, object_loss)
             total_iou = total_iou.index_add(0, chosen, iou.gather(1, best).squeeze(1))
             fed_back = pick_mask(low_res_masks, iou_predictions)
-            mask_inputs = mask_inputs.index_copy(0, chosen, fed_back.detach() if prompts.detach else fed_back)
+            mask_inputs = mask_inputs.index_copy(0, chosen, fed_back.detach() if prompt_settings.detach else fed_back)
         if round_number == num_corrections:
             break
         # the next click: uniform in the error, or now and then in the object
