@@ -271,7 +271,7 @@ def choose_dataset(data: dict, names: list | None) -> list[Sequence]:
     reader_keys = dict(data)
     generate = reader_keys.pop("generate", None)
     if generate is not None:
-        reader_keys["root"] = write_samples(generate, reader_keys["root"])
+        reader_keys["root"] = str(write_samples(generate, reader_keys["root"]))
     check_keys(split_sequences, reader_keys, "data")
     if names is not None:
         return choose_sequences(list_sequences(**reader_keys), names)

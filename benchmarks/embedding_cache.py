@@ -80,7 +80,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict:
     trainable = freeze_except(model, ["prompt_encoder", "mask_decoder"])
     optimizer = torch.optim.AdamW(parameter_groups(trainable, optim), lr=optim.lr)
     items = write_pictures(folder / "data", side)
-    augmentation = Augmentation(min_area_px=1, hflip=False, color_jitter=0.0)
+    augmentation = Augmentation(hflip=False, color_jitter=0.0)
 
     pictures = [(item.image_path, False) for item in items]
     cache_dir, stored = str(folder / "cache"), arguments.cache_precision
@@ -90,7 +90,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict:
     fill_s = (time.perf_counter() - start) / NUM_PICTURES
     plan = plan_cache(model, cache_dir, stored, "fp32", False, pictures, None)
     assert not plan.missing
-    dataset = PromptedMasks(items, 0, side, NUM_OBJECTS, augmentation, prompts, plan.entries)
+    dataset = PromptedMasks(items, 0, side, NUM_OBJECTS, 1, augmentation, prompts, plan.entries)
     predictor = make_predictor(model)
 
     def step_ours(sample_index: int) -> None:

@@ -1042,10 +1042,7 @@ def test_pictures_of_items_with_the_same_file_name_are_kept_apart(root, model, t
 
 
 def check_settings_of(config):
-    """Check the settings of a config, as train does."""
-    settings, prompts = train_sam2.Settings(**config["train"]), PromptSettings(**config["prompts"])
-    loss, optim = LossSettings(**config["loss"]), train_sam2.OptimSettings(**config["optim"])
-    train_sam2.check_settings(settings, prompts, loss, optim)
+    train_sam2.read_settings(train_sam2.Config, config)
 
 
 def test_typo_on_the_command_line_names_the_key(root):
@@ -1062,6 +1059,7 @@ def test_typo_on_the_command_line_names_the_key(root):
         ("optim: {learning_rate: 3}", "unknown key optim.learning_rate"),
         ("prompts: {box_shre: 0.5}", "unknown key prompts.box_shre"),
         ("loss: {focl: 1}", "unknown key loss.focl"),
+        ("loss: {terms: {focl: 1}}", "unknown term loss.terms.focl"),
         ("data: {rooot: x}", "unknown key data.rooot"),
         ("model: {image_sise: 64}", "unknown key model.image_sise"),
         ("trian: {steps: 3}", "trian"),
@@ -1098,6 +1096,7 @@ def test_typo_in_a_preset_names_the_key(content, key, root, tmp_path, quick):
         "prompts.max_corrections=-1",
         "prompts.mask_only_rounds=3",
         "loss.masks=worst",
+        "loss.terms.dice=-1",
         "optim.betas=[0.9]",
     ],
 )
@@ -1116,7 +1115,7 @@ def test_value_that_makes_no_sense_is_named(override, root):
         ("train.trainable=mask_decoder", "'mask_decoder'; must be a list"),
         ("train.eval_clicks=[1,two]", "[1, 'two']; must be a list, each a whole number"),
         ("train.loss_size=half", "'half'; must be a whole number or null"),
-        ("loss.dice=x", "'x'; must be a number"),
+        ("loss.terms.dice=x", "'x'; must be a number"),
         ("prompts.detach=3", "3; must be true or false"),
         ("optim.betas=0.9", "0.9; must be a list, each a number"),
         ("data.hflip=maybe", "'maybe'; must be true or false"),

@@ -140,6 +140,7 @@ def make_dataset(config: dict, items: list[Item] | None = None) -> train_sam2.Pr
         config["seed"],
         config["model"]["image_size"],
         config["train"]["objects_per_image"],
-        train_sam2.Augmentation(**{key: config["data"][key] for key in ("min_area_px", "hflip", "color_jitter")}),
+        config["data"]["min_area_px"],
+        train_sam2.Augmentation(**{key: config["data"][key] for key in ("hflip", "color_jitter")}),
         train_sam2.PromptSettings(**config["prompts"]),
     )

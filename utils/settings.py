@@ -9,7 +9,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, NamedTuple
 
 TYPE_WORDS = {
@@ -108,6 +108,23 @@ def read_settings(cls: type, section: dict, name: str = ""):
     return cls(**values, **({others: left} if others else {}))
 
 
+def fill_defaults(cls: type, section: dict) -> dict:
+    """Add the keys that a stored config lacks because they are younger, with the defaults that mean "as before".
+
+    Args:
+        cls: as for `read_settings`.
+        section: as that of a checkpoint; it stays as it is.
+    """
+    kinds = typing.get_type_hints(cls, include_extras=True)
+    filled = dict(section)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(kinds[field.name]) and isinstance(filled.get(field.name), dict):
+            filled[field.name] = fill_defaults(kinds[field.name], filled[field.name])
+        elif field.name not in filled and field.default is not dataclasses.MISSING:
+            filled[field.name] = field.default
+    return filled
+
+
 def known_keys(cls: type) -> list[str]:
     """List the keys that a section of this dataclass may have, less those that a field takes as ALL_OTHERS."""
     keys = []
@@ -142,6 +159,30 @@ def check_keys(function, keys: dict, name: str, others: tuple[str, ...] = ()) ->
                 check_value(keys[parameter.name], kinds[parameter.name], f"{name}.{parameter.name}")
         elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
             raise ValueError(f"the config lacks {name}.{parameter.name}")
+
+
+def check_terms(terms: dict, known: Collection[str]) -> None:
+    """Raise a ValueError for weights of a loss's terms that make no sense.
+
+    Args:
+        terms: `loss.terms`, {name: weight}.
+        known: names of the terms that there are.
+    Raises:
+        ValueError: for an unknown term, a weight that is no number or below 0, or none above 0.
+    """
+    for term, weight in terms.items():
+        if term not in known:
+            raise ValueError(f"unknown term loss.terms.{term}; must be among {', '.join(known)}")
+        check_value(weight, float, f"loss.terms.{term}")
+        if not weight >= 0:
+            raise ValueError(f"loss.terms.{term} is {weight}; must be 0 or more")
+    if not any(terms.values()):
+        raise ValueError(f"loss.terms is 0 in all its terms; must be above 0 in one of {', '.join(known)}")
+
+
+def describe_terms(terms: dict) -> str:
+    """Write the terms of a loss that count, such as "20 focal + 1 dice"."""
+    return " + ".join(f"{weight:g} {term}" for term, weight in terms.items() if weight > 0)
 
 
 def check_value(value, kind: type, name: str) -> None:
