@@ -47,7 +47,7 @@ from utils import loop as loops
 from utils import run
 from utils.checkpoint import find_resume, load_checkpoint, resumed_config
 from utils.images import id_colors, mask_to_box, read_image, write_image
-from utils.instances.check import MAX_LISTED, check_items, keep_usable, plot_statistics, report_lines
+from utils.instances.check import check_data
 from utils.instances.readers import Item, object_ids, split_items
 from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
 from utils.sam2 import losses
@@ -644,45 +644,6 @@ def draw_sample(
 # the run
 
 
-def check_data(
-    train_items: list[Item],
-    val_items: list[Item],
-    min_area_px: int,
-    on_bad: str,
-    run_dir: Path,
-    max_listed: int | None,
-) -> tuple[list[Item], list[Item], dict[str, int]]:
-    """Check a dataset, print what was found, draw its statistics, and leave out what cannot be used.
-
-    Args:
-        on_bad: "stop" or "skip", what to do about faulty files.
-        max_listed: examples printed for each kind of finding; None: all.
-    Returns:
-        the usable train and validation items, each with an object of at least min_area_px; the counts for run.json.
-    Raises:
-        ValueError: for faulty files where on_bad is "stop".
-    """
-    report = check_items(train_items + val_items)
-    print("\n".join(report_lines(report, max_listed)))
-    plot_statistics(report, run_dir / "dataset.png")
-    largest_px = {item.name: item.areas_px.max(initial=0) for item in report.items}
-    kept = []
-    for items in (train_items, val_items):
-        usable = keep_usable(items, report, on_bad)
-        kept.append([item for item in usable if largest_px[item.name] >= min_area_px])
-    num_small = sum(int((item.areas_px < min_area_px).sum()) for item in report.items)
-    counts = report.counts | {
-        "train_images": len(kept[0]),
-        "val_images": len(kept[1]),
-        "num_small_objects_left_out": num_small,
-    }
-    print(
-        f"train on {len(kept[0])} images, validate on {len(kept[1])}; {num_small} objects below "
-        f"data.min_area_px={min_area_px} left out; statistics in {run_dir / 'dataset.png'}"
-    )
-    return kept[0], kept[1], counts
-
-
 def cache_embeddings(
     model: torch.nn.Module,
     trainable: list[tuple[str, torch.nn.Parameter]],
@@ -762,10 +723,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     on_bad = reader_keys["on_bad"]
     if settings.check:
         reader_keys["on_bad"] = "skip"  # so that pairs that lack a file are listed with all other faults
-    max_listed = None if settings.check else MAX_LISTED
     check_keys(split_items, reader_keys, "data")
-    train_items, val_items = split_items(**reader_keys)
-    train_items, val_items, counts = check_data(train_items, val_items, min_area_px, on_bad, run_dir, max_listed)
+    splits = split_items(**reader_keys)
+    (train_items, val_items), counts = check_data(splits, min_area_px, on_bad, run_dir, list_all=settings.check)
     if settings.check:
         return float("nan")
     val_items = val_items[: train_settings.eval_images]

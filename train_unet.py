@@ -50,20 +50,12 @@ from tqdm import tqdm
 from utils import loop as loops
 from utils import run
 from utils.checkpoint import find_resume, load_checkpoint, resumed_config
+from utils.dataset_check import CheckReport
 from utils.images import IGNORE_INDEX, list_images, output_names, overlay_label_map, write_image
 from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
 from utils.samples.write import write_samples
 from utils.segmentation import losses, metrics, model_summary, prediction, reports, views
-from utils.segmentation.check import (
-    MAX_LISTED,
-    CheckReport,
-    check_items,
-    class_frequencies,
-    count_class_pixels,
-    keep_usable,
-    plot_statistics,
-    report_lines,
-)
+from utils.segmentation.check import check_data, class_frequencies, count_class_pixels
 from utils.segmentation.readers import Item, name_classes, read_item, read_picture, split_items
 from utils.segmentation.segmenters import FCN, SegNet, ViTSegmenter
 from utils.segmentation.unet import PAPER_MARGIN, UNet, UNetPaper
@@ -381,29 +373,6 @@ def list_splits(reader_keys: dict) -> dict[str, list[Item]]:
     return dict(zip(("train", "val", "test"), split_items(**reader_keys), strict=True))
 
 
-def check_data(
-    splits: dict[str, list[Item]], on_bad: str, run_dir: Path, max_listed: int | None
-) -> tuple[dict[str, list[Item]], dict[str, int], CheckReport]:
-    """Check a dataset, print what was found, draw its statistics, and leave out what cannot be used.
-
-    Args:
-        on_bad: "stop" or "skip", what to do about faulty files.
-        max_listed: examples printed for each kind of finding; None: all.
-    Returns:
-        the usable items of each split; the counts for run.json; the report.
-    Raises:
-        ValueError: for faulty files where on_bad is "stop".
-    """
-    report = check_items([item for items in splits.values() for item in items])
-    print("\n".join(report_lines(report, max_listed)))
-    plot_statistics(report, run_dir / "dataset.png")
-    kept = {split: keep_usable(items, report, on_bad) for split, items in splits.items()}
-    counts = report.counts | {f"{split}_images": len(items) for split, items in kept.items()}
-    num_images = ", ".join(f"{split} {len(items)}" for split, items in kept.items())
-    print(f"images: {num_images}; statistics in {run_dir / 'dataset.png'}")
-    return kept, counts, report
-
-
 def write_splits(splits: dict[str, list[Item]], splits_dir: Path) -> None:
     """Write which pictures are in which split, one name a line: <split>.txt."""
     splits_dir.mkdir()
@@ -422,7 +391,7 @@ def choose_class_weights(
     Raises:
         ValueError: for a list that has not one weight, 0 or more, for each class.
     """
-    num_classes = len(report.coding.class_names)
+    num_classes = len(items[0].coding.class_names)
     if class_weights == "auto":
         return losses.balanced_class_weights(class_frequencies(report, items)).tolist()
     if class_weights is not None and (len(class_weights) != num_classes or min(class_weights) < 0):
@@ -470,7 +439,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     if settings.check:
         reader_keys["on_bad"] = "skip"  # so that pairs that lack a file are listed with all other faults
     splits = list_splits(reader_keys)
-    splits, counts, report = check_data(splits, on_bad, run_dir, None if settings.check else MAX_LISTED)
+    splits, counts, report = check_data(splits, on_bad, run_dir, list_all=settings.check)
     if settings.check:
         return float("nan")
     train_items, val_items, test_items = splits["train"], splits["val"][: train_settings.eval_images], splits["test"]
@@ -718,7 +687,7 @@ def evaluate_checkpoint(config: dict, state: dict, run_dir: Path) -> float:
         raise ValueError(f"split is {split}; must be one of {', '.join(splits)}")
     if not splits[split]:
         raise ValueError(f"data.root {reader_keys['root']} has no picture in its {split} split")
-    splits, counts, _ = check_data({split: splits[split]}, reader_keys["on_bad"], run_dir, MAX_LISTED)
+    splits, counts, _ = check_data({split: splits[split]}, reader_keys["on_bad"], run_dir, list_all=False)
     items = splits[split]
     start_run(run_dir, config, counts)
     write_splits(splits, run_dir / "splits")

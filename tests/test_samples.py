@@ -10,6 +10,7 @@ import skimage.data
 from options import read_option
 from torchvision.datasets import OxfordIIITPet
 
+from utils.dataset_check import check_items
 from utils.instances.readers import object_ids, read_item, split_items
 from utils.samples import glassware as glassware_sample
 from utils.samples import moving_shapes, scenes, write
@@ -20,7 +21,7 @@ from utils.samples.pets import draw_pet
 from utils.samples.scenes import draw_scene, read_photographs
 from utils.samples.write import write_samples
 from utils.segmentation import readers as semantic_data
-from utils.segmentation.check import check_items
+from utils.segmentation.check import check_item
 
 
 def data_config(name: str, root) -> dict:
@@ -363,7 +364,7 @@ def test_pets_are_read_by_the_default_config(pets):
     assert config.pop("generate") == "pets" and config["root"] == "data/generated_pets"
     splits = semantic_data.split_items(**config | {"root": str(pets)})
     assert [len(split) for split in splits] == [8, 2, 5]
-    report = check_items(sum(splits, []))
+    report = check_items(sum(splits, []), check_item)
     assert report.counts["num_usable"] == 15 and not any(item.remarks for item in report.items)
     for item in splits[2]:
         image, class_map = semantic_data.read_item(item)
