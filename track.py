@@ -73,6 +73,7 @@ from utils.settings import (
     one_line_errors,
     one_of,
     read_settings,
+    stop_at_moved_files,
 )
 from utils.tracking import drawing, window
 from utils.tracking.frames import FrameSource, write_video
@@ -673,4 +674,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    stop_at_moved_files("tracking", sys.argv[1:])
     main()

@@ -108,6 +108,7 @@ from utils.settings import (
     one_line_errors,
     one_of,
     read_settings,
+    stop_at_moved_files,
 )
 
 TERMS = {  # of a mask's shape, summed in this order: logits and truth (O, M, s, s) -> (O, M)
@@ -967,4 +968,5 @@ def main(cfg) -> float:
 
 
 if __name__ == "__main__":
+    stop_at_moved_files("sam2", sys.argv[1:])
     main()

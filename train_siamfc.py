@@ -85,6 +85,7 @@ from utils.settings import (
     one_line_errors,
     one_of,
     read_settings,
+    stop_at_moved_files,
 )
 from utils.tracking.frames import FrameSource
 from utils.tracking.metrics import got10k_scores, mean_one_pass_scores, score_boxes, still_boxes
@@ -761,4 +762,5 @@ def main(cfg) -> float:
 
 
 if __name__ == "__main__":
+    stop_at_moved_files("tracking", sys.argv[1:])
     main()

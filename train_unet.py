@@ -101,6 +101,7 @@ from utils.settings import (
     one_line_errors,
     one_of,
     read_settings,
+    stop_at_moved_files,
 )
 
 NETWORKS = {"unet_paper": UNetPaper, "unet": UNet, "fcn": FCN, "segnet": SegNet, "vit": ViTSegmenter}
@@ -857,4 +858,5 @@ def main(cfg) -> float | None:
 
 
 if __name__ == "__main__":
+    stop_at_moved_files("unet", sys.argv[1:])
     main()

@@ -8,6 +8,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
 TYPE_WORDS = {
@@ -241,6 +242,24 @@ def _describe_type(kind: type) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what a user reads where something is wrong
+
+
+def stop_at_moved_files(task: str, arguments: list[str]) -> None:
+    """Exit with one line where an argument, such as data=cells, names a file that lies where files lay before.
+
+    Args:
+        task: the script's folder in configs/: sam2, unet or tracking.
+        arguments: the command line, without the script.
+    """
+    configs = Path(__file__).resolve().parent.parent / "configs"
+    asked = [argument.partition("=") for argument in arguments]
+    asked_files = {(group, name) for group, _, names in asked for name in names.split(",")}
+    for path in sorted(configs.glob("*/*.yaml")):
+        group, name = path.parent.name, path.stem
+        new_path = configs / task / group / path.name
+        if (group, name) in asked_files and not new_path.is_file():
+            place = f"configs/{group}/{path.name}"
+            sys.exit(f"error: {group}={name}: {place} is read no more; move it to configs/{task}/{group}/")
 
 
 @contextlib.contextmanager
