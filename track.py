@@ -64,6 +64,7 @@ from utils.log import finish_run, start_run
 from utils.run import choose_device, choose_precision, seed_everything
 from utils.samples.write import write_samples
 from utils.settings import (
+    FINITE,
     SAME_SECTION,
     CommonSettings,
     above,
@@ -123,7 +124,7 @@ class Config:
     sequences: list | None  # names; None: the validation sequences
     overlay: bool  # write overlay.mp4
     show: bool  # show the tracking in a window
-    fps: Annotated[float, above(0)]  # of the overlay of pictures
+    fps: Annotated[float, above(0), FINITE]  # of the overlay of pictures
     protocol: Annotated[str, one_of(*PROTOCOLS)]
     results: list[str]  # folders of other trackers
 
