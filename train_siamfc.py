@@ -739,9 +739,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         if loop.step % settings.log_every == 0 or loop.step == settings.steps:
             steps_per_s, wait_share = window.read(loop.step)
             pairs_per_s = steps_per_s * pairs_per_step
-            values = {"train/grad_norm": grad_norm, "lr": lr, "skipped_steps": loop.num_skipped}
+            update = {"train/grad_norm": grad_norm, "lr": lr, "skipped_steps": loop.num_skipped}
             speed = {"pairs_per_s": pairs_per_s, "data_wait_share": wait_share}
-            log.log(loop.step, means | values | speed)
+            log.log(loop.step, means | update | speed)
             progress.set_postfix_str(
                 f"loss {means['train/loss']:.3f}, {pairs_per_s:.1f} pairs/s, waits for data {wait_share:.0%}"
             )

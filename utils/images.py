@@ -35,9 +35,9 @@ def list_images(path: Path) -> list[Path]:
     if not path.is_dir():
         raise FileNotFoundError(f"input {path} does not exist; give a picture or a folder of pictures")
     image_paths = sorted(
-        one
-        for one in path.iterdir()
-        if one.is_file() and one.suffix.lower() in PICTURE_SUFFIXES and not one.name.startswith(".")
+        file
+        for file in path.iterdir()
+        if file.is_file() and file.suffix.lower() in PICTURE_SUFFIXES and not file.name.startswith(".")
     )
     if not image_paths:
         raise ValueError(f"input {path} has no pictures ({', '.join(PICTURE_SUFFIXES)}); give a folder that has some")
@@ -290,8 +290,8 @@ def overlay_label_map(image_rgb: np.ndarray, ids: np.ndarray) -> np.ndarray:
     if ids.max(initial=0) <= ids.size:
         colors = id_colors(np.arange(ids.max(initial=0) + 1))[ids]  # (H, W, 3)
     else:  # few, large ids
-        values, index = np.unique(ids, return_inverse=True)
-        colors = id_colors(values)[index.reshape(ids.shape)]
+        present, index = np.unique(ids, return_inverse=True)
+        colors = id_colors(present)[index.reshape(ids.shape)]
     is_contour = np.zeros(ids.shape, bool)
     is_contour[:, :-1] |= ids[:, :-1] != ids[:, 1:]
     is_contour[:, 1:] |= ids[:, :-1] != ids[:, 1:]

@@ -142,7 +142,7 @@ class FrameSource:
                         frames.close()
                         return
                 hand_over(None)
-            except BaseException as error:  # of our own making: the loop that waits must see it
+            except BaseException as error:  # a fault of this program: the loop that waits must see it
                 hand_over(error)
 
         thread = threading.Thread(target=decode, name="frames", daemon=True)
