@@ -272,11 +272,6 @@ def choose_dataset(data: dict, names: list | None) -> list[Sequence]:
         data: the values of a file of configs/tracking/data.
         names: of any of the dataset's sequences; None: the validation sequences, or if there are none the training ones
     """
-    if "index" not in data:  # a key of all that have sequences
-        raise ValueError(
-            "data= is a dataset of pictures, without sequences; take one of those, such as data=otb, davis_sequences, "
-            "got10k or folder_sequences"
-        )
     reader_keys = dict(data)
     generate = reader_keys.pop("generate", None)
     if generate is not None:

@@ -75,7 +75,7 @@ from utils.samples.write import write_samples
 from utils.settings import check_keys, check_type, describe_error, read_settings
 from utils.tracking.frames import FrameSource
 from utils.tracking.metrics import got10k_scores, mean_one_pass_scores, score_boxes, still_boxes
-from utils.tracking.sequences import STATIC_FORMATS, Sequence, file_coordinates, split_pictures, split_sequences
+from utils.tracking.sequences import Sequence, file_coordinates, split_dataset
 from utils.tracking.siamfc import (
     EXEMPLAR_SIZE,
     TOTAL_STRIDE,
@@ -501,14 +501,8 @@ def list_data(data: dict) -> tuple[list[Sequence], list[Sequence]]:
         generate = data.pop("generate", None)
         if generate is not None:
             data["root"] = write_samples(generate, data["root"])
-        split = split_pictures if data.get("format") in STATIC_FORMATS else split_sequences
-        if split is split_sequences and "index" not in data:  # a key of all that have sequences
-            raise ValueError(
-                f"data.format is {data.get('format')}, which has neither boxes nor objects; take a dataset of "
-                "sequences, such as data=got10k, davis_sequences or folder_sequences"
-            )
-        check_keys(split, data, "data")
-        return split(**data)
+        check_keys(split_dataset, data, "data")
+        return split_dataset(**data)
     check_keys(lambda parts, turns: None, data, "data")
     if sorted(data["parts"]) != sorted(data["turns"]):
         raise ValueError(f"data.turns names {', '.join(data['turns'])}; must name {', '.join(data['parts'])}")

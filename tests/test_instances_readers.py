@@ -492,8 +492,8 @@ def test_keys_formats_and_roots_that_are_wrong(tmp_path):
     keys = data_keys("label_map", write_label_maps(tmp_path))
     with pytest.raises(ValueError, match="unknown key data.lable_dir; must be among data.image_dir"):
         split_items(**keys, lable_dir="labels")
-    with pytest.raises(ValueError, match="the config lacks data.label_dir"):
-        split_items(**{key: value for key, value in keys.items() if key != "label_dir"})
+    with pytest.raises(ValueError, match="the config lacks data.split_seed"):
+        split_items(**{key: value for key, value in keys.items() if key != "split_seed"})
     with pytest.raises(ValueError, match="data.root is 3; must be a folder"):
         split_items(**{**keys, "root": 3})
     with pytest.raises(ValueError, match="data.format is 'cocoo'; must be one of labpics, label_map"):

@@ -791,8 +791,7 @@ def test_showing_changes_nothing_and_a_closed_window_stops_nothing(folder, tmp_p
         (["input=frames", "device=tpu"], "device is tpu; must be"),
         (["data=otb", "data.root=nowhere"], "data.root nowhere is not a folder"),
         (["data=otb", "+data.colour=red", "data.root=frames"], "unknown key data.colour"),
-        (["data=davis", "data.root=frames"], "data= is a dataset of pictures, .* such as data=otb, davis_sequences"),
-        (["data=scenes"], "data= is a dataset of pictures"),
+        (["data.format=coco", "data.root=frames"], "data.format is 'coco'; must be one of got10k, imagenet_vid, davis"),
         (["mode=benchmark", "data=otb", "data.root=otb", "results=[gone]"], "results has gone, which is no folder"),
     ],
 )

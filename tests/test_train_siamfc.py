@@ -70,7 +70,9 @@ from utils.tracking.siamfc import (
 )
 from utils.tracking.tracker import SiamFCTracker, TrackerSettings
 
-PRESETS = sorted(path.stem for path in (ROOT / "configs" / "tracking" / "experiment").glob("siamfc_*.yaml"))
+PRESETS = sorted(
+    path.stem for path in (ROOT / "configs" / "tracking" / "training" / "experiment").glob("siamfc_*.yaml")
+)
 LABELS = response_labels(15, 16.0)
 WEIGHTS = balanced_weights(LABELS)
 NAN = math.nan
@@ -576,9 +578,23 @@ def test_share_of_random_boxes_and_of_grey_pairs(root):
     assert np.mean(is_random) == pytest.approx(0.4, abs=0.12) and np.mean(is_grey) == pytest.approx(0.25, abs=0.1)
 
 
+def picture_keys(root):
+    """The keys of data=pictures, for what write_pictures writes into a folder."""
+    return compose_config("data=pictures", "data.format=label_map", f"data.root={write_pictures(root)}")["data"]
+
+
+def test_key_that_a_layout_of_pictures_does_not_take_is_named(tmp_path):
+    keys = picture_keys(tmp_path / "pictures")
+    with pytest.raises(ValueError, match="^unknown key data.vessel; must be among data.image_dir, .*data.on_bad$"):
+        train_siamfc.list_data(keys | {"vessel": "full"})
+    given = {"image_dir": "images", "label_dir": "labels", "label_ending": "", "ignore_ids": []}  # what null stands for
+    lists = [[one.name for part in train_siamfc.list_data(one) for one in part] for one in (keys, keys | given)]
+    assert lists[0] == lists[1] and lists[0]
+
+
 def test_turns_of_parts(root, tmp_path):
     data = compose_config(*tiny_overrides(root))["data"]
-    pictures = compose_config("data=label_map", f"data.root={write_pictures(tmp_path / 'pictures')}")["data"]
+    pictures = picture_keys(tmp_path / "pictures")
     pictures |= {"ignore_ids": [2], "val_fraction": 0.0}
     parts = {"videos": data, "pictures": pictures}
     train, val = train_siamfc.list_data({"parts": parts, "turns": {"videos": 2, "pictures": 3}})
@@ -1087,7 +1103,7 @@ def test_drawn_pair_marks_the_highest_cell():
 
 def test_validation_sequences_are_chosen_after_what_cannot_be_tracked(root, tmp_path, quick):
     """Pictures, which have one frame, do not use up `eval_sequences`; their pairs count in val/loss."""
-    pictures = compose_config("data=label_map", f"data.root={write_pictures(tmp_path / 'pictures')}")["data"]
+    pictures = picture_keys(tmp_path / "pictures")
     pictures |= {"ignore_ids": [2], "val_fraction": 0.5}
     config = compose_config(*tiny_overrides(root), "train.steps=1", "train.eval_sequences=1")
     config["data"] = {"parts": {"a": pictures, "b": config["data"]}, "turns": {"a": 1, "b": 1}}
@@ -1108,8 +1124,8 @@ def test_no_validation_pairs_is_a_setting(root, tmp_path, quick):
 
 
 def test_pictures_alone_train_beside_videos_that_validate(root, tmp_path, quick):
-    """data=label_map: exemplar and instance are cut from one picture; a part with 0 turns only validates."""
-    pictures = compose_config("data=label_map", f"data.root={write_pictures(tmp_path / 'pictures')}")["data"]
+    """data=pictures: exemplar and instance are cut from one picture; a part with 0 turns only validates."""
+    pictures = picture_keys(tmp_path / "pictures")
     pictures |= {"ignore_ids": [2], "val_fraction": 0.0}
     config = compose_config(*tiny_overrides(root), "train.steps=2")
     config["data"] = {"parts": {"pictures": pictures, "videos": config["data"]}, "turns": {"pictures": 1, "videos": 0}}
@@ -1128,7 +1144,9 @@ def test_preset_composes(name):
         (train_siamfc.ModelSettings, "model"), (TrackerSettings, "tracker"),
     ):  # fmt: skip
         train_siamfc.read_settings(cls, config[section], section)
-    assert "override /model:" in (ROOT / "configs" / "tracking" / "experiment" / f"{name}.yaml").read_text()
+    assert (
+        "override /model:" in (ROOT / "configs" / "tracking" / "training" / "experiment" / f"{name}.yaml").read_text()
+    )
     optim = OptimSettings(**config["optim"])
     steps = config["train"]["steps"]
     assert exponential_lr(steps - 1, steps, optim) == pytest.approx(optim.min_lr)
@@ -1262,7 +1280,10 @@ def fails_with(monkeypatch, capfd, run_dir, *arguments):
         (["data.train_folder=null"], "no training sequence with a usable box: see data.* and pairs.*"),
         (["pairs.min_side=400"], "no training sequence with a usable box"),
         (["data.val_folder=null", "data.val_fraction=0"], "no validation sequence with a box: see data.val_fraction"),
-        (["data=label_map", "data.root={pictures}", "data.ignore_ids=[2]"], "pictures alone cannot be tracked"),
+        (
+            ["data=pictures", "data.format=label_map", "data.root={pictures}", "data.ignore_ids=[2]"],
+            "pictures alone cannot",
+        ),
         (["resume=/nowhere"], "resume is /nowhere, which does not exist"),
         (["model.checkpoint=/nowhere.pt"], "checkpoint /nowhere.pt does not exist"),
         (["device=tpu"], "device is tpu; must be auto, cpu"),
@@ -1359,8 +1380,8 @@ def test_davis_trains_and_a_score_bias_is_kept(tmp_path, quick):
 
 
 def test_a_dataset_without_boxes_is_named(root, tmp_path, quick):
-    config = compose_config("data=label_map", "data.format=camvid", f"data.root={tmp_path}", "device=cpu")
-    with pytest.raises(ValueError, match="data.format is camvid, which has neither boxes nor objects; take a dataset"):
+    config = compose_config("data=pictures", "data.format=camvid", f"data.root={tmp_path}", "device=cpu")
+    with pytest.raises(ValueError, match="data.format is 'camvid'; must be one of .*coco"):
         train_in(tmp_path / "run", config)
 
 

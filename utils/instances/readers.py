@@ -9,6 +9,7 @@ lives in exactly one layer, and objects that overlap lie in different layers (la
 import functools
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,10 +85,11 @@ def split_items(format: str, root: str, **keys) -> tuple[list[Item], list[Item]]
 
 def split_labpics(
     root: Path,
-    subsets: list[str],
-    train_folder: str,
-    val_folder: str | None,
-    vessel: str,
+    *,
+    subsets: Sequence[str] = ("Simple", "Complex"),
+    train_folder: str = "Train",
+    val_folder: str | None = None,
+    vessel: str = "visible",
     val_fraction: float,
     split_seed: int,
     on_bad: str,
@@ -112,12 +114,13 @@ def split_labpics(
 
 def split_label_map(
     root: Path,
-    image_dir: str,
-    label_dir: str,
-    label_ending: str,
-    ignore_ids: list[int],
-    train_list: str | None,
-    val_list: str | None,
+    *,
+    image_dir: str = "images",
+    label_dir: str = "labels",
+    label_ending: str = "",
+    ignore_ids: Sequence[int] = (),
+    train_list: str | None = None,
+    val_list: str | None = None,
     val_fraction: float,
     split_seed: int,
     on_bad: str,
@@ -143,7 +146,13 @@ def split_label_map(
 
 
 def split_masks_per_file(
-    root: Path, train_list: str | None, val_list: str | None, val_fraction: float, split_seed: int, on_bad: str
+    root: Path,
+    *,
+    train_list: str | None = None,
+    val_list: str | None = None,
+    val_fraction: float,
+    split_seed: int,
+    on_bad: str,
 ) -> tuple[list[Item], list[Item]]:
     """List the layout of the Data Science Bowl 2018: <root>/<id>/images/<one picture>, <root>/<id>/masks/*.png."""
     items, missing = [], []
@@ -163,10 +172,11 @@ def split_masks_per_file(
 
 def split_coco(
     root: Path,
-    train_images: str,
-    train_annotations: str,
-    val_images: str,
-    val_annotations: str | None,
+    *,
+    train_images: str = "train2017",
+    train_annotations: str = "annotations/instances_train2017.json",
+    val_images: str = "val2017",
+    val_annotations: str | None = None,
     val_fraction: float,
     split_seed: int,
     on_bad: str,
@@ -211,10 +221,11 @@ def _list_coco(image_dir: Path, annotation_path: Path, image_dir_name: str, on_b
 
 def split_sa1b(
     root: Path,
-    image_dir: str,
-    annotation_dir: str,
-    train_list: str | None,
-    val_list: str | None,
+    *,
+    image_dir: str = ".",
+    annotation_dir: str = ".",
+    train_list: str | None = None,
+    val_list: str | None = None,
     val_fraction: float,
     split_seed: int,
     on_bad: str,

@@ -26,7 +26,6 @@ from utils.settings import check_keys
 from utils.tracking.frames import list_frames, natural_key, picture_names
 
 MANY_VIDEOS = 500  # from here on, listing shows its progress
-STATIC_FORMATS = ("coco", "label_map", "labpics", "masks_per_file", "sa1b")  # of `split_pictures`
 GROUNDTRUTH_NAMES = ("groundtruth_rect.txt", "groundtruth.txt", "groundtruth_rect.1.txt")
 # Frames that belong to an OTB sequence where its folder holds more: first and last number, as the benchmark says.
 OTB_FRAME_RANGES = {
@@ -66,14 +65,28 @@ class Sequence:
 # list a dataset
 
 
-def split_sequences(format: str, root: str, index: str | None, **keys) -> tuple[list[Sequence], list[Sequence]]:
+def split_dataset(format: str, root: str, **keys) -> tuple[list[Sequence], list[Sequence]]:
+    """List a dataset of video sequences, or of pictures with masks: its format says which.
+
+    Args:
+        format: a name in SEQUENCE_FORMATS, as `split_sequences`, or a layout of pictures, as `split_pictures`.
+        root, keys: as theirs.
+    Returns:
+        (train_sequences, val_sequences).
+    Raises:
+        FileNotFoundError, ValueError: as `split_sequences`.
+    """
+    return (split_sequences if format in SEQUENCE_FORMATS else split_pictures)(format, root, **keys)
+
+
+def split_sequences(format: str, root: str, index: str | None = None, **keys) -> tuple[list[Sequence], list[Sequence]]:
     """List a dataset's sequences and split them into training and validation.
 
     The split is what the dataset has on disk (folders), or what train_sequences and val_sequences name, else a seeded
     fraction of the sorted folders, which depends on nothing else. Objects of one video stay together.
 
     Args:
-        format: one of got10k, imagenet_vid, davis, otb, vot, folders.
+        format: a name in SEQUENCE_FORMATS.
         root: the dataset's folder, relative to where the user stands.
         index: a file (.npz) to keep the list in, for the next run; None: read all annotations each time.
         keys: the other keys of that format's configs/tracking/data/*.yaml; the functions below explain them.
@@ -84,22 +97,14 @@ def split_sequences(format: str, root: str, index: str | None, **keys) -> tuple[
         ValueError: for an unknown format or key, a value that makes no sense, or a faulty groundtruth file (with on_bad
             "skip" such a sequence is left out, and a printed line says so).
     """
-    listers = {
-        "got10k": split_got10k,
-        "imagenet_vid": split_imagenet_vid,
-        "davis": split_davis,
-        "otb": split_otb,
-        "vot": split_vot,
-        "folders": split_folders,
-    }
-    if format not in listers:
-        raise ValueError(f"data.format is {format!r}; must be one of {', '.join(listers)}")
+    if format not in SEQUENCE_FORMATS:
+        raise ValueError(f"data.format is {format!r}; must be one of {', '.join(SEQUENCE_FORMATS)}")
     for key in ("box_origin", "on_bad"):
         allowed = {"box_origin": (0, 1), "on_bad": ("stop", "skip")}[key]
         if key in keys and keys[key] not in allowed:
             raise ValueError(f"data.{key} is {keys[key]!r}; must be {allowed[0]} or {allowed[1]}")
     folder = dataset_folder(root)
-    split = functools.partial(listers[format], folder)
+    split = functools.partial(SEQUENCE_FORMATS[format], folder)
     check_keys(split, keys, "data")
     asked = json.dumps({"format": format, "root": str(folder.resolve()), **keys}, sort_keys=True)
     if index is not None and Path(index).is_file():
@@ -404,20 +409,30 @@ def _read_folder(
     return [_make(name, name, folder, _frame_names(folder), read_boxes(_existing(path), box_origin), box_origin)]
 
 
+SEQUENCE_FORMATS = {
+    "got10k": split_got10k,
+    "imagenet_vid": split_imagenet_vid,
+    "davis": split_davis,
+    "otb": split_otb,
+    "vot": split_vot,
+    "folders": split_folders,
+}
+
+
 def split_pictures(format: str, root: str, **keys) -> tuple[list[Sequence], list[Sequence]]:
     """List pictures with masks as sequences of one frame, one for each object, and split them by picture.
 
     All masks are read here, for their tight boxes: about a minute for 3,000 pictures.
 
     Args:
-        format: one of STATIC_FORMATS.
-        root, keys: as in those formats' configs/tracking/data/*.yaml (`readers.split_items`).
+        format: one of those of `readers.split_items`.
+        root, keys: as in that format's configs/sam2/data/*.yaml; None: not given, so that the reader's default counts.
     Returns:
         (train_sequences, val_sequences), named <picture>.<object id>, or .<layer>.<object id> where objects overlap.
     Raises:
         FileNotFoundError, ValueError: as `split_sequences`.
     """
-    splits = []
+    splits, keys = [], {key: value for key, value in keys.items() if value is not None}
     for items in split_items(format, root, **keys):
         by_name = {item.name: item for item in items}
         splits.append(

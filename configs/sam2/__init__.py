@@ -1,1 +1,0 @@
-"""On the search path of every script; Hydra wants a package."""
