@@ -173,11 +173,11 @@ def test_protocols_differ_where_they_should():
     truth[4] = 0  # away
     boxes = np.tile([20.0, 20, 10, 10], (10, 1))
     boxes[0] += [30, 30, 0, 0]
-    found = {name: one_pass_scores(boxes, truth, name) for name in PROTOCOLS}
+    scores = {name: one_pass_scores(boxes, truth, name) for name in PROTOCOLS}
     # the first frame is given in two of them; a frame without object is a miss, but in pysot precise
-    assert [found[name]["success_50"] for name in PROTOCOLS] == [0.9, 0.8, 0.9]
-    assert [found[name]["precision_20"] for name in PROTOCOLS] == [0.9, 0.9, 0.9]
-    assert found["pysot"]["precision_curve"][0] == 0.9 and found["pytracking"]["precision_curve"][0] == 0.9
+    assert [scores[name]["success_50"] for name in PROTOCOLS] == [0.9, 0.8, 0.9]
+    assert [scores[name]["precision_20"] for name in PROTOCOLS] == [0.9, 0.9, 0.9]
+    assert scores["pysot"]["precision_curve"][0] == 0.9 and scores["pytracking"]["precision_curve"][0] == 0.9
     truth[4] = [500, 500, 0, 0]  # a centre somewhere, but no object
     assert precision_curve(boxes, truth, "pysot")[20] == 0.8
     with pytest.raises(ValueError, match="protocol is 'otb'; must be one of got10k, pysot, pytracking"):
@@ -226,11 +226,11 @@ def test_got10k_scores_are_those_of_the_toolkits_report(tmp_path):
     assert scores["sr_50"] == pytest.approx(overall["sr"], abs=1e-9)
     assert scores["sr_75"] == pytest.approx(overall["succ_curve"][75], abs=1e-9)
     assert np.abs(scores["success_curve"] - overall["succ_curve"]).max() < 1e-9
-    assert scores["ao_by_sequence"] == pytest.approx(np.mean([one["ao"] for one in by_sequence]), abs=1e-9)
-    assert scores["sr_50_by_sequence"] == pytest.approx(np.mean([one["sr"] for one in by_sequence]), abs=1e-9)
+    assert scores["ao_by_sequence"] == pytest.approx(np.mean([row["ao"] for row in by_sequence]), abs=1e-9)
+    assert scores["sr_50_by_sequence"] == pytest.approx(np.mean([row["sr"] for row in by_sequence]), abs=1e-9)
     assert abs(scores["ao"] - scores["ao_by_sequence"]) > 1e-3  # the two weights are not the same number
     assert scores["num_frames"] == sum((cover[1:] > 0).sum() for cover in covers)
-    assert scores["sr_75_by_sequence"] == pytest.approx(np.mean([(one > 0.75).mean() for one in overlaps]))
+    assert scores["sr_75_by_sequence"] == pytest.approx(np.mean([(iou > 0.75).mean() for iou in overlaps]))
 
 
 def test_got10k_counts_neither_the_first_frame_nor_hidden_ones():
