@@ -360,7 +360,7 @@ def evaluate_tracking(
     """Track sequences from the first frame with a visible box to the end, and compare with groundtruth.
 
     Args:
-        num_frames: of each sequence the first so many; None: all.
+        num_frames: how many frames of each sequence are tracked, from its start; None: all.
     Returns:
         {"val/ao": float, ...}; val/still_ao, ...: of a box that stays where it is.
     Raises:
