@@ -23,6 +23,15 @@ def data_root() -> Path:
     return root
 
 
+@pytest.fixture
+def one_thread():
+    """Let torch compute in one thread: how many there are changes the last bits of a result."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

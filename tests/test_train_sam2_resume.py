@@ -1,25 +1,18 @@
 """train_sam2.py: resuming is exact, wherever the run was killed, and a run is a function of its config."""
 
-import csv
 import json
 import shutil
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
+from tiny import crash_at_step, differences, kill_and_resume, run_differences
 from tiny_training import (
-    ROOT,
     compose_config,
-    differences,
     make_runs_quick,
-    read_last,
     run_main,
     script_evaluation,
     tiny_overrides,
     train_in,
-    without_timing,
     write_dataset,
 )
 
@@ -38,33 +31,6 @@ def root(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     make_runs_quick(monkeypatch)
-
-
-def crash_at_step(monkeypatch, step):
-    """Let the forward of the update after `step` done ones raise."""
-    calls = []
-    real_loss = train_sam2.prompted_loss
-
-    def crash(*args):
-        calls.append(1)
-        if len(calls) == step + 1:
-            raise KeyboardInterrupt
-        return real_loss(*args)
-
-    monkeypatch.setattr(train_sam2, "prompted_loss", crash)
-
-
-def run_differences(run_dir, other_dir):
-    """Where two runs differ in last.pt, best.pt and metrics.csv, but for timing and the config's `resume`."""
-    states, bests, tables = [], [], []
-    for folder in (run_dir, other_dir):
-        state = read_last(folder)
-        state["config"].pop("resume")
-        states.append(state | {"metrics": without_timing(state["metrics"])})
-        bests.append({key: torch.load(folder / "best.pt", weights_only=True)[key] for key in ("model", "metrics")})
-        with (folder / "metrics.csv").open(newline="") as file:
-            tables.append(without_timing(list(csv.DictReader(file))))
-    return differences(*states, "last") + differences(*bests, "best") + differences(*tables, "metrics.csv")
 
 
 @pytest.fixture(scope="module")
@@ -272,83 +238,6 @@ def test_resume_lists_what_may_not_change(override, listed, stored):
 # ---------------------------------------------------------------------------------------------------------------------
 # kill -9
 
-# Every run is a child that is forked before anything is computed, so that importing is paid for once. A child that
-# kills itself does so at the call number `number` of `name`; the others are killed by the parent once they have used
-# a share of the processor time that the whole run took from its first checkpoint to its end.
-KILLER = r"""
-import json, os, shutil, signal, sys, time, traceback
-from pathlib import Path
-import torch
-import torch.utils.tensorboard
-import tiny_training, train_sam2
-from utils import loop
-
-torch.set_num_threads(1)
-config, folder, cases = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-for name in ("plot_curves", "plot_statistics"):
-    setattr(train_sam2, name, lambda *args: None)
-loop.git_state = lambda: None
-
-
-def die_at_call(module, name, number, ending=None):
-    real, calls = getattr(module, name), []
-
-    def call(*args, **keywords):
-        calls.extend([1] * (ending is None or str(args[-1]).endswith(ending)))
-        if len(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **keywords)
-
-    setattr(module, name, call)
-
-
-def cpu_s(pid):
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def run(run_dir, resume_path=None, die=None, share=None):
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            if die is not None:
-                module, *rest = die
-                die_at_call({"os": os, "loop": loop, "train_sam2": train_sam2}[module], *rest)
-            tiny_training.train_in(run_dir, config, resume_path)
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    first_s = last_s = None
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status), first_s, last_s
-        if (run_dir / "last.pt").exists():
-            last_s = cpu_s(pid)
-            first_s = last_s if first_s is None else first_s
-            if share is not None and last_s >= first_s + share * span_s:
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.002)
-
-
-status, first_s, last_s = run(folder / "whole")
-span_s = last_s - first_s
-answer = {"whole": [status, 0]}
-for name, case in cases.items():
-    killed = folder / f"{name}_killed"
-    status, *_ = run(killed, **case)
-    while status == 0 and "share" in case:  # it was faster than the whole run, and ended first
-        case["share"] *= 0.6
-        shutil.rmtree(killed)
-        status, *_ = run(killed, **case)
-    resumed_status, *_ = run(folder / name, killed / "last.pt")
-    answer[name] = [status, resumed_status]
-print(json.dumps(answer))
-"""
-
 
 @pytest.mark.slow
 def test_killed_runs_resume_exactly(root, tmp_path):
@@ -360,7 +249,7 @@ def test_killed_runs_resume_exactly(root, tmp_path):
         # last.pt.tmp of step 3 is complete, last.pt is not yet replaced
         "mid_save": {"die": ["os", "replace", 4, "last.pt"]},
         # last.pt of step 0 is there, and best.pt is not
-        "between_saves": {"die": ["loop", "save_checkpoint", 2]},
+        "between_saves": {"die": ["utils.loop", "save_checkpoint", 2]},
         # 13 objects, 2 clicks: within the second evaluation
         "mid_validation": {"die": ["train_sam2", "center_point", 13 * 2 + 9]},
         # between the third step's two forwards
@@ -371,19 +260,8 @@ def test_killed_runs_resume_exactly(root, tmp_path):
     for number, share in enumerate(shares):
         jitter = 0.14 * (torch.rand(1, generator=generator).item() - 0.5)
         cases[f"random_{number}"] = {"share": share + jitter}
-    command = [sys.executable, "-c", KILLER, json.dumps(config), str(tmp_path), json.dumps(cases)]
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    statuses = json.loads(done.stdout.splitlines()[-1])
-    assert statuses.pop("whole") == [0, 0]
-    for name, (status, resumed_status) in statuses.items():
-        assert resumed_status == 0, (name, done.stderr[-3000:])
-        assert status == -signal.SIGKILL, name
-        assert "end" not in json.loads((tmp_path / f"{name}_killed" / "run.json").read_text())
-        assert not run_differences(tmp_path / "whole", tmp_path / name), name
+    steps = kill_and_resume("tiny_training", config, tmp_path, cases)
     assert (tmp_path / "mid_save_killed" / "last.pt.tmp").exists()
-    steps = {name: load_checkpoint(tmp_path / f"{name}_killed" / "last.pt")["loop"]["step"] for name in statuses}
     assert (steps["mid_save"], steps["mid_validation"], steps["mid_accumulation"]) == (2, 1, 2)
     assert not (tmp_path / "between_saves_killed" / "best.pt").exists()
     assert len(set(steps.values())) >= 3  # the random moments are spread over the run

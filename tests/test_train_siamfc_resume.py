@@ -3,27 +3,20 @@
 The published code stores neither the optimizer nor the step, and cannot resume.
 """
 
-import csv
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
+from tiny import crash_at_step, differences, kill_and_resume, read_last, run_differences, without_timing
 from tiny_tracking import (
-    ROOT,
     compose_config,
     make_runs_quick,
     run_main,
     script_evaluation,
     tiny_overrides,
     train_in,
-    without_timing,
     write_got10k,
 )
-from tiny_training import differences, read_last
 
 import train_siamfc
 from utils.checkpoint import load_checkpoint
@@ -47,34 +40,6 @@ def quick(monkeypatch):
 
 def configure(root, *overrides):
     return compose_config(*tiny_overrides(root), *STEPS, *overrides)
-
-
-def crash_at_step(monkeypatch, step):
-    """Let the backward pass of the update after `step` done ones raise."""
-    calls = []
-    real_backward = torch.Tensor.backward
-
-    def crash(*args):
-        calls.append(1)
-        if len(calls) == step + 1:
-            raise KeyboardInterrupt
-        return real_backward(*args)
-
-    monkeypatch.setattr(torch.Tensor, "backward", crash)
-
-
-def run_differences(run_dir, other_dir):
-    """Where two runs differ in last.pt, best.pt and metrics.csv, but for timing and the config's `resume`."""
-    states, bests, tables = [], [], []
-    for folder in (run_dir, other_dir):
-        state = read_last(folder)
-        state["config"].pop("resume")
-        states.append(state | {name: without_timing(state[name]) for name in ("metrics", "best", "start_metrics")})
-        best = torch.load(folder / "best.pt", weights_only=True)
-        bests.append({"model": best["model"], "metrics": without_timing(best["metrics"])})
-        with (folder / "metrics.csv").open(newline="") as file:
-            tables.append(without_timing(list(csv.DictReader(file))))
-    return differences(*states, "last") + differences(*bests, "best") + differences(*tables, "metrics.csv")
 
 
 @pytest.fixture(scope="module")
@@ -221,88 +186,24 @@ def test_resume_lists_what_may_not_change(override, listed, whole):
 # ---------------------------------------------------------------------------------------------------------------------
 # kill -9
 
-# Children that are forked before anything is computed; each kills itself at a given call.
-KILLER = r"""
-import json, os, signal, sys, traceback
-from pathlib import Path
-import torch
-import torch.utils.tensorboard
-import tiny_tracking, train_siamfc
-from utils import loop
-
-torch.set_num_threads(1)
-config, folder, cases = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-train_siamfc.plot_curves = lambda *args: None
-loop.git_state = lambda: None
-tiny_tracking.use_backbone(type("Setter", (), {"setattr": staticmethod(setattr)}))
-
-
-def die_at_call(module, name, number, ending=None):
-    real, calls = getattr(module, name), []
-
-    def call(*args, **keywords):
-        calls.extend([1] * (ending is None or str(args[-1]).endswith(ending)))
-        if len(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **keywords)
-
-    setattr(module, name, call)
-
-
-def run(run_dir, resume_path=None, die=None):
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            if die is not None:
-                module, *rest = die
-                die_at_call({"os": os, "loop": loop, "train_siamfc": train_siamfc}[module], *rest)
-            tiny_tracking.train_in(run_dir, config, resume_path)
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-answer = {"whole": [run(folder / "whole"), 0]}
-for name, die in cases.items():
-    killed = folder / f"{name}_killed"
-    answer[name] = [run(killed, die=die), run(folder / name, killed / "last.pt")]
-print(json.dumps(answer))
-"""
-
 
 @pytest.mark.slow
 def test_killed_runs_resume_exactly(root, tmp_path):
     config = configure(root, "train.steps=5", "train.eval_every=2", "train.batch_size=1", "train.accumulate=2")
     cases = {
         # last.pt.tmp of step 3 is complete, last.pt is not yet replaced
-        "mid_save": ["os", "replace", 4, "last.pt"],
+        "mid_save": {"die": ["os", "replace", 4, "last.pt"]},
         # last.pt has the first evaluation, which is the best so far, and there is no best.pt yet
-        "before_best": ["os", "replace", 1, "best.pt"],
+        "before_best": {"die": ["os", "replace", 1, "best.pt"]},
         # the tracking of the second evaluation is done, its pairs are not
-        "mid_validation": ["train_siamfc", "evaluate_pairs", 2],
+        "mid_validation": {"die": ["train_siamfc", "evaluate_pairs", 2]},
         # between the third step's two forwards: the two evaluations before it call the loss twice each
-        "mid_accumulation": ["train_siamfc", "balanced_loss", 2 + 2 * 2 + 2 + 2],
-        "mid_step": ["train_siamfc", "exponential_lr", 5],
+        "mid_accumulation": {"die": ["train_siamfc", "balanced_loss", 2 + 2 * 2 + 2 + 2]},
+        "mid_step": {"die": ["train_siamfc", "exponential_lr", 5]},
         # all is trained and stored, but run.json has no end
-        "at_the_end": ["train_siamfc", "finish_run", 1],
+        "at_the_end": {"die": ["train_siamfc", "finish_run", 1]},
     }
-    command = [sys.executable, "-c", KILLER, json.dumps(config), str(tmp_path), json.dumps(cases)]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    statuses = json.loads(done.stdout.splitlines()[-1])
-    assert statuses.pop("whole") == [0, 0]
-    for name, (status, resumed_status) in statuses.items():
-        assert resumed_status == 0, (name, done.stderr[-3000:])
-        assert status == -signal.SIGKILL, name
-        assert "end" not in json.loads((tmp_path / f"{name}_killed" / "run.json").read_text())
-        assert not run_differences(tmp_path / "whole", tmp_path / name), name
-        assert "end" in json.loads((tmp_path / name / "run.json").read_text())
-    steps = {name: load_checkpoint(tmp_path / f"{name}_killed" / "last.pt")["loop"]["step"] for name in statuses}
+    steps = kill_and_resume("tiny_tracking", config, tmp_path, cases)
     assert steps == {
         "mid_save": 2, "before_best": 0, "mid_validation": 1, "mid_accumulation": 2, "mid_step": 4, "at_the_end": 5,
     }  # fmt: skip

@@ -1,16 +1,10 @@
 """train_unet.py: resuming is exact, wherever the run was killed, and a run is a function of its config."""
 
-import csv
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
-import torch
+from tiny import crash_at_step, differences, kill_and_resume, read_last, run_differences
 from tiny_segmentation import (
-    ROOT,
     compose_config,
     make_runs_quick,
     run_main,
@@ -19,7 +13,6 @@ from tiny_segmentation import (
     train_in,
     write_dataset,
 )
-from tiny_training import differences, read_last, without_timing
 
 import train_unet
 from utils.checkpoint import load_checkpoint
@@ -42,34 +35,6 @@ def configure(root, *overrides):
     network = ["model=vit_small", "model.dim=24", "model.num_blocks=2", "model.num_heads=2", "model.dropout=0.3"]
     kept = [one for one in tiny_overrides(root) if not one.startswith("model")]
     return compose_config(*kept, *network, *STEPS, *overrides)
-
-
-def crash_at_step(monkeypatch, step):
-    """Let the backward pass of the update after `step` done ones raise."""
-    calls = []
-    real_backward = torch.Tensor.backward
-
-    def crash(*args):
-        calls.append(1)
-        if len(calls) == step + 1:
-            raise KeyboardInterrupt
-        return real_backward(*args)
-
-    monkeypatch.setattr(torch.Tensor, "backward", crash)
-
-
-def run_differences(run_dir, other_dir):
-    """Where two runs differ in last.pt, best.pt and metrics.csv, but for timing and the config's `resume`."""
-    states, bests, tables = [], [], []
-    for folder in (run_dir, other_dir):
-        state = read_last(folder)
-        state["config"].pop("resume")
-        states.append(state | {"metrics": without_timing(state["metrics"])})
-        best = torch.load(folder / "best.pt", weights_only=True)
-        bests.append({key: best[key] for key in ("model", "metrics", "class_weights")})
-        with (folder / "metrics.csv").open(newline="") as file:
-            tables.append(without_timing(list(csv.DictReader(file))))
-    return differences(*states, "last") + differences(*bests, "best") + differences(*tables, "metrics.csv")
 
 
 @pytest.fixture(scope="module")
@@ -163,88 +128,24 @@ def test_resume_lists_what_may_not_change(override, listed, whole):
 # ---------------------------------------------------------------------------------------------------------------------
 # kill -9
 
-# Children that are forked before anything is computed; each kills itself at a given call.
-KILLER = r"""
-import json, os, signal, sys, traceback
-from pathlib import Path
-import torch
-import torch.utils.tensorboard
-import tiny_segmentation, train_unet
-from utils import loop
-from utils.segmentation.prediction import Predictor
-
-torch.set_num_threads(1)
-config, folder, cases = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-for name in ("plot_curves", "plot_statistics"):
-    setattr(train_unet, name, lambda *args: None)
-loop.git_state = lambda: None
-
-
-def die_at_call(module, name, number, ending=None):
-    real, calls = getattr(module, name), []
-
-    def call(*args, **keywords):
-        calls.extend([1] * (ending is None or str(args[-1]).endswith(ending)))
-        if len(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **keywords)
-
-    setattr(module, name, call)
-
-
-def run(run_dir, resume_path=None, die=None):
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            if die is not None:
-                module, *rest = die
-                die_at_call({"os": os, "loop": loop, "Predictor": Predictor, "train_unet": train_unet}[module], *rest)
-            tiny_segmentation.train_in(run_dir, config, resume_path)
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-answer = {"whole": [run(folder / "whole"), 0]}
-for name, die in cases.items():
-    killed = folder / f"{name}_killed"
-    answer[name] = [run(killed, die=die), run(folder / name, killed / "last.pt")]
-print(json.dumps(answer))
-"""
-
 
 @pytest.mark.slow
 def test_killed_runs_resume_exactly(root, tmp_path):
     config = configure(root, "train.steps=5", "train.eval_every=2", "train.batch_size=1", "train.accumulate=2")
     cases = {
         # last.pt.tmp of step 3 is complete, last.pt is not yet replaced
-        "mid_save": ["os", "replace", 4, "last.pt"],
+        "mid_save": {"die": ["os", "replace", 4, "last.pt"]},
         # last.pt has the evaluation of step 2, best.pt not yet
-        "before_best": ["os", "replace", 2, "best.pt"],
+        "before_best": {"die": ["os", "replace", 2, "best.pt"]},
         # three pictures each: the second picture of the second evaluation
-        "mid_validation": ["Predictor", "predict", 3 + 2],
+        "mid_validation": {"die": ["utils.segmentation.prediction:Predictor", "predict", 3 + 2]},
         # between the third step's two forwards: the evaluations before it use the loss three times each
-        "mid_accumulation": ["train_unet", "weighted_loss", 3 + 2 * 2 + 3 + 2],
-        "mid_step": ["train_unet", "scheduled_lr", 5],
+        "mid_accumulation": {"die": ["train_unet", "weighted_loss", 3 + 2 * 2 + 3 + 2]},
+        "mid_step": {"die": ["train_unet", "scheduled_lr", 5]},
         # the checkpoint of step 5 is there, the test split was being measured
-        "at_the_end": ["Predictor", "predict", 4 * 3 + 1],
+        "at_the_end": {"die": ["utils.segmentation.prediction:Predictor", "predict", 4 * 3 + 1]},
     }
-    command = [sys.executable, "-c", KILLER, json.dumps(config), str(tmp_path), json.dumps(cases)]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    statuses = json.loads(done.stdout.splitlines()[-1])
-    assert statuses.pop("whole") == [0, 0]
-    for name, (status, resumed_status) in statuses.items():
-        assert resumed_status == 0, (name, done.stderr[-3000:])
-        assert status == -signal.SIGKILL, name
-        assert "end" not in json.loads((tmp_path / f"{name}_killed" / "run.json").read_text())
-        assert not run_differences(tmp_path / "whole", tmp_path / name), name
-    steps = {name: load_checkpoint(tmp_path / f"{name}_killed" / "last.pt")["loop"]["step"] for name in statuses}
+    steps = kill_and_resume("tiny_segmentation", config, tmp_path, cases)
     assert steps == {
         "mid_save": 2, "before_best": steps["before_best"], "mid_validation": 1, "mid_accumulation": 2, "mid_step": 4,
         "at_the_end": 5,

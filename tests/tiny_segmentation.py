@@ -1,21 +1,18 @@
 """A tiny dataset, configs, and runs of train_unet.py, for its tests."""
 
+import functools
 import itertools
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
-from tiny_training import read_last
+import tiny
+from tiny import ROOT as ROOT
 
 import train_unet
 from utils.images import write_image
 from utils.segmentation import reports
 
-ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("background", "disc", "square")
 COLORS = np.array([(40, 40, 40), (220, 60, 60), (70, 90, 240)], np.uint8)  # of the classes
 SIZES = [(48, 64), (40, 56), (64, 48), (48, 64), (52, 52)]  # height, width
@@ -102,40 +99,10 @@ def tiny_overrides(root: Path) -> list[str]:
     ]
 
 
-def compose_config(*overrides: str) -> dict:
-    """Compose configs/unet/train_unet.yaml with overrides, as main does."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "configs" / "unet"), version_base="1.3"):
-        cfg = compose("train_unet", list(overrides))
-    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-
-
-def train_in(run_dir: Path, config: dict, resume_path: Path | None = None) -> dict:
-    """Train into a new folder and return what its last.pt holds."""
-    run_dir.mkdir(parents=True)
-    train_unet.train(config, run_dir, resume_path)
-    return read_last(run_dir)
-
-
-def run_main(monkeypatch, capfd, run_dir: Path, *arguments: str) -> tuple[int, str]:
-    """Run `python train_unet.py arguments` in this process: exit status, and all that was printed."""
-    command = ["train_unet.py", "--config-path", str(ROOT / "configs" / "unet"), *arguments, f"hydra.run.dir={run_dir}"]
-    monkeypatch.setattr(sys, "argv", command)
-    GlobalHydra.instance().clear()
-    capfd.readouterr()
-    status, message = 0, ""
-    try:
-        train_unet.main()
-    except SystemExit as stop:  # sys.exit("message") prints it and exits with 1
-        status, message = (1, stop.code) if isinstance(stop.code, str) else (stop.code, "")
-    return status, "".join(capfd.readouterr()) + message
-
-
-def make_runs_quick(monkeypatch) -> None:
-    """Leave out pictures of curves and statistics and the call of git: most of the time of a tiny run."""
-    monkeypatch.setattr(train_unet, "plot_curves", lambda rows, path: None)
-    monkeypatch.setattr(train_unet, "plot_statistics", lambda report, path: None)
-    monkeypatch.setattr("utils.loop.git_state", lambda: {"commit": None, "dirty": None})
+compose_config = functools.partial(tiny.compose_config, "train_unet")
+train_in = functools.partial(tiny.train_in, train_unet)
+run_main = functools.partial(tiny.run_main, train_unet)
+make_runs_quick = functools.partial(tiny.make_runs_quick, train_unet)
 
 
 def script_evaluation(monkeypatch, values: list[float] | None = None) -> None:

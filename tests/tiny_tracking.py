@@ -1,19 +1,17 @@
 """Tiny videos, configs, networks, and runs of train_siamfc.py, for its tests and the tracker's."""
 
-import copy
 import functools
 import itertools
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
+import tiny
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
-from tiny_training import read_last
+from tiny import ROOT as ROOT
+from tiny import without_timing as without_timing
 from torch import nn
 
 import train_siamfc
@@ -21,10 +19,6 @@ from train_siamfc import PairSettings
 from utils.images import write_image, write_label_map
 from utils.tracking.sequences import Sequence
 from utils.tracking.siamfc import SiamFC
-
-ROOT = Path(__file__).resolve().parent.parent
-TIMED = ("pairs_per_s", "data_wait_share", "val/tracked_per_s")  # what depends on the machine's load
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # networks
@@ -217,17 +211,9 @@ def tiny_overrides(root: Path) -> list[str]:
     ]
 
 
-def compose_config(*overrides: str) -> dict:
-    """Compose configs/tracking/train_siamfc.yaml with overrides, as main does."""
-    return copy.deepcopy(_compose(overrides))
-
-
-@functools.cache  # composing takes a fifth of a second
-def _compose(overrides: tuple[str, ...]) -> dict:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "configs" / "tracking"), version_base="1.3"):
-        cfg = compose("train_siamfc", list(overrides))
-    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+compose_config = functools.partial(tiny.compose_config, "train_siamfc")
+train_in = functools.partial(tiny.train_in, train_siamfc)
+run_main = functools.partial(tiny.run_main, train_siamfc)
 
 
 def changed_config(config: dict, change: str | dict) -> dict:
@@ -249,37 +235,9 @@ def make_dataset(config: dict) -> train_siamfc.SiamesePairs:
     return train_siamfc.SiamesePairs(sequences, usable, config["seed"], pairs)
 
 
-def train_in(run_dir: Path, config: dict, resume_path: Path | None = None) -> dict:
-    """Train into a new folder and return what its last.pt holds."""
-    run_dir.mkdir(parents=True)
-    train_siamfc.train(config, run_dir, resume_path)
-    return read_last(run_dir)
-
-
-def run_main(monkeypatch, capfd, run_dir: Path, *arguments: str) -> tuple[int, str]:
-    """Run `python train_siamfc.py arguments` in this process: exit status, and all that was printed."""
-    command = [
-        "train_siamfc.py",
-        "--config-path",
-        str(ROOT / "configs" / "tracking"),
-        *arguments,
-        f"hydra.run.dir={run_dir}",
-    ]
-    monkeypatch.setattr(sys, "argv", command)
-    GlobalHydra.instance().clear()
-    capfd.readouterr()
-    status, message = 0, ""
-    try:
-        train_siamfc.main()
-    except SystemExit as stop:  # sys.exit("message") prints it and exits with 1
-        status, message = (1, stop.code) if isinstance(stop.code, str) else (stop.code, "")
-    return status, "".join(capfd.readouterr()) + message
-
-
 def make_runs_quick(monkeypatch) -> None:
     """Leave out pictures of curves and the call of git, and take a small network: most of the time of a tiny run."""
-    monkeypatch.setattr(train_siamfc, "plot_curves", lambda rows, path: None)
-    monkeypatch.setattr("utils.loop.git_state", lambda: {"commit": None, "dirty": None})
+    tiny.make_runs_quick(train_siamfc, monkeypatch)
     use_backbone(monkeypatch)
 
 
@@ -293,10 +251,3 @@ def script_evaluation(monkeypatch, scores: list[float] | None = None) -> None:
 
     monkeypatch.setattr(train_siamfc, "evaluate_tracking", evaluate_tracking)
     monkeypatch.setattr(train_siamfc, "evaluate_pairs", lambda *args: {"val/loss": 0.5, "val/hit_rate": 0.5})
-
-
-def without_timing(metrics):
-    """Rows of a metrics log, or a dict of metrics, without what depends on the machine's load."""
-    if isinstance(metrics, list):
-        return [without_timing(row) for row in metrics]
-    return {name: value for name, value in metrics.items() if name not in TIMED}

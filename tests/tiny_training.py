@@ -1,22 +1,22 @@
 """A tiny dataset, configs, and runs of train_sam2.py, for its tests."""
 
+import functools
 import itertools
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
+import tiny
 from PIL import Image
+from tiny import ROOT as ROOT
+from tiny import differences as differences
+from tiny import read_last as read_last
+from tiny import without_timing as without_timing
 
 import train_sam2
 from utils.images import write_image, write_label_map
 from utils.instances.readers import Item, object_ids, read_instances, split_items
 
-ROOT = Path(__file__).resolve().parent.parent
 COLORS = np.array([(230, 60, 60), (60, 220, 60), (70, 90, 240), (120, 120, 120)], np.uint8)  # of ids 1, 2, 3, 4
 
 
@@ -110,47 +110,10 @@ def tiny_overrides(root: Path) -> list[str]:
     ]
 
 
-def compose_config(*overrides: str) -> dict:
-    """Compose configs/sam2/train_sam2.yaml with overrides, as main does."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "configs" / "sam2"), version_base="1.3"):
-        cfg = compose("train_sam2", list(overrides))
-    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-
-
-def train_in(run_dir: Path, config: dict, resume_path: Path | None = None) -> dict:
-    """Train into a new folder and return what its last.pt holds."""
-    run_dir.mkdir(parents=True)
-    train_sam2.train(config, run_dir, resume_path)
-    return read_last(run_dir)
-
-
-def read_last(run_dir: Path) -> dict:
-    """What a run's last.pt holds, the fields of LoopState beside the rest, its rows as "metrics"."""
-    state = torch.load(run_dir / "last.pt", weights_only=True)
-    loop = state.pop("loop")
-    return state | {"metrics": loop.pop("rows")} | loop
-
-
-def run_main(monkeypatch, capfd, run_dir: Path, *arguments: str) -> tuple[int, str]:
-    """Run `python train_sam2.py arguments` in this process: exit status, and all that was printed."""
-    command = ["train_sam2.py", "--config-path", str(ROOT / "configs" / "sam2"), *arguments, f"hydra.run.dir={run_dir}"]
-    monkeypatch.setattr(sys, "argv", command)
-    GlobalHydra.instance().clear()
-    capfd.readouterr()
-    status, message = 0, ""
-    try:
-        train_sam2.main()
-    except SystemExit as stop:  # sys.exit("message") prints it and exits with 1
-        status, message = (1, stop.code) if isinstance(stop.code, str) else (stop.code, "")
-    return status, "".join(capfd.readouterr()) + message
-
-
-def make_runs_quick(monkeypatch) -> None:
-    """Leave out pictures of curves and statistics and the call of git: most of the time of a tiny run."""
-    monkeypatch.setattr(train_sam2, "plot_curves", lambda rows, path: None)
-    monkeypatch.setattr(train_sam2, "plot_statistics", lambda report, path: None)
-    monkeypatch.setattr("utils.loop.git_state", lambda: {"commit": None, "dirty": None})
+compose_config = functools.partial(tiny.compose_config, "train_sam2")
+train_in = functools.partial(tiny.train_in, train_sam2)
+run_main = functools.partial(tiny.run_main, train_sam2)
+make_runs_quick = functools.partial(tiny.make_runs_quick, train_sam2)
 
 
 def script_evaluation(monkeypatch, values: list[float] | None = None) -> None:
@@ -180,24 +143,3 @@ def make_dataset(config: dict, items: list[Item] | None = None) -> train_sam2.Pr
         train_sam2.Augmentation(**{key: config["data"][key] for key in ("min_area_px", "hflip", "color_jitter")}),
         train_sam2.PromptSettings(**config["prompts"]),
     )
-
-
-def without_timing(rows: list[dict]) -> list[dict]:
-    """Rows of a metrics log without the columns that depend on the machine's load."""
-    return [{name: row[name] for name in row if name not in ("images_per_s", "data_wait_share")} for row in rows]
-
-
-def differences(one, other, name: str = "") -> list[str]:
-    """Name the places where two nested structures of tensors and plain values differ, bit for bit."""
-    if isinstance(one, torch.Tensor):
-        return [] if isinstance(other, torch.Tensor) and torch.equal(one, other) else [name]
-    if isinstance(one, dict) and isinstance(other, dict):
-        if one.keys() != other.keys():
-            return [f"{name}: keys {sorted(map(str, one.keys() ^ other.keys()))}"]
-        return [found for key in one for found in differences(one[key], other[key], f"{name}/{key}")]
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        if len(one) != len(other):
-            return [f"{name}: {len(one)} and {len(other)} entries"]
-        pairs = enumerate(zip(one, other, strict=True))
-        return [found for index, (a, b) in pairs for found in differences(a, b, f"{name}[{index}]")]
-    return [] if one == other else [f"{name}: {one} and {other}"]
