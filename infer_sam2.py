@@ -42,6 +42,7 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import hydra
 import numpy as np
@@ -62,15 +63,14 @@ from utils.images import (
     write_label_map,
 )
 from utils.log import finish_run, start_run
-from utils.run import autocast, choose_device, choose_precision, sample_rng
+from utils.run import autocast, choose_device, choose_precision, now_s, sample_rng
 from utils.sam2.embedding_cache import (
     CachePlan,
     check_cache_settings,
-    encode_picture,
+    embed,
+    fill_entry,
     plan_cache,
     read_entry,
-    restore_maps,
-    write_entry,
 )
 from utils.sam2.mask_generation import (
     AutomaticSettings,
@@ -78,39 +78,49 @@ from utils.sam2.mask_generation import (
     annotate_mask,
     generate_masks,
     measure_full_size,
-    now_s,
     sample_points_in_mask,
     stitch_masks,
 )
 from utils.sam2.model import (
-    Embeddings,
     build_sam2,
     decode,
-    encode,
-    finish_embeddings,
     preprocess,
     recognise_weights,
     scale_points,
 )
-from utils.settings import check_type, read_settings
+from utils.settings import (
+    SAME_SECTION,
+    CommonSettings,
+    at_least,
+    check_modes,
+    check_value,
+    one_line_errors,
+    one_of,
+    read_settings,
+)
 
 log = logging.getLogger("infer_sam2")
 REPOSITORY = Path(__file__).resolve().parent
-MODES = ("automatic", "region", "prompts")
-SHARED_KEYS = ("seed", "device", "precision", "num_workers", "resume", "data_root", "model", "automatic")
+MODES_OF_KEY = {  # which modes use a key that says what to look for
+    "region": ("region",), "points": ("prompts",), "boxes": ("prompts",), "mask": ("prompts",),
+    "prompts_file": ("prompts",),
+}  # fmt: skip
 MASK_LOGIT = 10.0  # a mask prompt's pixels are +10 inside and -10 outside, as in SAM 2's training
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The keys of configs/sam2/infer_sam2.yaml that only this script has."""
+class Config:
+    """All keys of this script (configs/sam2/infer_sam2.yaml explains each)."""
 
+    common: Annotated[CommonSettings, SAME_SECTION]
+    model: dict | None  # of configs/sam2/model; None: as the checkpoint says
+    automatic: dict  # changes of the model's AutomaticSettings; null: none
     input: str  # a picture, or a folder of pictures
     checkpoint: str | None  # .pt file; None: the model's own, and the bundled nano if no model is named either
     image_size: int | None  # side S that pictures are resized to, px; None: as the checkpoint was trained
-    mode: str  # automatic, region or prompts
+    mode: Annotated[str, one_of("automatic", "region", "prompts")]
     region: str | None  # mode=region: mask file of the picture's size, the region is where it is not 0
-    num_points: int  # mode=region: points drawn in it, one mask each
+    num_points: Annotated[int, at_least(1)]  # mode=region: points drawn in it, one mask each
     points: list | None  # mode=prompts: [[x, y, label], ...] px, all of one object
     boxes: list | None  # mode=prompts: [[x1, y1, x2, y2], ...] px, one object each
     mask: str | None  # mode=prompts: mask file of the picture's size, of one object
@@ -141,7 +151,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     Raises:
         ValueError, FileNotFoundError: for what makes the whole run impossible.
     """
-    settings = read_settings(Settings, {key: config[key] for key in config if key not in SHARED_KEYS}, "")
+    settings = read_settings(Config, config)
     check_mode(settings)
     check_cache_settings(settings.cache, settings.cache_precision)
     image_paths = list_images(Path(settings.input))
@@ -150,12 +160,12 @@ def infer(config: dict, run_dir: Path) -> list[str]:
         image_paths = [path for path in image_paths if path.name in objects_of]
     region = read_label_map(settings.region) > 0 if settings.mode == "region" else None  # (H, W)
 
-    device = choose_device(config["device"])
-    precision = choose_precision(config["precision"], device)
-    model_config = choose_model(settings.checkpoint, settings.image_size, config["model"])
-    changed = {key: value for key, value in config["automatic"].items() if value is not None}
-    automatic = read_settings(AutomaticSettings, model_config["automatic"] | changed, "automatic")
-    check_type(model_config["image_size"], int, "model.image_size")
+    device = choose_device(settings.common.device)
+    precision = choose_precision(settings.common.precision, device)
+    model_config = choose_model(settings.checkpoint, settings.image_size, settings.model)
+    changed = {key: value for key, value in settings.automatic.items() if value is not None}
+    automatic = read_settings(AutomaticSettings, model_config.get("automatic", {}) | changed, "automatic")
+    check_value(model_config["image_size"], int, "model.image_size")
     model = build_sam2(**model_config, device=device, fast_decoder=settings.fast_decoder)
     pictures = [(path, False) for path in image_paths]  # none is mirrored
     obstacle = "mode=automatic encodes crops of pictures, too" if settings.mode == "automatic" else None
@@ -173,10 +183,10 @@ def infer(config: dict, run_dir: Path) -> list[str]:
                 orig_hw = image_rgb.shape[:2]
                 if settings.mode == "region":
                     objects = objects_in_region(
-                        region, orig_hw, settings.num_points, sample_rng(config["seed"], image_index)
+                        region, orig_hw, settings.num_points, sample_rng(settings.common.seed, image_index)
                     )
                 elif settings.mode == "prompts":
-                    objects = [parse_object(one, orig_hw) for one in objects_of[path.name]]
+                    objects = [parse_object(prompt, orig_hw) for prompt in objects_of[path.name]]
             except (ValueError, FileNotFoundError) as error:
                 if not is_folder:
                     raise
@@ -184,25 +194,26 @@ def infer(config: dict, run_dir: Path) -> list[str]:
                 continue
             with torch.inference_mode(), autocast(device, precision):
                 if settings.mode == "automatic":
-                    found = generate_masks(model, image_rgb, automatic)
+                    generated = generate_masks(model, image_rgb, automatic)
                 else:
-                    found = segment_objects(model, image_rgb, objects, automatic, plan, path)
+                    generated = segment_objects(model, image_rgb, objects, automatic, plan, path)
             label_map, ids = stitch_masks(
-                [one["segmentation"] for one in found.annotations],
-                [one["predicted_iou"] for one in found.annotations],
+                [annotation["segmentation"] for annotation in generated.annotations],
+                [annotation["predicted_iou"] for annotation in generated.annotations],
                 orig_hw,
                 settings.max_overlap,
             )
-            write_results(run_dir, names[image_index], path.name, image_rgb, label_map, ids, found, image_index)
-            ms_per_prompt = found.prompts_ms / found.num_prompts
+            write_results(run_dir, names[image_index], path.name, image_rgb, label_map, ids, generated, image_index)
+            ms_per_prompt = generated.prompts_ms / generated.num_prompts
             num_objects = int(np.count_nonzero(ids))
-            summary.writerow([path.name, len(ids), num_objects, f"{found.encode_ms:.1f}", f"{ms_per_prompt:.3f}"])
+            summary.writerow([path.name, len(ids), num_objects, f"{generated.encode_ms:.1f}", f"{ms_per_prompt:.3f}"])
             summary_file.flush()  # what is done stays if a later picture stops the run
             num_done, num_masks = num_done + 1, num_masks + len(ids)
             if not is_folder:
                 log.info(
                     f"{path.name}: {len(ids)} masks, {num_objects} of them in the label map; "
-                    f"encode {found.encode_ms:.0f} ms, {ms_per_prompt:.2f} ms for each of {found.num_prompts} prompts"
+                    f"encode {generated.encode_ms:.0f} ms, "
+                    f"{ms_per_prompt:.2f} ms for each of {generated.num_prompts} prompts"
                 )
     finish_run(run_dir, {"last": {"num_images": num_done, "num_masks": num_masks, "num_failed": len(failures)}})
     log.info(f"{num_done} images, {num_masks} masks: {run_dir}")
@@ -213,25 +224,16 @@ def infer(config: dict, run_dir: Path) -> list[str]:
 # what to segment, and with what
 
 
-def check_mode(settings: Settings) -> None:
-    """Refuse an unknown mode, a mode without its input, and input that the mode would not use."""
-    if settings.mode not in MODES:
-        raise ValueError(f"mode is {settings.mode}; must be one of {', '.join(MODES)}")
-    mode_of = {"region": "region"} | dict.fromkeys(("points", "boxes", "mask", "prompts_file"), "prompts")
-    given = [key for key in mode_of if getattr(settings, key)]
-    for key in given:
-        if mode_of[key] != settings.mode:
-            raise ValueError(
-                f"{key}= is given but mode is {settings.mode}, which does not use it: add mode={mode_of[key]}"
-            )
+def check_mode(settings: Config) -> None:
+    """Refuse a mode without its input, and input that the mode would not use."""
+    given = [key for key in MODES_OF_KEY if getattr(settings, key)]
+    check_modes(given, MODES_OF_KEY, settings.mode)
     if settings.mode == "region" and not given:
         raise ValueError("mode=region needs region=<mask file of the picture's size>")
     if settings.mode == "prompts" and not given:
         raise ValueError("mode=prompts needs points=, boxes=, mask= or prompts_file=")
     if "prompts_file" in given and len(given) > 1:
         raise ValueError(f"prompts_file= is given together with {given[0]}=; put all prompts in the json file")
-    if settings.num_points < 1:
-        raise ValueError(f"num_points is {settings.num_points}; must be at least 1")
 
 
 def choose_model(checkpoint: str | None, image_size: int | None, model: dict | None) -> dict:
@@ -281,7 +283,7 @@ def read_model_config(name: str) -> dict:
 # prompts
 
 
-def read_prompts(settings: Settings, image_paths: list[Path]) -> dict[str, list[dict]]:
+def read_prompts(settings: Config, image_paths: list[Path]) -> dict[str, list[dict]]:
     """Collect the prompts from the command line or the json file.
 
     Returns:
@@ -385,23 +387,6 @@ def objects_in_region(
     return [ObjectPrompt(point[None], np.ones(1, np.int32), None) for point in points]
 
 
-def embed(model: torch.nn.Module, image_rgb: np.ndarray, plan: CachePlan | None, path: Path) -> Embeddings:
-    """Encode a picture, or take its embeddings from the cache, where they are put first if they are missing.
-
-    Args:
-        image_rgb: uint8 (H, W, 3).
-        plan: from `plan_cache`; None: no cache.
-        path: the picture's file.
-    """
-    if plan is None:
-        return encode(model, preprocess(image_rgb, model.image_size)[None].to(model.device))
-    entry_path = plan.entries[path, False]
-    if (path, False) in plan.missing:
-        write_entry(entry_path, encode_picture(model, image_rgb, plan.cache), plan.cache.stored, path)
-    # read even if just written: the first run rounds as all others do
-    return finish_embeddings(model, restore_maps(read_entry(entry_path), model.device))
-
-
 def segment_objects(
     model: torch.nn.Module,
     image_rgb: np.ndarray,
@@ -415,32 +400,34 @@ def segment_objects(
     Args:
         image_rgb: uint8 (H, W, 3).
         automatic: of it, points_per_batch, stability_score_offset and min_region_area are used.
-        plan, path: of the embedding cache, see `embed`.
+        plan: from `plan_cache`: the picture's entry is read, and made first if it is missing; None: no cache.
+        path: the picture's file.
     Returns:
         GeneratedMasks in the order of the objects, less empty masks.
     """
     orig_hw = image_rgb.shape[:2]
     start = now_s(model.device)
-    embeddings = embed(model, image_rgb, plan, path)
+    if plan is not None and (path, False) in plan.missing:  # then read: the first run rounds as all others do
+        fill_entry(model, plan, (path, False), image_rgb)
+    pictures = preprocess(image_rgb, model.image_size)[None] if plan is None else read_entry(plan.entries[path, False])
+    embeddings = embed(model, pictures)
     encoded = now_s(model.device)
     groups = {}  # one decode call holds objects with as many points, and all or none with a mask
-    for index, one in enumerate(objects):
-        groups.setdefault((len(one.point_labels), one.mask is not None), []).append(index)
+    for index, prompt in enumerate(objects):
+        groups.setdefault((len(prompt.point_labels), prompt.mask is not None), []).append(index)
     size = automatic.points_per_batch
     batches = [indices[i : i + size] for indices in groups.values() for i in range(0, len(indices), size)]
     annotations = {}
     for batch in batches:
-        point_coords = torch.from_numpy(np.stack([objects[i].point_coords for i in batch])).to(
-            model.device
-        )  # (O, P, 2)
-        point_labels = torch.from_numpy(np.stack([objects[i].point_labels for i in batch])).to(model.device)  # (O, P)
+        point_coords = torch.from_numpy(np.stack([objects[i].point_coords for i in batch]))  # (O, P, 2)
+        point_labels = torch.from_numpy(np.stack([objects[i].point_labels for i in batch]))  # (O, P)
         masks = [objects[i].mask for i in batch if objects[i].mask is not None]
         low_res_masks, iou_predictions, _ = decode(
             model,
             embeddings,
             image_index=torch.zeros(len(batch), dtype=torch.long, device=model.device),
-            point_coords=scale_points(point_coords, orig_hw, model.image_size),
-            point_labels=point_labels,
+            point_coords=scale_points(point_coords.to(model.device), orig_hw, model.image_size),
+            point_labels=point_labels.to(model.device),
             mask_inputs=mask_logits(masks, model) if masks else None,
             multimask_output=point_labels.shape[1] == 1 and not masks,
         )  # (O, M, h, w), (O, M)
@@ -458,11 +445,10 @@ def segment_objects(
                 orig_hw,
                 automatic.min_region_area,
             )
-    num_empty = sum(one["area"] == 0 for one in annotations.values())
-    if num_empty:
-        log.info(f"{num_empty} of {len(objects)} prompts gave an empty mask")
-    found = [annotations[i] for i in range(len(objects)) if annotations[i]["area"] > 0]
-    return GeneratedMasks(found, len(objects), 1000 * (encoded - start), 1000 * (now_s(model.device) - encoded))
+    filled = [annotations[i] for i in range(len(objects)) if annotations[i]["area"] > 0]
+    if len(filled) < len(objects):
+        log.info(f"{len(objects) - len(filled)} of {len(objects)} prompts gave an empty mask")
+    return GeneratedMasks(filled, len(objects), 1000 * (encoded - start), 1000 * (now_s(model.device) - encoded))
 
 
 def mask_logits(masks: list[np.ndarray], model: torch.nn.Module) -> torch.Tensor:
@@ -492,7 +478,7 @@ def write_results(
     image_rgb: np.ndarray,
     label_map: np.ndarray,
     ids: np.ndarray,
-    found: GeneratedMasks,
+    generated: GeneratedMasks,
     image_index: int,
 ) -> None:
     """Write a picture's label map, overlay and json.
@@ -511,7 +497,7 @@ def write_results(
             "height": image_rgb.shape[0],
             "file_name": file_name,
         },
-        "annotations": [{"id": int(numbers[k])} | found.annotations[k] for k in np.argsort(numbers)],
+        "annotations": [{"id": int(numbers[k])} | generated.annotations[k] for k in np.argsort(numbers)],
     }
     path = run_dir / f"{name}.json"
     partial = path.with_name(path.name + ".tmp")
@@ -522,12 +508,9 @@ def write_results(
 @hydra.main(version_base="1.3", config_path="configs/sam2", config_name="infer_sam2")
 def main(cfg: DictConfig) -> None:
     """Read the config, segment, and end with one line on what went wrong and status 1, if anything did."""
-    try:
+    with one_line_errors("infer_sam2"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         failures = infer(config, Path(HydraConfig.get().runtime.output_dir))
-    except (ValueError, FileNotFoundError, FileExistsError, ConnectionError) as error:
-        log.debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true
-        sys.exit(f"error: {error}")
     if failures:
         sys.exit(f"{len(failures)} images failed:\n" + "\n".join(f"  {line}" for line in failures))
 

@@ -50,7 +50,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import hydra
 import numpy as np
@@ -63,7 +63,16 @@ from utils.listing import first_few
 from utils.log import finish_run, start_run
 from utils.run import choose_device, choose_precision, seed_everything
 from utils.samples.write import write_samples
-from utils.settings import check_keys, read_settings
+from utils.settings import (
+    SAME_SECTION,
+    CommonSettings,
+    above,
+    check_keys,
+    check_modes,
+    one_line_errors,
+    one_of,
+    read_settings,
+)
 from utils.tracking import drawing, window
 from utils.tracking.frames import FrameSource, write_video
 from utils.tracking.metrics import PROTOCOLS, mean_scores, mean_visible_iou, read_times, score_result, still_boxes
@@ -84,12 +93,10 @@ from utils.tracking.tracker import SiamFCTracker, TrackedFrame, TrackerSettings,
 log = logging.getLogger("track")
 REPOSITORY = Path(__file__).resolve().parent
 BUNDLED_CHECKPOINT = REPOSITORY / "checkpoints" / "siamfc_alexnet.pt"
-SHARED_KEYS = ("seed", "device", "precision", "num_workers", "resume", "data_root", "data", "tracker")
-KEYS_OF_MODE = {  # which of the keys that say what to do
-    "track": ("checkpoint", "input", "box", "boxes", "sequences", "show"),
-    "benchmark": ("checkpoint", "sequences", "results"),
-    "evaluate": ("sequences", "results"),
-}
+MODES_OF_KEY = {  # which modes use a key that says what to do
+    "checkpoint": ("track", "benchmark"), "input": ("track",), "box": ("track",), "boxes": ("track",),
+    "show": ("track",), "sequences": ("track", "benchmark", "evaluate"), "results": ("benchmark", "evaluate"),
+}  # fmt: skip
 RESULT_LAYOUTS = {
     "otb": "otb", "davis": "otb", "folders": "otb", "imagenet_vid": "otb", "got10k": "got10k", "vot": "vot",
 }  # fmt: skip
@@ -101,20 +108,23 @@ MAX_LISTED = 50  # failures that are printed at the end
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The keys of configs/tracking/track.yaml that only this script has."""
+class Config:
+    """All keys of this script (configs/tracking/track.yaml explains each)."""
 
-    mode: str  # track, benchmark or evaluate
+    common: Annotated[CommonSettings, SAME_SECTION]
+    data: dict  # of configs/tracking/data; their reader checks them
+    tracker: TrackerSettings
+    mode: Annotated[str, one_of("track", "benchmark", "evaluate")]
     checkpoint: str  # auto, a file, or random
     input: str | None  # folder of frames or video file; None: the dataset's sequences
     box: list | str | None  # [x, y, width, height] px, a groundtruth file, or select
     boxes: list | str | None  # [[x, y, width, height], ...] px, or a file
-    box_origin: int  # 0 or 1: what boxes in and out count from
+    box_origin: Annotated[int, one_of(0, 1)]  # what boxes in and out count from
     sequences: list | None  # names; None: the validation sequences
     overlay: bool  # write overlay.mp4
     show: bool  # show the tracking in a window
-    fps: float  # of the overlay of pictures
-    protocol: str  # got10k, pysot or pytracking
+    fps: Annotated[float, above(0)]  # of the overlay of pictures
+    protocol: Annotated[str, one_of(*PROTOCOLS)]
     results: list[str]  # folders of other trackers
 
 
@@ -142,7 +152,7 @@ def track(config: dict, run_dir: Path) -> list[str]:
     Raises:
         ValueError, OSError: for what makes the whole run impossible.
     """
-    settings = read_settings(Settings, {key: config[key] for key in config if key not in SHARED_KEYS}, "")
+    settings = read_settings(Config, config)
     check_settings(settings)
     if settings.show or settings.box == "select":
         window.check_screen("show=true" if settings.show else "box=select")
@@ -150,14 +160,14 @@ def track(config: dict, run_dir: Path) -> list[str]:
     if settings.input is not None:
         source = FrameSource(settings.input)
         boxes_xywh = choose_first_boxes(settings, source)  # (N, 4)
-        tracker = build_tracker(settings, config)
+        tracker = build_tracker(settings)
         start_run(run_dir, config, {"frames": source.num_frames, "objects": len(boxes_xywh)})
         return track_input(tracker, source, boxes_xywh, settings, run_dir)
 
-    sequences = choose_dataset(config["data"], settings.sequences)
+    sequences = choose_dataset(settings.data, settings.sequences)
     counts = {"sequences": len(sequences), "frames": sum(map(len, sequences))}
     if settings.mode == "track":
-        tracker = build_tracker(settings, config)
+        tracker = build_tracker(settings)
         start_run(run_dir, config, counts)
         return track_dataset(tracker, sequences, settings, run_dir)
 
@@ -170,9 +180,9 @@ def track(config: dict, run_dir: Path) -> list[str]:
         start_run(run_dir, config, counts)
         finish_run(run_dir, evaluate(sequences, others, settings.protocol, run_dir))
         return []
-    tracker = build_tracker(settings, config)
+    tracker = build_tracker(settings)
     start_run(run_dir, config, counts)
-    layout = RESULT_LAYOUTS[config["data"]["format"]]
+    layout = RESULT_LAYOUTS[settings.data["format"]]
     return benchmark(tracker, sequences, layout, others, settings, run_dir)
 
 
@@ -180,25 +190,11 @@ def track(config: dict, run_dir: Path) -> list[str]:
 # what to track, and with what
 
 
-def check_settings(settings: Settings) -> None:
-    """Refuse values that make no sense, and keys that the mode does not use."""
-    if settings.mode not in KEYS_OF_MODE:
-        raise ValueError(f"mode is {settings.mode}; must be one of {', '.join(KEYS_OF_MODE)}")
-    if settings.box_origin not in (0, 1):
-        raise ValueError(f"box_origin is {settings.box_origin}; must be 0 or 1")
-    if not (math.isfinite(settings.fps) and settings.fps > 0):
-        raise ValueError(f"fps is {settings.fps}; must be above 0")
-    if settings.protocol not in PROTOCOLS:
-        raise ValueError(f"protocol is {settings.protocol}; must be one of {', '.join(PROTOCOLS)}")
+def check_settings(settings: Config) -> None:
+    """Refuse keys that the mode does not use, a mode without its input, and keys that exclude each other."""
     absent = {"checkpoint": "auto", "results": [], "show": False}
-    for key in ("checkpoint", "input", "box", "boxes", "sequences", "show", "results"):
-        is_given = getattr(settings, key) != (absent[key] if key in absent else None)
-        modes = [mode for mode, keys in KEYS_OF_MODE.items() if key in keys]
-        if is_given and settings.mode not in modes:
-            raise ValueError(
-                f"{key}= is given but mode is {settings.mode}, which does not use it: leave it out, or take mode="
-                + " or mode=".join(modes)
-            )
+    given = [key for key in MODES_OF_KEY if getattr(settings, key) != (absent[key] if key in absent else None)]
+    check_modes(given, MODES_OF_KEY, settings.mode)
     if settings.mode == "evaluate" and not settings.results:
         raise ValueError("mode=evaluate needs results=[<folder of a tracker's result files>, ...]")
     if settings.sequences == []:
@@ -212,7 +208,7 @@ def check_settings(settings: Settings) -> None:
         raise ValueError("sequences= is given together with input=; sequences are those of a dataset: leave out one")
 
 
-def choose_first_boxes(settings: Settings, source: FrameSource) -> np.ndarray:
+def choose_first_boxes(settings: Config, source: FrameSource) -> np.ndarray:
     """Find the boxes of the objects in the first frame: from the command line, a file, or the user's mouse.
 
     Returns:
@@ -296,13 +292,13 @@ def name_trackers(folders: list[str], taken: tuple[str, ...]) -> dict[str, Path]
     return named
 
 
-def build_tracker(settings: Settings, config: dict) -> SiamFCTracker:
+def build_tracker(settings: Config) -> SiamFCTracker:
     """Load the weights and make the tracker on the chosen device."""
-    tracker_settings = read_settings(TrackerSettings, config["tracker"], "tracker")
-    device = choose_device(config["device"])
-    is_parity = tracker_settings.mode == "parity" and config["precision"] == "auto"
-    precision = choose_precision("fp32" if is_parity else config["precision"], device)
-    return SiamFCTracker(load_model(settings.checkpoint, config["seed"]).to(device), tracker_settings, precision)
+    device, precision = choose_device(settings.common.device), settings.common.precision
+    is_parity = settings.tracker.mode == "parity" and precision == "auto"
+    precision = choose_precision("fp32" if is_parity else precision, device)
+    model = load_model(settings.checkpoint, settings.common.seed).to(device)
+    return SiamFCTracker(model, settings.tracker, precision)
 
 
 def load_model(checkpoint: str, seed: int) -> SiamFC:
@@ -327,7 +323,7 @@ def track_video(
     source: FrameSource,
     boxes_xywh: np.ndarray,
     name: str,
-    settings: Settings,
+    settings: Config,
     overlay_path: Path | None = None,
     start: int = 0,
 ) -> Track:
@@ -429,7 +425,7 @@ def list_failures(track: Track) -> list[str]:
 
 
 def track_input(
-    tracker: SiamFCTracker, source: FrameSource, boxes_xywh: np.ndarray, settings: Settings, run_dir: Path
+    tracker: SiamFCTracker, source: FrameSource, boxes_xywh: np.ndarray, settings: Config, run_dir: Path
 ) -> list[str]:
     """Track the user's video, and write its files into the run's folder; return what could not be read."""
     overlay_path = run_dir / "overlay.mp4" if settings.overlay else None
@@ -445,7 +441,7 @@ def track_input(
     return failures
 
 
-def track_dataset(tracker: SiamFCTracker, sequences: list[Sequence], settings: Settings, run_dir: Path) -> list[str]:
+def track_dataset(tracker: SiamFCTracker, sequences: list[Sequence], settings: Config, run_dir: Path) -> list[str]:
     """Track sequences, each into a folder of its own, and print their mean IoU; return what failed, a line each."""
     failures, tracks, mean_ious, still_ious = [], [], [], []
     for sequence in sequences:
@@ -485,7 +481,7 @@ def track_dataset(tracker: SiamFCTracker, sequences: list[Sequence], settings: S
 
 
 def track_sequence(
-    tracker: SiamFCTracker, sequence: Sequence, settings: Settings, overlay_path: Path | None = None
+    tracker: SiamFCTracker, sequence: Sequence, settings: Config, overlay_path: Path | None = None
 ) -> Track:
     """Track a sequence from the first frame in which its object is visible.
 
@@ -543,7 +539,7 @@ def benchmark(
     sequences: list[Sequence],
     layout: str,
     others: dict[str, Path],
-    settings: Settings,
+    settings: Config,
     run_dir: Path,
 ) -> list[str]:
     """Track sequences once from their first box, write result files and pictures, and evaluate; return what failed.
@@ -665,12 +661,9 @@ def number(value: float | None, decimals: int = 3) -> str:
 @hydra.main(version_base="1.3", config_path="configs/tracking", config_name="track")
 def main(cfg: DictConfig) -> None:
     """Read the config, track, and end with one line on what went wrong and status 1, if anything did."""
-    try:
+    with one_line_errors("track"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         failures = track(config, Path(HydraConfig.get().runtime.output_dir))
-    except (ValueError, OSError) as error:
-        log.debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true
-        sys.exit(f"error: {error}")
     if failures:
         lines = first_few(failures, MAX_LISTED)
         sys.exit(f"{len(failures)} failures; all else is written:\n" + "\n".join(f"  {line}" for line in lines))

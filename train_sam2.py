@@ -44,9 +44,9 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from utils.checkpoint import find_resume, load_checkpoint, resumed_config
-from utils.images import id_colors, mask_to_box, write_image
+from utils.images import id_colors, mask_to_box, read_image, write_image
 from utils.instances.check import MAX_LISTED, check_items, keep_usable, plot_statistics, report_lines
-from utils.instances.readers import Item, object_ids, read_instances, read_item, split_items
+from utils.instances.readers import Item, object_ids, read_instances, split_items
 from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
 from utils.loop import (
     LoopState,
@@ -68,15 +68,22 @@ from utils.run import (
     seed_everything,
     shuffled_item,
 )
-from utils.sam2.embedding_cache import check_cache_settings, fill_cache, join_maps, plan_cache, read_entry, restore_maps
+from utils.sam2.embedding_cache import (
+    HIGH_RES_CONVS,
+    check_cache_settings,
+    embed,
+    fill_cache,
+    join_pictures,
+    plan_cache,
+    read_entry,
+)
 from utils.sam2.losses import cross_entropy_loss, dice_loss, focal_loss, shrink_masks
 from utils.sam2.metrics import mask_iou
 from utils.sam2.model import (
     Embeddings,
+    FrozenMaps,
     build_sam2,
     decode,
-    encode,
-    finish_embeddings,
     freeze_except,
     preprocess,
     scale_points,
@@ -84,7 +91,7 @@ from utils.sam2.model import (
 )
 from utils.sam2.prompts import BOX_NOISE_MAX_PX, center_point, noised_box, random_correction_points, random_point
 from utils.samples.write import write_samples
-from utils.settings import check_keys, check_type, describe_error, read_settings
+from utils.settings import check_keys, check_value, describe_error, read_settings
 
 TOP_LEVEL_KEYS = (
     "seed", "device", "precision", "num_workers", "resume", "data_root", "check", "cache", "cache_precision",
@@ -173,6 +180,38 @@ def kept_objects(layers: np.ndarray, min_area_px: int) -> list[tuple[int, int]]:
     return [(layer, object_id) for layer, object_id, area in object_ids(layers) if area >= min_area_px]
 
 
+def read_picture(
+    image_path: Path,
+    is_mirrored: bool,
+    image_size: int,
+    entries: dict[tuple[Path, bool], Path] | None,
+    color_jitter: float = 0.0,
+    rng: np.random.Generator | None = None,
+) -> torch.Tensor | FrozenMaps:
+    """Read a picture, or from the embedding cache what the image encoder made of it.
+
+    Args:
+        image_size: side S of the model's input, pixels.
+        entries: of the embedding cache, by (picture's file, whether it is mirrored); None: read the picture.
+        color_jitter, rng: if above 0, the colours of a picture that is read change by up to this share; see `jitter`.
+    Returns:
+        float (1, 3, S, S), or FrozenMaps of one picture: what `join_pictures` and `embed` take.
+    """
+    if entries is not None:
+        return read_entry(entries[image_path, is_mirrored])
+    image_rgb = read_image(image_path)  # (H, W, 3)
+    image_rgb = image_rgb[:, ::-1] if is_mirrored else image_rgb
+    return preprocess(jitter(image_rgb, color_jitter, rng) if color_jitter > 0 else image_rgb, image_size)[None]
+
+
+def jitter(image_rgb: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
+    """Change brightness, contrast and saturation by up to the share `amount`: uint8 (H, W, 3) in and out."""
+    image = torch.from_numpy(image_rgb.copy()).permute(2, 0, 1)
+    for adjust in (transforms.adjust_brightness, transforms.adjust_contrast, transforms.adjust_saturation):
+        image = adjust(image, 1 + amount * rng.uniform(-1, 1))
+    return image.permute(1, 2, 0).numpy()
+
+
 class PromptedMasks(Dataset):
     """Training samples: a picture, up to `objects_per_image` of its objects, and all that is random in their prompts.
 
@@ -187,7 +226,7 @@ class PromptedMasks(Dataset):
         objects_per_image: int,
         augmentation: Augmentation,
         prompts: PromptSettings,
-        entries: dict[tuple[Path, bool], Path] | None = None,  # of the embedding cache: then no picture is read
+        entries: dict[tuple[Path, bool], Path] | None = None,  # see read_picture
     ):
         self.items, self.seed, self.image_size, self.entries = items, seed, image_size, entries
         self.objects_per_image, self.augmentation, self.prompts = objects_per_image, augmentation, prompts
@@ -196,7 +235,7 @@ class PromptedMasks(Dataset):
         """Read a picture and draw its prompts: N objects, S = image_size, R correction rounds, all in the S x S frame.
 
         Returns:
-            image float (3, S, S), or maps (StoredMaps of this picture) from the cache; masks bool (N, S, S);
+            picture: what `read_picture` returns; masks bool (N, S, S);
             point_coords float (N, 2, 2) and point_labels int32 (N, 2): the first prompt, a box or one point and
             padding; num_points int64 (N,): 2 or 1; num_rounds int64 (N,): 1 to R + 1; is_click bool (N, R),
             is_truth_click bool (N, R), uniform float (N, R) in [0, 1): the rounds' draws; name: the picture's file.
@@ -205,10 +244,7 @@ class PromptedMasks(Dataset):
         item = self.items[item_number]
         rng = sample_rng(self.seed, sample_index)
         is_mirrored = self.augmentation.hflip and rng.random() < 0.5
-        if self.entries is None:
-            image_rgb, layers = read_item(item)  # (H, W, 3), (L, H, W)
-        else:
-            layers = read_instances(item)  # of the picture's size, as the dataset check has seen
+        layers = read_instances(item)  # (L, H, W), the picture's size, as the dataset check has seen
         if is_mirrored:
             layers = layers[:, :, ::-1]
         objects = kept_objects(layers, self.augmentation.min_area_px)
@@ -249,13 +285,10 @@ class PromptedMasks(Dataset):
         if self.prompts.mask_only_rounds > 1:
             is_click[np.arange(num_objects), rng.integers(0, last_round)] = False
         point_labels = np.array(point_labels, np.int32).reshape(-1, 2)
-        if self.entries is not None:
-            picture = {"maps": read_entry(self.entries[item.image_path, is_mirrored])}
-        else:
-            image_rgb = image_rgb[:, ::-1] if is_mirrored else image_rgb
-            is_jittered = self.augmentation.color_jitter > 0
-            picture = {"image": self._jitter(image_rgb, rng) if is_jittered else preprocess(image_rgb, side)}
-        return picture | {
+        return {
+            "picture": read_picture(  # before the draws below: it makes some, too
+                item.image_path, is_mirrored, side, self.entries, self.augmentation.color_jitter, rng
+            ),
             "masks": torch.from_numpy(np.array(masks, bool).reshape(-1, side, side)),
             "point_coords": torch.from_numpy(
                 scale_points(np.array(point_coords, np.float32).reshape(-1, 2, 2), (height, width), side)
@@ -269,21 +302,10 @@ class PromptedMasks(Dataset):
             "name": str(item.image_path),
         }
 
-    def _jitter(self, image_rgb: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-        """Change brightness, contrast and saturation by up to the set share, and preprocess: float (3, S, S)."""
-        picture = torch.from_numpy(image_rgb.copy()).permute(2, 0, 1)
-        amount = self.augmentation.color_jitter
-        for adjust in (transforms.adjust_brightness, transforms.adjust_contrast, transforms.adjust_saturation):
-            picture = adjust(picture, 1 + amount * rng.uniform(-1, 1))
-        return preprocess(picture.permute(1, 2, 0).numpy(), self.image_size)
-
 
 def collate(samples: list[dict]) -> dict:
     """Join samples: pictures in one axis B, objects of all pictures in one axis O with `image_index` (O,)."""
-    if "maps" in samples[0]:  # from the embedding cache
-        batch = {"maps": join_maps([sample["maps"] for sample in samples])}
-    else:
-        batch = {"images": torch.stack([sample["image"] for sample in samples])}
+    batch = {"pictures": join_pictures([sample["picture"] for sample in samples])}
     for key in (
         "masks", "point_coords", "point_labels", "num_points", "num_rounds", "is_click", "is_truth_click", "uniform",
     ):  # fmt: skip
@@ -373,15 +395,12 @@ def prompted_loss(
     """Prompt every object of a batch, correct its mask round by round, and compute the loss of every round.
 
     Args:
-        batch: from `collate`, on the model's device; its maps, if it has them, restored.
+        batch: from `collate`, its tensors on the model's device.
         loss_size: side of the square on which the loss is computed, pixels.
     Returns:
         loss (O,): mean over the object's rounds; iou (O,): of the mask of highest predicted IoU, mean over rounds.
     """
-    if "maps" in batch:
-        embeddings = finish_embeddings(model, batch["maps"])
-    else:
-        embeddings = encode(model, batch["images"])
+    embeddings = embed(model, batch["pictures"])
     masks = batch["masks"]  # (O, S, S)
     truth = shrink_masks(masks, loss_size)  # (O, s, s)
     num_objects, num_rounds = len(masks), batch["num_rounds"].cpu()
@@ -457,7 +476,6 @@ def predict_masks(
     point_labels: np.ndarray,
     mask_inputs: torch.Tensor | None,
     orig_hw: tuple[int, int],
-    device: torch.device,
     precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Predict the masks of O objects of one picture, prompted in the picture's own frame.
@@ -469,23 +487,28 @@ def predict_masks(
     Returns:
         low_res_masks (O, M, S/4, S/4) logits, iou_predictions (O, M), masks bool (O, M, H, W).
     """
-    coords = scale_points(torch.from_numpy(point_coords), orig_hw, model.image_size).to(device)
-    labels = torch.from_numpy(point_labels).to(device)
-    image_index = torch.zeros(len(coords), dtype=torch.long, device=device)
-    with autocast(device, precision):
+    coords = scale_points(torch.from_numpy(point_coords), orig_hw, model.image_size).to(model.device)
+    labels = torch.from_numpy(point_labels).to(model.device)
+    image_index = torch.zeros(len(coords), dtype=torch.long, device=model.device)
+    with autocast(model.device, precision):
         low_res_masks, iou_predictions, _ = decode(
             model, embeddings, image_index, coords, labels, mask_inputs, multimask_output=coords.shape[1] == 1
         )
     return low_res_masks, iou_predictions, upscale_masks(low_res_masks, orig_hw) > 0
 
 
+def metric_names(clicks: list[int]) -> list[str]:
+    """Name what `evaluate` measures of each object: after these numbers of clicks, then the others."""
+    names = [f"val/iou_{count}_click" + ("s" if count > 1 else "") for count in clicks]
+    return [*names, "val/oracle_iou_1_click", "val/iou_box"]
+
+
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module,
     items: list[Item],
-    augmentation: Augmentation,
+    min_area_px: int,
     clicks: list[int],
-    device: torch.device,
     precision: str,
     samples_dir: Path | None,
     picture_images: int,
@@ -494,42 +517,34 @@ def evaluate(
     """Measure a model on every object of the items, at each picture's own size.
 
     Args:
+        min_area_px: smaller objects are left out.
         clicks: numbers of clicks to report, such as [1, 2, 3, 5, 9].
         samples_dir: where to put pictures (image with prompts, prediction, truth) of the first `picture_images` items.
-        entries: of the embedding cache; None: encode the pictures.
+        entries: as for `read_picture`.
     Returns:
-        {"val/iou_1_click": mean over objects, ...} and "val/num_images", "val/num_objects".
+        {"val/iou_1_click": mean over objects, ...} for `metric_names`, and "val/num_images", "val/num_objects".
     """
     model.eval()
-    names = {count: f"val/iou_{count}_click" + ("s" if count > 1 else "") for count in clicks}
-    ious: dict[str, list[torch.Tensor]] = {
-        name: [] for name in [*names.values(), "val/oracle_iou_1_click", "val/iou_box"]
-    }
+    names = metric_names(clicks)
+    *click_names, oracle_name, box_name = names
+    measured: dict[str, list[torch.Tensor]] = {name: [] for name in names}  # (O,) of each chunk of objects
     num_objects = 0
     for number, item in enumerate(tqdm(items, desc="evaluate", leave=False, disable=None)):
-        is_pictured = samples_dir is not None and number < picture_images
-        if entries is None or is_pictured:
-            image_rgb, layers = read_item(item)
-        else:
-            layers = read_instances(item)
+        layers = read_instances(item)  # (L, H, W)
         orig_hw = layers.shape[1:]
-        objects = kept_objects(layers, augmentation.min_area_px)
+        objects = kept_objects(layers, min_area_px)
         num_objects += len(objects)
-        with autocast(device, precision):
-            if entries is None:
-                embeddings = encode(model, preprocess(image_rgb, model.image_size)[None].to(device))
-            else:
-                maps = restore_maps(read_entry(entries[item.image_path, False]), device)
-                embeddings = finish_embeddings(model, maps)
+        with autocast(model.device, precision):
+            embeddings = embed(model, read_picture(item.image_path, False, model.image_size, entries))
         pictured = []  # (prompt point, predicted mask) of this picture's objects
         chunk_size = max(1, min(64, 2**26 // (orig_hw[0] * orig_hw[1])))  # bounds the full-size logits
         for start in range(0, len(objects), chunk_size):
             masks = np.stack([layers[layer] == object_id for layer, object_id in objects[start : start + chunk_size]])
-            truth = torch.from_numpy(masks).to(device)  # (O, H, W)
+            truth = torch.from_numpy(masks).to(model.device)  # (O, H, W)
             boxes = np.stack([mask_to_box(mask) for mask in masks]).reshape(-1, 2, 2)
             box_labels = np.full((len(masks), 2), [2, 3], np.int32)
-            _, _, pred_masks = predict_masks(model, embeddings, boxes, box_labels, None, orig_hw, device, precision)
-            ious["val/iou_box"].append(mask_iou(pred_masks[:, 0], truth))
+            _, _, pred_masks = predict_masks(model, embeddings, boxes, box_labels, None, orig_hw, precision)
+            measured[box_name].append(mask_iou(pred_masks[:, 0], truth))
 
             point_coords = np.zeros((len(masks), 0, 2), np.float32)
             point_labels = np.zeros((len(masks), 0), np.int32)
@@ -539,23 +554,24 @@ def evaluate(
                 point_coords = np.concatenate([point_coords, np.stack(points)[:, None]], 1)
                 point_labels = np.concatenate([point_labels, np.array(labels, np.int32)[:, None]], 1)
                 low_res_masks, iou_predictions, pred_masks = predict_masks(
-                    model, embeddings, point_coords, point_labels, mask_inputs, orig_hw, device, precision
+                    model, embeddings, point_coords, point_labels, mask_inputs, orig_hw, precision
                 )
                 mask_inputs = pick_mask(low_res_masks, iou_predictions)
                 best = iou_predictions.argmax(1)
                 best_masks = pred_masks[torch.arange(len(best)), best]  # (O, H, W)
                 pred_mask = best_masks.cpu().numpy()
-                if count in names:
-                    ious[names[count]].append(mask_iou(best_masks, truth))
+                if count in clicks:
+                    measured[click_names[clicks.index(count)]].append(mask_iou(best_masks, truth))
                 if count == 1:
-                    ious["val/oracle_iou_1_click"].append(mask_iou(pred_masks, truth[:, None]).amax(1))
+                    measured[oracle_name].append(mask_iou(pred_masks, truth[:, None]).amax(1))
                     pictured += list(zip(points, pred_mask, strict=True))
-        if is_pictured:
+        if samples_dir is not None and number < picture_images:
             truth_masks = [layers[layer] == object_id for layer, object_id in objects]
+            image_rgb = read_image(item.image_path)
             picture = draw_sample(image_rgb, [p for p, _ in pictured], [m for _, m in pictured], truth_masks)
             write_image(samples_dir / f"{item.name.replace('/', '_')}.png", picture)  # stems repeat across folders
-    values = {name: torch.cat(parts).mean().item() for name, parts in ious.items()}
-    return values | {"val/num_images": len(items), "val/num_objects": num_objects}
+    means = {name: torch.cat(chunks).mean().item() for name, chunks in measured.items()}
+    return means | {"val/num_images": len(items), "val/num_objects": num_objects}
 
 
 def draw_sample(
@@ -585,8 +601,7 @@ def draw_sample(
 
 def check_settings(settings: Settings, prompts: PromptSettings, loss: LossSettings, optim: OptimSettings) -> None:
     """Raise a ValueError for values that make no sense, naming the key, the value and what it must be."""
-    known = [f"val/iou_{count}_click" + ("s" if count > 1 else "") for count in settings.eval_clicks]
-    known += ["val/oracle_iou_1_click", "val/iou_box"]
+    known = metric_names(settings.eval_clicks)
     clicks, fewest, most = settings.eval_clicks, prompts.min_corrections, prompts.max_corrections
     rules = [
         ("train.steps", settings.steps, settings.steps >= 0, "0 or more"),
@@ -649,14 +664,39 @@ def check_data(
     return kept[0], kept[1], counts
 
 
-def find_cache_obstacle(trainable: list[tuple[str, torch.nn.Parameter]], color_jitter: float) -> str | None:
-    """Say why a run cannot take its embeddings from a cache; None if it can."""
-    trained = [name for name, _ in trainable if name.startswith("image_encoder.")]
-    if trained:
-        return f"train.trainable has parts of the image encoder ({trained[0]}, ...), so embeddings change at every step"
-    if color_jitter > 0:
-        return f"data.color_jitter is {color_jitter}, so no picture is seen twice as it was"
-    return None
+def cache_embeddings(
+    model: torch.nn.Module,
+    trainable: list[tuple[str, torch.nn.Parameter]],
+    precision: str,
+    train_items: list[Item],
+    val_items: list[Item],
+    augmentation: Augmentation,
+    config: dict,
+) -> dict[tuple[Path, bool], Path] | None:
+    """Let a frozen encoder see each picture of a run once, for this run and all later ones.
+
+    Args:
+        config: of it, cache and cache_precision are used.
+    Returns:
+        the entries that `read_picture` takes, or None: no cache.
+    Raises:
+        ValueError: where a cache is asked for and cannot be, and as `fill_cache`.
+    """
+    names, obstacle = [name for name, _ in trainable], None
+    if trained := [name for name in names if name.startswith("image_encoder.")]:
+        obstacle = (
+            f"train.trainable has parts of the image encoder ({trained[0]}, ...), so embeddings change at every step"
+        )
+    elif augmentation.color_jitter > 0:
+        obstacle = f"data.color_jitter is {augmentation.color_jitter}, so no picture is seen twice as it was"
+    is_projected = not any(name.startswith(HIGH_RES_CONVS) for name in names)
+    pictures = [(item.image_path, flip) for item in train_items for flip in (False, True)[: 1 + augmentation.hflip]]
+    pictures += [(item.image_path, False) for item in val_items]
+    plan = plan_cache(model, config["cache"], config["cache_precision"], precision, is_projected, pictures, obstacle)
+    if plan is None:
+        return None
+    fill_cache(model, plan)
+    return plan.entries
 
 
 def parameter_groups(trainable: list[tuple[str, torch.nn.Parameter]], optim: OptimSettings) -> list[dict]:
@@ -699,13 +739,13 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     reader_keys = dict(config["data"])  # for the dataset reader, less those of this script
     ours = {key: reader_keys.pop(key) for key in Augmentation.__dataclass_fields__ if key in reader_keys}
     augmentation = read_settings(Augmentation, ours, "data")
-    check_type(config["check"], bool, "check")
-    check_type(config["fast_decoder"], bool, "fast_decoder")
+    check_value(config["check"], bool, "check")
+    check_value(config["fast_decoder"], bool, "fast_decoder")
     check_cache_settings(config["cache"], config["cache_precision"])
     if "image_size" not in config["model"]:
         raise ValueError("model is not a SAM 2 model; choose a file of configs/sam2/model that starts with sam2")
     check_keys(functools.partial(build_sam2, device="cpu"), config["model"], "model")
-    check_type(config["model"]["image_size"], int, "model.image_size")
+    check_value(config["model"]["image_size"], int, "model.image_size")
     check_settings(settings, prompts, loss, optim)
     device = choose_device(config["device"])
     precision = choose_precision(config["precision"], device)
@@ -752,16 +792,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     loss_size = settings.loss_size or model.image_size // 4
 
     # embeddings of a frozen encoder, from disk
-    flips = [False, True] if augmentation.hflip else [False]
-    pictures = [(item.image_path, flip) for item in train_items for flip in flips] if settings.steps > 0 else []
-    pictures += [(item.image_path, False) for item in val_items]
-    convs = ("sam_mask_decoder.conv_s0.", "sam_mask_decoder.conv_s1.")
-    is_projected = not any(name.startswith(convs) for name, _ in trainable)
-    obstacle = find_cache_obstacle(trainable, augmentation.color_jitter)
-    plan = plan_cache(model, config["cache"], config["cache_precision"], precision, is_projected, pictures, obstacle)
-    if plan is not None:
-        fill_cache(model, plan, precision)
-    entries = None if plan is None else plan.entries
+    used_items = train_items if settings.steps > 0 else []
+    entries = cache_embeddings(model, trainable, precision, used_items, val_items, augmentation, config)
 
     is_resumed = resume_path is not None
     loop = resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else LoopState()
@@ -797,9 +829,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
                 metrics = evaluate(
                     model,
                     val_items,
-                    augmentation,
+                    augmentation.min_area_px,
                     settings.eval_clicks,
-                    device,
                     precision,
                     samples_dir,
                     settings.picture_images,
@@ -829,10 +860,6 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             batch = window.next_batch(batches)
             step_names += batch["names"]
             batch = to_device(batch, device)
-            if entries is not None:
-                batch["maps"] = restore_maps(batch["maps"], device)
-            elif settings.channels_last:
-                batch["images"] = batch["images"].to(memory_format=torch.channels_last)
 
             # 3. forward
             with autocast(device, precision):

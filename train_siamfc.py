@@ -31,12 +31,12 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before th
     sys.exit()
 
 import functools
-import logging
 import math
 import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import cv2
 import hydra
@@ -72,7 +72,19 @@ from utils.run import (
     shuffled_item,
 )
 from utils.samples.write import write_samples
-from utils.settings import check_keys, check_type, describe_error, read_settings
+from utils.settings import (
+    SAME_SECTION,
+    CommonSettings,
+    Rule,
+    above,
+    at_least,
+    between,
+    check_keys,
+    check_value,
+    one_line_errors,
+    one_of,
+    read_settings,
+)
 from utils.tracking.frames import FrameSource
 from utils.tracking.metrics import got10k_scores, mean_one_pass_scores, score_boxes, still_boxes
 from utils.tracking.sequences import Sequence, file_coordinates, split_dataset
@@ -94,78 +106,98 @@ INTERPOLATIONS = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_N
 BLUR_SIGMA = (0.5, 2.5)  # px
 RANDOM_BOX_SHARE = (0.08, 0.4)  # least and most, a share of the picture's shorter side
 MAX_LISTED = 5
+BELOW_1 = Rule(lambda value: 0 <= value < 1, "0 or more, and below 1")
 REPORTED = ("ao", "sr_50", "success_auc")  # what best.pt can be chosen by
 # what may differ in a resumed run
 RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data_root", "data.root", "data.index")
-TOP_LEVEL_KEYS = (
-    "seed", "device", "precision", "num_workers", "resume", "data_root", "check", "model", "data", "optim", "tracker",
-    "pairs", "train",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainSettings:
     """Knobs of the training loop (`train:` in configs/tracking/train_siamfc.yaml, which explains each)."""
 
-    steps: int
-    batch_size: int  # pairs per forward
-    accumulate: int  # forwards per step
-    clip_norm: float | None
+    steps: Annotated[int, at_least(0)]
+    batch_size: Annotated[int, at_least(1)]  # pairs per forward
+    accumulate: Annotated[int, at_least(1)]  # forwards per step
+    clip_norm: Annotated[float | None, above(0)]
     r_pos: float  # px of the instance
     channels_last: bool
     compile: bool
-    log_every: int  # steps
-    eval_every: int  # steps
-    save_every: int  # steps
-    eval_sequences: int | None
-    eval_frames: int | None
-    eval_pairs: int
-    select_by: str
-    early_stop_evals: int | None
-    picture_pairs: int
+    log_every: Annotated[int, at_least(1)]  # steps
+    eval_every: Annotated[int, at_least(1)]  # steps
+    save_every: Annotated[int, at_least(1)]  # steps
+    eval_sequences: Annotated[int | None, at_least(1)]
+    eval_frames: Annotated[int | None, at_least(2)]
+    eval_pairs: Annotated[int, at_least(0)]
+    select_by: Annotated[str, one_of(*(f"val/{name}" for name in REPORTED))]
+    early_stop_evals: Annotated[int | None, at_least(1)]
+    picture_pairs: Annotated[int, at_least(0)]
 
 
 @dataclass(frozen=True)
 class PairSettings:
     """Which frames become pairs, and how patches are varied (`pairs:`)."""
 
-    max_gap: int  # frames
-    per_visit: int
-    stretch: float
-    exemplar_shift: float  # px of the exemplar
-    instance_shift: float  # px of the instance
-    grey: float
-    color_jitter: float
-    blur: float
+    max_gap: Annotated[int, at_least(1)]  # frames
+    stretch: Annotated[float, BELOW_1]
+    exemplar_shift: Annotated[float, at_least(0)]  # px of the exemplar
+    instance_shift: Annotated[float, at_least(0)]  # px of the instance
+    grey: Annotated[float, between(0, 1)]
+    color_jitter: Annotated[float, between(0, 1)]
+    blur: Annotated[float, between(0, 1)]
     random_interpolation: bool
-    random_boxes: float
+    random_boxes: Annotated[float, between(0, 1)]
     min_side: float  # px of the frame
     max_side: float  # px of the frame
     min_share: float
     max_share: float
-    max_aspect: float
+    max_aspect: Annotated[float, at_least(1)]
     min_cover: float
+
+    def __post_init__(self):
+        for key in ("side", "share"):
+            least, most = getattr(self, f"min_{key}"), getattr(self, f"max_{key}")
+            if most < least:
+                raise ValueError(f"pairs.max_{key} is {most}; must be at least pairs.min_{key}, {least}")
 
 
 @dataclass(frozen=True)
 class OptimSettings:
     """SGD and its schedule (`optim:`, configs/tracking/optim/sgd.yaml)."""
 
-    lr: float
-    min_lr: float
-    hold_steps: int
-    momentum: float
-    weight_decay: float
+    lr: Annotated[float, above(0)]
+    min_lr: Annotated[float, above(0)]
+    hold_steps: Annotated[int, at_least(1)]
+    momentum: Annotated[float, BELOW_1]
+    weight_decay: Annotated[float, at_least(0)]
     decay_all: bool
+
+    def __post_init__(self):
+        if self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr is {self.min_lr}; must be above 0 and at most optim.lr")
 
 
 @dataclass(frozen=True)
 class ModelSettings:
     """The network (`model:`, configs/tracking/model/siamfc.yaml)."""
 
-    name: str
+    name: Annotated[str, Rule(lambda name: name == "siamfc", "siamfc")]
     score_bias: bool
     checkpoint: str | None
+
+
+@dataclass(frozen=True)
+class Config:
+    """All keys of this script (configs/tracking/train_siamfc.yaml explains each)."""
+
+    common: Annotated[CommonSettings, SAME_SECTION]
+    check: bool
+    model: ModelSettings
+    data: dict  # of configs/tracking/data; their reader checks them
+    optim: OptimSettings
+    tracker: TrackerSettings
+    pairs: PairSettings
+    train: TrainSettings
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,7 +314,7 @@ class SiamesePairs(Dataset):
         Returns:
             exemplar uint8 (3, 127, 127); instance uint8 (3, 239, 239), the object in its middle; name: both files.
         """
-        number = shuffled_item(self.seed, sample_index // self.pair_settings.per_visit, len(self.sequences))
+        number = shuffled_item(self.seed, sample_index, len(self.sequences))
         sequence, pair_settings = self.sequences[number], self.pair_settings
         rng = sample_rng(self.seed, sample_index)
         is_random = rng.random() < pair_settings.random_boxes
@@ -395,7 +427,7 @@ def evaluate_tracking(
 
 @torch.no_grad()
 def evaluate_pairs(
-    model: SiamFC, dataset: SiamesePairs, settings: Settings, precision: str, picture_path: Path
+    model: SiamFC, dataset: SiamesePairs, settings: TrainSettings, precision: str, picture_path: Path
 ) -> dict[str, float]:
     """Compute the loss on the first `eval_pairs` validation pairs and draw `picture_pairs` of them.
 
@@ -455,42 +487,6 @@ def draw_pair(exemplar: torch.Tensor, instance: torch.Tensor, response: torch.Te
 # the run
 
 
-def check_settings(settings: Settings, pairs: PairSettings, optim: OptimSettings) -> None:
-    """Raise a ValueError for values that make no sense, naming the key, the value and what it must be."""
-    selectable, clip_norm = [f"val/{name}" for name in REPORTED], settings.clip_norm
-    rules = [
-        ("pairs.stretch", pairs.stretch, 0 <= pairs.stretch < 1, "0 or more, and below 1"),
-        ("pairs.max_gap", pairs.max_gap, pairs.max_gap >= 1, "1 or more"),
-        ("pairs.per_visit", pairs.per_visit, pairs.per_visit >= 1, "1 or more"),
-        ("pairs.exemplar_shift", pairs.exemplar_shift, pairs.exemplar_shift >= 0, "0 or more"),
-        ("pairs.instance_shift", pairs.instance_shift, pairs.instance_shift >= 0, "0 or more"),
-        ("pairs.max_aspect", pairs.max_aspect, pairs.max_aspect >= 1, "1 or more"),
-        ("optim.lr", optim.lr, optim.lr > 0, "above 0"),
-        ("optim.min_lr", optim.min_lr, 0 < optim.min_lr <= optim.lr, "above 0 and at most optim.lr"),
-        ("optim.hold_steps", optim.hold_steps, optim.hold_steps >= 1, "1 or more"),
-        ("optim.momentum", optim.momentum, 0 <= optim.momentum < 1, "0 or more, and below 1"),
-        ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "0 or more"),
-        ("train.steps", settings.steps, settings.steps >= 0, "0 or more"),
-        ("train.clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "null, or above 0"),
-        ("train.eval_pairs", settings.eval_pairs, settings.eval_pairs >= 0, "0 or more"),
-        ("train.picture_pairs", settings.picture_pairs, settings.picture_pairs >= 0, "0 or more"),
-        ("train.select_by", settings.select_by, settings.select_by in selectable, "one of " + ", ".join(selectable)),
-    ]
-    for key in ("side", "share"):
-        least, most = getattr(pairs, f"min_{key}"), getattr(pairs, f"max_{key}")
-        rules.append((f"pairs.max_{key}", most, most >= least, f"at least pairs.min_{key}, {least}"))
-    for key in ("grey", "color_jitter", "blur", "random_boxes"):
-        rules.append((f"pairs.{key}", getattr(pairs, key), 0 <= getattr(pairs, key) <= 1, "between 0 and 1"))
-    for key in ("batch_size", "accumulate", "log_every", "eval_every", "save_every"):
-        rules.append((f"train.{key}", getattr(settings, key), getattr(settings, key) >= 1, "1 or more"))
-    for key, least in (("eval_sequences", 1), ("eval_frames", 2), ("early_stop_evals", 1)):
-        value = getattr(settings, key)
-        rules.append((f"train.{key}", value, value is None or value >= least, f"null, or {least} or more"))
-    for name, value, is_good, remedy in rules:
-        if not is_good:
-            raise ValueError(f"{name} is {value}; must be {remedy}")
-
-
 def list_data(data: dict) -> tuple[list[Sequence], list[Sequence]]:
     """List a dataset's sequences, or those of several (`data.parts`): training and validation.
 
@@ -508,7 +504,7 @@ def list_data(data: dict) -> tuple[list[Sequence], list[Sequence]]:
         raise ValueError(f"data.turns names {', '.join(data['turns'])}; must name {', '.join(data['parts'])}")
     train_sequences, val_sequences = [], []
     for name, part in data["parts"].items():
-        check_type(turns := data["turns"][name], int, f"data.turns.{name}")
+        check_value(turns := data["turns"][name], int, f"data.turns.{name}")
         if turns < 0:
             raise ValueError(f"data.turns.{name} is {turns}; must be 0 or more")
         try:
@@ -546,8 +542,6 @@ def keep_usable(
 
 def build_model(model_settings: ModelSettings, is_resumed: bool) -> SiamFC:
     """Build the network with random weights, or those of a checkpoint; a resumed run has its own."""
-    if model_settings.name != "siamfc":
-        raise ValueError(f"model.name is {model_settings.name}; must be siamfc")
     model = SiamFC(model_settings.score_bias)
     if model_settings.checkpoint is not None and not is_resumed:
         missing, unknown = model.load_state_dict(load_siamfc(model_settings.checkpoint).state_dict(), strict=False)
@@ -598,52 +592,47 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         run_dir: a new folder.
         resume_path: the last.pt to continue from, or None.
     """
-    if unknown := sorted(config.keys() - set(TOP_LEVEL_KEYS)):  # a preset can add keys, Hydra does not mind
-        raise ValueError(f"unknown key {', '.join(unknown)} in the config; must be among {', '.join(TOP_LEVEL_KEYS)}")
-    settings = read_settings(Settings, config["train"], "train")
-    pairs = read_settings(PairSettings, config["pairs"], "pairs")
-    optim = read_settings(OptimSettings, config["optim"], "optim")
-    model_settings = read_settings(ModelSettings, config["model"], "model")
-    tracker_settings = read_settings(TrackerSettings, config["tracker"], "tracker")
-    check_type(config["check"], bool, "check")
-    check_settings(settings, pairs, optim)
-    device = choose_device(config["device"])
-    precision = choose_precision(config["precision"], device)
-    tracker_precision = precision if tracker_settings.mode == "fast" else "fp32"
-    labels = response_labels(RESPONSE_SIZE, settings.r_pos).to(device)  # (15, 15)
+    settings = read_settings(Config, config)
+    common, train_settings, pair_settings = settings.common, settings.train, settings.pairs
+    device = choose_device(common.device)
+    precision = choose_precision(common.precision, device)
+    tracker_precision = precision if settings.tracker.mode == "fast" else "fp32"
+    labels = response_labels(RESPONSE_SIZE, train_settings.r_pos).to(device)  # (15, 15)
     weights = balanced_weights(labels)
-    seed_everything(config["seed"])
-    model = build_model(model_settings, resume_path is not None)
+    seed_everything(common.seed)
+    model = build_model(settings.model, resume_path is not None)
 
     # data: list, leave out what cannot be used
-    train_sequences, val_sequences = list_data(config["data"])
-    train_sequences, train_usable = keep_usable(train_sequences, pairs, "train")
-    val_pair_sequences, val_usable = keep_usable(val_sequences[: settings.eval_sequences], pairs, "val")
-    val_sequences = [sequence for sequence in val_sequences if sequence.visible[:-1].any()][: settings.eval_sequences]
-    train_dataset = SiamesePairs(train_sequences, train_usable, config["seed"], pairs)
-    if config["check"]:
-        check_pairs(train_dataset, run_dir, settings.picture_pairs)
+    train_sequences, val_sequences = list_data(settings.data)
+    train_sequences, train_usable = keep_usable(train_sequences, pair_settings, "train")
+    val_pair_sequences, val_usable = keep_usable(val_sequences[: train_settings.eval_sequences], pair_settings, "val")
+    val_sequences = [sequence for sequence in val_sequences if sequence.visible[:-1].any()][
+        : train_settings.eval_sequences
+    ]
+    train_dataset = SiamesePairs(train_sequences, train_usable, common.seed, pair_settings)
+    if settings.check:
+        check_pairs(train_dataset, run_dir, train_settings.picture_pairs)
         return float("nan")
-    if settings.steps > 0 and not train_sequences:
+    if train_settings.steps > 0 and not train_sequences:
         raise ValueError("the dataset has no training sequence with a usable box: see data.* and pairs.*")
     if not val_sequences:
         raise ValueError(
             "the dataset has no validation sequence with a box: see data.val_fraction, data.val_sequences; pictures "
             "alone cannot be tracked: add a part of sequences (data.parts), as data=siamfc_bundled does"
         )
-    val_pairs = SiamesePairs(val_pair_sequences, val_usable, config["seed"] + 1, pairs)
+    val_pairs = SiamesePairs(val_pair_sequences, val_usable, common.seed + 1, pair_settings)
 
     counts = {"train_sequences": len(set(map(id, train_sequences))), "val_sequences": len(val_sequences)}
     start_run(run_dir, config, counts)
 
     # model and optimizer
     model = model.to(device)
-    if settings.channels_last:
+    if train_settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
     print(f"siamfc: {sum(p.numel() for p in model.parameters()):,} parameters; {device}, {precision}")
-    optimizer = build_optimizer(model, optim)
+    optimizer = build_optimizer(model, settings.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    respond = torch.compile(model) if settings.compile else model
+    respond = torch.compile(model) if train_settings.compile else model
 
     is_resumed = resume_path is not None
     loop = resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else LoopState()
@@ -654,57 +643,57 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     if is_resumed:
         save(is_best=False)  # from now on this folder can be resumed too
 
-    pairs_per_step = settings.batch_size * settings.accumulate
+    pairs_per_step = train_settings.batch_size * train_settings.accumulate
     batches = load_batches(
         train_dataset,
         collate,
         loop.step * pairs_per_step,
-        settings.steps * pairs_per_step,
-        settings.batch_size,
-        config["num_workers"],
+        train_settings.steps * pairs_per_step,
+        train_settings.batch_size,
+        common.num_workers,
         device,
     )
-    progress = tqdm(total=settings.steps, initial=loop.step, desc="train", disable=None)
+    progress = tqdm(total=train_settings.steps, initial=loop.step, desc="train", disable=None)
     window = SpeedWindow(loop.step)
     while True:
         # 1. evaluate and save
-        is_last = loop.step >= settings.steps
-        if (loop.step % settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
+        is_last = loop.step >= train_settings.steps
+        if (loop.step % train_settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
             samples_dir = run_dir / "samples" / f"step_{loop.step:06d}"
             samples_dir.mkdir(parents=True, exist_ok=True)
             with window.paused():  # speed is that of training alone
                 metrics = evaluate_tracking(
-                    model, val_sequences, tracker_settings, tracker_precision, settings.eval_frames
+                    model, val_sequences, settings.tracker, tracker_precision, train_settings.eval_frames
                 )
-                metrics |= evaluate_pairs(model, val_pairs, settings, precision, samples_dir / "pairs.png")
+                metrics |= evaluate_pairs(model, val_pairs, train_settings, precision, samples_dir / "pairs.png")
                 tqdm.write(
                     f"step {loop.step}: " + "  ".join(f"{name} {metrics[f'val/{name}']:.3f}" for name in REPORTED)
                 )
                 log.log(loop.step, metrics)
                 plot_curves(loop.rows, run_dir / "curves.png")
-                save(is_best=loop.take(metrics, settings.select_by))
-        elif loop.step % settings.save_every == 0:
+                save(is_best=loop.take(metrics, train_settings.select_by))
+        elif loop.step % train_settings.save_every == 0:
             save(is_best=False)
-        if settings.early_stop_evals is not None and loop.bad_evals >= settings.early_stop_evals:
-            tqdm.write(f"early stop: {settings.select_by} has not risen in {loop.bad_evals} evaluations")
+        if train_settings.early_stop_evals is not None and loop.bad_evals >= train_settings.early_stop_evals:
+            tqdm.write(f"early stop: {train_settings.select_by} has not risen in {loop.bad_evals} evaluations")
             break
         if is_last:
             break
         model.train()
 
         # 2. learning rate
-        lr = exponential_lr(loop.step, settings.steps, optim)
+        lr = exponential_lr(loop.step, train_settings.steps, settings.optim)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         step_loss, step_hit_rate, step_names = 0.0, 0.0, []
-        for _ in range(settings.accumulate):
+        for _ in range(train_settings.accumulate):
             batch = window.next_batch(batches)
             step_names += batch["names"]
             exemplars, instances = (
                 batch[key].to(device, non_blocking=True).float() for key in ("exemplars", "instances")
             )  # (B, 3, 127, 127), (B, 3, 239, 239), 0..255
-            if settings.channels_last:
+            if train_settings.channels_last:
                 exemplars, instances = (
                     images.to(memory_format=torch.channels_last) for images in (exemplars, instances)
                 )
@@ -712,14 +701,14 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             # 3. forward
             with autocast(device, precision):
                 response = respond(exemplars, instances)  # (B, 1, 15, 15)
-            micro_loss = balanced_loss(response, labels, weights) / settings.accumulate
+            micro_loss = balanced_loss(response, labels, weights) / train_settings.accumulate
             step_loss += check_finite(micro_loss.item(), loop.step, f"pairs {', '.join(batch['names'])}")
-            step_hit_rate += hit_rate(response, labels).item() / settings.accumulate
+            step_hit_rate += hit_rate(response, labels).item() / train_settings.accumulate
 
             # 4. backward and clip
             scaler.scale(micro_loss).backward()
         samples = f"pairs {', '.join(step_names)}"
-        grad_norm = clip_gradients(model.parameters(), settings.clip_norm, optimizer, scaler, loop, samples)
+        grad_norm = clip_gradients(model.parameters(), train_settings.clip_norm, optimizer, scaler, loop, samples)
 
         # 5. update (the scaler leaves out a step whose fp16 gradients overflowed)
         scaler.step(optimizer)
@@ -730,7 +719,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         # 6. log
         means = running_means(loop.running, {"train/loss": step_loss, "train/hit_rate": step_hit_rate})
         progress.update()
-        if loop.step % settings.log_every == 0 or loop.step == settings.steps:
+        if loop.step % train_settings.log_every == 0 or loop.step == train_settings.steps:
             steps_per_s, wait_share = window.read(loop.step)
             pairs_per_s = steps_per_s * pairs_per_step
             update = {"train/grad_norm": grad_norm, "lr": lr, "skipped_steps": loop.num_skipped}
@@ -749,13 +738,13 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     shown_dir = os.path.relpath(run_dir)
     print(f"\nWritten to {shown_dir}. Next, track something with it:")
     print(f"  python track.py {shlex.quote(f'checkpoint={shown_dir}/best.pt')}")
-    return loop.best[settings.select_by]
+    return loop.best[train_settings.select_by]
 
 
 @hydra.main(version_base="1.3", config_path="configs/tracking", config_name="train_siamfc")
 def main(cfg) -> float:
     """Read the config, train, and end with one line on what went wrong and status 1, if anything did."""
-    try:
+    with one_line_errors("train_siamfc"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         hydra_config = HydraConfig.get()
         run_dir, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
@@ -768,9 +757,6 @@ def main(cfg) -> float:
             ]
             config = resumed_config(stored, config, overrides, (*RESUMABLE, *places))
         return train(config, run_dir, resume_path)
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
-        logging.getLogger("train_siamfc").debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true
-        sys.exit(f"error: {describe_error(error)}")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ from utils.segmentation.check import (
 from utils.segmentation.readers import Item, name_classes, read_item, read_picture, split_items
 from utils.segmentation.segmenters import FCN, SegNet, ViTSegmenter
 from utils.segmentation.unet import PAPER_MARGIN, UNet, UNetPaper
-from utils.settings import check_keys, check_type, describe_error, read_settings
+from utils.settings import check_keys, check_value, describe_error, read_settings
 
 NETWORKS = {"unet_paper": UNetPaper, "unet": UNet, "fcn": FCN, "segnet": SegNet, "vit": ViTSegmenter}
 LATENCY_REPEATS = 30
@@ -141,13 +141,10 @@ class OptimSettings:
     lr: float  # highest
     betas: list[float]  # adam, adamw
     momentum: float  # sgd
-    nesterov: bool  # sgd
     weight_decay: float  # 0 for biases, norms and embeddings
-    schedule: str  # constant, step, cosine, poly
+    schedule: str  # constant, cosine, poly
     warmup_steps: int
     min_lr_factor: float  # cosine, poly: the rate at the last step, as a share of lr
-    step_every: int  # step: the rate is multiplied by step_factor every so many steps
-    step_factor: float
     poly_power: float
 
 
@@ -262,10 +259,8 @@ def scheduled_lr(step: int, steps: int, optim: OptimSettings) -> float:
     """
     if optim.schedule == "cosine" or step < optim.warmup_steps:
         return cosine_lr(step, steps, optim.lr, optim.warmup_steps, optim.min_lr_factor)
-    since_warmup = step - optim.warmup_steps
-    if optim.schedule == "step":
-        return optim.lr * optim.step_factor ** (since_warmup // optim.step_every)
     if optim.schedule == "poly":
+        since_warmup = step - optim.warmup_steps
         left = 1 - min(1.0, since_warmup / max(1, steps - optim.warmup_steps))  # 1..0
         return optim.lr * (optim.min_lr_factor + (1 - optim.min_lr_factor) * left**optim.poly_power)
     return optim.lr  # constant
@@ -335,7 +330,7 @@ def check_settings(
 ) -> None:
     """Raise a ValueError for values that make no sense, naming the key, the value and what it must be."""
     selectable = [f"val/{name}" for name in reports.REPORTED]
-    names, schedules = ("adamw", "adam", "sgd"), ("constant", "step", "cosine", "poly")
+    names, schedules = ("adamw", "adam", "sgd"), ("constant", "cosine", "poly")
     weights = (loss.cross_entropy, loss.soft_iou, loss.log_iou, loss.dice, loss.tversky, loss.focal)
     scale, class_weights, clip_norm = augmentation.scale, loss.class_weights, settings.clip_norm
     rules = [
@@ -353,7 +348,6 @@ def check_settings(
         ("optim.lr", optim.lr, optim.lr > 0, "above 0"),
         ("optim.betas", optim.betas, len(optim.betas) == 2, "two numbers"),
         ("optim.schedule", optim.schedule, optim.schedule in schedules, "one of " + ", ".join(schedules)),
-        ("optim.step_every", optim.step_every, optim.step_every >= 1, "1 or more"),
         ("train.steps", settings.steps, settings.steps >= 0, "0 or more"),
         ("train.clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "null, or above 0"),
         ("train.select_by", settings.select_by, settings.select_by in selectable, "one of " + ", ".join(selectable)),
@@ -471,7 +465,7 @@ def build_optimizer(model: torch.nn.Module, optim: OptimSettings) -> torch.optim
     """Build the optimizer that `optim.name` names; its learning rate is set at each step."""
     groups = parameter_groups(model, optim.weight_decay)
     if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov)
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
     optimizer = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
     return optimizer(groups, lr=optim.lr, betas=tuple(optim.betas))
 
@@ -489,7 +483,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     optim = read_settings(OptimSettings, config["optim"], "optim")
     tiles = read_settings(prediction.TileSettings, config["tiles"], "tiles")
     framing, augmentation, reader_keys = read_data_settings(config["data"])
-    check_type(config["check"], bool, "check")
+    check_value(config["check"], bool, "check")
     margin = output_margin(config["model"])
     check_settings(settings, framing, augmentation, loss_settings, optim)
     views.check_size("data.image_size", framing.image_size, margin)
@@ -775,7 +769,7 @@ def predict(config: dict, state: dict, run_dir: Path) -> list[str]:
         One line for each picture that cannot be read; always empty for a single picture, whose failure is raised.
     """
     _, _, reader_keys = read_data_settings(config["data"])
-    check_type(config["probabilities"], bool, "probabilities")
+    check_value(config["probabilities"], bool, "probabilities")
     class_names = tuple(name_classes(reader_keys["num_classes"], reader_keys["class_names"]))
     image_paths, is_folder = list_images(Path(config["input"])), Path(config["input"]).is_dir()
     predictor = load_predictor(config, state)

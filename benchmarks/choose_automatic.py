@@ -62,7 +62,7 @@ def main() -> None:
     _, items = split_items(root=write_samples("scenes", config["data"]["root"]), **reader_keys)
 
     lowest = {"pred_iou_thresh": PRED_IOU_THRESHS[0], "stability_score_thresh": 0.0}
-    permissive = AutomaticSettings(**config["model"]["automatic"] | lowest)
+    permissive = AutomaticSettings(**config["model"].get("automatic", {}) | lowest)
     scores = {}  # (offset, predicted IoU, stability) -> (precision, recall, F1, masks) of each scene
     for item in items[:NUM_SCENES]:
         image_rgb, layers = read_item(item)

@@ -46,8 +46,8 @@ from train_sam2 import (
 from utils.images import write_image, write_label_map
 from utils.instances.readers import Item
 from utils.run import seed_everything
-from utils.sam2.embedding_cache import fill_cache, plan_cache, restore_maps
-from utils.sam2.model import build_sam2, decode, finish_embeddings, freeze_except
+from utils.sam2.embedding_cache import embed, fill_cache, plan_cache
+from utils.sam2.model import build_sam2, decode, freeze_except
 
 TARGETS = {"sam2.1_hiera_small": 3.0, "sam2.1_hiera_tiny": 2.5}
 LIMITS = {"fp16": 5e-3, "fp32": 1e-5}  # the relative difference of losses; that of logits, by their largest
@@ -85,7 +85,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict:
     cache_dir, stored = str(folder / "cache"), arguments.cache_precision
     plan = plan_cache(model, cache_dir, stored, "fp32", False, pictures, None)
     start = time.perf_counter()
-    fill_cache(model, plan, "fp32")
+    fill_cache(model, plan)
     fill_s = (time.perf_counter() - start) / NUM_PICTURES
     plan = plan_cache(model, cache_dir, stored, "fp32", False, pictures, None)
     assert not plan.missing
@@ -95,7 +95,6 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict:
     def step_ours(sample_index: int) -> None:
         model.train()
         batch = collate([dataset[sample_index]])
-        batch["maps"] = restore_maps(batch["maps"], CPU)
         object_loss, _ = prompted_loss(model, batch, prompts, loss, side // 4)
         (object_loss * batch["object_weight"]).sum().backward()
         torch.nn.utils.clip_grad_norm_([parameter for _, parameter in trainable], CLIP_NORM)
@@ -259,13 +258,12 @@ def find_differences(
         plain_loss, plain_masks = plain_forward(predictor, items_by_path[sample["name"]], find_points(sample)["points"])
         model.train()
         batch = collate([sample])
-        batch["maps"] = restore_maps(batch["maps"], CPU)
         object_loss, _ = prompted_loss(model, batch, prompts, loss, model.image_size)
         our_loss = (object_loss * batch["object_weight"]).sum()
         loss_differences.append((abs(our_loss - plain_loss) / plain_loss).item())
         masks, _, _ = decode(
             model,
-            finish_embeddings(model, batch["maps"]),
+            embed(model, batch["pictures"]),
             batch["image_index"],
             batch["point_coords"][:, :1],
             batch["point_labels"][:, :1],

@@ -417,8 +417,11 @@ def test_best_checkpoint_of_training_predicts_the_same_in_an_untouched_sam2(fold
         (["input=nothing_here"], "input nothing_here has no pictures"),
         (["input=text.jpg"], "text.jpg cannot be decoded"),
         (["mode=fast"], "mode is fast; must be one of automatic, region, prompts"),
-        (["points=[[1,2,1]]"], "points= is given but mode is automatic, which does not use it: add mode=prompts"),
-        (["region=region.png"], "region= is given but mode is automatic.*add mode=region"),
+        (
+            ["points=[[1,2,1]]"],
+            "points= is given but mode is automatic, which does not use it: leave it out, or take mode=prompts",
+        ),
+        (["region=region.png"], "region= is given but mode is automatic.*leave it out, or take mode=region"),
         (["automatic.points_per_side=0"], "points_per_side is 0; must be at least 1"),
         (["automatic.points_per_batch=0"], "automatic.points_per_batch is 0; must be at least 1"),
         (["automatic.points_per_batch=-3"], "automatic.points_per_batch is -3; must be at least 1"),

@@ -18,6 +18,7 @@ from tiny_training import (
     list_training_items,
     make_dataset,
     make_runs_quick,
+    read_last,
     run_main,
     script_evaluation,
     tiny_overrides,
@@ -35,19 +36,19 @@ from utils.sam2 import model as sam2_model
 from utils.sam2.embedding_cache import (
     FOOTER_BYTES,
     HEADER_BYTES,
-    EmbeddingCache,
     count_entry_bytes,
-    encode_picture,
+    describe_recipe,
+    embed,
     entry_key,
     fill_cache,
     is_whole,
-    join_maps,
+    join_pictures,
     plan_cache,
     read_entry,
     restore_maps,
     write_entry,
 )
-from utils.sam2.model import FrozenMaps, build_sam2, encode, finish_embeddings, preprocess
+from utils.sam2.model import FrozenMaps, build_sam2, encode, encode_frozen, preprocess, project_high_res
 
 CPU = torch.device("cpu")
 NUM_ENTRIES = 8  # of the tiny dataset: 4 training pictures in both flips; the validation pictures are copies of them
@@ -84,9 +85,9 @@ def quick(monkeypatch):
 def num_encoded(monkeypatch):
     """Grows by one entry for each picture that goes through the image encoder, with or without a cache."""
     calls = []
-    for module, name in ((embedding_cache, "encode_frozen"), (train_sam2, "encode")):
-        real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, real=real: calls.extend(args[1]) or real(*args))
+    for name in ("encode_frozen", "encode"):
+        real = getattr(embedding_cache, name)
+        monkeypatch.setattr(embedding_cache, name, lambda *args, real=real: calls.extend(args[1]) or real(*args))
     return calls
 
 
@@ -121,7 +122,7 @@ def test_entries_do_not_depend_on_the_decoder(is_projected, root, tmp_path):
         model = build_tiny()
         model.fast_decoder = fast
         plan = plan_tiny(model, tmp_path / str(fast), root, "fp32", is_projected)
-        fill_cache(model, plan, "fp32")
+        fill_cache(model, plan)
         files.append(list_files(tmp_path / str(fast)))
     assert files[0] == files[1] and len(files[0]) > 4
 
@@ -136,7 +137,7 @@ def test_entry_brings_back_what_was_encoded(name, is_projected, precision, root,
         pictures = [(root / "images" / f"{number}.png", flip) for number in ("001", "002") for flip in (False, True)]
         plan = plan_cache(model, str(tmp_path / stored), stored, precision, is_projected, pictures, None)
         assert plan.missing == pictures
-        fill_cache(model, plan, precision)
+        fill_cache(model, plan)
         parts = []
         for image_path, flip in pictures:
             entry_path = plan.entries[image_path, flip]
@@ -144,25 +145,26 @@ def test_entry_brings_back_what_was_encoded(name, is_projected, precision, root,
             image_rgb = read_image(image_path)[:, ::-1] if flip else read_image(image_path)
             with torch.no_grad(), embedding_cache.autocast(CPU, precision):
                 expected = encode(model, preprocess(image_rgb, 64)[None])
-                maps = encode_picture(model, image_rgb, plan.cache)
+                maps = encode_frozen(model, preprocess(image_rgb, 64)[None])
+                maps = project_high_res(model, maps) if is_projected else maps
                 restored = restore_maps(read_entry(entry_path), CPU)
-                found = finish_embeddings(model, restored)
+                embedded = embed(model, read_entry(entry_path))
             parts.append(read_entry(entry_path))
             assert restored.is_projected == is_projected
             pairs = [*zip(restored[:3], maps[:3], strict=True)]
-            pairs += [(found.image_embeddings, expected.image_embeddings)]
-            pairs += [*zip(found.high_res_features, expected.high_res_features, strict=True)]
+            pairs += [(embedded.image_embeddings, expected.image_embeddings)]
+            pairs += [*zip(embedded.high_res_features, expected.high_res_features, strict=True)]
             for one, other in pairs:
                 assert one.dtype == other.dtype and one.shape == other.shape and one.stride() == other.stride()
                 if stored == "fp32":
                     assert torch.equal(one, other)
                 limit = 2e-2 if precision == "bf16" else 4e-3
                 torch.testing.assert_close(one, other, atol=limit, rtol=limit)
-        joined = join_maps(parts)
+        joined = join_pictures(parts)
         for level in range(3):
-            assert torch.equal(joined.tensors[level], torch.cat([part.tensors[level] for part in parts]))
-            last = parts[0].tensors[level].is_contiguous(memory_format=torch.channels_last)
-            assert joined.tensors[level].is_contiguous(memory_format=torch.channels_last) == last
+            assert torch.equal(joined[level], torch.cat([part[level] for part in parts]))
+            last = parts[0][level].is_contiguous(memory_format=torch.channels_last)
+            assert joined[level].is_contiguous(memory_format=torch.channels_last) == last
 
 
 def test_size_is_the_issues():
@@ -179,7 +181,7 @@ def test_entries_are_mapped_not_read(root, tmp_path):
     """Tensors of a picture lie in the file's mapping; writing to them never reaches the file."""
     model = build_tiny()
     plan = plan_tiny(model, tmp_path / "cache", root)
-    fill_cache(model, plan, "fp32")
+    fill_cache(model, plan)
     entry_path = next(iter(plan.entries.values()))
     before, stored = entry_path.read_bytes(), read_entry(entry_path)
     regions = []
@@ -187,23 +189,25 @@ def test_entries_are_mapped_not_read(root, tmp_path):
         if line.endswith(entry_path.name):
             regions.append([int(side, 16) for side in line.split()[0].split("-")])
     assert len(regions) == 1
-    assert all(regions[0][0] <= values.data_ptr() < regions[0][1] for values in stored.tensors)
-    stored.tensors[0].zero_()
+    assert all(regions[0][0] <= values.data_ptr() < regions[0][1] for values in stored[:3])
+    stored[0].zero_()
     assert entry_path.read_bytes() == before
     del stored
     assert entry_path.name not in Path("/proc/self/maps").read_text()  # and nothing stays
 
 
 def test_key_depends_on_all_that_the_content_depends_on(root):
-    cache = EmbeddingCache(Path("a"), "weights", 64, False, "fp16", "cpu fp32")
-    changes = [
-        {"weights_hash": "others"}, {"image_size": 96}, {"is_projected": True}, {"stored": "fp32"},
-        {"computed": "cpu bf16"}, {"computed": "cuda fp32"},
+    model, other_weights, other_size = (build_tiny() for _ in range(3))
+    other_weights.image_encoder.trunk.stem[1].bias.data[0] += 1
+    other_size.image_size = 96
+    recipes = [
+        describe_recipe(model, False, "fp16", "fp32"), describe_recipe(other_weights, False, "fp16", "fp32"),
+        describe_recipe(other_size, False, "fp16", "fp32"), describe_recipe(model, True, "fp16", "fp32"),
+        describe_recipe(model, False, "fp32", "fp32"), describe_recipe(model, False, "fp16", "bf16"),
     ]  # fmt: skip
-    keys = {entry_key(EmbeddingCache(**vars(cache) | change), "picture", False) for change in changes}
-    keys |= {entry_key(cache, "picture", False), entry_key(cache, "picture", True), entry_key(cache, "other", False)}
-    assert len(keys) == len(changes) + 3 and all(re.fullmatch("[0-9a-f]{64}", key) for key in keys)
-    assert entry_key(EmbeddingCache(**vars(cache) | {"folder": Path("b")}), "picture", False) in keys
+    keys = {entry_key(recipe, "picture", False) for recipe in recipes}
+    keys |= {entry_key(recipes[0], "picture", True), entry_key(recipes[0], "other", False)}
+    assert len(keys) == len(recipes) + 2 and all(re.fullmatch("[0-9a-f]{64}", key) for key in keys)
 
 
 def test_hash_is_of_the_weights_that_were_used():
@@ -262,7 +266,7 @@ def test_torn_entry_is_found_and_made_again(damage, root, cache_dir, num_encoded
     plan = plan_tiny(model, cache_dir, root)
     assert [plan.entries[picture] for picture in plan.missing] == [path]
     assert "7 pictures in" in (output := capsys.readouterr().out) and "1 damaged entries are made again" in output
-    fill_cache(model, plan, "fp32")
+    fill_cache(model, plan)
     assert len(num_encoded) == 1 and list_files(cache_dir) == before
 
 
@@ -297,7 +301,7 @@ def test_overflow_is_an_error_that_names_the_picture(value, message, tmp_path):
         with pytest.raises(ValueError, match="use cache_precision=fp32"):
             write_entry(path, FrozenMaps(*maps, False), "fp16", Path("some/001.png"))
         write_entry(path, FrozenMaps(*maps, False), "fp32", Path("some/001.png"))
-        assert read_entry(path).tensors[1][0, 1, 2, 3] == -value
+        assert read_entry(path)[1][0, 1, 2, 3] == -value
 
 
 def test_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
@@ -331,7 +335,7 @@ model = build_run_model(Path({data!r}))
 plan = plan_tiny(model, {folder!r}, Path({data!r}))
 print("ready", len(plan.missing), flush=True)
 sys.stdin.readline()
-fill_cache(model, plan, "fp32")
+fill_cache(model, plan)
 """
 
 
@@ -387,12 +391,13 @@ def test_samples_of_both_ways_differ_in_the_picture_alone(root, cache_dir, monke
     plain, cached = make_dataset(config, items), make_dataset(config, items)
     cached.entries = plan.entries
     expected = [plain[index] for index in range(12)]
-    monkeypatch.setattr(train_sam2, "read_item", lambda item: pytest.fail("a picture was read"))
+    monkeypatch.setattr(train_sam2, "read_image", lambda path: pytest.fail("a picture was read"))
     monkeypatch.setattr(train_sam2, "preprocess", lambda *args: pytest.fail("a picture was prepared"))
     for index, sample in enumerate(expected):
-        found = cached[index]
-        assert sample.pop("image") is not None and found.pop("maps").tensors[0].shape == (1, 48, 16, 16)
-        assert not differences(sample, found)
+        from_entry = cached[index]
+        assert sample.pop("picture").shape == (1, 3, 64, 64)
+        assert from_entry.pop("picture").stride_4.shape == (1, 48, 16, 16)
+        assert not differences(sample, from_entry)
 
 
 def test_second_run_another_loss_and_a_sweep_encode_nothing(root, cache_dir, tmp_path, quick, num_encoded, capfd):
@@ -456,7 +461,7 @@ def test_resumed_run_equals_the_uninterrupted_one(root, cache_dir, tmp_path, qui
         "num_workers=1",
     )  # fmt: skip
     assert status == 0 and len(num_encoded) == NUM_ENTRIES  # in a new folder, from the weights in last.pt
-    resumed = load_checkpoint(tmp_path / "resumed" / "last.pt")
+    resumed = read_last(tmp_path / "resumed")
     assert list_files(tmp_path / "moved") == list_files(cache_dir)
     for state in (whole, resumed):
         state["metrics"] = without_timing(state["metrics"])
@@ -562,7 +567,7 @@ def test_typos_name_the_key(root, tmp_path, quick):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ncahce: auto\n")
     config = tiny_config(root, "experiment=mine", f"hydra.searchpath=[pkg://configs.shared,file://{tmp_path}]")
-    with pytest.raises(ValueError, match="unknown key cahce in the config"):
+    with pytest.raises(ValueError, match="unknown key cahce; must be among"):
         train_in(tmp_path / "run", config)
 
 

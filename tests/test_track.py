@@ -25,7 +25,7 @@ from test_tracking_metrics import Dataset, experiment
 from test_tracking_tracker import moving_object, real_model, small_model
 
 import track as script
-from track import Settings, check_settings, load_model, main, name_trackers, track
+from track import Config, check_settings, load_model, main, name_trackers, track
 from utils.checkpoint import save_checkpoint
 from utils.images import read_image, write_image
 from utils.settings import read_settings
@@ -637,9 +637,7 @@ def test_the_bundled_checkpoint(tmp_path, monkeypatch):
 
 def test_parity_is_fp32_where_precision_is_auto(monkeypatch):
     def built(*overrides):
-        config = compose_config(*overrides)
-        settings = read_settings(Settings, {key: config[key] for key in config if key not in script.SHARED_KEYS}, "")
-        return script.build_tracker(settings, config).dtype
+        return script.build_tracker(read_settings(Config, compose_config(*overrides))).dtype
 
     # as on a device that computes in bf16
     monkeypatch.setattr(script, "choose_precision", lambda name, device: "bf16" if name == "auto" else name)
@@ -764,7 +762,10 @@ def test_showing_changes_nothing_and_a_closed_window_stops_nothing(folder, tmp_p
         (["input=frames", "device=tpu"], "device is tpu; must be"),
         (["data=otb", "data.root=nowhere"], "data.root nowhere is not a folder"),
         (["data=otb", "+data.colour=red", "data.root=frames"], "unknown key data.colour"),
-        (["data.format=coco", "data.root=frames"], "data.format is 'coco'; must be one of got10k, imagenet_vid, davis"),
+        (
+            ["data=otb", "data.format=coco", "data.root=frames"],
+            "data.format is 'coco'; must be one of got10k, imagenet_vid, davis",
+        ),
         (["mode=benchmark", "data=otb", "data.root=otb", "results=[gone]"], "results has gone, which is no folder"),
     ],
 )
@@ -783,16 +784,15 @@ def test_bad_input_is_one_clear_line(folder, tmp_path, monkeypatch, arguments, m
 
 def test_every_mode_refuses_the_keys_of_others():
     """A key that says what to do is used by a mode, or refused in it."""
-    config = compose_config()
-    base = {key: config[key] for key in config if key not in script.SHARED_KEYS}
     given = {
         "checkpoint": "best.pt", "input": "frames", "box": [1, 2, 3, 4], "boxes": [[1, 2, 3, 4]], "sequences": ["a"],
         "show": True, "results": ["a"],
     }  # fmt: skip
-    for mode, keys in script.KEYS_OF_MODE.items():
-        for key in given.keys() - set(keys):
+    assert given.keys() == script.MODES_OF_KEY.keys()
+    for key, modes in script.MODES_OF_KEY.items():
+        for mode in {"track", "benchmark", "evaluate"} - set(modes):
             with pytest.raises(ValueError, match=f"{key}= is given but mode is {mode}"):
-                check_settings(read_settings(Settings, base | {"mode": mode, key: given[key]}, ""))
+                check_settings(read_settings(Config, compose_config() | {"mode": mode, key: given[key]}))
 
 
 def test_a_typo_names_the_key(tmp_path):
@@ -803,7 +803,7 @@ def test_a_typo_names_the_key(tmp_path):
         track(compose_config() | {"boks": None}, tmp_path)
     config = compose_config()
     with pytest.raises(ValueError, match="unknown key tracker.lost"):
-        script.build_tracker(None, config | {"tracker": config["tracker"] | {"lost": 1}})
+        track(config | {"tracker": config["tracker"] | {"lost": 1}}, tmp_path)
 
 
 def test_the_command_reports_bad_input_in_one_line(tmp_path, monkeypatch, capfd):

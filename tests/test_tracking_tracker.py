@@ -10,6 +10,7 @@ from torch import nn
 
 from benchmarks.plain_siamfc import PlainTracker
 from utils.images import read_image, write_image
+from utils.settings import read_settings
 from utils.tracking import tracker as siamfc_tracker
 from utils.tracking.frames import FrameSource
 from utils.tracking.siamfc import SiamFC, mean_color
@@ -533,4 +534,4 @@ def test_bad_boxes(boxes, message):
 )  # fmt: skip
 def test_bad_settings_name_the_key(key, value):
     with pytest.raises(ValueError, match=f"tracker.{key} is {value}; must be"):
-        TrackerSettings(**{key: value})
+        read_settings(TrackerSettings, {key: value}, "tracker")

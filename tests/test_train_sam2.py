@@ -43,7 +43,6 @@ from utils.sam2.model import Embeddings, build_sam2, preprocess, scale_points
 
 SAM_LOSS = LossSettings(**read_option("sam2", "loss", "sam"))
 TUTORIAL_LOSS = LossSettings(**read_option("sam2", "loss", "tutorial"))
-AUGMENTATION = train_sam2.Augmentation(min_area_px=1, hflip=True, color_jitter=0.0)
 PRESETS = sorted(path.stem for path in (ROOT / "configs" / "sam2" / "experiment").glob("*.yaml"))
 
 
@@ -253,7 +252,7 @@ def test_trainable_parameters_move_and_frozen_ones_do_not(trainable, prefixes, r
 def test_encoding_without_gradient_would_leave_three_parts_untrained(root, tmp_path, quick, monkeypatch):
     """The tutorial's way: the predictor's set_image runs conv_s0, conv_s1 and no_mem_embed under no_grad."""
     script_evaluation(monkeypatch)
-    monkeypatch.setattr(train_sam2, "encode", torch.no_grad()(train_sam2.encode))
+    monkeypatch.setattr(train_sam2, "embed", torch.no_grad()(train_sam2.embed))
     _, still = train_parts(root, tmp_path / "run", "[mask_decoder]")
     untrained = {name for name in still if name.startswith(("sam_mask_decoder.", "no_mem_embed"))}
     convolutions = {f"sam_mask_decoder.conv_s{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")}
@@ -363,13 +362,13 @@ def test_features_of_the_last_picture_would_change_the_others(root, model, monke
     """The tutorial's batch script decodes all pictures with the last one's high-resolution features."""
     batch, prompts = make_batch(root, range(3), "prompts=point")
     losses, _ = compute_gradients(model, [batch], prompts)
-    real_encode = train_sam2.encode
+    real_embed = train_sam2.embed
 
     def encode_as_tutorial(model, images):
-        image_embeddings, features = real_encode(model, images)
+        image_embeddings, features = real_embed(model, images)
         return Embeddings(image_embeddings, [level[-1:].expand_as(level) for level in features])
 
-    monkeypatch.setattr(train_sam2, "encode", encode_as_tutorial)
+    monkeypatch.setattr(train_sam2, "embed", encode_as_tutorial)
     buggy_losses, _ = compute_gradients(model, [batch], prompts)
     is_last = batch["image_index"] == 2
     torch.testing.assert_close(losses[is_last], buggy_losses[is_last], atol=1e-4, rtol=0)
@@ -404,7 +403,7 @@ def test_running_mean_is_bias_corrected_and_weighs_pictures_equally(root, tmp_pa
     def record(model, batch, *rest):
         object_loss, object_iou = real_loss(model, batch, *rest)
         for found, values in ((step_losses, object_loss), (step_ious, object_iou)):
-            means = [values[batch["image_index"] == image].mean().item() for image in range(len(batch["images"]))]
+            means = [values[batch["image_index"] == image].mean().item() for image in range(len(batch["pictures"]))]
             found.append(sum(means) / len(means))
         return object_loss, object_iou
 
@@ -586,7 +585,7 @@ def test_sample_is_aligned_in_the_square_frame(root):
     for sample_index in range(24):
         sample = dataset[sample_index]
         names.add(sample["name"].rsplit("/")[-1])
-        picture = (sample["image"].permute(1, 2, 0) * std + mean) * 255  # (S, S, 3)
+        picture = (sample["picture"][0].permute(1, 2, 0) * std + mean) * 255  # (S, S, 3)
         for mask, coords, labels in zip(sample["masks"], sample["point_coords"], sample["point_labels"], strict=True):
             color = picture[mask].median(0).values
             distance = (picture - color).abs().amax(2)  # (S, S)
@@ -650,13 +649,14 @@ def test_picture_is_resized_once_and_lies_as_in_evaluation(root, tmp_path):
     item = write_item(tmp_path / "one", ids)
     dataset = make_dataset(compose_config(*tiny_overrides(root), "data.hflip=false", "prompts=point"), [item])
     sample, image_rgb = dataset[0], read_image(item.image_path)
+    picture = sample["picture"][0]  # (3, S, S)
     pixels = torch.from_numpy(image_rgb).permute(2, 0, 1)[None].float() / 255
     once = torch.nn.functional.interpolate(pixels, (64, 64), mode="bilinear", antialias=True)[0]
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    torch.testing.assert_close(sample["image"], (once - mean[:, None, None]) / std[:, None, None], atol=1e-4, rtol=0)
+    torch.testing.assert_close(picture, (once - mean[:, None, None]) / std[:, None, None], atol=1e-4, rtol=0)
     ratio = min(64 / 160, 64 / 90)
     letter_boxed = cv2.resize(image_rgb, (int(160 * ratio), int(90 * ratio)))
-    assert (preprocess(letter_boxed, 64) - sample["image"]).abs().mean() > 0.1
+    assert (preprocess(letter_boxed, 64) - picture).abs().mean() > 0.1
     assert int(322 * (1024 / 322)) == 1023
 
     point = np.array([[134.5, 77.5]], np.float32)  # the object's middle
@@ -692,7 +692,7 @@ def test_300_objects_are_capped_in_training_and_all_measured(root, model, tmp_pa
     batch = collate([dataset[0], dataset[1]])
     assert len(batch["masks"]) == 14 and differences(dataset[0]["masks"], dataset[1]["masks"])  # drawn anew
     torch.testing.assert_close(batch["object_weight"], torch.full((14,), 1 / 14))
-    values = evaluate(model, [item], AUGMENTATION, [1], torch.device("cpu"), "fp32", None, 0)
+    values = evaluate(model, [item], 1, [1], "fp32", None, 0)
     model.train()
     assert (values["val/num_objects"], values["val/num_images"]) == (300, 1)
 
@@ -1006,7 +1006,7 @@ def measure_slowly(predictor, items, clicks):
 
 def test_evaluation_equals_a_slow_loop_with_the_official_predictor(root, model, predictor, tmp_path):
     items = list_training_items(compose_config(*tiny_overrides(root)))
-    values = evaluate(model, items, AUGMENTATION, [1, 2, 4], torch.device("cpu"), "fp32", tmp_path, 2)
+    values = evaluate(model, items, 1, [1, 2, 4], "fp32", tmp_path, 2)
     model.eval()
     expected = measure_slowly(predictor, items, [1, 2, 4])
     model.train()
@@ -1022,8 +1022,7 @@ def test_evaluation_equals_a_slow_loop_with_the_official_predictor(root, model, 
 def test_evaluation_leaves_out_small_objects(root, model):
     items = list_training_items(compose_config(*tiny_overrides(root)))
     areas = sorted(int((read_item(items[0])[1] == object_id).sum()) for object_id in (1, 2, 3))
-    augmentation = train_sam2.Augmentation(min_area_px=areas[1], hflip=True, color_jitter=0.0)
-    values = evaluate(model, items[:1], augmentation, [1], torch.device("cpu"), "fp32", None, 0)
+    values = evaluate(model, items[:1], areas[1], [1], "fp32", None, 0)
     model.train()
     assert values["val/num_objects"] == 2
 
@@ -1031,7 +1030,7 @@ def test_evaluation_leaves_out_small_objects(root, model):
 def test_pictures_of_items_with_the_same_file_name_are_kept_apart(root, model, tmp_path):
     first = list_training_items(compose_config(*tiny_overrides(root)))[0]
     items = [Item(f"{name}/00000", "davis", first.image_path, first.annotation_path) for name in ("a", "b")]
-    evaluate(model, items, AUGMENTATION, [1], torch.device("cpu"), "fp32", tmp_path, 2)
+    evaluate(model, items, 1, [1], "fp32", tmp_path, 2)
     model.train()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a_00000.png", "b_00000.png"]
 

@@ -265,8 +265,8 @@ def test_only_a_better_one_replaces_the_best_checkpoint(root, tmp_path, quick, m
 
 @pytest.mark.parametrize(
     "name, optim",
-    [(name, "adamw") for name in ("unet", "unet_paper", "fcn", "segnet", "segnet_dsc", "vit_small")]
-    + [("unet", "adam"), ("unet", "sgd")],
+    [(name, "optim=adamw") for name in ("unet", "unet_paper", "fcn", "segnet", "segnet_dsc", "vit_small")]
+    + [("unet", "optim.name=adam"), ("unet", "optim=sgd")],
 )
 def test_every_parameter_of_every_network_moves(name, optim, root, tmp_path, quick, monkeypatch):
     """Without weight decay, which would move a parameter that gets no gradient."""
@@ -281,7 +281,7 @@ def test_every_parameter_of_every_network_moves(name, optim, root, tmp_path, qui
     }[name]
     overrides = [one for one in tiny_overrides(root) if not one.startswith("model")]
     config = compose_config(
-        *overrides, f"model={name}", *small, f"optim={optim}", "optim.weight_decay=0.0", "optim.lr=0.01",
+        *overrides, f"model={name}", *small, optim, "optim.weight_decay=0.0", "optim.lr=0.01",
         "train.steps=3", "train.test_at_end=false",
     )  # fmt: skip
     trained = train_in(tmp_path / "run", config)["model"]
@@ -355,15 +355,14 @@ def schedule(**changes):
     return OptimSettings(**(compose_config()["optim"] | {"lr": 0.1, "warmup_steps": 0} | changes))
 
 
-@pytest.mark.parametrize("name", ["constant", "step", "cosine", "poly"])
+@pytest.mark.parametrize("name", ["constant", "cosine", "poly"])
 def test_schedule_equals_torchs_own(name):
     """As torch.optim.lr_scheduler, which keeps a state, where ours is a function of the step."""
-    optim = schedule(schedule=name, min_lr_factor=0.0, step_every=7, step_factor=0.3, poly_power=0.9)
+    optim = schedule(schedule=name, min_lr_factor=0.0, poly_power=0.9)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     schedulers = torch.optim.lr_scheduler
     expected = {
         "constant": lambda: schedulers.ConstantLR(optimizer, factor=1.0),
-        "step": lambda: schedulers.StepLR(optimizer, step_size=7, gamma=0.3),
         "cosine": lambda: schedulers.CosineAnnealingLR(optimizer, T_max=40),
         "poly": lambda: schedulers.PolynomialLR(optimizer, total_iters=40, power=0.9),
     }[name]()
@@ -376,9 +375,9 @@ def test_schedule_equals_torchs_own(name):
     assert (rates[-1] < 0.02) == (name != "constant")
 
 
-@pytest.mark.parametrize("name", ["constant", "step", "cosine", "poly"])
+@pytest.mark.parametrize("name", ["constant", "cosine", "poly"])
 def test_warmup_rises_and_the_floor_holds(name):
-    optim = schedule(schedule=name, warmup_steps=4, min_lr_factor=0.2, step_every=1000)
+    optim = schedule(schedule=name, warmup_steps=4, min_lr_factor=0.2)
     rates = [train_unet.scheduled_lr(step, 50, optim) for step in range(50)]
     assert rates[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
     assert rates[5:] == sorted(rates[5:], reverse=True)
@@ -672,7 +671,7 @@ def test_typo_in_a_preset_names_the_key(content, key, root, tmp_path, quick):
         "loss.border_sigma=0",
         "optim.name=rmsprop",
         "optim.schedule=plateau",
-        "optim.step_every=0",
+        "optim.schedule=step",
         "optim.betas=[0.9]",
         "tiles.size=big",
         "tiles.size=64",

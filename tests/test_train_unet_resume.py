@@ -67,9 +67,9 @@ def test_resumed_run_equals_the_uninterrupted_one(root, whole, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optim", ["sgd", "adam"])
+@pytest.mark.parametrize("optim", ["optim=sgd", "optim.name=adam"])
 def test_other_optimizers_and_batch_norm_resume_exactly(optim, root, tmp_path, monkeypatch):
-    config = compose_config(*tiny_overrides(root), *STEPS, f"optim={optim}")
+    config = compose_config(*tiny_overrides(root), *STEPS, optim)
     train_in(tmp_path / "whole", config)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         crash_at_step(patch, 2)

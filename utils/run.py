@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,15 @@ def choose_num_workers(value: int | str) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"num_workers is {value}; must be auto, 0 or a positive whole number")
     return value
+
+
+def now_s(device: torch.device) -> float:
+    """Read the clock, in seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
 
 
 def num_cores() -> int:

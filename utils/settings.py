@@ -1,91 +1,214 @@
 """Settings: from YAML, whose values can be anything, to typed dataclasses; what a user reads where one is wrong."""
 
+import contextlib
 import dataclasses
+import functools
 import inspect
+import logging
+import math
+import sys
 import types
 import typing
+from collections.abc import Callable
+from typing import Annotated, NamedTuple
 
 TYPE_WORDS = {
-    int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", type(None): "null",
+    int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list",
+    dict: "keys and values", type(None): "null",
 }  # fmt: skip
+# Marks of a field whose keys stand in the same section as its neighbours', and of one that takes all keys left over.
+SAME_SECTION, ALL_OTHERS = "same section", "all others"
 
 
-def read_settings(cls: type, section: dict, name: str):
-    """Build a settings dataclass from a section of the config, with exactly its keys and values of its types.
+class Rule(NamedTuple):
+    """What a value must be beside its type, where it is not null: `steps: Annotated[int, at_least(0)]`."""
+
+    holds: Callable[[object], bool]
+    words: str  # what must be, such as "0 or more"
+
+
+def at_least(least: float) -> Rule:
+    return Rule(lambda value: value >= least, f"{least} or more")
+
+
+def above(limit: float) -> Rule:
+    return Rule(lambda value: limit < value < math.inf, f"above {limit}")
+
+
+def between(least: float, most: float) -> Rule:
+    return Rule(lambda value: least <= value <= most, f"between {least} and {most}")
+
+
+def one_of(*choices) -> Rule:
+    words = [str(choice) for choice in choices]
+    return Rule(lambda value: value in choices, " or ".join(words) if len(words) < 3 else "one of " + ", ".join(words))
+
+
+def of_length(count: int, words: str) -> Rule:
+    return Rule(lambda value: len(value) == count, words)
+
+
+@dataclasses.dataclass(frozen=True)
+class CommonSettings:
+    """The keys of configs/shared/common.yaml, which explains each; utils/run.py turns them into what they stand for."""
+
+    seed: int  # 0 to 2**32 - 1
+    device: str
+    precision: str
+    num_workers: int | str
+    resume: str | None
+    data_root: str
+
+
+def read_settings(cls: type, section: dict, name: str = ""):
+    """Build a settings dataclass from a section of the config: exactly its keys, values of its types and ranges.
 
     Args:
-        cls: a dataclass; its annotations are int, float (whole numbers too), bool, str, list, list[X] and X | None.
+        cls: a dataclass. Its annotations are int, float (whole numbers too), bool, str, dict, list, list[X], X | None,
+            other dataclasses for the sections below, and Annotated[one of these, a Rule, SAME_SECTION or ALL_OTHERS].
+            A field with a default may be absent from the section: a checkpoint can be older than the field.
         section: {key: value}, plain types.
-        name: the section's name in messages, such as "train"; "" for keys at the top of the config.
+        name: the section's name in messages, such as "train"; "" for the whole config.
     Returns:
         cls(**section).
     Raises:
-        ValueError: for an unknown key, a missing one, or a value of another type, naming it as section.key.
+        ValueError: for an unknown key, a missing one, a value of another type or out of its range: section.key, its
+            value, and what it must be.
     """
     prefix = f"{name}." if name else ""
     if not isinstance(section, dict):
         raise ValueError(f"{name} is {section!r}; must be a section of keys and values")
-    kinds = {field.name: kind for field, kind in _annotated_fields(cls)}
-    for key in section:
-        if key not in kinds:
-            raise ValueError(f"unknown key {prefix}{key}; must be among {', '.join(prefix + known for known in kinds)}")
-    for field, kind in _annotated_fields(cls):
-        if field.name in section:
-            check_type(section[field.name], kind, prefix + field.name)
+    kinds = typing.get_type_hints(cls, include_extras=True)
+    known, others = known_keys(cls), None
+    values, left = {}, dict(section)
+    if unknown := [key for key in section if key not in known]:
+        if ALL_OTHERS not in [mark for kind in kinds.values() for mark in _marks(kind)]:
+            listed = ", ".join(prefix + key for key in known)
+            raise ValueError(f"unknown key {prefix}{unknown[0]}; must be among {listed}")
+    for field in dataclasses.fields(cls):
+        kind = kinds[field.name]
+        plain_kind = typing.get_args(kind)[0] if _marks(kind) else kind
+        if SAME_SECTION in _marks(kind):
+            own = {key: left.pop(key) for key in known_keys(plain_kind) if key in left}
+            values[field.name] = read_settings(plain_kind, own, name)
+        elif ALL_OTHERS in _marks(kind):
+            others = field.name
+        elif field.name in left:
+            value = left.pop(field.name)
+            if dataclasses.is_dataclass(plain_kind):
+                value = read_settings(plain_kind, value, prefix + field.name)
+            else:
+                check_value(value, kind, prefix + field.name)
+            values[field.name] = value
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ValueError(f"the config lacks {prefix}{field.name}; must be {_describe_type(kind)}")
-    return cls(**section)
+            words = (
+                "a section of keys and values" if dataclasses.is_dataclass(plain_kind) else _describe_type(plain_kind)
+            )
+            raise ValueError(f"the config lacks {prefix}{field.name}; must be {words}")
+    return cls(**values, **({others: left} if others else {}))
+
+
+def known_keys(cls: type) -> list[str]:
+    """List the keys that a section of this dataclass may have, less those that a field takes as ALL_OTHERS."""
+    keys = []
+    for key, kind in typing.get_type_hints(cls, include_extras=True).items():
+        if SAME_SECTION in _marks(kind):
+            keys += known_keys(typing.get_args(kind)[0])
+        elif ALL_OTHERS not in _marks(kind):
+            keys.append(key)
+    return keys
 
 
 def check_keys(function, keys: dict, name: str) -> None:
-    """Raise a ValueError for keyword arguments that a function does not take, or lacks, naming them as section.key.
+    """Raise a ValueError for keyword arguments that a function does not take, lacks, or takes as another type.
 
     Args:
         function: a function or class; bind what is no key of the config with `functools.partial` before.
         keys: {key: value}, to be passed as function(**keys).
-        name: the section's name in messages, such as "data".
+        name: the section's name in messages, such as "data", which names them as section.key.
     """
     parameters = inspect.signature(function).parameters.values()
-    known = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD]
-    takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters)
+    known = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     for key in keys:
         if key not in known and not takes_all:
-            raise ValueError(f"unknown key {name}.{key}; must be among {', '.join(f'{name}.{one}' for one in known)}")
-    for one in parameters:
-        if one.default is one.empty and one.kind is not one.VAR_KEYWORD and one.name not in keys:
-            raise ValueError(f"the config lacks {name}.{one.name}")
+            raise ValueError(f"unknown key {name}.{key}; must be among {', '.join(f'{name}.{each}' for each in known)}")
+    bare = function.func if isinstance(function, functools.partial) else function
+    kinds = typing.get_type_hints(bare.__init__ if inspect.isclass(bare) else bare, include_extras=True)
+    for parameter in parameters:
+        if parameter.name in keys:
+            if parameter.name in kinds:
+                check_value(keys[parameter.name], kinds[parameter.name], f"{name}.{parameter.name}")
+        elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+            raise ValueError(f"the config lacks {name}.{parameter.name}")
 
 
-def check_type(value, kind: type, name: str) -> None:
-    """Raise a ValueError, naming the key, its value and what it must be, for a value that is not of a type.
+def check_value(value, kind: type, name: str) -> None:
+    """Raise a ValueError, naming the key, its value and what it must be, for a value of another type or out of range.
 
     Args:
         kind: an annotation, as those of `read_settings`. True and False are no whole numbers, though Python says so.
         name: the dotted key, such as "train.steps".
     """
-    if not _is_of_type(value, kind):
-        raise ValueError(f"{name} is {value!r}; must be {_describe_type(kind)}")
+    rules = [mark for mark in _marks(kind) if isinstance(mark, Rule)]
+    plain_kind = typing.get_args(kind)[0] if _marks(kind) else kind
+    if not _is_of_type(value, plain_kind):
+        raise ValueError(f"{name} is {value!r}; must be {_describe_type(plain_kind)}")
+    for rule in rules:
+        if value is not None and not rule.holds(value):
+            is_optional = _is_of_type(None, plain_kind)
+            raise ValueError(f"{name} is {value}; must be {'null, or ' if is_optional else ''}{rule.words}")
 
 
-def _annotated_fields(cls: type) -> list[tuple[dataclasses.Field, type]]:
-    kinds = typing.get_type_hints(cls)
-    return [(field, kinds[field.name]) for field in dataclasses.fields(cls)]
+def check_modes(given: list[str], modes: dict[str, tuple[str, ...]], mode: str) -> None:
+    """Raise a ValueError for a key that is given in a mode that does not use it, naming the modes that do.
+
+    Args:
+        given: the keys that are given.
+        modes: {key: the modes that use it}.
+    """
+    for key in given:
+        if mode not in modes[key]:
+            raise ValueError(
+                f"{key}= is given but mode is {mode}, which does not use it: leave it out, or take mode="
+                + " or mode=".join(modes[key])
+            )
+
+
+def _marks(kind) -> tuple:
+    return kind.__metadata__ if typing.get_origin(kind) is Annotated else ()
 
 
 def _is_of_type(value, kind: type) -> bool:
     if isinstance(kind, types.UnionType):
-        return any(_is_of_type(value, one) for one in typing.get_args(kind))
+        return any(_is_of_type(value, member) for member in typing.get_args(kind))
     if typing.get_origin(kind) is list:
         return isinstance(value, list) and all(_is_of_type(item, typing.get_args(kind)[0]) for item in value)
+    if kind not in TYPE_WORDS:  # a device, a function: no key of the config
+        return True
     return type(value) in (int, float) if kind is float else type(value) is kind
 
 
 def _describe_type(kind: type) -> str:
     if isinstance(kind, types.UnionType):
-        return " or ".join(_describe_type(one) for one in typing.get_args(kind))
+        return " or ".join(_describe_type(member) for member in typing.get_args(kind))
     if typing.get_origin(kind) is list:
         return f"a list, each {_describe_type(typing.get_args(kind)[0])}"
     return TYPE_WORDS[kind]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a user reads where something is wrong
+
+
+@contextlib.contextmanager
+def one_line_errors(script: str):
+    """End the program with one line and status 1 at an error that input, files or values can cause."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        logging.getLogger(script).debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true
+        sys.exit(f"error: {describe_error(error)}")
 
 
 def describe_error(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """What a frozen image encoder computes, kept on disk: each picture is encoded once, for this run and all later ones.
 
-`plan_cache` finds the entry of each picture and which are missing, `fill_cache` makes those, `read_entry`, `join_maps`
-and `restore_maps` bring them back as what `model.finish_embeddings` takes.
+`plan_cache` finds the entry of each picture and which are missing, `fill_cache` makes those, `read_entry` reads one.
+`embed` makes embeddings of pictures and of what was read alike.
 
 An entry is a file <folder>/<2 hex>/<key>.emb for one picture, as it is or mirrored. Its key is a hash of all that its
 content depends on (see `entry_key`), so other weights or another picture of the same name are another file: nothing is
@@ -22,7 +22,6 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,9 +29,18 @@ from tqdm import tqdm
 
 from utils.images import read_image
 from utils.run import REPOSITORY, autocast, num_cores
-from utils.sam2.model import FrozenMaps, encode_frozen, preprocess, project_high_res
-from utils.settings import check_type
+from utils.sam2.model import (
+    Embeddings,
+    FrozenMaps,
+    encode,
+    encode_frozen,
+    finish_embeddings,
+    preprocess,
+    project_high_res,
+)
+from utils.settings import check_value
 
+HIGH_RES_CONVS = ("sam_mask_decoder.conv_s0.", "sam_mask_decoder.conv_s1.")  # what `project_high_res` ends with
 FORMAT = 1  # of the entries and of all that leads to them: reading a picture, preprocess, encode_frozen
 HEADER_BYTES, FOOTER_BYTES = 4096, 64 + 8
 STORED_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -40,31 +48,49 @@ ABANDONED_S = 3600  # a .tmp file this old is that of a killed run
 
 
 @dataclass(frozen=True)
-class EmbeddingCache:
-    """A folder of entries, and all that their content depends on but the pictures."""
-
-    folder: Path
-    weights_hash: str  # of `hash_weights`
-    image_size: int  # px
-    is_projected: bool  # through conv_s0 and conv_s1, which are frozen too; see `model.FrozenMaps`
-    stored: str  # fp16 or fp32, on disk
-    computed: str  # device and precision of the encoder, such as "cpu fp32": each rounds in its own way
-
-
-class CachePlan(NamedTuple):
+class CachePlan:
     """The entries that a run needs. A picture is (its file, whether it is mirrored)."""
 
-    cache: EmbeddingCache
     entries: dict[tuple[Path, bool], Path]
     missing: list[tuple[Path, bool]]  # to be encoded first; two of the same bytes share an entry
+    is_projected: bool  # through conv_s0 and conv_s1, which are frozen too; see `model.FrozenMaps`
+    stored: str  # fp16 or fp32, on disk
+    precision: str  # of the encoder: fp32, bf16 or fp16
 
 
-class StoredMaps(NamedTuple):
-    """The maps of B pictures as the cache holds them: strides 4, 8 and 16."""
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures, or what is kept of them -> embeddings
 
-    tensors: list[torch.Tensor]  # (B, C, h, w) fp16 or fp32; of a single picture they lie in the mapped file
-    dtypes: list[torch.dtype]  # as the encoder gave them
-    is_projected: bool
+
+def embed(model: torch.nn.Module, pictures: torch.Tensor | FrozenMaps) -> Embeddings:
+    """Make the embeddings of B pictures: encode them, or finish what a frozen encoder has made of them.
+
+    Args:
+        model: from `build_sam2`.
+        pictures: float (B, 3, S, S), S = model.image_size; or FrozenMaps from the cache. On any device.
+    Returns:
+        Embeddings on the model's device.
+    """
+    if isinstance(pictures, torch.Tensor):
+        return encode(model, pictures.to(model.device, non_blocking=True))
+    return finish_embeddings(model, restore_maps(pictures, model.device))
+
+
+def restore_maps(maps: FrozenMaps, device: torch.device) -> FrozenMaps:
+    """Bring maps from the cache to a device, then to the types in which the encoder gave them."""
+    pairs = zip(maps[:3], maps.dtypes, strict=True)
+    return FrozenMaps(*(level.to(device, non_blocking=True).to(dtype) for level, dtype in pairs), maps.is_projected)
+
+
+def join_pictures(parts: list[torch.Tensor] | list[FrozenMaps]) -> torch.Tensor | FrozenMaps:
+    """Join what `embed` takes of single pictures in the axis B; the maps of one picture stay where they are, mapped."""
+    first = parts[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(parts)
+    if len(parts) == 1:
+        return first
+    assert all(part[3:] == first[3:] for part in parts), [part[3:] for part in parts]  # one plan, one kind of entry
+    return FrozenMaps(*(torch.cat(levels) for levels in list(zip(*parts, strict=True))[:3]), *first[3:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,16 +99,11 @@ class StoredMaps(NamedTuple):
 
 def check_cache_settings(setting: str | bool, stored: str) -> None:
     """Raise a ValueError for a `cache` or `cache_precision` that makes no sense."""
-    check_type(setting, str | bool, "cache")
+    check_value(setting, str | bool, "cache")
     if setting in ("", True):
         raise ValueError(f"cache is {setting!r}; must be auto, off, or a folder")
     if stored not in STORED_DTYPES:
         raise ValueError(f"cache_precision is {stored!r}; must be fp16 or fp32")
-
-
-def is_off(setting: str | bool) -> bool:
-    """Tell whether the setting `cache` is off, which YAML turns into false where it has no quotes."""
-    return setting in ("off", False)
 
 
 def plan_cache(
@@ -110,8 +131,7 @@ def plan_cache(
     Raises:
         ValueError: where a folder is asked for and cannot be used, naming what is in the way.
     """
-    check_cache_settings(setting, stored)
-    if is_off(setting):
+    if setting in ("off", False):  # YAML turns off into false where it has no quotes
         return None
     is_auto = setting == "auto"
     folder = REPOSITORY / "data" / "embedding_cache" if is_auto else Path(setting)
@@ -122,11 +142,9 @@ def plan_cache(
             obstacle = f"the folder {folder} cannot be made ({error.strerror or error})"
     if obstacle is None:
         remove_abandoned(folder)
-        weights_hash = hash_weights(model, is_projected)
-        computed = f"{model.device.type} {precision}"
-        cache = EmbeddingCache(folder, weights_hash, model.image_size, is_projected, stored, computed)
-        plan, num_damaged = list_entries(cache, pictures)
-        num_all, num_new = len(set(plan.entries.values())), len({plan.entries[picture] for picture in plan.missing})
+        recipe = describe_recipe(model, is_projected, stored, precision)
+        entries, missing, num_damaged = list_entries(folder, recipe, pictures)
+        num_all, num_new = len(set(entries.values())), len({entries[picture] for picture in missing})
         num_bytes = num_new * count_entry_bytes(model, is_projected, stored)
         free_bytes = shutil.disk_usage(folder).free
         if num_bytes > (free_bytes / 2 if is_auto else free_bytes):
@@ -140,54 +158,62 @@ def plan_cache(
             f"{free_bytes / 2**20:,.1f} MiB free)"
             + (f"; {num_damaged} damaged entries are made again" if num_damaged else "")
         )
-        return plan
+        return CachePlan(entries, missing, is_projected, stored, precision)
     if is_auto:
         print(f"cache=auto: no cache, because {obstacle}")
         return None
     raise ValueError(f"cache is {setting}, but {obstacle}; change that, or use cache=off")
 
 
+def describe_recipe(model: torch.nn.Module, is_projected: bool, stored: str, precision: str) -> tuple:
+    """List all that the content of entries depends on but the pictures; each device type rounds in its own way."""
+    computed = f"{model.device.type} {precision}"
+    return FORMAT, hash_weights(model, is_projected), model.image_size, is_projected, stored, computed
+
+
 def hash_weights(model: torch.nn.Module, is_projected: bool) -> str:
     """Hash the weights that the entries come from: the image encoder's, and conv_s0's and conv_s1's if they are in."""
-    prefixes = ["image_encoder."] + ["sam_mask_decoder.conv_s0.", "sam_mask_decoder.conv_s1."] * is_projected
-    found = hashlib.sha256()
-    for name, values in sorted(model.state_dict().items()):
-        if name.startswith(tuple(prefixes)):
-            found.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-            found.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
+    prefixes = ("image_encoder.", *HIGH_RES_CONVS) if is_projected else ("image_encoder.",)
+    weights_hash = hashlib.sha256()
+    for name, weights in sorted(model.state_dict().items()):
+        if name.startswith(prefixes):
+            weights_hash.update(f"{name} {weights.dtype} {tuple(weights.shape)}\n".encode())
+            weights_hash.update(weights.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return weights_hash.hexdigest()
 
 
-def entry_key(cache: EmbeddingCache, picture_hash: str, is_mirrored: bool) -> str:
+def entry_key(recipe: tuple, picture_hash: str, is_mirrored: bool) -> str:
     """Name an entry by all that its content depends on: 64 hex digits.
 
     Args:
+        recipe: from `describe_recipe`.
         picture_hash: of the bytes of the picture's file.
     """
-    parts = (FORMAT, cache.weights_hash, cache.image_size, cache.is_projected, cache.stored, cache.computed)
-    return hashlib.sha256(repr((*parts, picture_hash, is_mirrored)).encode()).hexdigest()
+    return hashlib.sha256(repr((*recipe, picture_hash, is_mirrored)).encode()).hexdigest()
 
 
-def list_entries(cache: EmbeddingCache, pictures: list[tuple[Path, bool]]) -> tuple[CachePlan, int]:
+def list_entries(
+    folder: Path, recipe: tuple, pictures: list[tuple[Path, bool]]
+) -> tuple[dict[tuple[Path, bool], Path], list[tuple[Path, bool]], int]:
     """Find the entry of each picture; read each entry once and compare its checksum, in threads.
 
     Checked here, damage is found while it can still be repaired, and reading an entry later costs nothing more.
 
     Returns:
-        the plan; how many entries are there but damaged.
+        entries and missing as in `CachePlan`; how many entries are there but damaged.
     """
     image_paths = list(dict.fromkeys(image_path for image_path, _ in pictures))
     with ThreadPoolExecutor(min(16, num_cores())) as executor:
         hashes = dict(zip(image_paths, executor.map(_hash_file, image_paths), strict=True))
         entries = {}
         for image_path, is_mirrored in pictures:
-            key = entry_key(cache, hashes[image_path], is_mirrored)
-            entries[image_path, is_mirrored] = cache.folder / key[:2] / f"{key}.emb"
+            key = entry_key(recipe, hashes[image_path], is_mirrored)
+            entries[image_path, is_mirrored] = folder / key[:2] / f"{key}.emb"
         paths = list(dict.fromkeys(entries.values()))
         checks = tqdm(executor.map(is_whole, paths), "check cache", len(paths), leave=False, mininterval=1)
         unready = {path for path, is_ready in zip(paths, checks, strict=True) if not is_ready}
     missing = [picture for picture, path in entries.items() if path in unready]
-    return CachePlan(cache, entries, missing), sum(path.exists() for path in unready)
+    return entries, missing, sum(path.exists() for path in unready)
 
 
 def _hash_file(path: Path) -> str:
@@ -219,13 +245,11 @@ def remove_abandoned(folder: Path) -> None:
 # encode and write
 
 
-@torch.no_grad()
-def fill_cache(model: torch.nn.Module, plan: CachePlan, precision: str) -> None:
+def fill_cache(model: torch.nn.Module, plan: CachePlan) -> None:
     """Encode the missing pictures, one at a time, and write their entries.
 
     Args:
         model: in eval mode, on its device, with the weights of the plan.
-        precision: of the encoder, as for `plan_cache`.
     Raises:
         FileNotFoundError, ValueError: for a picture that cannot be read, and as `write_entry`.
     """
@@ -233,25 +257,22 @@ def fill_cache(model: torch.nn.Module, plan: CachePlan, precision: str) -> None:
     for image_path, group in itertools.groupby(plan.missing, key=lambda picture: picture[0]):
         image_rgb = read_image(image_path)  # (H, W, 3), once for both
         for picture in group:
-            path = plan.entries[picture]
-            if not is_whole(path):  # another process may fill the same folder
-                with autocast(model.device, precision):
-                    maps = encode_picture(model, image_rgb[:, ::-1] if picture[1] else image_rgb, plan.cache)
-                write_entry(path, maps, plan.cache.stored, image_path)
+            if not is_whole(plan.entries[picture]):  # another process may fill the same folder
+                fill_entry(model, plan, picture, image_rgb)
             progress.update()
     progress.close()
 
 
-def encode_picture(model: torch.nn.Module, image_rgb: np.ndarray, cache: EmbeddingCache) -> FrozenMaps:
-    """Compute what an entry holds.
-
-    Args:
-        image_rgb: uint8 (H, W, 3), mirrored already if the entry is.
-    Returns:
-        FrozenMaps of one picture.
-    """
-    maps = encode_frozen(model, preprocess(image_rgb, model.image_size)[None].to(model.device))
-    return project_high_res(model, maps) if cache.is_projected else maps
+@torch.no_grad()
+def fill_entry(model: torch.nn.Module, plan: CachePlan, picture: tuple[Path, bool], image_rgb: np.ndarray) -> None:
+    """Encode one picture and write its entry: as `fill_cache`, with the picture uint8 (H, W, 3), not mirrored."""
+    image_path, is_mirrored = picture
+    images = preprocess(image_rgb[:, ::-1] if is_mirrored else image_rgb, model.image_size)[None].to(model.device)
+    with autocast(model.device, plan.precision):
+        maps = encode_frozen(model, images)
+        if plan.is_projected:
+            maps = project_high_res(model, maps)
+    write_entry(plan.entries[picture], maps, plan.stored, image_path)
 
 
 def write_entry(path: Path, maps: FrozenMaps, stored: str, image_path: Path) -> None:
@@ -259,16 +280,16 @@ def write_entry(path: Path, maps: FrozenMaps, stored: str, image_path: Path) -> 
 
     Args:
         path: <folder>/<2 hex>/<key>.emb.
-        maps: of one picture.
+        maps: of one picture, as the encoder gave them.
         stored: fp16 or fp32.
         image_path: for messages.
     Raises:
         ValueError: for values that are not finite or too large for fp16, and where the disk cannot be written.
     """
     records, blocks = [], []
-    for values in (maps.stride_4, maps.stride_8, maps.stride_16):
-        assert len(values) == 1, values.shape
-        largest = max(-values.min().item(), values.max().item())
+    for level in maps[:3]:
+        assert len(level) == 1, level.shape
+        largest = max(-level.min().item(), level.max().item())
         if not math.isfinite(largest):
             raise ValueError(f"the image encoder gives nan or infinity for {image_path}; use precision=fp32")
         if largest > torch.finfo(STORED_DTYPES[stored]).max:
@@ -277,27 +298,21 @@ def write_entry(path: Path, maps: FrozenMaps, stored: str, image_path: Path) -> 
                 "use cache_precision=fp32"
             )
         # the order of memory is kept: convolutions choose their algorithm, and so their rounding, by it
-        is_channels_last = values.is_contiguous(memory_format=torch.channels_last) and not values.is_contiguous()
-        ordered = values.detach().permute(0, 2, 3, 1) if is_channels_last else values.detach()
+        is_channels_last = level.is_contiguous(memory_format=torch.channels_last) and not level.is_contiguous()
+        ordered = level.detach().permute(0, 2, 3, 1) if is_channels_last else level.detach()
         blocks.append(ordered.to("cpu", STORED_DTYPES[stored]).contiguous().numpy().data.cast("B"))
-        dtype = str(values.dtype).removeprefix("torch.")
-        records.append({"shape": list(values.shape), "dtype": dtype, "is_channels_last": is_channels_last})
+        dtype = str(level.dtype).removeprefix("torch.")
+        records.append({"shape": list(level.shape), "dtype": dtype, "is_channels_last": is_channels_last})
     key = path.stem
     header = {"format": FORMAT, "key": key, "stored": stored, "is_projected": maps.is_projected, "maps": records}
-    text = json.dumps(header).encode()
-    assert len(text) <= HEADER_BYTES
-    blocks.insert(0, text.ljust(HEADER_BYTES))
-    checksum = 0
-    for block in blocks:
-        checksum = zlib.crc32(block, checksum)
+    content = b"".join([json.dumps(header).encode().ljust(HEADER_BYTES), *blocks])
 
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # of its own: two processes may write one entry
     try:
         path.parent.mkdir(exist_ok=True)
         with partial.open("wb") as file:
-            for block in blocks:
-                file.write(block)
-            file.write(_footer(key, checksum))
+            file.write(content)
+            file.write(_footer(key, content))
             file.flush()
             os.fsync(file.fileno())  # the bytes must be on disk before the name points at them
         os.replace(partial, path)
@@ -309,8 +324,8 @@ def write_entry(path: Path, maps: FrozenMaps, stored: str, image_path: Path) -> 
         partial.unlink(missing_ok=True)  # also after Ctrl-C
 
 
-def _footer(key: str, checksum: int) -> bytes:
-    return f"{key}{checksum:08x}".encode()
+def _footer(key: str, content: bytes | np.ndarray) -> bytes:
+    return f"{key}{zlib.crc32(content):08x}".encode()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,59 +338,36 @@ def is_whole(path: Path) -> bool:
         content = _map_file(path)
     except (OSError, ValueError):
         return False
-    footer = content[-FOOTER_BYTES:].tobytes()
-    is_of_name = len(content) > HEADER_BYTES + FOOTER_BYTES and footer.startswith(path.stem.encode())
-    return is_of_name and footer == _footer(path.stem, zlib.crc32(content[:-FOOTER_BYTES]))
+    return content[-FOOTER_BYTES:].tobytes() == _footer(path.stem, content[:-FOOTER_BYTES])
 
 
-def read_entry(path: Path) -> StoredMaps:
+def read_entry(path: Path) -> FrozenMaps:
     """Map an entry into memory; its bytes are read when they are used, and left to the system's page cache.
 
     Args:
         path: of an entry that `is_whole`.
     Returns:
-        StoredMaps of one picture.
+        FrozenMaps of one picture, which lie in the mapped file: what `embed` and `join_pictures` take.
     Raises:
         ValueError: for an entry that was removed or damaged after that.
     """
     try:
         content = _map_file(path)
         header = json.loads(content[:HEADER_BYTES].tobytes())
-        stored = STORED_DTYPES[header["stored"]]
-        num_values = sum(math.prod(record["shape"]) for record in header["maps"])
-        if len(content) != HEADER_BYTES + num_values * stored.itemsize + FOOTER_BYTES:
-            raise ValueError(f"it has {len(content)} bytes")
-    except (OSError, ValueError) as error:
+        values = torch.from_numpy(content[HEADER_BYTES:-FOOTER_BYTES]).view(STORED_DTYPES[header["stored"]])
+        blocks = values.split([math.prod(record["shape"]) for record in header["maps"]])
+    except (OSError, ValueError, RuntimeError) as error:  # the last from view and split: it has too few or many bytes
         raise ValueError(f"cache entry {path} was removed or damaged during the run ({error}); start again") from error
-    tensors, start = [], HEADER_BYTES
-    for record in header["maps"]:
-        stop = start + stored.itemsize * math.prod(record["shape"])
-        values = torch.from_numpy(content[start:stop]).view(stored)
+    maps = []
+    for block, record in zip(blocks, header["maps"], strict=True):
         batch, channels, height, width = record["shape"]
         if record["is_channels_last"]:
-            tensors.append(values.view(batch, height, width, channels).permute(0, 3, 1, 2))
+            maps.append(block.view(batch, height, width, channels).permute(0, 3, 1, 2))
         else:
-            tensors.append(values.view(batch, channels, height, width))
-        start = stop
-    return StoredMaps(tensors, [getattr(torch, record["dtype"]) for record in header["maps"]], header["is_projected"])
+            maps.append(block.view(batch, channels, height, width))
+    return FrozenMaps(*maps, header["is_projected"], [getattr(torch, record["dtype"]) for record in header["maps"]])
 
 
 def _map_file(path: Path) -> np.ndarray:
     """Map a file, uint8 (N,), as a private copy: torch wants memory that can be written; the file never changes."""
     return np.asarray(np.memmap(path, np.uint8, "c"))
-
-
-def join_maps(parts: list[StoredMaps]) -> StoredMaps:
-    """Join the maps of several pictures in the axis B; those of one picture stay where they are, mapped."""
-    if len(parts) == 1:
-        return parts[0]
-    first = parts[0]
-    assert all(part[1:] == first[1:] for part in parts), [part[1:] for part in parts]  # one plan, one kind of entry
-    tensors = [torch.cat(levels) for levels in zip(*(part.tensors for part in parts), strict=True)]
-    return StoredMaps(tensors, first.dtypes, first.is_projected)
-
-
-def restore_maps(stored: StoredMaps, device: torch.device) -> FrozenMaps:
-    """Bring maps to a device, then to the types in which the encoder gave them."""
-    pairs = zip(stored.tensors, stored.dtypes, strict=True)
-    return FrozenMaps(*(values.to(device, non_blocking=True).to(dtype) for values, dtype in pairs), stored.is_projected)

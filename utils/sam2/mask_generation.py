@@ -11,7 +11,6 @@ stitching is that of github.com/sagieppel/fine-tune-train_segment_anything_2_in_
 
 import functools
 import math
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torchvision.ops import nms
 
 from utils.instances.codecs import decode_rle_counts, mask_to_rle
+from utils.run import now_s
 from utils.sam2.model import Embeddings, decode, encode, preprocess, scale_points, upscale_masks
 
 CROP_EDGE_TOLERANCE_PX = 20  # a box this close to an edge of its crop, but not of the image, is a mask cut off there
@@ -253,13 +253,6 @@ def drop_duplicates(annotations: list[dict], scores: list[float], max_iou: float
     boxes_xyxy = torch.cat([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], dim=1)
     best = nms(boxes_xyxy, torch.tensor(scores, dtype=torch.float32), max_iou)
     return [annotations[k] for k in best.tolist()]
-
-
-def now_s(device: torch.device) -> float:
-    """Read the clock once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -42,12 +42,16 @@ class Embeddings(NamedTuple):
 
 
 class FrozenMaps(NamedTuple):
-    """What an image encoder computes of B images before anything that trains while it is frozen."""
+    """What an image encoder computes of B images before anything that trains while it is frozen.
+
+    Maps from the embedding cache are in its own type and on the CPU until `embedding_cache.embed` restores them.
+    """
 
     stride_4: torch.Tensor  # (B, T, S/4, S/4) of the trunk (T channels: 96 in tiny); projected (B, C/8, S/4, S/4)
     stride_8: torch.Tensor  # (B, 2T, S/8, S/8) of the trunk; projected (B, C/4, S/8, S/8)
     stride_16: torch.Tensor  # (B, C, S/16, S/16) of the neck, without no_mem_embed
     is_projected: bool  # the fine maps have been through `project_high_res`
+    dtypes: list[torch.dtype] | None = None  # the encoder's three, of maps from the cache
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,7 +321,7 @@ def build_sam2(
     url: str | None,
     checkpoint: str,
     image_size: int,
-    automatic: dict,
+    automatic: dict | None = None,
     lr: float,
     device,
     fast_decoder: bool = False,
@@ -331,7 +335,8 @@ def build_sam2(
         checkpoint: "auto" (the bundled or downloaded file in checkpoints/ of the repository, downloaded if absent),
             "none" (random weights) or a path, relative to where the user stands.
         image_size: side S of the input in pixels, a multiple of 32; fixed from here on.
-        automatic, lr: thresholds for infer_sam2.py and learning rate for train_sam2.py; not used here.
+        automatic, lr: thresholds for infer_sam2.py where they are not SAM 2's own, and learning rate for train_sam2.py;
+            not used here.
         device: where to put the model.
         fast_decoder: compute masks as utils/sam2/fast_decoder.py does, which rounds differently; no key of those files.
     Raises:

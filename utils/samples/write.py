@@ -15,7 +15,7 @@ from utils.samples.glassware import write_glassware
 from utils.samples.moving_shapes import write_moving_shapes
 from utils.samples.pets import write_pets
 from utils.samples.scenes import write_scenes
-from utils.settings import check_type
+from utils.settings import check_value
 
 NUM_MOVING_SHAPES = {"train": 30, "val": 6}  # videos
 NUM_MANY_MOVING_SHAPES = {"train": 400, "val": 6}  # the first of them are those above
@@ -42,7 +42,7 @@ def write_samples(kind: str, root: str) -> Path:
     }
     if kind not in writers:
         raise ValueError(f"data.generate is {kind!r}; must be one of {', '.join(writers)}")
-    check_type(root, str, "data.root")
+    check_value(root, str, "data.root")
     folder = REPOSITORY / root
     if not folder.is_dir():
         partial = folder.with_name(folder.name + ".tmp")  # renamed when whole: a killed run leaves nothing half made

@@ -5,7 +5,6 @@ each) from the operations really done; biases, norms, activations, pooling and r
 """
 
 import copy
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.run import autocast
+from utils.run import autocast, now_s
 
 MEGABYTE = 1_000_000  # bytes
 
@@ -176,20 +175,11 @@ def measure_latency(
     times_ms = []
     with torch.inference_mode(), autocast(device, precision):
         for attempt in range(max(3, repeats // 10) + repeats):
-            _wait_for(device)
-            start_s = time.perf_counter()
+            start_s = now_s(device)
             model(images)
-            _wait_for(device)
+            elapsed_s = now_s(device) - start_s
             if attempt >= max(3, repeats // 10):  # the first passes choose algorithms and fill caches
-                times_ms.append(1000 * (time.perf_counter() - start_s))
+                times_ms.append(1000 * elapsed_s)
     model.train(was_training)
     p50_ms, p95_ms = np.percentile(times_ms, [50, 95])
     return Latency(float(p50_ms), float(p95_ms), repeats)
-
-
-def _wait_for(device: torch.device) -> None:
-    """Let a GPU finish what it was given, so that the clock is read at the right moment."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.settings import check_type
+from utils.settings import check_value
 
 # ---------------------------------------------------------------------------------------------------------------------
 # FCN
@@ -101,7 +101,7 @@ class SegNet(nn.Module):
     def __init__(self, in_channels: int, num_classes: int, base_channels: int, separable: bool):
         super().__init__()
         _check_whole_numbers({"base_channels": base_channels})
-        check_type(separable, bool, "model.separable")
+        check_value(separable, bool, "model.separable")
         conv = _separable_conv if separable else _conv
         widths = [in_channels, base_channels, 2 * base_channels, 4 * base_channels, 8 * base_channels]
         num_convs = [2, 2, 3, 3]
@@ -258,12 +258,12 @@ def _separable_conv(channels_in: int, channels_out: int, kernel_size: int) -> li
 
 def _check_whole_numbers(values: dict) -> None:
     for name, value in values.items():
-        check_type(value, int, f"model.{name}")
+        check_value(value, int, f"model.{name}")
         if value < 1:
             raise ValueError(f"model.{name} is {value}; must be 1 or more")
 
 
 def _check_dropout(dropout: float) -> None:
-    check_type(dropout, float, "model.dropout")
+    check_value(dropout, float, "model.dropout")
     if not 0 <= dropout < 1:
         raise ValueError(f"model.dropout is {dropout}; must be 0 or more and below 1")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.settings import check_type
+from utils.settings import check_value
 
 PAPER_MARGIN = 92  # pixels of context that UNetPaper uses up on each side: 18 unpadded 3x3 convolutions at 5 scales
 
@@ -77,7 +77,7 @@ class UNetPaper(nn.Module):
     def __init__(self, in_channels: int, num_classes: int, base_channels: int = 64, dropout: float = 0.5):
         super().__init__()
         _check_whole_numbers({"base_channels": base_channels})
-        check_type(dropout, float, "model.dropout")
+        check_value(dropout, float, "model.dropout")
         if not 0 <= dropout < 1:
             raise ValueError(f"model.dropout is {dropout}; must be 0 or more and below 1")
         widths = [base_channels * 2**level for level in range(5)]  # 64, 128, 256, 512, 1024
@@ -208,6 +208,6 @@ def _double_conv(channels_in: int, channels_between: int, channels_out: int) -> 
 
 def _check_whole_numbers(values: dict) -> None:
     for name, value in values.items():
-        check_type(value, int, f"model.{name}")
+        check_value(value, int, f"model.{name}")
         if value < 1:
             raise ValueError(f"model.{name} is {value}; must be 1 or more")

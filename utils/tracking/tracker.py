@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import cv2
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from utils.settings import Rule, above, at_least, between, one_of
 from utils.tracking.frames import FrameSource
 from utils.tracking.siamfc import (
     EXEMPLAR_SIZE,
@@ -42,41 +43,28 @@ MIN_BOX_PX, MAX_BOX_PX = 0.01, 100_000  # sides of a first box; areas far beyond
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+ODD = Rule(lambda value: value >= 1 and value % 2 == 1, "1, 3, 5 or another odd number")
+ABOVE_0_TO_1 = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
+
+
 @dataclass(frozen=True)
 class TrackerSettings:
     """How the response becomes a box (`tracker:`). Those marked "fast" have no effect in mode parity."""
 
-    mode: str = "fast"  # fast, or parity: the published numbers, bit for bit, without limits and one object at a time
-    context_amount: float = 0.5  # share of width + height that is added around the box
-    scale_num: int = 3  # scales searched in each frame, odd
-    scale_step: float = 1.0375  # factor from one scale to the next, above 1
-    scale_penalty: float = 0.9745  # factor of the responses of all scales but the middle one, to 1
-    scale_lr: float = 0.59  # share of a change of scale that is followed at once, 0..1
-    window_influence: float = 0.176  # weight of the window, which prefers small movements, 0..1
-    response_up: int = 16  # how many times the response is enlarged
+    # fast, or parity: the published numbers, bit for bit, without limits and one object at a time
+    mode: Annotated[str, one_of("fast", "parity")] = "fast"
+    context_amount: Annotated[float, between(0, 1e6)] = 0.5  # share of width + height that is added around the box
+    scale_num: Annotated[int, ODD] = 3  # scales searched in each frame
+    scale_step: Annotated[float, above(1)] = 1.0375  # factor from one scale to the next
+    scale_penalty: Annotated[float, ABOVE_0_TO_1] = 0.9745  # factor of the responses of all scales but the middle one
+    scale_lr: Annotated[float, between(0, 1)] = 0.59  # share of a change of scale that is followed at once
+    window_influence: Annotated[float, between(0, 1)] = 0.176  # weight of the window, which prefers small movements
+    response_up: Annotated[int, at_least(1)] = 16  # how many times the response is enlarged
     subpixel_peak: bool = False  # fast: place the peak between the cells of the enlarged response
-    max_scale_change: float | None = 5.0  # fast: limit of growing and shrinking from the first box; null: none
+    # fast: limit of growing and shrinking from the first box; null: none
+    max_scale_change: Annotated[float | None, at_least(1)] = 5.0
     keep_center_inside: bool = True  # fast: the box's centre stays inside the frame
     lost_score: float = 0.4  # an object of a lower score seems lost; the first frame's score is 1
-
-    def __post_init__(self):
-        if self.mode not in ("fast", "parity"):
-            raise ValueError(f"tracker.mode is {self.mode}; must be fast or parity")
-        if self.scale_num < 1 or self.scale_num % 2 == 0:
-            raise ValueError(f"tracker.scale_num is {self.scale_num}; must be 1, 3, 5 or another odd number")
-        if self.response_up < 1:
-            raise ValueError(f"tracker.response_up is {self.response_up}; must be at least 1")
-        if not (math.isfinite(self.scale_step) and self.scale_step > 1):
-            raise ValueError(f"tracker.scale_step is {self.scale_step}; must be above 1, such as 1.0375")
-        if not (math.isfinite(self.context_amount) and self.context_amount >= 0):
-            raise ValueError(f"tracker.context_amount is {self.context_amount}; must be 0 or more, such as 0.5")
-        if not 0 < self.scale_penalty <= 1:
-            raise ValueError(f"tracker.scale_penalty is {self.scale_penalty}; must be above 0 and at most 1")
-        for name in ("scale_lr", "window_influence"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"tracker.{name} is {getattr(self, name)}; must be 0 to 1")
-        if self.max_scale_change is not None and not self.max_scale_change >= 1:
-            raise ValueError(f"tracker.max_scale_change is {self.max_scale_change}; must be 1 or more, or null")
 
 
 @dataclass
