@@ -112,7 +112,7 @@ class Config:
     """All keys of this script (configs/tracking/track.yaml explains each)."""
 
     common: Annotated[CommonSettings, SAME_SECTION]
-    data: dict  # of configs/tracking/data; their reader checks them
+    data: dict  # a file of configs/tracking/data; its reader checks the keys
     tracker: TrackerSettings
     mode: Annotated[str, one_of("track", "benchmark", "evaluate")]
     checkpoint: str  # auto, a file, or random
@@ -123,7 +123,7 @@ class Config:
     sequences: list | None  # names; None: the validation sequences
     overlay: bool  # write overlay.mp4
     show: bool  # show the tracking in a window
-    fps: Annotated[float, above(0)]  # of the overlay of pictures
+    fps: Annotated[float, above(0)]  # the overlay's, where the input is pictures
     protocol: Annotated[str, one_of(*PROTOCOLS)]
     results: list[str]  # folders of other trackers
 

@@ -193,7 +193,7 @@ class Config:
     common: Annotated[CommonSettings, SAME_SECTION]
     check: bool
     model: ModelSettings
-    data: dict  # of configs/tracking/data; their reader checks them
+    data: dict  # a file of configs/tracking/data; its reader checks the keys
     optim: OptimSettings
     tracker: TrackerSettings
     pairs: PairSettings
@@ -606,9 +606,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     train_sequences, val_sequences = list_data(settings.data)
     train_sequences, train_usable = keep_usable(train_sequences, pair_settings, "train")
     val_pair_sequences, val_usable = keep_usable(val_sequences[: train_settings.eval_sequences], pair_settings, "val")
-    val_sequences = [sequence for sequence in val_sequences if sequence.visible[:-1].any()][
-        : train_settings.eval_sequences
-    ]
+    val_sequences = [sequence for sequence in val_sequences if sequence.visible[:-1].any()]
+    val_sequences = val_sequences[: train_settings.eval_sequences]
     train_dataset = SiamesePairs(train_sequences, train_usable, common.seed, pair_settings)
     if settings.check:
         check_pairs(train_dataset, run_dir, train_settings.picture_pairs)
