@@ -97,6 +97,7 @@ from utils.settings import (
     one_line_errors,
     one_of,
     read_settings,
+    stop_at_moved_files,
 )
 
 log = logging.getLogger("infer_sam2")
@@ -516,4 +517,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    stop_at_moved_files("sam2", sys.argv[1:])
     main()

@@ -72,6 +72,7 @@ from utils.settings import (
     one_line_errors,
     one_of,
     read_settings,
+    stop_at_moved_files,
 )
 from utils.tracking import drawing, window
 from utils.tracking.frames import FrameSource, write_video
@@ -272,7 +273,7 @@ def choose_dataset(data: dict, names: list | None) -> list[Sequence]:
     reader_keys = dict(data)
     generate = reader_keys.pop("generate", None)
     if generate is not None:
-        reader_keys["root"] = write_samples(generate, reader_keys["root"])
+        reader_keys["root"] = str(write_samples(generate, reader_keys["root"]))
     check_keys(split_sequences, reader_keys, "data")
     if names is not None:
         return choose_sequences(list_sequences(**reader_keys), names)
@@ -670,4 +671,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    stop_at_moved_files("tracking", sys.argv[1:])
     main()

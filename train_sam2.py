@@ -27,11 +27,11 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before th
     sys.exit()
 
 import functools
-import logging
 import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import cv2
 import hydra
@@ -46,7 +46,7 @@ from tqdm import tqdm
 from utils.checkpoint import find_resume, load_checkpoint, resumed_config
 from utils.images import id_colors, mask_to_box, read_image, write_image
 from utils.instances.check import MAX_LISTED, check_items, keep_usable, plot_statistics, report_lines
-from utils.instances.readers import Item, object_ids, read_instances, split_items
+from utils.instances.readers import Item, object_ids, split_items
 from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
 from utils.loop import (
     LoopState,
@@ -68,6 +68,7 @@ from utils.run import (
     seed_everything,
     shuffled_item,
 )
+from utils.sam2 import losses
 from utils.sam2.embedding_cache import (
     HIGH_RES_CONVS,
     check_cache_settings,
@@ -77,7 +78,6 @@ from utils.sam2.embedding_cache import (
     plan_cache,
     read_entry,
 )
-from utils.sam2.losses import cross_entropy_loss, dice_loss, focal_loss, shrink_masks
 from utils.sam2.metrics import mask_iou
 from utils.sam2.model import (
     Embeddings,
@@ -91,72 +91,112 @@ from utils.sam2.model import (
 )
 from utils.sam2.prompts import BOX_NOISE_MAX_PX, center_point, noised_box, random_correction_points, random_point
 from utils.samples.write import write_samples
-from utils.settings import check_keys, check_value, describe_error, read_settings
+from utils.settings import (
+    ALL_OTHERS,
+    SAME_SECTION,
+    CommonSettings,
+    Rule,
+    above,
+    at_least,
+    between,
+    check_keys,
+    check_terms,
+    check_value,
+    describe_terms,
+    fill_defaults,
+    of_length,
+    one_line_errors,
+    one_of,
+    read_settings,
+    stop_at_moved_files,
+)
 
-TOP_LEVEL_KEYS = (
-    "seed", "device", "precision", "num_workers", "resume", "data_root", "check", "cache", "cache_precision",
-    "fast_decoder", "model", "data", "prompts", "loss", "optim", "train",
-)  # fmt: skip
+TERMS = {  # of a mask's shape, summed in this order: logits and truth (O, M, s, s) -> (O, M)
+    "focal": lambda logits, truth, knobs: losses.focal_loss(logits, truth),
+    "dice": lambda logits, truth, knobs: losses.dice_loss(logits, truth),
+    "cross_entropy": lambda logits, truth, knobs: losses.cross_entropy_loss(logits, truth, knobs.foreground_balance),
+}
 LOGIT_LIMIT = 32.0  # of logits that are fed back as a mask prompt, as SAM 2's predictor limits them
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainSettings:
     """Knobs of the training loop (`train:` in configs/sam2/train_sam2.yaml, which explains each)."""
 
-    steps: int
-    batch_size: int  # images per forward
-    accumulate: int  # forwards per step
-    objects_per_image: int
-    trainable: list  # names of parts, and {trunk_last_n: k}
-    loss_size: int | None  # px; None: image_size / 4
-    clip_norm: float
+    steps: Annotated[int, at_least(0)]
+    batch_size: Annotated[int, at_least(1)]  # images per forward
+    accumulate: Annotated[int, at_least(1)]  # forwards per step
+    objects_per_image: Annotated[int, at_least(1)]
+    trainable: Annotated[list, Rule(bool, "a list of parts")]  # names of parts, and {trunk_last_n: k}
+    loss_size: Annotated[int | None, at_least(1)]  # px; None: image_size / 4
+    clip_norm: Annotated[float, above(0)]
     channels_last: bool
     compile: bool
-    log_every: int  # steps
-    eval_every: int  # steps
-    save_every: int  # steps
-    eval_images: int | None
-    eval_clicks: list[int]
-    select_by: str
-    early_stop_evals: int | None
+    log_every: Annotated[int, at_least(1)]  # steps
+    eval_every: Annotated[int, at_least(1)]  # steps
+    save_every: Annotated[int, at_least(1)]  # steps
+    eval_images: Annotated[int | None, at_least(1)]
+    eval_clicks: Annotated[
+        list[int], Rule(lambda counts: 1 in counts and min(counts) >= 1, "a list of counts with 1 in it")
+    ]
+    select_by: str  # a name of metric_names
+    early_stop_evals: Annotated[int | None, at_least(1)]
     picture_images: int
+
+    def __post_init__(self):
+        check_value(self.select_by, Annotated[str, one_of(*metric_names(self.eval_clicks))], "train.select_by")
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Which objects are used, and how training pictures are varied (in `data:`)."""
+    """How training pictures are varied (in `data:`)."""
 
-    min_area_px: int
     hflip: bool
     color_jitter: float
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which objects are used, how pictures are varied, and the keys of the dataset's reader (`data:`)."""
+
+    min_area_px: int  # in training and validation
+    augmentation: Annotated[Augmentation, SAME_SECTION]
+    reader_keys: Annotated[dict, ALL_OTHERS]
 
 
 @dataclass(frozen=True)
 class PromptSettings:
     """How a user is simulated (`prompts:`, configs/sam2/prompts/*.yaml)."""
 
-    box_share: float  # of objects; the others start with one point
+    box_share: Annotated[float, between(0, 1)]  # share of the objects; the others start with one point
     repeat_objects: bool  # prompt objects again, anew, where a picture has fewer than objects_per_image
     min_corrections: int  # further clicks, drawn per object from this range
     max_corrections: int
-    truth_click_share: float  # of further clicks, drawn from the whole object rather than from the error
-    mask_only_rounds: int  # 0 to 2 rounds without a new click: one last, one at a random place before
+    truth_click_share: float  # share of further clicks drawn from the whole object rather than from the error
+    # rounds without a new click: one last, one at a random place before
+    mask_only_rounds: Annotated[int, one_of(0, 1, 2)]
     detach: bool  # no gradient through the logits that are fed back
+
+    def __post_init__(self):
+        fewest, most = self.min_corrections, self.max_corrections
+        if not 0 <= fewest <= most:
+            raise ValueError(f"prompts.max_corrections is {most}; must be at least prompts.min_corrections ({fewest})")
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Weights of the loss (`loss:`, configs/sam2/loss/*.yaml)."""
+    """The loss (`loss:`, configs/sam2/loss/*.yaml)."""
 
-    focal: float
-    dice: float
-    cross_entropy: float
+    terms: dict  # of a mask's shape: {a name in TERMS: its weight}
     foreground_balance: float  # 0: every pixel counts the same; 1: foreground and background count the same
     iou: float  # L1 between predicted and actual IoU
     objectness: float
-    click_similarity: float  # of an auxiliary loss for training from scratch, see click_similarity
-    masks: str  # best: the best of three trains, and all three predict their IoU; first: the first alone
+    click_similarity: float  # weight of an auxiliary loss for training from scratch, see click_similarity
+    # best: the best of three trains, and all three predict their IoU; first: the first alone
+    masks: Annotated[str, one_of("best", "first")]
+
+    def __post_init__(self):
+        check_terms(self.terms, TERMS)
 
 
 @dataclass(frozen=True)
@@ -164,11 +204,32 @@ class OptimSettings:
     """AdamW and its schedule (`optim:`, configs/sam2/optim/*.yaml)."""
 
     lr: float  # highest
-    encoder_lr_factor: float  # of the image encoder's parameters
-    betas: list[float]
+    encoder_lr_factor: float  # factor of the image encoder's parameters
+    betas: Annotated[list[float], of_length(2, "two numbers")]
     weight_decay: float  # 0 for biases, norms and embeddings
     warmup_steps: int
     min_lr_factor: float  # the rate at the last step, as a share of lr
+
+
+@dataclass(frozen=True)
+class Config:
+    """All keys of this script (configs/sam2/train_sam2.yaml explains each)."""
+
+    common: Annotated[CommonSettings, SAME_SECTION]
+    check: bool
+    model: dict  # what build_sam2 takes
+    data: DataSettings
+    prompts: PromptSettings
+    loss: LossSettings
+    optim: OptimSettings
+    train: TrainSettings
+    cache: str | bool = "off"  # see plan_cache; YAML makes false of off
+    cache_precision: str = "fp16"  # fp16 or fp32
+    fast_decoder: bool = False
+
+    def __post_init__(self):
+        check_cache_settings(self.cache, self.cache_precision)
+        check_keys(functools.partial(build_sam2, device="cpu"), self.model, "model")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,12 +285,14 @@ class PromptedMasks(Dataset):
         seed: int,
         image_size: int,
         objects_per_image: int,
+        min_area_px: int,
         augmentation: Augmentation,
-        prompts: PromptSettings,
+        prompt_settings: PromptSettings,
         entries: dict[tuple[Path, bool], Path] | None = None,  # see read_picture
     ):
         self.items, self.seed, self.image_size, self.entries = items, seed, image_size, entries
-        self.objects_per_image, self.augmentation, self.prompts = objects_per_image, augmentation, prompts
+        self.objects_per_image, self.min_area_px = objects_per_image, min_area_px
+        self.augmentation, self.prompt_settings = augmentation, prompt_settings
 
     def __getitem__(self, sample_index: int) -> dict:
         """Read a picture and draw its prompts: N objects, S = image_size, R correction rounds, all in the S x S frame.
@@ -244,14 +307,14 @@ class PromptedMasks(Dataset):
         item = self.items[item_number]
         rng = sample_rng(self.seed, sample_index)
         is_mirrored = self.augmentation.hflip and rng.random() < 0.5
-        layers = read_instances(item)  # (L, H, W), the picture's size, as the dataset check has seen
+        layers = item.read().layers  # (L, H, W), the picture's size, as the dataset check has seen
         if is_mirrored:
             layers = layers[:, :, ::-1]
-        objects = kept_objects(layers, self.augmentation.min_area_px)
+        objects = kept_objects(layers, self.min_area_px)
         chosen = rng.permutation(len(objects))[: self.objects_per_image]
-        if self.prompts.repeat_objects:
+        if self.prompt_settings.repeat_objects:
             chosen = np.resize(chosen, self.objects_per_image)
-        num_boxes = int(len(chosen) * self.prompts.box_share + rng.random())  # the share exactly, on average
+        num_boxes = int(len(chosen) * self.prompt_settings.box_share + rng.random())  # the share exactly, on average
 
         height, width = layers.shape[1:]
         side = self.image_size
@@ -276,13 +339,18 @@ class PromptedMasks(Dataset):
                 point_coords.append([point, (0, 0)])
                 point_labels.append([1, -1])
 
-        num_objects, num_rounds = len(masks), self.prompts.max_corrections + self.prompts.mask_only_rounds
-        corrections = rng.integers(self.prompts.min_corrections, self.prompts.max_corrections + 1, num_objects)
-        last_round = corrections + self.prompts.mask_only_rounds - 1  # of each object; -1: it has none
+        num_objects, num_rounds = (
+            len(masks),
+            self.prompt_settings.max_corrections + self.prompt_settings.mask_only_rounds,
+        )
+        corrections = rng.integers(
+            self.prompt_settings.min_corrections, self.prompt_settings.max_corrections + 1, num_objects
+        )
+        last_round = corrections + self.prompt_settings.mask_only_rounds - 1  # of each object; -1: it has none
         is_click = np.ones((num_objects, num_rounds), bool)
-        if self.prompts.mask_only_rounds > 0:
+        if self.prompt_settings.mask_only_rounds > 0:
             is_click[np.arange(num_objects), last_round] = False
-        if self.prompts.mask_only_rounds > 1:
+        if self.prompt_settings.mask_only_rounds > 1:
             is_click[np.arange(num_objects), rng.integers(0, last_round)] = False
         point_labels = np.array(point_labels, np.int32).reshape(-1, 2)
         return {
@@ -295,9 +363,11 @@ class PromptedMasks(Dataset):
             ),
             "point_labels": torch.from_numpy(point_labels),
             "num_points": torch.from_numpy((point_labels != -1).sum(1)),
-            "num_rounds": torch.from_numpy(1 + corrections + self.prompts.mask_only_rounds),
+            "num_rounds": torch.from_numpy(1 + corrections + self.prompt_settings.mask_only_rounds),
             "is_click": torch.from_numpy(is_click),
-            "is_truth_click": torch.from_numpy(rng.random((num_objects, num_rounds)) < self.prompts.truth_click_share),
+            "is_truth_click": torch.from_numpy(
+                rng.random((num_objects, num_rounds)) < self.prompt_settings.truth_click_share
+            ),
             "uniform": torch.from_numpy(rng.random((num_objects, num_rounds), np.float32)),
             "name": str(item.image_path),
         }
@@ -321,15 +391,12 @@ def collate(samples: list[dict]) -> dict:
 # the loss of one decode, and of all rounds of prompting
 
 
-def mask_shape_loss(logits: torch.Tensor, truth: torch.Tensor, loss: LossSettings) -> torch.Tensor:
-    """Sum the weighted pixel losses of each mask: logits and truth (O, M, s, s) -> (O, M)."""
+def mask_shape_loss(logits: torch.Tensor, truth: torch.Tensor, loss_settings: LossSettings) -> torch.Tensor:
+    """Sum the terms of each mask, each times its weight: logits and truth (O, M, s, s) -> (O, M)."""
     total = torch.zeros(logits.shape[:2], device=logits.device)
-    if loss.focal > 0:
-        total = total + loss.focal * focal_loss(logits, truth)
-    if loss.dice > 0:
-        total = total + loss.dice * dice_loss(logits, truth)
-    if loss.cross_entropy > 0:
-        total = total + loss.cross_entropy * cross_entropy_loss(logits, truth, loss.foreground_balance)
+    for name, term in TERMS.items():
+        if weight := loss_settings.terms.get(name, 0):
+            total = total + weight * term(logits, truth, loss_settings)
     return total
 
 
@@ -363,7 +430,7 @@ def mask_prediction_loss(
     iou_predictions: torch.Tensor,
     object_score_logits: torch.Tensor,
     masks: torch.Tensor,
-    loss: LossSettings,
+    loss_settings: LossSettings,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the loss of one prediction of O objects with M masks each, in fp32.
 
@@ -379,14 +446,14 @@ def mask_prediction_loss(
     logits = low_res_masks.float()
     if logits.shape[-1] != masks.shape[-1]:
         logits = upscale_masks(logits, masks.shape[-2:])
-    if loss.masks == "first":
+    if loss_settings.masks == "first":
         logits, iou_predictions = logits[:, :1], iou_predictions[:, :1]
     truth = masks[:, None].float().expand_as(logits)  # (O, M, s, s)
-    mask_loss = mask_shape_loss(logits, truth, loss)  # (O, M)
+    mask_loss = mask_shape_loss(logits, truth, loss_settings)  # (O, M)
     iou = mask_iou(logits.detach() > 0, truth > 0.5)  # (O, M)
     iou_loss = (iou_predictions.float() - iou).abs().mean(1)  # (O,)
     objectness_loss = torch.nn.functional.softplus(-object_score_logits.float()).squeeze(1)  # every object is there
-    return mask_loss.amin(1) + loss.iou * iou_loss + loss.objectness * objectness_loss, iou
+    return mask_loss.amin(1) + loss_settings.iou * iou_loss + loss_settings.objectness * objectness_loss, iou
 
 
 def prompted_loss(
@@ -402,7 +469,7 @@ def prompted_loss(
     """
     embeddings = embed(model, batch["pictures"])
     masks = batch["masks"]  # (O, S, S)
-    truth = shrink_masks(masks, loss_size)  # (O, s, s)
+    truth = losses.shrink_masks(masks, loss_size)  # (O, s, s)
     num_objects, num_rounds = len(masks), batch["num_rounds"].cpu()
     num_corrections = batch["is_click"].shape[1]
     point_coords = torch.nn.functional.pad(batch["point_coords"], (0, 0, 0, num_corrections))  # (O, 2 + R, 2)
@@ -530,7 +597,7 @@ def evaluate(
     measured: dict[str, list[torch.Tensor]] = {name: [] for name in names}  # (O,) of each chunk of objects
     num_objects = 0
     for number, item in enumerate(tqdm(items, desc="evaluate", leave=False, disable=None)):
-        layers = read_instances(item)  # (L, H, W)
+        layers = item.read().layers  # (L, H, W)
         orig_hw = layers.shape[1:]
         objects = kept_objects(layers, min_area_px)
         num_objects += len(objects)
@@ -599,36 +666,10 @@ def draw_sample(
 # the run
 
 
-def check_settings(settings: Settings, prompts: PromptSettings, loss: LossSettings, optim: OptimSettings) -> None:
-    """Raise a ValueError for values that make no sense, naming the key, the value and what it must be."""
-    known = metric_names(settings.eval_clicks)
-    clicks, fewest, most = settings.eval_clicks, prompts.min_corrections, prompts.max_corrections
-    rules = [
-        ("train.steps", settings.steps, settings.steps >= 0, "0 or more"),
-        ("train.trainable", settings.trainable, settings.trainable != [], "a list of parts"),
-        ("train.clip_norm", settings.clip_norm, settings.clip_norm > 0, "above 0"),
-        ("train.eval_clicks", clicks, 1 in clicks and min(clicks) >= 1, "a list of counts with 1 in it"),
-        ("train.select_by", settings.select_by, settings.select_by in known, "one of " + ", ".join(known)),
-        ("prompts.box_share", prompts.box_share, 0 <= prompts.box_share <= 1, "between 0 and 1"),
-        ("prompts.max_corrections", most, 0 <= fewest <= most, f"at least prompts.min_corrections ({fewest})"),
-        ("prompts.mask_only_rounds", prompts.mask_only_rounds, prompts.mask_only_rounds in (0, 1, 2), "0, 1 or 2"),
-        ("loss.masks", loss.masks, loss.masks in ("best", "first"), "best or first"),
-        ("optim.betas", optim.betas, len(optim.betas) == 2, "two numbers"),
-    ]
-    for key in ("batch_size", "accumulate", "objects_per_image", "log_every", "eval_every", "save_every"):
-        rules.append((f"train.{key}", getattr(settings, key), getattr(settings, key) >= 1, "1 or more"))
-    for key in ("loss_size", "eval_images", "early_stop_evals"):
-        value = getattr(settings, key)
-        rules.append((f"train.{key}", value, value is None or value >= 1, "null, or 1 or more"))
-    for name, value, is_good, remedy in rules:
-        if not is_good:
-            raise ValueError(f"{name} is {value}; must be {remedy}")
-
-
 def check_data(
     train_items: list[Item],
     val_items: list[Item],
-    augmentation: Augmentation,
+    min_area_px: int,
     on_bad: str,
     run_dir: Path,
     max_listed: int | None,
@@ -650,8 +691,8 @@ def check_data(
     kept = []
     for items in (train_items, val_items):
         usable = keep_usable(items, report, on_bad)
-        kept.append([item for item in usable if largest_px[item.name] >= augmentation.min_area_px])
-    num_small = sum(int((item.areas_px < augmentation.min_area_px).sum()) for item in report.items)
+        kept.append([item for item in usable if largest_px[item.name] >= min_area_px])
+    num_small = sum(int((item.areas_px < min_area_px).sum()) for item in report.items)
     counts = report.counts | {
         "train_images": len(kept[0]),
         "val_images": len(kept[1]),
@@ -659,7 +700,7 @@ def check_data(
     }
     print(
         f"train on {len(kept[0])} images, validate on {len(kept[1])}; {num_small} objects below "
-        f"data.min_area_px={augmentation.min_area_px} left out; statistics in {run_dir / 'dataset.png'}"
+        f"data.min_area_px={min_area_px} left out; statistics in {run_dir / 'dataset.png'}"
     )
     return kept[0], kept[1], counts
 
@@ -670,19 +711,18 @@ def cache_embeddings(
     precision: str,
     train_items: list[Item],
     val_items: list[Item],
-    augmentation: Augmentation,
-    config: dict,
+    settings: Config,
 ) -> dict[tuple[Path, bool], Path] | None:
     """Let a frozen encoder see each picture of a run once, for this run and all later ones.
 
     Args:
-        config: of it, cache and cache_precision are used.
+        settings: cache, cache_precision and the augmentation are used.
     Returns:
         the entries that `read_picture` takes, or None: no cache.
     Raises:
         ValueError: where a cache is asked for and cannot be, and as `fill_cache`.
     """
-    names, obstacle = [name for name, _ in trainable], None
+    names, obstacle, augmentation = [name for name, _ in trainable], None, settings.data.augmentation
     if trained := [name for name in names if name.startswith("image_encoder.")]:
         obstacle = (
             f"train.trainable has parts of the image encoder ({trained[0]}, ...), so embeddings change at every step"
@@ -692,7 +732,7 @@ def cache_embeddings(
     is_projected = not any(name.startswith(HIGH_RES_CONVS) for name in names)
     pictures = [(item.image_path, flip) for item in train_items for flip in (False, True)[: 1 + augmentation.hflip]]
     pictures += [(item.image_path, False) for item in val_items]
-    plan = plan_cache(model, config["cache"], config["cache_precision"], precision, is_projected, pictures, obstacle)
+    plan = plan_cache(model, settings.cache, settings.cache_precision, precision, is_projected, pictures, obstacle)
     if plan is None:
         return None
     fill_cache(model, plan)
@@ -730,42 +770,28 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         run_dir: a new folder.
         resume_path: the last.pt to continue from, or None.
     """
-    if unknown := sorted(config.keys() - set(TOP_LEVEL_KEYS)):  # a preset can add keys, Hydra does not mind
-        raise ValueError(f"unknown key {', '.join(unknown)} in the config; must be among {', '.join(TOP_LEVEL_KEYS)}")
-    settings = read_settings(Settings, config["train"], "train")
-    prompts = read_settings(PromptSettings, config["prompts"], "prompts")
-    loss = read_settings(LossSettings, config["loss"], "loss")
-    optim = read_settings(OptimSettings, config["optim"], "optim")
-    reader_keys = dict(config["data"])  # for the dataset reader, less those of this script
-    ours = {key: reader_keys.pop(key) for key in Augmentation.__dataclass_fields__ if key in reader_keys}
-    augmentation = read_settings(Augmentation, ours, "data")
-    check_value(config["check"], bool, "check")
-    check_value(config["fast_decoder"], bool, "fast_decoder")
-    check_cache_settings(config["cache"], config["cache_precision"])
-    if "image_size" not in config["model"]:
-        raise ValueError("model is not a SAM 2 model; choose a file of configs/sam2/model that starts with sam2")
-    check_keys(functools.partial(build_sam2, device="cpu"), config["model"], "model")
-    check_value(config["model"]["image_size"], int, "model.image_size")
-    check_settings(settings, prompts, loss, optim)
-    device = choose_device(config["device"])
-    precision = choose_precision(config["precision"], device)
-    seed_everything(config["seed"])
+    settings = read_settings(Config, config)
+    common, train_settings, optim_settings = settings.common, settings.train, settings.optim
+    min_area_px, reader_keys = settings.data.min_area_px, dict(settings.data.reader_keys)
+    device = choose_device(common.device)
+    precision = choose_precision(common.precision, device)
+    seed_everything(common.seed)
 
     # data: list, check, leave out what cannot be used
     generate, root = reader_keys.pop("generate", None), reader_keys["root"]
     if generate is not None:
-        reader_keys["root"] = write_samples(generate, root)
+        reader_keys["root"] = str(write_samples(generate, root))
     on_bad = reader_keys["on_bad"]
-    if config["check"]:
+    if settings.check:
         reader_keys["on_bad"] = "skip"  # so that pairs that lack a file are listed with all other faults
-    max_listed = None if config["check"] else MAX_LISTED
+    max_listed = None if settings.check else MAX_LISTED
     check_keys(split_items, reader_keys, "data")
     train_items, val_items = split_items(**reader_keys)
-    train_items, val_items, counts = check_data(train_items, val_items, augmentation, on_bad, run_dir, max_listed)
-    if config["check"]:
+    train_items, val_items, counts = check_data(train_items, val_items, min_area_px, on_bad, run_dir, max_listed)
+    if settings.check:
         return float("nan")
-    val_items = val_items[: settings.eval_images]
-    if settings.steps > 0 and not train_items:
+    val_items = val_items[: train_settings.eval_images]
+    if train_settings.steps > 0 and not train_items:
         raise ValueError(f"data.root {reader_keys['root']} has no training picture with objects")
     if not val_items:
         raise ValueError(
@@ -776,24 +802,26 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
 
     # model and optimizer
     weights = {} if resume_path is None else {"checkpoint": str(resume_path)}  # the file it started from may be gone
-    model = build_sam2(**config["model"] | weights, device=device, fast_decoder=config["fast_decoder"])
-    trainable = freeze_except(model, settings.trainable)
-    if settings.channels_last:
+    model = build_sam2(**settings.model | weights, device=device, fast_decoder=settings.fast_decoder)
+    trainable = freeze_except(model, train_settings.trainable)
+    if train_settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
     num_trainable, num_all = sum(p.numel() for _, p in trainable), sum(p.numel() for p in model.parameters())
     print(
-        f"{config['model']['name']}: {num_trainable:,} parameters trained, {num_all - num_trainable:,} frozen; "
-        f"{device}, {precision}"
+        f"{settings.model['name']}: {num_trainable:,} parameters trained, {num_all - num_trainable:,} frozen; "
+        f"{device}, {precision}; loss: {describe_terms(settings.loss.terms)}"
     )
-    optimizer = torch.optim.AdamW(parameter_groups(trainable, optim), lr=optim.lr, betas=tuple(optim.betas))
+    optimizer = torch.optim.AdamW(
+        parameter_groups(trainable, optim_settings), lr=optim_settings.lr, betas=tuple(optim_settings.betas)
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    if settings.compile:
+    if train_settings.compile:
         model.image_encoder.forward = torch.compile(model.image_encoder.forward)
-    loss_size = settings.loss_size or model.image_size // 4
+    loss_size = train_settings.loss_size or model.image_size // 4
 
     # embeddings of a frozen encoder, from disk
-    used_items = train_items if settings.steps > 0 else []
-    entries = cache_embeddings(model, trainable, precision, used_items, val_items, augmentation, config)
+    used_items = train_items if train_settings.steps > 0 else []
+    entries = cache_embeddings(model, trainable, precision, used_items, val_items, settings)
 
     is_resumed = resume_path is not None
     loop = resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else LoopState()
@@ -805,66 +833,79 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         save(is_best=False)  # from now on this folder can be resumed too
 
     dataset = PromptedMasks(
-        train_items, config["seed"], model.image_size, settings.objects_per_image, augmentation, prompts, entries
+        train_items,
+        common.seed,
+        model.image_size,
+        train_settings.objects_per_image,
+        min_area_px,
+        settings.data.augmentation,
+        settings.prompts,
+        entries,
     )
-    images_per_step = settings.batch_size * settings.accumulate
+    images_per_step = train_settings.batch_size * train_settings.accumulate
     batches = load_batches(
         dataset,
         collate,
         loop.step * images_per_step,
-        settings.steps * images_per_step,
-        settings.batch_size,
-        config["num_workers"],
+        train_settings.steps * images_per_step,
+        train_settings.batch_size,
+        common.num_workers,
         device,
     )
-    progress = tqdm(total=settings.steps, initial=loop.step, desc="train", disable=None)
+    progress = tqdm(total=train_settings.steps, initial=loop.step, desc="train", disable=None)
     window = SpeedWindow(loop.step)
     while True:
         # 1. evaluate and save
-        is_last = loop.step >= settings.steps
-        if (loop.step % settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
+        is_last = loop.step >= train_settings.steps
+        if (loop.step % train_settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
             samples_dir = run_dir / "samples" / f"step_{loop.step:06d}"
             samples_dir.mkdir(parents=True, exist_ok=True)
             with window.paused():  # speed is that of training alone
                 metrics = evaluate(
                     model,
                     val_items,
-                    augmentation.min_area_px,
-                    settings.eval_clicks,
+                    min_area_px,
+                    train_settings.eval_clicks,
                     precision,
                     samples_dir,
-                    settings.picture_images,
+                    train_settings.picture_images,
                     entries,
                 )
                 ious = [f"{name[4:]} {value:.3f}" for name, value in metrics.items() if "iou" in name]
                 tqdm.write(f"step {loop.step}: " + "  ".join(ious))
                 log.log(loop.step, metrics)
                 plot_curves(loop.rows, run_dir / "curves.png")
-                save(is_best=loop.take(metrics, settings.select_by))
-        elif loop.step % settings.save_every == 0:
+                save(is_best=loop.take(metrics, train_settings.select_by))
+        elif loop.step % train_settings.save_every == 0:
             save(is_best=False)
-        if settings.early_stop_evals is not None and loop.bad_evals >= settings.early_stop_evals:
-            tqdm.write(f"early stop: {settings.select_by} has not risen in {loop.bad_evals} evaluations")
+        if train_settings.early_stop_evals is not None and loop.bad_evals >= train_settings.early_stop_evals:
+            tqdm.write(f"early stop: {train_settings.select_by} has not risen in {loop.bad_evals} evaluations")
             break
         if is_last:
             break
         model.train()
 
         # 2. learning rate
-        lr = cosine_lr(loop.step, settings.steps, optim.lr, optim.warmup_steps, optim.min_lr_factor)
+        lr = cosine_lr(
+            loop.step,
+            train_settings.steps,
+            optim_settings.lr,
+            optim_settings.warmup_steps,
+            optim_settings.min_lr_factor,
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
 
         step_loss, step_iou, step_names = 0.0, 0.0, []
-        for _ in range(settings.accumulate):
+        for _ in range(train_settings.accumulate):
             batch = window.next_batch(batches)
             step_names += batch["names"]
             batch = to_device(batch, device)
 
             # 3. forward
             with autocast(device, precision):
-                object_loss, object_iou = prompted_loss(model, batch, prompts, loss, loss_size)
-            weight = batch["object_weight"] / settings.accumulate
+                object_loss, object_iou = prompted_loss(model, batch, settings.prompts, settings.loss, loss_size)
+            weight = batch["object_weight"] / train_settings.accumulate
             micro_loss = (object_loss * weight).sum()
             step_loss += check_finite(micro_loss.item(), loop.step, f"pictures {', '.join(batch['names'])}")
             step_iou += (object_iou * weight).sum().item()
@@ -872,7 +913,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             # 4. backward and clip
             scaler.scale(micro_loss).backward()
         samples = f"pictures {', '.join(step_names)}"
-        grad_norm = clip_gradients([p for _, p in trainable], settings.clip_norm, optimizer, scaler, loop, samples)
+        grad_norm = clip_gradients(
+            [p for _, p in trainable], train_settings.clip_norm, optimizer, scaler, loop, samples
+        )
 
         # 5. update (the scaler leaves out a step whose fp16 gradients overflowed)
         scaler.step(optimizer)
@@ -883,7 +926,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         # 6. log
         means = running_means(loop.running, {"train/loss": step_loss, "train/iou": step_iou})
         progress.update()
-        if loop.step % settings.log_every == 0 or loop.step == settings.steps:
+        if loop.step % train_settings.log_every == 0 or loop.step == train_settings.steps:
             steps_per_s, wait_share = window.read(loop.step)
             images_per_s = steps_per_s * images_per_step
             values = {"train/grad_norm": grad_norm, "lr": lr, "skipped_steps": loop.num_skipped}
@@ -903,7 +946,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     shown_dir, example = os.path.relpath(run_dir), os.path.relpath(val_items[0].image_path)
     print(f"\nWritten to {shown_dir}. Next, segment a picture with it:")
     print(f"  python infer_sam2.py {shlex.quote(f'checkpoint={shown_dir}/best.pt')} {shlex.quote(f'input={example}')}")
-    return loop.best[settings.select_by]
+    return loop.best[train_settings.select_by]
 
 
 RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data.root", "data.train_list", "data.val_list", "cache")
@@ -912,21 +955,18 @@ RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data.root", "dat
 @hydra.main(version_base="1.3", config_path="configs/sam2", config_name="train_sam2")
 def main(cfg) -> float:
     """Read the config, train, and end with one line on what went wrong and status 1, if anything did."""
-    try:
+    with one_line_errors("train_sam2"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         hydra_config = HydraConfig.get()
         run_dir = Path(hydra_config.runtime.output_dir)
         resume_path = None
         if config["resume"] is not None:
             resume_path = find_resume(config["resume"])
-            stored = {"cache": "off", "cache_precision": "fp16", "fast_decoder": False}  # older runs lack these
-            stored |= load_checkpoint(resume_path)["config"]
+            stored = fill_defaults(Config, load_checkpoint(resume_path)["config"])
             config = resumed_config(stored, config, list(hydra_config.overrides.task), RESUMABLE)
         return train(config, run_dir, resume_path)
-    except (ValueError, FileNotFoundError, FileExistsError, ConnectionError, FloatingPointError) as error:
-        logging.getLogger("train_sam2").debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true
-        sys.exit(f"error: {describe_error(error)}")
 
 
 if __name__ == "__main__":
+    stop_at_moved_files("sam2", sys.argv[1:])
     main()

@@ -81,9 +81,11 @@ from utils.settings import (
     between,
     check_keys,
     check_value,
+    fill_defaults,
     one_line_errors,
     one_of,
     read_settings,
+    stop_at_moved_files,
 )
 from utils.tracking.frames import FrameSource
 from utils.tracking.metrics import got10k_scores, mean_one_pass_scores, score_boxes, still_boxes
@@ -496,7 +498,7 @@ def list_data(data: dict) -> tuple[list[Sequence], list[Sequence]]:
         data = dict(data)
         generate = data.pop("generate", None)
         if generate is not None:
-            data["root"] = write_samples(generate, data["root"])
+            data["root"] = str(write_samples(generate, data["root"]))
         check_keys(split_dataset, data, "data")
         return split_dataset(**data)
     check_keys(lambda parts, turns: None, data, "data")
@@ -750,7 +752,7 @@ def main(cfg) -> float:
         resume_path = None
         if config["resume"] is not None:
             resume_path = find_resume(config["resume"])
-            stored = load_checkpoint(resume_path)["config"]
+            stored = fill_defaults(Config, load_checkpoint(resume_path)["config"])
             places = [
                 f"data.parts.{part}.{key}" for part in stored["data"].get("parts", {}) for key in ("root", "index")
             ]
@@ -759,4 +761,5 @@ def main(cfg) -> float:
 
 
 if __name__ == "__main__":
+    stop_at_moved_files("tracking", sys.argv[1:])
     main()

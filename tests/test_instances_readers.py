@@ -14,7 +14,8 @@ from pycocotools import mask as coco_mask
 
 from utils.images import read_image, write_image, write_label_map
 from utils.instances.check import check_items, keep_usable, mask_statistics, plot_statistics, report_lines
-from utils.instances.readers import object_ids, read_instances, read_item, split_items
+from utils.instances.readers import object_ids, read_item, split_items
+from utils.settings import check_keys
 
 
 def data_keys(name: str, root: Path, **changes) -> dict:
@@ -83,7 +84,7 @@ def test_a_map_without_background_keeps_its_smallest_id(tmp_path):
     ids[:, 5:] = 9
     write_png(tmp_path / "labels" / "000.png", ids)
     (item,) = list_all("label_map", tmp_path, val_fraction=0)
-    assert object_ids(read_instances(item)) == [(0, 3, 40), (0, 9, 40)]
+    assert object_ids(item.read().layers) == [(0, 3, 40), (0, 9, 40)]
 
 
 @pytest.mark.parametrize("factor", [1, 50_000_000])  # the second: too large to count in a table
@@ -101,7 +102,7 @@ def test_object_ids_equal_a_plain_loop(factor):
 def test_ids_to_ignore_become_background(tmp_path):
     write_label_maps(tmp_path, 1)
     (item,) = list_all("label_map", tmp_path, val_fraction=0, ignore_ids=[2])
-    assert object_ids(read_instances(item)) == [(0, 1, 20)]
+    assert object_ids(item.read().layers) == [(0, 1, 20)]
 
 
 def test_odd_suffixes_and_stray_files(tmp_path):
@@ -209,8 +210,8 @@ def test_labpics_with_no_background_and_with_no_objects(tmp_path):
     write_labpics(tmp_path, ones, nothing, stem="full")
     write_labpics(tmp_path, nothing, nothing, stem="none")
     full, none = list_all("labpics", tmp_path, **LABPICS)
-    assert object_ids(read_instances(full)) == [(0, 1, 80)]
-    assert object_ids(read_instances(none)) == [] and read_instances(none).shape == (1, 8, 10)
+    assert object_ids(full.read().layers) == [(0, 1, 80)]
+    assert object_ids(none.read().layers) == [] and none.read().layers.shape == (1, 8, 10)
 
 
 def test_labpics_splits_are_its_folders(tmp_path):
@@ -292,7 +293,7 @@ def test_masks_that_interlock_without_overlap_share_a_layer(tmp_path):
     for index, mask in enumerate([1 - ring, ring]):
         write_png(tmp_path / "x" / "masks" / f"{index}.png", mask)
     (item,) = list_all("masks_per_file", tmp_path, val_fraction=0)
-    layers = read_instances(item)
+    layers = item.read().layers
     assert len(layers) == 1
     assert_layers_hold(layers, [ring == 0, ring > 0])
 
@@ -301,7 +302,7 @@ def test_masks_per_file_without_masks_has_no_objects(tmp_path):
     write_picture(tmp_path / "x" / "images" / "x.png")
     (tmp_path / "x" / "masks").mkdir()
     (item,) = list_all("masks_per_file", tmp_path, val_fraction=0)
-    layers = read_instances(item)
+    layers = item.read().layers
     assert layers.shape == (1, 8, 10) and not layers.any()
 
 
@@ -311,7 +312,7 @@ def test_masks_of_different_sizes_are_named(tmp_path):
     write_png(tmp_path / "x" / "masks" / "b.png", np.ones((8, 11), np.uint8))
     (item,) = list_all("masks_per_file", tmp_path, val_fraction=0)
     with pytest.raises(ValueError, match=r"b\.png is 8 x 11 px.*a\.png is 8 x 10"):
-        read_instances(item)
+        item.read()
 
 
 def write_coco(root: Path, masks: list[np.ndarray]) -> list[np.ndarray]:
@@ -342,7 +343,7 @@ COCO = {
 def test_coco_reads_polygons_and_both_run_lengths_and_leaves_crowds_out(tmp_path):
     masks = write_coco(tmp_path, overlapping_masks(20, 24, 32))
     (item,) = list_all("coco", tmp_path, **COCO)
-    assert item.num_crowd == 1
+    assert item.read().num_crowd == 1
     assert_layers_hold(read_item(item)[1], masks)
 
 
@@ -363,7 +364,7 @@ def test_coco_names_the_broken_annotation(tmp_path, segmentation, reason):
     (tmp_path / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     (item,) = list_all("coco", tmp_path, **COCO)
     with pytest.raises(ValueError, match=rf"instances\.json, image one\.jpg, {reason}"):
-        read_instances(item)
+        item.read()
 
 
 def test_json_that_is_not_coco_is_named(tmp_path):
@@ -493,7 +494,9 @@ def test_keys_formats_and_roots_that_are_wrong(tmp_path):
     with pytest.raises(ValueError, match="unknown key data.lable_dir; must be among data.image_dir"):
         split_items(**keys, lable_dir="labels")
     with pytest.raises(ValueError, match="the config lacks data.split_seed"):
-        split_items(**{key: value for key, value in keys.items() if key != "split_seed"})
+        check_keys(split_items, {key: value for key, value in keys.items() if key != "split_seed"}, "data")
+    whole = split_items(**keys)  # a key of the format that is not given is that of the layout
+    assert split_items(**{key: value for key, value in keys.items() if key != "label_dir"}) == whole
     with pytest.raises(ValueError, match="data.root is 3; must be a folder"):
         split_items(**{**keys, "root": 3})
     with pytest.raises(ValueError, match="data.format is 'cocoo'; must be one of labpics, label_map"):
@@ -554,7 +557,7 @@ def remove_one_of_a_pair(name: str, root: Path) -> tuple[dict, Path, Path]:
 @pytest.mark.parametrize("name", ["label_map", "labpics", "masks_per_file", "sa1b", "davis"])
 def test_a_picture_without_annotation_stops_or_is_left_out_and_counted(tmp_path, name):
     changes, image_path, gone = remove_one_of_a_pair(name, tmp_path)
-    pattern = f"1 of 2 pairs lack a file; first: image {image_path} has no annotation {gone}"
+    pattern = f"1 of 2 pairs lack a file; image {image_path} has no annotation {gone}"
     with pytest.raises(FileNotFoundError, match=re.escape(pattern)):
         list_all(name, tmp_path, **changes)
     items = list_all(name, tmp_path, **changes, on_bad="skip")

@@ -444,12 +444,12 @@ def test_an_error_of_a_data_loading_process_is_described_by_its_last_line():
 
 def test_validation_is_drawn_by_a_seeded_order_that_new_names_do_not_change():
     names = {f"video_{number}" for number in range(20)}
-    drawn = listing.draw_validation(names, 0.25, 0)
-    assert len(drawn) == 5 and drawn < names and drawn != listing.draw_validation(names, 0.25, 1)
-    more = listing.draw_validation(names | {"video_20"}, 0.25, 0)
+    drawn = listing.draw_split(names, 0.25, 0)[0]
+    assert len(drawn) == 5 and drawn < names and drawn != listing.draw_split(names, 0.25, 1)[0]
+    more = listing.draw_split(names | {"video_20"}, 0.25, 0)[0]
     assert len(more & drawn) >= 4  # the new name may take the place of one
-    assert [len(listing.draw_validation(names, share, 0)) for share in (0, 0.001, 0.999, 1)] == [0, 1, 19, 20]
+    assert [len(listing.draw_split(names, share, 0)[0]) for share in (0, 0.001, 0.999, 1)] == [0, 1, 19, 20]
     with pytest.raises(ValueError, match="data.val_fraction is 2; must be in 0..1"):
-        listing.draw_validation(names, 2, 0)
+        listing.draw_split(names, 2, 0)
     with pytest.raises(ValueError, match="there is only alone to split"):
-        listing.draw_validation({"alone"}, 0.5, 0)
+        listing.draw_split({"alone"}, 0.5, 0)

@@ -2,6 +2,8 @@
 
 import copy
 import csv
+import dataclasses
+import functools
 import json
 import math
 import subprocess
@@ -35,7 +37,7 @@ from tiny_training import (
 import train_sam2
 from train_sam2 import LossSettings, PromptSettings, collate, evaluate, mask_prediction_loss, prompted_loss
 from utils.images import read_image, write_image, write_label_map
-from utils.instances.readers import Item, read_item
+from utils.instances.readers import Item, read_ids, read_item
 from utils.run import seed_everything
 from utils.sam2 import model as sam2_model
 from utils.sam2.fast_decoder import decode_fast
@@ -671,7 +673,7 @@ def write_item(folder, ids):
     rng = np.random.default_rng(0)
     write_image(folder / "image.png", rng.integers(0, 255, (*ids.shape, 3)).astype(np.uint8))
     write_label_map(folder / "ids.png", ids)
-    return Item("one", "label_map", folder / "image.png", folder / "ids.png")
+    return Item("one", folder / "image.png", folder / "ids.png", functools.partial(read_ids, folder / "ids.png"))
 
 
 def test_one_object(root, model, tmp_path):
@@ -1029,7 +1031,7 @@ def test_evaluation_leaves_out_small_objects(root, model):
 
 def test_pictures_of_items_with_the_same_file_name_are_kept_apart(root, model, tmp_path):
     first = list_training_items(compose_config(*tiny_overrides(root)))[0]
-    items = [Item(f"{name}/00000", "davis", first.image_path, first.annotation_path) for name in ("a", "b")]
+    items = [dataclasses.replace(first, name=f"{name}/00000") for name in ("a", "b")]
     evaluate(model, items, 1, [1], "fp32", tmp_path, 2)
     model.train()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a_00000.png", "b_00000.png"]
@@ -1040,10 +1042,7 @@ def test_pictures_of_items_with_the_same_file_name_are_kept_apart(root, model, t
 
 
 def check_settings_of(config):
-    """Check the settings of a config, as train does."""
-    settings, prompts = train_sam2.Settings(**config["train"]), PromptSettings(**config["prompts"])
-    loss, optim = LossSettings(**config["loss"]), train_sam2.OptimSettings(**config["optim"])
-    train_sam2.check_settings(settings, prompts, loss, optim)
+    train_sam2.read_settings(train_sam2.Config, config)
 
 
 def test_typo_on_the_command_line_names_the_key(root):
@@ -1060,6 +1059,7 @@ def test_typo_on_the_command_line_names_the_key(root):
         ("optim: {learning_rate: 3}", "unknown key optim.learning_rate"),
         ("prompts: {box_shre: 0.5}", "unknown key prompts.box_shre"),
         ("loss: {focl: 1}", "unknown key loss.focl"),
+        ("loss: {terms: {focl: 1}}", "unknown term loss.terms.focl"),
         ("data: {rooot: x}", "unknown key data.rooot"),
         ("model: {image_sise: 64}", "unknown key model.image_sise"),
         ("trian: {steps: 3}", "trian"),
@@ -1096,6 +1096,7 @@ def test_typo_in_a_preset_names_the_key(content, key, root, tmp_path, quick):
         "prompts.max_corrections=-1",
         "prompts.mask_only_rounds=3",
         "loss.masks=worst",
+        "loss.terms.dice=-1",
         "optim.betas=[0.9]",
     ],
 )
@@ -1114,7 +1115,7 @@ def test_value_that_makes_no_sense_is_named(override, root):
         ("train.trainable=mask_decoder", "'mask_decoder'; must be a list"),
         ("train.eval_clicks=[1,two]", "[1, 'two']; must be a list, each a whole number"),
         ("train.loss_size=half", "'half'; must be a whole number or null"),
-        ("loss.dice=x", "'x'; must be a number"),
+        ("loss.terms.dice=x", "'x'; must be a number"),
         ("prompts.detach=3", "3; must be true or false"),
         ("optim.betas=0.9", "0.9; must be a list, each a number"),
         ("data.hflip=maybe", "'maybe'; must be true or false"),

@@ -222,7 +222,7 @@ def test_resume_takes_the_stored_config_and_allows_what_may_change(stored):
         ("optim.lr=0.5", ", now 0.5"),
         ("seed=1", "seed: stored 0, now 1"),
         ("precision=bf16", "precision: stored auto, now bf16"),
-        ("loss=tutorial", "loss.focal: stored 20.0, now 0.0"),
+        ("loss=tutorial", "loss.terms.focal: stored 20.0, now 0.0"),
         ("data=labpics", "data.format: stored label_map, now labpics"),
         ("data_root=/elsewhere", "data_root: stored "),
         ("train.trainable=[neck]", "train.trainable: stored ['prompt_encoder', 'mask_decoder'], now ['neck']"),

@@ -112,7 +112,7 @@ def test_resume_needs_a_new_folder(root, whole, monkeypatch, capfd):
         ("train.batch_size=3", "train.batch_size: stored 2, now 3"),
         ("optim.lr=0.5", "optim.lr: stored 0.003, now 0.5"),
         ("data.rotation=5.0", "data.rotation: stored 20, now 5.0"),
-        ("loss=tversky", "loss.tversky: stored 0.0, now 1.0"),
+        ("loss=tversky", "loss.terms.tversky: stored 0.0, now 1.0"),
         ("model=segnet", "model.name: stored vit, now segnet"),
     ],
 )

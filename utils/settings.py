@@ -9,7 +9,8 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
 TYPE_WORDS = {
@@ -108,6 +109,23 @@ def read_settings(cls: type, section: dict, name: str = ""):
     return cls(**values, **({others: left} if others else {}))
 
 
+def fill_defaults(cls: type, section: dict) -> dict:
+    """Add the keys that a stored config lacks because they are younger, with the defaults that mean "as before".
+
+    Args:
+        cls: as for `read_settings`.
+        section: as that of a checkpoint; it stays as it is.
+    """
+    kinds = typing.get_type_hints(cls, include_extras=True)
+    filled = dict(section)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(kinds[field.name]) and isinstance(filled.get(field.name), dict):
+            filled[field.name] = fill_defaults(kinds[field.name], filled[field.name])
+        elif field.name not in filled and field.default is not dataclasses.MISSING:
+            filled[field.name] = field.default
+    return filled
+
+
 def known_keys(cls: type) -> list[str]:
     """List the keys that a section of this dataclass may have, less those that a field takes as ALL_OTHERS."""
     keys = []
@@ -119,16 +137,17 @@ def known_keys(cls: type) -> list[str]:
     return keys
 
 
-def check_keys(function, keys: dict, name: str) -> None:
+def check_keys(function, keys: dict, name: str, others: tuple[str, ...] = ()) -> None:
     """Raise a ValueError for keyword arguments that a function does not take, lacks, or takes as another type.
 
     Args:
         function: a function or class; bind what is no key of the config with `functools.partial` before.
         keys: {key: value}, to be passed as function(**keys).
         name: the section's name in messages, such as "data", which names them as section.key.
+        others: keys of the section that another function takes; they are named among those that may be.
     """
     parameters = inspect.signature(function).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    known = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD] + [*others]
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     for key in keys:
         if key not in known and not takes_all:
@@ -141,6 +160,30 @@ def check_keys(function, keys: dict, name: str) -> None:
                 check_value(keys[parameter.name], kinds[parameter.name], f"{name}.{parameter.name}")
         elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
             raise ValueError(f"the config lacks {name}.{parameter.name}")
+
+
+def check_terms(terms: dict, known: Collection[str]) -> None:
+    """Raise a ValueError for weights of a loss's terms that make no sense.
+
+    Args:
+        terms: `loss.terms`, {name: weight}.
+        known: names of the terms that there are.
+    Raises:
+        ValueError: for an unknown term, a weight that is no number or below 0, or none above 0.
+    """
+    for term, weight in terms.items():
+        if term not in known:
+            raise ValueError(f"unknown term loss.terms.{term}; must be among {', '.join(known)}")
+        check_value(weight, float, f"loss.terms.{term}")
+        if not weight >= 0:
+            raise ValueError(f"loss.terms.{term} is {weight}; must be 0 or more")
+    if not any(terms.values()):
+        raise ValueError(f"loss.terms is 0 in all its terms; must be above 0 in one of {', '.join(known)}")
+
+
+def describe_terms(terms: dict) -> str:
+    """Write the terms of a loss that count, such as "20 focal + 1 dice"."""
+    return " + ".join(f"{weight:g} {term}" for term, weight in terms.items() if weight > 0)
 
 
 def check_value(value, kind: type, name: str) -> None:
@@ -199,6 +242,24 @@ def _describe_type(kind: type) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what a user reads where something is wrong
+
+
+def stop_at_moved_files(task: str, arguments: list[str]) -> None:
+    """Exit with one line where an argument, such as data=cells, names a file that lies where files lay before.
+
+    Args:
+        task: the script's folder in configs/: sam2, unet or tracking.
+        arguments: the command line, without the script.
+    """
+    configs = Path(__file__).resolve().parent.parent / "configs"
+    asked = [argument.partition("=") for argument in arguments]
+    asked_files = {(group, name) for group, _, names in asked for name in names.split(",")}
+    for path in sorted(configs.glob("*/*.yaml")):
+        group, name = path.parent.name, path.stem
+        new_path = configs / task / group / path.name
+        if (group, name) in asked_files and not new_path.is_file():
+            place = f"configs/{group}/{path.name}"
+            sys.exit(f"error: {group}={name}: {place} is read no more; move it to configs/{task}/{group}/")
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.images import read_image_unscaled, remark_on_values
-from utils.instances.readers import Item, check_same_size, mask_names, object_ids, read_instances
+from utils.instances.readers import Instances, Item, check_same_size, object_ids
 from utils.listing import first_few
 
 TINY_PX = 16  # an object of fewer pixels is remarked on
@@ -87,7 +87,7 @@ def check_items(items: list[Item], num_threads: int | None = None) -> CheckRepor
 def check_item(item: Item) -> ItemReport:
     """Check one item."""
     faults, remarks = [], []
-    orig_hw = bits = layers = None
+    orig_hw = bits = instances = None
     areas_px, centers_xy = np.zeros(0, np.int64), np.zeros((0, 2))
     try:
         image_rgb = read_image_unscaled(item.image_path)
@@ -97,17 +97,18 @@ def check_item(item: Item) -> ItemReport:
     except (OSError, ValueError) as error:
         faults.append(str(error))
     try:
-        layers = read_instances(item)
+        instances = item.read()
         if orig_hw is not None:
-            check_same_size(item, orig_hw, layers.shape[1:])
+            check_same_size(item, orig_hw, instances.layers.shape[1:])
     except (OSError, ValueError) as error:
         faults.append(str(error))
-    if layers is not None and not faults:
-        objects = object_ids(layers)
+    if instances is not None and not faults:
+        objects = object_ids(instances.layers)
         areas_px = np.array([area for _, _, area in objects], np.int64)
-        centers_xy = _centers(layers)
-        remarks += _remark_on_objects(item, objects)
-    return ItemReport(item.name, tuple(faults), tuple(remarks), orig_hw, bits, areas_px, centers_xy, item.num_crowd)
+        centers_xy = _centers(instances.layers)
+        remarks += _remark_on_objects(item, instances, objects)
+    num_crowd = instances.num_crowd if instances is not None else 0
+    return ItemReport(item.name, tuple(faults), tuple(remarks), orig_hw, bits, areas_px, centers_xy, num_crowd)
 
 
 def keep_usable(items: list[Item], report: CheckReport, on_bad: str) -> list[Item]:
@@ -235,18 +236,18 @@ def plot_statistics(report: CheckReport, path: str | Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _remark_on_objects(item: Item, objects: list[tuple[int, int, int]]) -> list[tuple[str, str]]:
+def _remark_on_objects(item: Item, instances: Instances, objects: list[tuple[int, int, int]]) -> list[tuple[str, str]]:
     remarks = []
     ids = {object_id for _, object_id, _ in objects}
     if not objects:
         remarks.append(("no objects", str(item.annotation_path)))
-    empty = [name for index, name in enumerate(mask_names(item)) if index + 1 not in ids]
+    empty = [name for index, name in enumerate(instances.mask_names) if index + 1 not in ids]
     if empty:
         remarks.append(("empty masks", f"{item.annotation_path} ({item.name}): {', '.join(empty)}"))
     tiny = [f"{object_id} ({area_px} px)" for _, object_id, area_px in objects if area_px < TINY_PX]
     if tiny:
         remarks.append((f"objects below {TINY_PX} px", f"{item.annotation_path} ({item.name}): {', '.join(tiny)}"))
-    if item.format == "label_map" and ids == {255}:
+    if ids == {255} and not item.group:  # in a sequence (DAVIS 2016) it is the one object
         remarks.append(("a single id 255", str(item.annotation_path)))
     return remarks
 

@@ -438,11 +438,11 @@ def _load_weights(model: nn.Module, state_dict: dict, name: str, path: Path) -> 
     missing, extra = expected.keys() - state_dict.keys(), state_dict.keys() - expected.keys()
     other_shape = [key for key in expected.keys() & state_dict.keys() if expected[key].shape != state_dict[key].shape]
     if missing or extra or other_shape:
-        found = recognise_weights(state_dict)
-        if found == name:
+        recognised = recognise_weights(state_dict)
+        if recognised == name:
             problem = f"looks like {name} but does not fit it; give another checkpoint"
-        elif found:
-            problem = f"holds weights of {found}, but model is {name}; use model={found}"
+        elif recognised:
+            problem = f"holds weights of {recognised}, but model is {name}; use model={recognised}"
         else:
             problem = f"holds weights of no SAM 2 model that this toolkit knows; give a checkpoint of {name}"
         raise ValueError(
