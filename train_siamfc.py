@@ -179,7 +179,7 @@ class Config:
     common: Annotated[CommonSettings, SAME_SECTION]
     check: bool
     model: ModelSettings
-    data: dict  # of configs/tracking/data; their reader checks them
+    data: dict  # a file of configs/tracking/data; its reader checks the keys
     optim: OptimSettings
     tracker: TrackerSettings
     pairs: PairSettings
@@ -378,7 +378,7 @@ def evaluate_tracking(
     """Track sequences from the first frame with a visible box to the end, and compare with groundtruth.
 
     Args:
-        num_frames: of each sequence the first so many; None: all.
+        num_frames: how many frames of each sequence are tracked, from its start; None: all.
     Returns:
         {"val/ao": float, ...}; val/still_ao, ...: of a box that stays where it is.
     Raises:
@@ -592,9 +592,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     train_sequences, val_sequences = list_data(settings.data)
     train_sequences, train_usable = keep_usable(train_sequences, pair_settings, "train")
     val_pair_sequences, val_usable = keep_usable(val_sequences[: train_settings.eval_sequences], pair_settings, "val")
-    val_sequences = [sequence for sequence in val_sequences if sequence.visible[:-1].any()][
-        : train_settings.eval_sequences
-    ]
+    val_sequences = [sequence for sequence in val_sequences if sequence.visible[:-1].any()]
+    val_sequences = val_sequences[: train_settings.eval_sequences]
     train_dataset = SiamesePairs(train_sequences, train_usable, common.seed, pair_settings)
     if settings.check:
         check_pairs(train_dataset, run_dir, train_settings.picture_pairs)
@@ -708,9 +707,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         if loop.step % train_settings.log_every == 0 or loop.step == train_settings.steps:
             steps_per_s, wait_share = window.read(loop.step)
             pairs_per_s = steps_per_s * pairs_per_step
-            values = {"train/grad_norm": grad_norm, "lr": lr, "skipped_steps": loop.num_skipped}
+            update = {"train/grad_norm": grad_norm, "lr": lr, "skipped_steps": loop.num_skipped}
             speed = {"pairs_per_s": pairs_per_s, "data_wait_share": wait_share}
-            log.log(loop.step, means | values | speed)
+            log.log(loop.step, means | update | speed)
             progress.set_postfix_str(
                 f"loss {means['train/loss']:.3f}, {pairs_per_s:.1f} pairs/s, waits for data {wait_share:.0%}"
             )

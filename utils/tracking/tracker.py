@@ -93,7 +93,7 @@ class SiamFCTracker:
 
     Args:
         model: SiamFC on the device to use, in train or eval mode.
-        precision: of the features, "fp32", "bf16" or "fp16" (`choose_precision`); mode parity computes in fp32.
+        precision: the features', "fp32", "bf16" or "fp16" (`choose_precision`); mode parity computes in fp32.
     Raises:
         ValueError: for another precision in mode parity.
     """
