@@ -251,8 +251,6 @@ def choose_model(checkpoint: str | None, image_size: int | None, model: dict | N
         FileNotFoundError: for a missing checkpoint.
         ValueError: for one that is not of the named model, or of none.
     """
-    if model is not None and "image_size" not in model:
-        raise ValueError("model is not a SAM 2 model; choose a file of configs/sam2/model that starts with sam2")
     chosen = model
     if checkpoint:
         state = load_checkpoint(Path(checkpoint))

@@ -43,31 +43,13 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
+from utils import loop as loops
+from utils import run
 from utils.checkpoint import find_resume, load_checkpoint, resumed_config
 from utils.images import id_colors, mask_to_box, read_image, write_image
-from utils.instances.check import MAX_LISTED, check_items, keep_usable, plot_statistics, report_lines
+from utils.instances.check import check_data
 from utils.instances.readers import Item, object_ids, split_items
 from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
-from utils.loop import (
-    LoopState,
-    SpeedWindow,
-    check_finite,
-    clip_gradients,
-    load_batches,
-    resume_run,
-    running_means,
-    save_run,
-    to_device,
-)
-from utils.run import (
-    autocast,
-    choose_device,
-    choose_precision,
-    cosine_lr,
-    sample_rng,
-    seed_everything,
-    shuffled_item,
-)
 from utils.sam2 import losses
 from utils.sam2.embedding_cache import (
     HIGH_RES_CONVS,
@@ -303,9 +285,9 @@ class PromptedMasks(Dataset):
             padding; num_points int64 (N,): 2 or 1; num_rounds int64 (N,): 1 to R + 1; is_click bool (N, R),
             is_truth_click bool (N, R), uniform float (N, R) in [0, 1): the rounds' draws; name: the picture's file.
         """
-        item_number = shuffled_item(self.seed, sample_index, len(self.items))
+        item_number = run.shuffled_item(self.seed, sample_index, len(self.items))
         item = self.items[item_number]
-        rng = sample_rng(self.seed, sample_index)
+        rng = run.sample_rng(self.seed, sample_index)
         is_mirrored = self.augmentation.hflip and rng.random() < 0.5
         layers = item.read().layers  # (L, H, W), the picture's size, as the dataset check has seen
         if is_mirrored:
@@ -339,20 +321,18 @@ class PromptedMasks(Dataset):
                 point_coords.append([point, (0, 0)])
                 point_labels.append([1, -1])
 
-        num_objects, num_rounds = (
-            len(masks),
-            self.prompt_settings.max_corrections + self.prompt_settings.mask_only_rounds,
-        )
-        corrections = rng.integers(
-            self.prompt_settings.min_corrections, self.prompt_settings.max_corrections + 1, num_objects
-        )
-        last_round = corrections + self.prompt_settings.mask_only_rounds - 1  # of each object; -1: it has none
+        fewest, most = self.prompt_settings.min_corrections, self.prompt_settings.max_corrections
+        mask_only_rounds = self.prompt_settings.mask_only_rounds
+        num_objects, num_rounds = len(masks), most + mask_only_rounds
+        corrections = rng.integers(fewest, most + 1, num_objects)
+        last_round = corrections + mask_only_rounds - 1  # (N,); -1: the object has none
         is_click = np.ones((num_objects, num_rounds), bool)
-        if self.prompt_settings.mask_only_rounds > 0:
+        if mask_only_rounds > 0:
             is_click[np.arange(num_objects), last_round] = False
-        if self.prompt_settings.mask_only_rounds > 1:
+        if mask_only_rounds > 1:
             is_click[np.arange(num_objects), rng.integers(0, last_round)] = False
         point_labels = np.array(point_labels, np.int32).reshape(-1, 2)
+        truth_click_share = self.prompt_settings.truth_click_share
         return {
             "picture": read_picture(  # before the draws below: it makes some, too
                 item.image_path, is_mirrored, side, self.entries, self.augmentation.color_jitter, rng
@@ -363,11 +343,9 @@ class PromptedMasks(Dataset):
             ),
             "point_labels": torch.from_numpy(point_labels),
             "num_points": torch.from_numpy((point_labels != -1).sum(1)),
-            "num_rounds": torch.from_numpy(1 + corrections + self.prompt_settings.mask_only_rounds),
+            "num_rounds": torch.from_numpy(1 + corrections + mask_only_rounds),
             "is_click": torch.from_numpy(is_click),
-            "is_truth_click": torch.from_numpy(
-                rng.random((num_objects, num_rounds)) < self.prompt_settings.truth_click_share
-            ),
+            "is_truth_click": torch.from_numpy(rng.random((num_objects, num_rounds)) < truth_click_share),
             "uniform": torch.from_numpy(rng.random((num_objects, num_rounds), np.float32)),
             "name": str(item.image_path),
         }
@@ -457,7 +435,7 @@ def mask_prediction_loss(
 
 
 def prompted_loss(
-    model: torch.nn.Module, batch: dict, prompts: PromptSettings, loss: LossSettings, loss_size: int
+    model: torch.nn.Module, batch: dict, prompt_settings: PromptSettings, loss_settings: LossSettings, loss_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompt every object of a batch, correct its mask round by round, and compute the loss of every round.
 
@@ -479,11 +457,11 @@ def prompted_loss(
     total_loss = mask_inputs.new_zeros(num_objects)
     total_iou = mask_inputs.new_zeros(num_objects)
     extra_loss = mask_inputs.new_zeros(num_objects)
-    if loss.click_similarity > 0:
+    if loss_settings.click_similarity > 0:
         clicked = (num_points == 1).nonzero().squeeze(1).to(masks.device)  # not the boxes
         logits = click_similarity(embeddings, batch["image_index"][clicked], point_coords[clicked, 0], model.image_size)
-        similarity_loss = mask_shape_loss(upscale_masks(logits, truth.shape[-2:]), truth[clicked, None], loss)
-        extra_loss = extra_loss.index_add(0, clicked, loss.click_similarity * similarity_loss.squeeze(1))
+        similarity_loss = mask_shape_loss(upscale_masks(logits, truth.shape[-2:]), truth[clicked, None], loss_settings)
+        extra_loss = extra_loss.index_add(0, clicked, loss_settings.click_similarity * similarity_loss.squeeze(1))
 
     for round_number in range(int(num_rounds.max())):
         # objects with the same number of points go through the decoder together: padding points would move the logits
@@ -499,13 +477,13 @@ def prompted_loss(
                 multimask_output=count == 1,
             )
             object_loss, iou = mask_prediction_loss(
-                low_res_masks, iou_predictions, object_score_logits, truth[chosen], loss
+                low_res_masks, iou_predictions, object_score_logits, truth[chosen], loss_settings
             )
             best = iou_predictions[:, : iou.shape[1]].argmax(1, keepdim=True)
             total_loss = total_loss.index_add(0, chosen, object_loss)
             total_iou = total_iou.index_add(0, chosen, iou.gather(1, best).squeeze(1))
             fed_back = pick_mask(low_res_masks, iou_predictions)
-            mask_inputs = mask_inputs.index_copy(0, chosen, fed_back.detach() if prompts.detach else fed_back)
+            mask_inputs = mask_inputs.index_copy(0, chosen, fed_back.detach() if prompt_settings.detach else fed_back)
         if round_number == num_corrections:
             break
         # the next click: uniform in the error, or now and then in the object
@@ -557,7 +535,7 @@ def predict_masks(
     coords = scale_points(torch.from_numpy(point_coords), orig_hw, model.image_size).to(model.device)
     labels = torch.from_numpy(point_labels).to(model.device)
     image_index = torch.zeros(len(coords), dtype=torch.long, device=model.device)
-    with autocast(model.device, precision):
+    with run.autocast(model.device, precision):
         low_res_masks, iou_predictions, _ = decode(
             model, embeddings, image_index, coords, labels, mask_inputs, multimask_output=coords.shape[1] == 1
         )
@@ -601,7 +579,7 @@ def evaluate(
         orig_hw = layers.shape[1:]
         objects = kept_objects(layers, min_area_px)
         num_objects += len(objects)
-        with autocast(model.device, precision):
+        with run.autocast(model.device, precision):
             embeddings = embed(model, read_picture(item.image_path, False, model.image_size, entries))
         pictured = []  # (prompt point, predicted mask) of this picture's objects
         chunk_size = max(1, min(64, 2**26 // (orig_hw[0] * orig_hw[1])))  # bounds the full-size logits
@@ -664,45 +642,6 @@ def draw_sample(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the run
-
-
-def check_data(
-    train_items: list[Item],
-    val_items: list[Item],
-    min_area_px: int,
-    on_bad: str,
-    run_dir: Path,
-    max_listed: int | None,
-) -> tuple[list[Item], list[Item], dict[str, int]]:
-    """Check a dataset, print what was found, draw its statistics, and leave out what cannot be used.
-
-    Args:
-        on_bad: "stop" or "skip", what to do about faulty files.
-        max_listed: examples printed for each kind of finding; None: all.
-    Returns:
-        the usable train and validation items, each with an object of at least min_area_px; the counts for run.json.
-    Raises:
-        ValueError: for faulty files where on_bad is "stop".
-    """
-    report = check_items(train_items + val_items)
-    print("\n".join(report_lines(report, max_listed)))
-    plot_statistics(report, run_dir / "dataset.png")
-    largest_px = {item.name: item.areas_px.max(initial=0) for item in report.items}
-    kept = []
-    for items in (train_items, val_items):
-        usable = keep_usable(items, report, on_bad)
-        kept.append([item for item in usable if largest_px[item.name] >= min_area_px])
-    num_small = sum(int((item.areas_px < min_area_px).sum()) for item in report.items)
-    counts = report.counts | {
-        "train_images": len(kept[0]),
-        "val_images": len(kept[1]),
-        "num_small_objects_left_out": num_small,
-    }
-    print(
-        f"train on {len(kept[0])} images, validate on {len(kept[1])}; {num_small} objects below "
-        f"data.min_area_px={min_area_px} left out; statistics in {run_dir / 'dataset.png'}"
-    )
-    return kept[0], kept[1], counts
 
 
 def cache_embeddings(
@@ -773,9 +712,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     settings = read_settings(Config, config)
     common, train_settings, optim_settings = settings.common, settings.train, settings.optim
     min_area_px, reader_keys = settings.data.min_area_px, dict(settings.data.reader_keys)
-    device = choose_device(common.device)
-    precision = choose_precision(common.precision, device)
-    seed_everything(common.seed)
+    device = run.choose_device(common.device)
+    precision = run.choose_precision(common.precision, device)
+    run.seed_everything(common.seed)
 
     # data: list, check, leave out what cannot be used
     generate, root = reader_keys.pop("generate", None), reader_keys["root"]
@@ -784,10 +723,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     on_bad = reader_keys["on_bad"]
     if settings.check:
         reader_keys["on_bad"] = "skip"  # so that pairs that lack a file are listed with all other faults
-    max_listed = None if settings.check else MAX_LISTED
     check_keys(split_items, reader_keys, "data")
-    train_items, val_items = split_items(**reader_keys)
-    train_items, val_items, counts = check_data(train_items, val_items, min_area_px, on_bad, run_dir, max_listed)
+    splits = split_items(**reader_keys)
+    (train_items, val_items), counts = check_data(splits, min_area_px, on_bad, run_dir, list_all=settings.check)
     if settings.check:
         return float("nan")
     val_items = val_items[: train_settings.eval_images]
@@ -824,10 +762,10 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     entries = cache_embeddings(model, trainable, precision, used_items, val_items, settings)
 
     is_resumed = resume_path is not None
-    loop = resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else LoopState()
+    loop = loops.resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else loops.LoopState()
     log = MetricsLog(run_dir, loop.rows)
     save = functools.partial(
-        save_run, run_dir, loop, model, optimizer, scaler, {"script": "train_sam2", "config": config}
+        loops.save_run, run_dir, loop, model, optimizer, scaler, {"script": "train_sam2", "config": config}
     )
     if is_resumed:
         save(is_best=False)  # from now on this folder can be resumed too
@@ -843,7 +781,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         entries,
     )
     images_per_step = train_settings.batch_size * train_settings.accumulate
-    batches = load_batches(
+    batches = loops.load_batches(
         dataset,
         collate,
         loop.step * images_per_step,
@@ -853,7 +791,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         device,
     )
     progress = tqdm(total=train_settings.steps, initial=loop.step, desc="train", disable=None)
-    window = SpeedWindow(loop.step)
+    window = loops.SpeedWindow(loop.step)
     while True:
         # 1. evaluate and save
         is_last = loop.step >= train_settings.steps
@@ -886,7 +824,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         model.train()
 
         # 2. learning rate
-        lr = cosine_lr(
+        lr = run.cosine_lr(
             loop.step,
             train_settings.steps,
             optim_settings.lr,
@@ -900,20 +838,20 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         for _ in range(train_settings.accumulate):
             batch = window.next_batch(batches)
             step_names += batch["names"]
-            batch = to_device(batch, device)
+            batch = loops.to_device(batch, device)
 
             # 3. forward
-            with autocast(device, precision):
+            with run.autocast(device, precision):
                 object_loss, object_iou = prompted_loss(model, batch, settings.prompts, settings.loss, loss_size)
             weight = batch["object_weight"] / train_settings.accumulate
             micro_loss = (object_loss * weight).sum()
-            step_loss += check_finite(micro_loss.item(), loop.step, f"pictures {', '.join(batch['names'])}")
+            step_loss += loops.check_finite(micro_loss.item(), loop.step, f"pictures {', '.join(batch['names'])}")
             step_iou += (object_iou * weight).sum().item()
 
             # 4. backward and clip
             scaler.scale(micro_loss).backward()
         samples = f"pictures {', '.join(step_names)}"
-        grad_norm = clip_gradients(
+        grad_norm = loops.clip_gradients(
             [p for _, p in trainable], train_settings.clip_norm, optimizer, scaler, loop, samples
         )
 
@@ -924,7 +862,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         loop.step += 1
 
         # 6. log
-        means = running_means(loop.running, {"train/loss": step_loss, "train/iou": step_iou})
+        means = loops.running_means(loop.running, {"train/loss": step_loss, "train/iou": step_iou})
         progress.update()
         if loop.step % train_settings.log_every == 0 or loop.step == train_settings.steps:
             steps_per_s, wait_share = window.read(loop.step)

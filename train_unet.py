@@ -47,41 +47,15 @@ from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from utils import loop as loops
+from utils import run
 from utils.checkpoint import find_resume, load_checkpoint, resumed_config
+from utils.dataset_check import CheckReport
 from utils.images import IGNORE_INDEX, list_images, output_names, overlay_label_map, write_image
 from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
-from utils.loop import (
-    LoopState,
-    SpeedWindow,
-    check_finite,
-    clip_gradients,
-    load_batches,
-    resume_run,
-    running_means,
-    save_run,
-    to_device,
-)
-from utils.run import (
-    autocast,
-    choose_device,
-    choose_precision,
-    cosine_lr,
-    sample_rng,
-    seed_everything,
-    shuffled_item,
-)
 from utils.samples.write import write_samples
 from utils.segmentation import losses, metrics, model_summary, prediction, reports, views
-from utils.segmentation.check import (
-    MAX_LISTED,
-    CheckReport,
-    check_items,
-    class_frequencies,
-    count_class_pixels,
-    keep_usable,
-    plot_statistics,
-    report_lines,
-)
+from utils.segmentation.check import check_data, class_frequencies, count_class_pixels
 from utils.segmentation.readers import Item, name_classes, read_item, read_picture, split_items
 from utils.segmentation.segmenters import FCN, DeepLabV3, SegNet, ViTSegmenter
 from utils.segmentation.unet import PAPER_MARGIN, UNet, UNetPaper
@@ -260,9 +234,9 @@ class AugmentedPairs(Dataset):
             image uint8 (channels, h, w); target uint8 (h', w'), smaller for an unpadded network; pixel_weight float32
             (h', w'), or None without border_weight; name: the picture's file.
         """
-        item_number = shuffled_item(self.seed, sample_index, len(self.items))
+        item_number = run.shuffled_item(self.seed, sample_index, len(self.items))
         item = self.items[item_number]
-        rng = sample_rng(self.seed, sample_index)
+        rng = run.sample_rng(self.seed, sample_index)
         image, target = views.training_view(*read_item(item), self.framing, self.augmentation, self.margin, rng)
         pixel_weight = border_weights(target.numpy(), self.loss_settings, self.class_weights)
         return {"image": image, "target": target, "pixel_weight": pixel_weight, "name": str(item.image_path)}
@@ -313,7 +287,7 @@ def scheduled_lr(step: int, steps: int, optim: OptimSettings) -> float:
         steps: updates in the whole run.
     """
     if optim.schedule == "cosine" or step < optim.warmup_steps:
-        return cosine_lr(step, steps, optim.lr, optim.warmup_steps, optim.min_lr_factor)
+        return run.cosine_lr(step, steps, optim.lr, optim.warmup_steps, optim.min_lr_factor)
     if optim.schedule == "poly":
         since_warmup = step - optim.warmup_steps
         left = 1 - min(1.0, since_warmup / max(1, steps - optim.warmup_steps))  # 1..0
@@ -412,29 +386,6 @@ def list_splits(reader_keys: dict) -> dict[str, list[Item]]:
     return dict(zip(("train", "val", "test"), split_items(**reader_keys), strict=True))
 
 
-def check_data(
-    splits: dict[str, list[Item]], on_bad: str, run_dir: Path, max_listed: int | None
-) -> tuple[dict[str, list[Item]], dict[str, int], CheckReport]:
-    """Check a dataset, print what was found, draw its statistics, and leave out what cannot be used.
-
-    Args:
-        on_bad: "stop" or "skip", what to do about faulty files.
-        max_listed: examples printed for each kind of finding; None: all.
-    Returns:
-        the usable items of each split; the counts for run.json; the report.
-    Raises:
-        ValueError: for faulty files where on_bad is "stop".
-    """
-    report = check_items([item for items in splits.values() for item in items])
-    print("\n".join(report_lines(report, max_listed)))
-    plot_statistics(report, run_dir / "dataset.png")
-    kept = {split: keep_usable(items, report, on_bad) for split, items in splits.items()}
-    counts = report.counts | {f"{split}_images": len(items) for split, items in kept.items()}
-    num_images = ", ".join(f"{split} {len(items)}" for split, items in kept.items())
-    print(f"images: {num_images}; statistics in {run_dir / 'dataset.png'}")
-    return kept, counts, report
-
-
 def write_splits(splits: dict[str, list[Item]], splits_dir: Path) -> None:
     """Write which pictures are in which split, one name a line: <split>.txt."""
     splits_dir.mkdir()
@@ -453,7 +404,7 @@ def choose_class_weights(
     Raises:
         ValueError: for a list that has not one weight, 0 or more, for each class.
     """
-    num_classes = len(report.coding.class_names)
+    num_classes = len(items[0].coding.class_names)
     if class_weights == "auto":
         return losses.balanced_class_weights(class_frequencies(report, items)).tolist()
     if class_weights is not None and (len(class_weights) != num_classes or min(class_weights) < 0):
@@ -492,9 +443,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     settings = read_settings(Config, config)
     common, train_settings, loss_settings = settings.common, settings.train, settings.loss
     framing, reader_keys, margin = settings.data.framing, dict(settings.data.reader_keys), output_margin(settings.model)
-    device = choose_device(common.device)
-    precision = choose_precision(common.precision, device)
-    seed_everything(common.seed)
+    device = run.choose_device(common.device)
+    precision = run.choose_precision(common.precision, device)
+    run.seed_everything(common.seed)
     channels, num_classes = reader_keys["channels"], reader_keys["num_classes"]
     is_new = resume_path is None and not settings.check  # other weights than a checkpoint's may be asked for
     model = build_network(settings.model, channels, num_classes, is_new)  # a bad key ends here
@@ -504,7 +455,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     if settings.check:
         reader_keys["on_bad"] = "skip"  # so that pairs that lack a file are listed with all other faults
     splits = list_splits(reader_keys)
-    splits, counts, report = check_data(splits, on_bad, run_dir, None if settings.check else MAX_LISTED)
+    splits, counts, report = check_data(splits, on_bad, run_dir, list_all=settings.check)
     if settings.check:
         return float("nan")
     train_items, val_items, test_items = splits["train"], splits["val"][: train_settings.eval_images], splits["test"]
@@ -535,10 +486,10 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         model.forward = torch.compile(model.forward)
 
     is_resumed = resume_path is not None
-    loop = resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else LoopState()
+    loop = loops.resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else loops.LoopState()
     log = MetricsLog(run_dir, loop.rows)
     description = {"script": "train_unet", "config": config, "class_weights": class_weights}
-    save = functools.partial(save_run, run_dir, loop, model, optimizer, scaler, description)
+    save = functools.partial(loops.save_run, run_dir, loop, model, optimizer, scaler, description)
     if is_resumed:
         save(is_best=False)  # from now on this folder can be resumed too
 
@@ -546,7 +497,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         train_items, common.seed, framing, settings.data.augmentation, margin, loss_settings, class_weights
     )
     images_per_step = train_settings.batch_size * train_settings.accumulate
-    batches = load_batches(
+    batches = loops.load_batches(
         dataset,
         collate,
         loop.step * images_per_step,
@@ -556,7 +507,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         device,
     )
     progress = tqdm(total=train_settings.steps, initial=loop.step, desc="train", disable=None)
-    window = SpeedWindow(loop.step)
+    window = loops.SpeedWindow(loop.step)
     while True:
         # 1. evaluate and save
         is_last = loop.step >= train_settings.steps
@@ -599,24 +550,24 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         for _ in range(train_settings.accumulate):
             batch = window.next_batch(batches)
             step_names += batch["names"]
-            batch = to_device(batch, device)
+            batch = loops.to_device(batch, device)
             images, targets = batch["images"].float() / 255, batch["targets"]  # (B, channels, h, w), (B, h', w')
             if train_settings.channels_last:
                 images = images.to(memory_format=torch.channels_last)
 
             # 3. forward
-            with autocast(device, precision):
+            with run.autocast(device, precision):
                 logits = model(images)  # (B, C, h', w')
             micro_loss = weighted_loss(logits, targets, loss_settings, class_weights, batch["pixel_weight"])
             micro_loss = micro_loss / train_settings.accumulate
-            step_loss += check_finite(micro_loss.item(), loop.step, f"pictures {', '.join(batch['names'])}")
+            step_loss += loops.check_finite(micro_loss.item(), loop.step, f"pictures {', '.join(batch['names'])}")
             is_right, valid = logits.argmax(1) == targets, targets != IGNORE_INDEX  # (B, h', w')
             step_accuracy += (is_right.sum() / valid.sum().clamp(min=1)).item() / train_settings.accumulate
 
             # 4. backward and clip
             scaler.scale(micro_loss).backward()
         samples = f"pictures {', '.join(step_names)}"
-        grad_norm = clip_gradients(model.parameters(), train_settings.clip_norm, optimizer, scaler, loop, samples)
+        grad_norm = loops.clip_gradients(model.parameters(), train_settings.clip_norm, optimizer, scaler, loop, samples)
 
         # 5. update (the scaler leaves out a step whose fp16 gradients overflowed)
         scaler.step(optimizer)
@@ -625,7 +576,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         loop.step += 1
 
         # 6. log
-        means = running_means(loop.running, {"train/loss": step_loss, "train/pixel_accuracy": step_accuracy})
+        means = loops.running_means(loop.running, {"train/loss": step_loss, "train/pixel_accuracy": step_accuracy})
         progress.update()
         if loop.step % train_settings.log_every == 0 or loop.step == train_settings.steps:
             steps_per_s, wait_share = window.read(loop.step)
@@ -729,8 +680,8 @@ def load_predictor(config: dict, state: dict) -> prediction.Predictor:
     """Rebuild the network of a checkpoint, and how it predicts pictures; arguments as those of `predict`."""
     settings = read_settings(Config, config)
     framing, margin = settings.data.framing, output_margin(settings.model)
-    device = choose_device(settings.common.device)
-    precision = choose_precision(settings.common.precision, device)
+    device = run.choose_device(settings.common.device)
+    precision = run.choose_precision(settings.common.precision, device)
     model = load_network(config, state, device)
     channels = settings.data.reader_keys["channels"]
     tile_hw = prediction.choose_tile(settings.tiles, model, framing, margin, channels, device)
@@ -752,7 +703,7 @@ def evaluate_checkpoint(config: dict, state: dict, run_dir: Path) -> float:
         raise ValueError(f"split is {split}; must be one of {', '.join(splits)}")
     if not splits[split]:
         raise ValueError(f"data.root {reader_keys['root']} has no picture in its {split} split")
-    splits, counts, _ = check_data({split: splits[split]}, reader_keys["on_bad"], run_dir, MAX_LISTED)
+    splits, counts, _ = check_data({split: splits[split]}, reader_keys["on_bad"], run_dir, list_all=False)
     items = splits[split]
     start_run(run_dir, config, counts)
     write_splits(splits, run_dir / "splits")
@@ -823,8 +774,8 @@ def print_summary(config: dict, state: dict | None) -> None:
         state: the checkpoint, or None for random weights.
     """
     settings = read_settings(Config, config)
-    device = choose_device(settings.common.device)
-    precision = choose_precision(settings.common.precision, device)
+    device = run.choose_device(settings.common.device)
+    precision = run.choose_precision(settings.common.precision, device)
     framing, reader_keys = settings.data.framing, settings.data.reader_keys
     channels = reader_keys["channels"]
     if state is None:

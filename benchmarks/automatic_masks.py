@@ -196,7 +196,7 @@ def compare_masks(ours: list[dict], plain: list[dict]) -> str:
     """
     assert ours and plain, (len(ours), len(plain))
     ious = coco_mask.iou(
-        [one["segmentation"] for one in ours], [one["segmentation"] for one in plain], [0] * len(plain)
+        [mask["segmentation"] for mask in ours], [mask["segmentation"] for mask in plain], [0] * len(plain)
     )
     matched = []
     while len(matched) < min(ious.shape):

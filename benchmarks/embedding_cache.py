@@ -51,7 +51,7 @@ from utils.sam2.embedding_cache import embed, fill_cache, plan_cache
 from utils.sam2.model import build_sam2, decode, freeze_except
 
 TARGETS = {"sam2.1_hiera_small": 3.0, "sam2.1_hiera_tiny": 2.5}
-LIMITS = {"fp16": 5e-3, "fp32": 1e-5}  # of the relative difference of losses; logits: of their largest value
+LIMITS = {"fp16": 5e-3, "fp32": 1e-5}  # the relative difference of losses; that of logits, by their largest
 NUM_OBJECTS, NUM_PICTURES = 8, 3
 CLIP_NORM = 0.1
 

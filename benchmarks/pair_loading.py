@@ -86,7 +86,7 @@ def main() -> None:
             format="got10k", root=folder, index=None, train_folder="train", val_folder=None, leave_out=[],
             train_sequences=None, val_sequences=[], val_fraction=0.0, split_seed=0, box_origin=1, on_bad="stop",
         )  # fmt: skip
-        dataset = SiamesePairs(sequences, [usable_frames(one, PAIRS) for one in sequences], 0, PAIRS)
+        dataset = SiamesePairs(sequences, [usable_frames(sequence, PAIRS) for sequence in sequences], 0, PAIRS)
         folders = [sequence.frame_dir for sequence in sequences]
         for index in range(NUM_PAIRS):
             sample, plain = dataset[index], plain_pair(folders, index)

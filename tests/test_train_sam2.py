@@ -640,7 +640,9 @@ def test_random_numbers_without_a_generator_would_make_another_sample_each_time(
     """The tutorial draws from NumPy's global state, unseeded."""
     dataset = make_dataset(compose_config(*tiny_overrides(root)))
     assert not differences(dataset[5], dataset[5])
-    monkeypatch.setattr(train_sam2, "sample_rng", lambda seed, index: np.random.default_rng(np.random.randint(2**31)))
+    monkeypatch.setattr(
+        train_sam2.run, "sample_rng", lambda seed, index: np.random.default_rng(np.random.randint(2**31))
+    )
     assert differences(dataset[5], dataset[5])
 
 

@@ -61,8 +61,8 @@ def test_resumed_run_equals_the_uninterrupted_one(root, whole, tmp_path, monkeyp
     arguments = [f"resume={tmp_path / 'crashed'}", "num_workers=1"]
     status, output = run_main(monkeypatch, capfd, tmp_path / "resumed", *arguments)
     assert status == 0 and f"resumed from {tmp_path / 'crashed' / 'last.pt'} at step 2" in output
-    found = run_differences(whole, tmp_path / "resumed")
-    assert found == ["last/config/num_workers: 0 and 1"]
+    unequal = run_differences(whole, tmp_path / "resumed")
+    assert unequal == ["last/config/num_workers: 0 and 1"]
     metrics = [json.loads((folder / "run.json").read_text())["metrics"] for folder in (tmp_path / "resumed", whole)]
     for part in ("start", "best", "last"):
         assert without_timing(metrics[0][part]) == without_timing(metrics[1][part])
@@ -72,13 +72,14 @@ def test_resumed_run_equals_the_uninterrupted_one(root, whole, tmp_path, monkeyp
 
     # a run that was complete: nothing is trained, and the new folder has all that the old one had
     status, _ = run_main(monkeypatch, capfd, tmp_path / "again", f"resume={tmp_path / 'resumed' / 'last.pt'}")
-    assert status == 0 and run_differences(whole, tmp_path / "again") == found
+    assert status == 0 and run_differences(whole, tmp_path / "again") == unequal
 
 
 def test_momentum_and_schedule_have_a_say(root, whole, tmp_path):
     """To start again from weights alone, as one has to with the published code, gives another run."""
     state = torch.load(whole / "last.pt", weights_only=True)
-    assert any(one["momentum_buffer"].abs().max() > 0 for one in state["optimizer"]["state"].values())
+    momenta = [parameter_state["momentum_buffer"] for parameter_state in state["optimizer"]["state"].values()]
+    assert any(momentum.abs().max() > 0 for momentum in momenta)
     rates = [row["lr"] for row in state["loop"]["rows"] if "lr" in row]
     assert len(rates) == len(set(rates)) == 4
     loop = {**state["loop"], "step": 2, "evaluated_step": 0}

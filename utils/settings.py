@@ -2,10 +2,8 @@
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 import logging
-import math
 import sys
 import types
 import typing
@@ -28,24 +26,32 @@ class Rule(NamedTuple):
     words: str  # what must be, such as "0 or more"
 
 
+FINITE = Rule(lambda number: abs(number) < float("inf"), "finite")
+
+
 def at_least(least: float) -> Rule:
+    """Make the rule that a number is `least` or more."""
     return Rule(lambda value: value >= least, f"{least} or more")
 
 
 def above(limit: float) -> Rule:
-    return Rule(lambda value: limit < value < math.inf, f"above {limit}")
+    """Make the rule that a number is more than `limit`; infinity is, nan is not."""
+    return Rule(lambda value: value > limit, f"above {limit}")
 
 
 def between(least: float, most: float) -> Rule:
+    """Make the rule that a number is one of least..most, both included."""
     return Rule(lambda value: least <= value <= most, f"between {least} and {most}")
 
 
 def one_of(*choices) -> Rule:
+    """Make the rule that a value is one of a few."""
     words = [str(choice) for choice in choices]
     return Rule(lambda value: value in choices, " or ".join(words) if len(words) < 3 else "one of " + ", ".join(words))
 
 
 def of_length(count: int, words: str) -> Rule:
+    """Make the rule that a list has so many entries, which `words` say, such as "two numbers"."""
     return Rule(lambda value: len(value) == count, words)
 
 
@@ -102,10 +108,7 @@ def read_settings(cls: type, section: dict, name: str = ""):
                 check_value(value, kind, prefix + field.name)
             values[field.name] = value
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            words = (
-                "a section of keys and values" if dataclasses.is_dataclass(plain_kind) else _describe_type(plain_kind)
-            )
-            raise ValueError(f"the config lacks {prefix}{field.name}; must be {words}")
+            raise ValueError(f"the config lacks {prefix}{field.name}; must be {_describe_type(plain_kind)}")
     return cls(**values, **({others: left} if others else {}))
 
 
@@ -152,12 +155,9 @@ def check_keys(function, keys: dict, name: str, others: tuple[str, ...] = ()) ->
     for key in keys:
         if key not in known and not takes_all:
             raise ValueError(f"unknown key {name}.{key}; must be among {', '.join(f'{name}.{each}' for each in known)}")
-    bare = function.func if isinstance(function, functools.partial) else function
-    kinds = typing.get_type_hints(bare.__init__ if inspect.isclass(bare) else bare, include_extras=True)
     for parameter in parameters:
         if parameter.name in keys:
-            if parameter.name in kinds:
-                check_value(keys[parameter.name], kinds[parameter.name], f"{name}.{parameter.name}")
+            check_value(keys[parameter.name], parameter.annotation, f"{name}.{parameter.name}")
         elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
             raise ValueError(f"the config lacks {name}.{parameter.name}")
 
@@ -225,7 +225,7 @@ def _is_of_type(value, kind: type) -> bool:
         return any(_is_of_type(value, member) for member in typing.get_args(kind))
     if typing.get_origin(kind) is list:
         return isinstance(value, list) and all(_is_of_type(item, typing.get_args(kind)[0]) for item in value)
-    if kind not in TYPE_WORDS:  # a device, a function: no key of the config
+    if kind not in TYPE_WORDS:  # of a parameter that is no key of the config, such as a device, or without annotation
         return True
     return type(value) in (int, float) if kind is float else type(value) is kind
 
@@ -235,7 +235,7 @@ def _describe_type(kind: type) -> str:
         return " or ".join(_describe_type(member) for member in typing.get_args(kind))
     if typing.get_origin(kind) is list:
         return f"a list, each {_describe_type(typing.get_args(kind)[0])}"
-    return TYPE_WORDS[kind]
+    return TYPE_WORDS[dict if dataclasses.is_dataclass(kind) else kind]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

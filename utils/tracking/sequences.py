@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.images import mask_to_box, read_frame_wh, read_label_map
-from utils.instances.readers import Item, check_same_size, object_ids, split_items
+from utils.instances.readers import LISTERS, Item, check_same_size, object_ids, split_items
 from utils.listing import dataset_folder, draw_split, list_folders, read_lines
 from utils.settings import check_keys
 from utils.tracking.frames import list_frames, natural_key, picture_names
@@ -69,14 +69,19 @@ def split_dataset(format: str, root: str, **keys) -> tuple[list[Sequence], list[
     """List a dataset of video sequences, or of pictures with masks: its format says which.
 
     Args:
-        format: a name in SEQUENCE_FORMATS, as `split_sequences`, or a layout of pictures, as `split_pictures`.
+        format: a name in SEQUENCE_FORMATS, as `split_sequences`, or one in LISTERS of utils/instances/readers.py, as
+            `split_pictures`.
         root, keys: as theirs.
     Returns:
         (train_sequences, val_sequences).
     Raises:
         FileNotFoundError, ValueError: as `split_sequences`.
     """
-    return (split_sequences if format in SEQUENCE_FORMATS else split_pictures)(format, root, **keys)
+    if format in SEQUENCE_FORMATS:
+        return split_sequences(format, root, **keys)
+    if format not in LISTERS:
+        raise ValueError(f"data.format is {format!r}; must be one of {', '.join({**SEQUENCE_FORMATS, **LISTERS})}")
+    return split_pictures(format, root, **keys)
 
 
 def split_sequences(format: str, root: str, index: str | None = None, **keys) -> tuple[list[Sequence], list[Sequence]]:
