@@ -247,7 +247,7 @@ class TransformerBlock(nn.Module):
 
 
 class DeepLabV3(nn.Module):
-    """torchvision's DeepLabV3: dilated convolutions of several rates on a ResNet or MobileNet whose features stay large.
+    """torchvision's DeepLabV3: dilated convolutions of several rates on a ResNet or MobileNet with large features.
 
     Pictures are normalised as the published weights expect it; a grey one is repeated to three channels. The last layer
     is made anew for the classes; the auxiliary head is left out. 39.6 M parameters with resnet50 and 2 classes.
