@@ -97,6 +97,7 @@ from utils.settings import (
     one_line_errors,
     one_of,
     read_settings,
+    stop_at_moved_files,
 )
 
 log = logging.getLogger("infer_sam2")
@@ -164,7 +165,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     precision = choose_precision(settings.common.precision, device)
     model_config = choose_model(settings.checkpoint, settings.image_size, settings.model)
     changed = {key: value for key, value in settings.automatic.items() if value is not None}
-    automatic = read_settings(AutomaticSettings, model_config["automatic"] | changed, "automatic")
+    automatic = read_settings(AutomaticSettings, model_config.get("automatic", {}) | changed, "automatic")
     check_value(model_config["image_size"], int, "model.image_size")
     model = build_sam2(**model_config, device=device, fast_decoder=settings.fast_decoder)
     pictures = [(path, False) for path in image_paths]  # none is mirrored
@@ -250,8 +251,6 @@ def choose_model(checkpoint: str | None, image_size: int | None, model: dict | N
         FileNotFoundError: for a missing checkpoint.
         ValueError: for one that is not of the named model, or of none.
     """
-    if model is not None and "image_size" not in model:
-        raise ValueError("model is not a SAM 2 model; choose a file of configs/sam2/model that starts with sam2")
     chosen = model
     if checkpoint:
         state = load_checkpoint(Path(checkpoint))
@@ -516,4 +515,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    stop_at_moved_files("sam2", sys.argv[1:])
     main()

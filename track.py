@@ -64,6 +64,7 @@ from utils.log import finish_run, start_run
 from utils.run import choose_device, choose_precision, seed_everything
 from utils.samples.write import write_samples
 from utils.settings import (
+    FINITE,
     SAME_SECTION,
     CommonSettings,
     above,
@@ -72,6 +73,7 @@ from utils.settings import (
     one_line_errors,
     one_of,
     read_settings,
+    stop_at_moved_files,
 )
 from utils.tracking import drawing, window
 from utils.tracking.frames import FrameSource, write_video
@@ -101,6 +103,7 @@ RESULT_LAYOUTS = {
     "otb": "otb", "davis": "otb", "folders": "otb", "imagenet_vid": "otb", "got10k": "got10k", "vot": "vot",
 }  # fmt: skip
 SCORE_NAMES = ("success_auc", "precision_20", "success_50", "ao", "sr_50", "sr_75")
+COLUMNS = {name: name for name in ("sequence", "tracker", "num_frames", *SCORE_NAMES, "fps")} | {"num_frames": "frames"}
 OUR_NAME, STILL_NAME = "siamfc", "still_box"  # the trackers' names in tables and results/
 SHEET_FRAMES = 8
 MAX_LISTED = 50  # failures that are printed at the end
@@ -111,7 +114,7 @@ class Config:
     """All keys of this script (configs/tracking/track.yaml explains each)."""
 
     common: Annotated[CommonSettings, SAME_SECTION]
-    data: dict  # of configs/tracking/data; their reader checks them
+    data: dict  # a file of configs/tracking/data; its reader checks the keys
     tracker: TrackerSettings
     mode: Annotated[str, one_of("track", "benchmark", "evaluate")]
     checkpoint: str  # auto, a file, or random
@@ -122,7 +125,7 @@ class Config:
     sequences: list | None  # names; None: the validation sequences
     overlay: bool  # write overlay.mp4
     show: bool  # show the tracking in a window
-    fps: Annotated[float, above(0)]  # of the overlay of pictures
+    fps: Annotated[float, above(0), FINITE]  # the overlay's, where the input is pictures
     protocol: Annotated[str, one_of(*PROTOCOLS)]
     results: list[str]  # folders of other trackers
 
@@ -266,12 +269,12 @@ def choose_dataset(data: dict, names: list | None) -> list[Sequence]:
 
     Args:
         data: the values of a file of configs/tracking/data.
-        names: of any of the dataset's sequences; None: the validation sequences, or if there are none the training ones
+        names: any of the dataset's sequences; None: the validation sequences, or if there are none the training ones
     """
     reader_keys = dict(data)
     generate = reader_keys.pop("generate", None)
     if generate is not None:
-        reader_keys["root"] = write_samples(generate, reader_keys["root"])
+        reader_keys["root"] = str(write_samples(generate, reader_keys["root"]))
     check_keys(split_sequences, reader_keys, "data")
     if names is not None:
         return choose_sequences(list_sequences(**reader_keys), names)
@@ -621,11 +624,10 @@ def evaluate(
         | {"sequence": f"mean of {len(scored)}", "tracker": name}
         for name in trackers
     ]
-    columns = ["sequence", "tracker", "num_frames", *SCORE_NAMES, "fps"]
     with (run_dir / "table.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["frames" if column == "num_frames" else column for column in columns])
-        writer.writerows([["" if row[column] is None else row[column] for column in columns] for row in rows])
+        writer.writerow(COLUMNS.values())
+        writer.writerows([["" if row[name] is None else row[name] for name in COLUMNS] for row in rows])
     log.info(f"protocol {protocol}\n" + "\n".join(table_lines(rows + means)))
     for row in means:
         log.info(
@@ -640,19 +642,17 @@ def evaluate(
 
 def table_lines(rows: list[dict]) -> list[str]:
     """Lay rows out as a table of plain text."""
-    columns = ["sequence", "tracker", "num_frames", *SCORE_NAMES, "fps"]
-    cells = [["frames" if column == "num_frames" else column for column in columns]]
+    cells = [list(COLUMNS.values())]
     for row in rows:
-        cells.append(
-            [row["sequence"], row["tracker"], str(row["num_frames"])]
-            + [number(row[name]) for name in SCORE_NAMES]
-            + [number(row["fps"], decimals=1)]
-        )
-    widths = [max(len(line[k]) for line in cells) for k in range(len(columns))]
-    return [
-        "  ".join(cell.ljust(width) if k < 2 else cell.rjust(width) for k, (cell, width) in enumerate(pairs)).rstrip()
-        for pairs in (list(zip(line, widths, strict=True)) for line in cells)
-    ]
+        scores = [number(row[name]) for name in SCORE_NAMES]
+        cells.append([row["sequence"], row["tracker"], str(row["num_frames"]), *scores, number(row["fps"], decimals=1)])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for line in cells:
+        padded = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        padded[:2] = [cell.ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True)]  # names
+        lines.append("  ".join(padded).rstrip())
+    return lines
 
 
 def number(value: float | None, decimals: int = 3) -> str:
@@ -672,4 +672,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    stop_at_moved_files("tracking", sys.argv[1:])
     main()

@@ -27,11 +27,11 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before th
     sys.exit()
 
 import functools
-import logging
 import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import cv2
 import hydra
@@ -43,31 +43,14 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
+from utils import loop as loops
+from utils import run
 from utils.checkpoint import find_resume, load_checkpoint, resumed_config
 from utils.images import id_colors, mask_to_box, read_image, write_image
-from utils.instances.check import MAX_LISTED, check_items, keep_usable, plot_statistics, report_lines
-from utils.instances.readers import Item, object_ids, read_instances, split_items
+from utils.instances.check import check_data
+from utils.instances.readers import Item, object_ids, split_items
 from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
-from utils.loop import (
-    LoopState,
-    SpeedWindow,
-    check_finite,
-    clip_gradients,
-    load_batches,
-    resume_run,
-    running_means,
-    save_run,
-    to_device,
-)
-from utils.run import (
-    autocast,
-    choose_device,
-    choose_precision,
-    cosine_lr,
-    sample_rng,
-    seed_everything,
-    shuffled_item,
-)
+from utils.sam2 import losses
 from utils.sam2.embedding_cache import (
     HIGH_RES_CONVS,
     check_cache_settings,
@@ -77,7 +60,6 @@ from utils.sam2.embedding_cache import (
     plan_cache,
     read_entry,
 )
-from utils.sam2.losses import cross_entropy_loss, dice_loss, focal_loss, shrink_masks
 from utils.sam2.metrics import mask_iou
 from utils.sam2.model import (
     Embeddings,
@@ -91,72 +73,112 @@ from utils.sam2.model import (
 )
 from utils.sam2.prompts import BOX_NOISE_MAX_PX, center_point, noised_box, random_correction_points, random_point
 from utils.samples.write import write_samples
-from utils.settings import check_keys, check_value, describe_error, read_settings
+from utils.settings import (
+    ALL_OTHERS,
+    SAME_SECTION,
+    CommonSettings,
+    Rule,
+    above,
+    at_least,
+    between,
+    check_keys,
+    check_terms,
+    check_value,
+    describe_terms,
+    fill_defaults,
+    of_length,
+    one_line_errors,
+    one_of,
+    read_settings,
+    stop_at_moved_files,
+)
 
-TOP_LEVEL_KEYS = (
-    "seed", "device", "precision", "num_workers", "resume", "data_root", "check", "cache", "cache_precision",
-    "fast_decoder", "model", "data", "prompts", "loss", "optim", "train",
-)  # fmt: skip
+TERMS = {  # of a mask's shape, summed in this order: logits and truth (O, M, s, s) -> (O, M)
+    "focal": lambda logits, truth, knobs: losses.focal_loss(logits, truth),
+    "dice": lambda logits, truth, knobs: losses.dice_loss(logits, truth),
+    "cross_entropy": lambda logits, truth, knobs: losses.cross_entropy_loss(logits, truth, knobs.foreground_balance),
+}
 LOGIT_LIMIT = 32.0  # of logits that are fed back as a mask prompt, as SAM 2's predictor limits them
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainSettings:
     """Knobs of the training loop (`train:` in configs/sam2/train_sam2.yaml, which explains each)."""
 
-    steps: int
-    batch_size: int  # images per forward
-    accumulate: int  # forwards per step
-    objects_per_image: int
-    trainable: list  # names of parts, and {trunk_last_n: k}
-    loss_size: int | None  # px; None: image_size / 4
-    clip_norm: float
+    steps: Annotated[int, at_least(0)]
+    batch_size: Annotated[int, at_least(1)]  # images per forward
+    accumulate: Annotated[int, at_least(1)]  # forwards per step
+    objects_per_image: Annotated[int, at_least(1)]
+    trainable: Annotated[list, Rule(bool, "a list of parts")]  # names of parts, and {trunk_last_n: k}
+    loss_size: Annotated[int | None, at_least(1)]  # px; None: image_size / 4
+    clip_norm: Annotated[float, above(0)]
     channels_last: bool
     compile: bool
-    log_every: int  # steps
-    eval_every: int  # steps
-    save_every: int  # steps
-    eval_images: int | None
-    eval_clicks: list[int]
-    select_by: str
-    early_stop_evals: int | None
+    log_every: Annotated[int, at_least(1)]  # steps
+    eval_every: Annotated[int, at_least(1)]  # steps
+    save_every: Annotated[int, at_least(1)]  # steps
+    eval_images: Annotated[int | None, at_least(1)]
+    eval_clicks: Annotated[
+        list[int], Rule(lambda counts: 1 in counts and min(counts) >= 1, "a list of counts with 1 in it")
+    ]
+    select_by: str  # a name of metric_names
+    early_stop_evals: Annotated[int | None, at_least(1)]
     picture_images: int
+
+    def __post_init__(self):
+        check_value(self.select_by, Annotated[str, one_of(*metric_names(self.eval_clicks))], "train.select_by")
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Which objects are used, and how training pictures are varied (in `data:`)."""
+    """How training pictures are varied (in `data:`)."""
 
-    min_area_px: int
     hflip: bool
     color_jitter: float
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which objects are used, how pictures are varied, and the keys of the dataset's reader (`data:`)."""
+
+    min_area_px: int  # in training and validation
+    augmentation: Annotated[Augmentation, SAME_SECTION]
+    reader_keys: Annotated[dict, ALL_OTHERS]
 
 
 @dataclass(frozen=True)
 class PromptSettings:
     """How a user is simulated (`prompts:`, configs/sam2/prompts/*.yaml)."""
 
-    box_share: float  # of objects; the others start with one point
+    box_share: Annotated[float, between(0, 1)]  # share of the objects; the others start with one point
     repeat_objects: bool  # prompt objects again, anew, where a picture has fewer than objects_per_image
     min_corrections: int  # further clicks, drawn per object from this range
     max_corrections: int
-    truth_click_share: float  # of further clicks, drawn from the whole object rather than from the error
-    mask_only_rounds: int  # 0 to 2 rounds without a new click: one last, one at a random place before
+    truth_click_share: float  # share of further clicks drawn from the whole object rather than from the error
+    # rounds without a new click: one last, one at a random place before
+    mask_only_rounds: Annotated[int, one_of(0, 1, 2)]
     detach: bool  # no gradient through the logits that are fed back
+
+    def __post_init__(self):
+        fewest, most = self.min_corrections, self.max_corrections
+        if not 0 <= fewest <= most:
+            raise ValueError(f"prompts.max_corrections is {most}; must be at least prompts.min_corrections ({fewest})")
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Weights of the loss (`loss:`, configs/sam2/loss/*.yaml)."""
+    """The loss (`loss:`, configs/sam2/loss/*.yaml)."""
 
-    focal: float
-    dice: float
-    cross_entropy: float
+    terms: dict  # of a mask's shape: {a name in TERMS: its weight}
     foreground_balance: float  # 0: every pixel counts the same; 1: foreground and background count the same
     iou: float  # L1 between predicted and actual IoU
     objectness: float
-    click_similarity: float  # of an auxiliary loss for training from scratch, see click_similarity
-    masks: str  # best: the best of three trains, and all three predict their IoU; first: the first alone
+    click_similarity: float  # weight of an auxiliary loss for training from scratch, see click_similarity
+    # best: the best of three trains, and all three predict their IoU; first: the first alone
+    masks: Annotated[str, one_of("best", "first")]
+
+    def __post_init__(self):
+        check_terms(self.terms, TERMS)
 
 
 @dataclass(frozen=True)
@@ -164,11 +186,32 @@ class OptimSettings:
     """AdamW and its schedule (`optim:`, configs/sam2/optim/*.yaml)."""
 
     lr: float  # highest
-    encoder_lr_factor: float  # of the image encoder's parameters
-    betas: list[float]
+    encoder_lr_factor: float  # factor of the image encoder's parameters
+    betas: Annotated[list[float], of_length(2, "two numbers")]
     weight_decay: float  # 0 for biases, norms and embeddings
     warmup_steps: int
     min_lr_factor: float  # the rate at the last step, as a share of lr
+
+
+@dataclass(frozen=True)
+class Config:
+    """All keys of this script (configs/sam2/train_sam2.yaml explains each)."""
+
+    common: Annotated[CommonSettings, SAME_SECTION]
+    check: bool
+    model: dict  # what build_sam2 takes
+    data: DataSettings
+    prompts: PromptSettings
+    loss: LossSettings
+    optim: OptimSettings
+    train: TrainSettings
+    cache: str | bool = "off"  # see plan_cache; YAML makes false of off
+    cache_precision: str = "fp16"  # fp16 or fp32
+    fast_decoder: bool = False
+
+    def __post_init__(self):
+        check_cache_settings(self.cache, self.cache_precision)
+        check_keys(functools.partial(build_sam2, device="cpu"), self.model, "model")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,12 +267,14 @@ class PromptedMasks(Dataset):
         seed: int,
         image_size: int,
         objects_per_image: int,
+        min_area_px: int,
         augmentation: Augmentation,
-        prompts: PromptSettings,
+        prompt_settings: PromptSettings,
         entries: dict[tuple[Path, bool], Path] | None = None,  # see read_picture
     ):
         self.items, self.seed, self.image_size, self.entries = items, seed, image_size, entries
-        self.objects_per_image, self.augmentation, self.prompts = objects_per_image, augmentation, prompts
+        self.objects_per_image, self.min_area_px = objects_per_image, min_area_px
+        self.augmentation, self.prompt_settings = augmentation, prompt_settings
 
     def __getitem__(self, sample_index: int) -> dict:
         """Read a picture and draw its prompts: N objects, S = image_size, R correction rounds, all in the S x S frame.
@@ -240,18 +285,18 @@ class PromptedMasks(Dataset):
             padding; num_points int64 (N,): 2 or 1; num_rounds int64 (N,): 1 to R + 1; is_click bool (N, R),
             is_truth_click bool (N, R), uniform float (N, R) in [0, 1): the rounds' draws; name: the picture's file.
         """
-        item_number = shuffled_item(self.seed, sample_index, len(self.items))
+        item_number = run.shuffled_item(self.seed, sample_index, len(self.items))
         item = self.items[item_number]
-        rng = sample_rng(self.seed, sample_index)
+        rng = run.sample_rng(self.seed, sample_index)
         is_mirrored = self.augmentation.hflip and rng.random() < 0.5
-        layers = read_instances(item)  # (L, H, W), the picture's size, as the dataset check has seen
+        layers = item.read().layers  # (L, H, W), the picture's size, as the dataset check has seen
         if is_mirrored:
             layers = layers[:, :, ::-1]
-        objects = kept_objects(layers, self.augmentation.min_area_px)
+        objects = kept_objects(layers, self.min_area_px)
         chosen = rng.permutation(len(objects))[: self.objects_per_image]
-        if self.prompts.repeat_objects:
+        if self.prompt_settings.repeat_objects:
             chosen = np.resize(chosen, self.objects_per_image)
-        num_boxes = int(len(chosen) * self.prompts.box_share + rng.random())  # the share exactly, on average
+        num_boxes = int(len(chosen) * self.prompt_settings.box_share + rng.random())  # the share exactly, on average
 
         height, width = layers.shape[1:]
         side = self.image_size
@@ -276,15 +321,18 @@ class PromptedMasks(Dataset):
                 point_coords.append([point, (0, 0)])
                 point_labels.append([1, -1])
 
-        num_objects, num_rounds = len(masks), self.prompts.max_corrections + self.prompts.mask_only_rounds
-        corrections = rng.integers(self.prompts.min_corrections, self.prompts.max_corrections + 1, num_objects)
-        last_round = corrections + self.prompts.mask_only_rounds - 1  # of each object; -1: it has none
+        fewest, most = self.prompt_settings.min_corrections, self.prompt_settings.max_corrections
+        mask_only_rounds = self.prompt_settings.mask_only_rounds
+        num_objects, num_rounds = len(masks), most + mask_only_rounds
+        corrections = rng.integers(fewest, most + 1, num_objects)
+        last_round = corrections + mask_only_rounds - 1  # (N,); -1: the object has none
         is_click = np.ones((num_objects, num_rounds), bool)
-        if self.prompts.mask_only_rounds > 0:
+        if mask_only_rounds > 0:
             is_click[np.arange(num_objects), last_round] = False
-        if self.prompts.mask_only_rounds > 1:
+        if mask_only_rounds > 1:
             is_click[np.arange(num_objects), rng.integers(0, last_round)] = False
         point_labels = np.array(point_labels, np.int32).reshape(-1, 2)
+        truth_click_share = self.prompt_settings.truth_click_share
         return {
             "picture": read_picture(  # before the draws below: it makes some, too
                 item.image_path, is_mirrored, side, self.entries, self.augmentation.color_jitter, rng
@@ -295,9 +343,9 @@ class PromptedMasks(Dataset):
             ),
             "point_labels": torch.from_numpy(point_labels),
             "num_points": torch.from_numpy((point_labels != -1).sum(1)),
-            "num_rounds": torch.from_numpy(1 + corrections + self.prompts.mask_only_rounds),
+            "num_rounds": torch.from_numpy(1 + corrections + mask_only_rounds),
             "is_click": torch.from_numpy(is_click),
-            "is_truth_click": torch.from_numpy(rng.random((num_objects, num_rounds)) < self.prompts.truth_click_share),
+            "is_truth_click": torch.from_numpy(rng.random((num_objects, num_rounds)) < truth_click_share),
             "uniform": torch.from_numpy(rng.random((num_objects, num_rounds), np.float32)),
             "name": str(item.image_path),
         }
@@ -321,15 +369,12 @@ def collate(samples: list[dict]) -> dict:
 # the loss of one decode, and of all rounds of prompting
 
 
-def mask_shape_loss(logits: torch.Tensor, truth: torch.Tensor, loss: LossSettings) -> torch.Tensor:
-    """Sum the weighted pixel losses of each mask: logits and truth (O, M, s, s) -> (O, M)."""
+def mask_shape_loss(logits: torch.Tensor, truth: torch.Tensor, loss_settings: LossSettings) -> torch.Tensor:
+    """Sum the terms of each mask, each times its weight: logits and truth (O, M, s, s) -> (O, M)."""
     total = torch.zeros(logits.shape[:2], device=logits.device)
-    if loss.focal > 0:
-        total = total + loss.focal * focal_loss(logits, truth)
-    if loss.dice > 0:
-        total = total + loss.dice * dice_loss(logits, truth)
-    if loss.cross_entropy > 0:
-        total = total + loss.cross_entropy * cross_entropy_loss(logits, truth, loss.foreground_balance)
+    for name, term in TERMS.items():
+        if weight := loss_settings.terms.get(name, 0):
+            total = total + weight * term(logits, truth, loss_settings)
     return total
 
 
@@ -363,7 +408,7 @@ def mask_prediction_loss(
     iou_predictions: torch.Tensor,
     object_score_logits: torch.Tensor,
     masks: torch.Tensor,
-    loss: LossSettings,
+    loss_settings: LossSettings,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the loss of one prediction of O objects with M masks each, in fp32.
 
@@ -379,18 +424,18 @@ def mask_prediction_loss(
     logits = low_res_masks.float()
     if logits.shape[-1] != masks.shape[-1]:
         logits = upscale_masks(logits, masks.shape[-2:])
-    if loss.masks == "first":
+    if loss_settings.masks == "first":
         logits, iou_predictions = logits[:, :1], iou_predictions[:, :1]
     truth = masks[:, None].float().expand_as(logits)  # (O, M, s, s)
-    mask_loss = mask_shape_loss(logits, truth, loss)  # (O, M)
+    mask_loss = mask_shape_loss(logits, truth, loss_settings)  # (O, M)
     iou = mask_iou(logits.detach() > 0, truth > 0.5)  # (O, M)
     iou_loss = (iou_predictions.float() - iou).abs().mean(1)  # (O,)
     objectness_loss = torch.nn.functional.softplus(-object_score_logits.float()).squeeze(1)  # every object is there
-    return mask_loss.amin(1) + loss.iou * iou_loss + loss.objectness * objectness_loss, iou
+    return mask_loss.amin(1) + loss_settings.iou * iou_loss + loss_settings.objectness * objectness_loss, iou
 
 
 def prompted_loss(
-    model: torch.nn.Module, batch: dict, prompts: PromptSettings, loss: LossSettings, loss_size: int
+    model: torch.nn.Module, batch: dict, prompt_settings: PromptSettings, loss_settings: LossSettings, loss_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompt every object of a batch, correct its mask round by round, and compute the loss of every round.
 
@@ -402,7 +447,7 @@ def prompted_loss(
     """
     embeddings = embed(model, batch["pictures"])
     masks = batch["masks"]  # (O, S, S)
-    truth = shrink_masks(masks, loss_size)  # (O, s, s)
+    truth = losses.shrink_masks(masks, loss_size)  # (O, s, s)
     num_objects, num_rounds = len(masks), batch["num_rounds"].cpu()
     num_corrections = batch["is_click"].shape[1]
     point_coords = torch.nn.functional.pad(batch["point_coords"], (0, 0, 0, num_corrections))  # (O, 2 + R, 2)
@@ -412,11 +457,11 @@ def prompted_loss(
     total_loss = mask_inputs.new_zeros(num_objects)
     total_iou = mask_inputs.new_zeros(num_objects)
     extra_loss = mask_inputs.new_zeros(num_objects)
-    if loss.click_similarity > 0:
+    if loss_settings.click_similarity > 0:
         clicked = (num_points == 1).nonzero().squeeze(1).to(masks.device)  # not the boxes
         logits = click_similarity(embeddings, batch["image_index"][clicked], point_coords[clicked, 0], model.image_size)
-        similarity_loss = mask_shape_loss(upscale_masks(logits, truth.shape[-2:]), truth[clicked, None], loss)
-        extra_loss = extra_loss.index_add(0, clicked, loss.click_similarity * similarity_loss.squeeze(1))
+        similarity_loss = mask_shape_loss(upscale_masks(logits, truth.shape[-2:]), truth[clicked, None], loss_settings)
+        extra_loss = extra_loss.index_add(0, clicked, loss_settings.click_similarity * similarity_loss.squeeze(1))
 
     for round_number in range(int(num_rounds.max())):
         # objects with the same number of points go through the decoder together: padding points would move the logits
@@ -432,13 +477,13 @@ def prompted_loss(
                 multimask_output=count == 1,
             )
             object_loss, iou = mask_prediction_loss(
-                low_res_masks, iou_predictions, object_score_logits, truth[chosen], loss
+                low_res_masks, iou_predictions, object_score_logits, truth[chosen], loss_settings
             )
             best = iou_predictions[:, : iou.shape[1]].argmax(1, keepdim=True)
             total_loss = total_loss.index_add(0, chosen, object_loss)
             total_iou = total_iou.index_add(0, chosen, iou.gather(1, best).squeeze(1))
             fed_back = pick_mask(low_res_masks, iou_predictions)
-            mask_inputs = mask_inputs.index_copy(0, chosen, fed_back.detach() if prompts.detach else fed_back)
+            mask_inputs = mask_inputs.index_copy(0, chosen, fed_back.detach() if prompt_settings.detach else fed_back)
         if round_number == num_corrections:
             break
         # the next click: uniform in the error, or now and then in the object
@@ -476,7 +521,6 @@ def predict_masks(
     point_labels: np.ndarray,
     mask_inputs: torch.Tensor | None,
     orig_hw: tuple[int, int],
-    device: torch.device,
     precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Predict the masks of O objects of one picture, prompted in the picture's own frame.
@@ -488,23 +532,28 @@ def predict_masks(
     Returns:
         low_res_masks (O, M, S/4, S/4) logits, iou_predictions (O, M), masks bool (O, M, H, W).
     """
-    coords = scale_points(torch.from_numpy(point_coords), orig_hw, model.image_size).to(device)
-    labels = torch.from_numpy(point_labels).to(device)
-    image_index = torch.zeros(len(coords), dtype=torch.long, device=device)
-    with autocast(device, precision):
+    coords = scale_points(torch.from_numpy(point_coords), orig_hw, model.image_size).to(model.device)
+    labels = torch.from_numpy(point_labels).to(model.device)
+    image_index = torch.zeros(len(coords), dtype=torch.long, device=model.device)
+    with run.autocast(model.device, precision):
         low_res_masks, iou_predictions, _ = decode(
             model, embeddings, image_index, coords, labels, mask_inputs, multimask_output=coords.shape[1] == 1
         )
     return low_res_masks, iou_predictions, upscale_masks(low_res_masks, orig_hw) > 0
 
 
+def metric_names(clicks: list[int]) -> list[str]:
+    """Name what `evaluate` measures of each object: after these numbers of clicks, then the others."""
+    names = [f"val/iou_{count}_click" + ("s" if count > 1 else "") for count in clicks]
+    return [*names, "val/oracle_iou_1_click", "val/iou_box"]
+
+
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module,
     items: list[Item],
-    augmentation: Augmentation,
+    min_area_px: int,
     clicks: list[int],
-    device: torch.device,
     precision: str,
     samples_dir: Path | None,
     picture_images: int,
@@ -513,34 +562,34 @@ def evaluate(
     """Measure a model on every object of the items, at each picture's own size.
 
     Args:
+        min_area_px: smaller objects are left out.
         clicks: numbers of clicks to report, such as [1, 2, 3, 5, 9].
         samples_dir: where to put pictures (image with prompts, prediction, truth) of the first `picture_images` items.
         entries: as for `read_picture`.
     Returns:
-        {"val/iou_1_click": mean over objects, ...} and "val/num_images", "val/num_objects".
+        {"val/iou_1_click": mean over objects, ...} for `metric_names`, and "val/num_images", "val/num_objects".
     """
     model.eval()
-    names = {count: f"val/iou_{count}_click" + ("s" if count > 1 else "") for count in clicks}
-    ious: dict[str, list[torch.Tensor]] = {
-        name: [] for name in [*names.values(), "val/oracle_iou_1_click", "val/iou_box"]
-    }
+    names = metric_names(clicks)
+    *click_names, oracle_name, box_name = names
+    measured: dict[str, list[torch.Tensor]] = {name: [] for name in names}  # (O,) of each chunk of objects
     num_objects = 0
     for number, item in enumerate(tqdm(items, desc="evaluate", leave=False, disable=None)):
-        layers = read_instances(item)  # (L, H, W)
+        layers = item.read().layers  # (L, H, W)
         orig_hw = layers.shape[1:]
-        objects = kept_objects(layers, augmentation.min_area_px)
+        objects = kept_objects(layers, min_area_px)
         num_objects += len(objects)
-        with autocast(device, precision):
+        with run.autocast(model.device, precision):
             embeddings = embed(model, read_picture(item.image_path, False, model.image_size, entries))
         pictured = []  # (prompt point, predicted mask) of this picture's objects
         chunk_size = max(1, min(64, 2**26 // (orig_hw[0] * orig_hw[1])))  # bounds the full-size logits
         for start in range(0, len(objects), chunk_size):
             masks = np.stack([layers[layer] == object_id for layer, object_id in objects[start : start + chunk_size]])
-            truth = torch.from_numpy(masks).to(device)  # (O, H, W)
+            truth = torch.from_numpy(masks).to(model.device)  # (O, H, W)
             boxes = np.stack([mask_to_box(mask) for mask in masks]).reshape(-1, 2, 2)
             box_labels = np.full((len(masks), 2), [2, 3], np.int32)
-            _, _, pred_masks = predict_masks(model, embeddings, boxes, box_labels, None, orig_hw, device, precision)
-            ious["val/iou_box"].append(mask_iou(pred_masks[:, 0], truth))
+            _, _, pred_masks = predict_masks(model, embeddings, boxes, box_labels, None, orig_hw, precision)
+            measured[box_name].append(mask_iou(pred_masks[:, 0], truth))
 
             point_coords = np.zeros((len(masks), 0, 2), np.float32)
             point_labels = np.zeros((len(masks), 0), np.int32)
@@ -550,24 +599,24 @@ def evaluate(
                 point_coords = np.concatenate([point_coords, np.stack(points)[:, None]], 1)
                 point_labels = np.concatenate([point_labels, np.array(labels, np.int32)[:, None]], 1)
                 low_res_masks, iou_predictions, pred_masks = predict_masks(
-                    model, embeddings, point_coords, point_labels, mask_inputs, orig_hw, device, precision
+                    model, embeddings, point_coords, point_labels, mask_inputs, orig_hw, precision
                 )
                 mask_inputs = pick_mask(low_res_masks, iou_predictions)
                 best = iou_predictions.argmax(1)
                 best_masks = pred_masks[torch.arange(len(best)), best]  # (O, H, W)
                 pred_mask = best_masks.cpu().numpy()
-                if count in names:
-                    ious[names[count]].append(mask_iou(best_masks, truth))
+                if count in clicks:
+                    measured[click_names[clicks.index(count)]].append(mask_iou(best_masks, truth))
                 if count == 1:
-                    ious["val/oracle_iou_1_click"].append(mask_iou(pred_masks, truth[:, None]).amax(1))
+                    measured[oracle_name].append(mask_iou(pred_masks, truth[:, None]).amax(1))
                     pictured += list(zip(points, pred_mask, strict=True))
         if samples_dir is not None and number < picture_images:
             truth_masks = [layers[layer] == object_id for layer, object_id in objects]
             image_rgb = read_image(item.image_path)
             picture = draw_sample(image_rgb, [p for p, _ in pictured], [m for _, m in pictured], truth_masks)
             write_image(samples_dir / f"{item.name.replace('/', '_')}.png", picture)  # stems repeat across folders
-    values = {name: torch.cat(parts).mean().item() for name, parts in ious.items()}
-    return values | {"val/num_images": len(items), "val/num_objects": num_objects}
+    means = {name: torch.cat(chunks).mean().item() for name, chunks in measured.items()}
+    return means | {"val/num_images": len(items), "val/num_objects": num_objects}
 
 
 def draw_sample(
@@ -595,91 +644,24 @@ def draw_sample(
 # the run
 
 
-def check_settings(settings: Settings, prompts: PromptSettings, loss: LossSettings, optim: OptimSettings) -> None:
-    """Raise a ValueError for values that make no sense, naming the key, the value and what it must be."""
-    known = [f"val/iou_{count}_click" + ("s" if count > 1 else "") for count in settings.eval_clicks]
-    known += ["val/oracle_iou_1_click", "val/iou_box"]
-    clicks, fewest, most = settings.eval_clicks, prompts.min_corrections, prompts.max_corrections
-    rules = [
-        ("train.steps", settings.steps, settings.steps >= 0, "0 or more"),
-        ("train.trainable", settings.trainable, settings.trainable != [], "a list of parts"),
-        ("train.clip_norm", settings.clip_norm, settings.clip_norm > 0, "above 0"),
-        ("train.eval_clicks", clicks, 1 in clicks and min(clicks) >= 1, "a list of counts with 1 in it"),
-        ("train.select_by", settings.select_by, settings.select_by in known, "one of " + ", ".join(known)),
-        ("prompts.box_share", prompts.box_share, 0 <= prompts.box_share <= 1, "between 0 and 1"),
-        ("prompts.max_corrections", most, 0 <= fewest <= most, f"at least prompts.min_corrections ({fewest})"),
-        ("prompts.mask_only_rounds", prompts.mask_only_rounds, prompts.mask_only_rounds in (0, 1, 2), "0, 1 or 2"),
-        ("loss.masks", loss.masks, loss.masks in ("best", "first"), "best or first"),
-        ("optim.betas", optim.betas, len(optim.betas) == 2, "two numbers"),
-    ]
-    for key in ("batch_size", "accumulate", "objects_per_image", "log_every", "eval_every", "save_every"):
-        rules.append((f"train.{key}", getattr(settings, key), getattr(settings, key) >= 1, "1 or more"))
-    for key in ("loss_size", "eval_images", "early_stop_evals"):
-        value = getattr(settings, key)
-        rules.append((f"train.{key}", value, value is None or value >= 1, "null, or 1 or more"))
-    for name, value, is_good, remedy in rules:
-        if not is_good:
-            raise ValueError(f"{name} is {value}; must be {remedy}")
-
-
-def check_data(
-    train_items: list[Item],
-    val_items: list[Item],
-    augmentation: Augmentation,
-    on_bad: str,
-    run_dir: Path,
-    max_listed: int | None,
-) -> tuple[list[Item], list[Item], dict[str, int]]:
-    """Check a dataset, print what was found, draw its statistics, and leave out what cannot be used.
-
-    Args:
-        on_bad: "stop" or "skip", what to do about faulty files.
-        max_listed: examples printed for each kind of finding; None: all.
-    Returns:
-        the usable train and validation items, each with an object of at least min_area_px; the counts for run.json.
-    Raises:
-        ValueError: for faulty files where on_bad is "stop".
-    """
-    report = check_items(train_items + val_items)
-    print("\n".join(report_lines(report, max_listed)))
-    plot_statistics(report, run_dir / "dataset.png")
-    largest_px = {item.name: item.areas_px.max(initial=0) for item in report.items}
-    kept = []
-    for items in (train_items, val_items):
-        usable = keep_usable(items, report, on_bad)
-        kept.append([item for item in usable if largest_px[item.name] >= augmentation.min_area_px])
-    num_small = sum(int((item.areas_px < augmentation.min_area_px).sum()) for item in report.items)
-    counts = report.counts | {
-        "train_images": len(kept[0]),
-        "val_images": len(kept[1]),
-        "num_small_objects_left_out": num_small,
-    }
-    print(
-        f"train on {len(kept[0])} images, validate on {len(kept[1])}; {num_small} objects below "
-        f"data.min_area_px={augmentation.min_area_px} left out; statistics in {run_dir / 'dataset.png'}"
-    )
-    return kept[0], kept[1], counts
-
-
 def cache_embeddings(
     model: torch.nn.Module,
     trainable: list[tuple[str, torch.nn.Parameter]],
     precision: str,
     train_items: list[Item],
     val_items: list[Item],
-    augmentation: Augmentation,
-    config: dict,
+    settings: Config,
 ) -> dict[tuple[Path, bool], Path] | None:
     """Let a frozen encoder see each picture of a run once, for this run and all later ones.
 
     Args:
-        config: of it, cache and cache_precision are used.
+        settings: cache, cache_precision and the augmentation are used.
     Returns:
         the entries that `read_picture` takes, or None: no cache.
     Raises:
         ValueError: where a cache is asked for and cannot be, and as `fill_cache`.
     """
-    names, obstacle = [name for name, _ in trainable], None
+    names, obstacle, augmentation = [name for name, _ in trainable], None, settings.data.augmentation
     if trained := [name for name in names if name.startswith("image_encoder.")]:
         obstacle = (
             f"train.trainable has parts of the image encoder ({trained[0]}, ...), so embeddings change at every step"
@@ -689,7 +671,7 @@ def cache_embeddings(
     is_projected = not any(name.startswith(HIGH_RES_CONVS) for name in names)
     pictures = [(item.image_path, flip) for item in train_items for flip in (False, True)[: 1 + augmentation.hflip]]
     pictures += [(item.image_path, False) for item in val_items]
-    plan = plan_cache(model, config["cache"], config["cache_precision"], precision, is_projected, pictures, obstacle)
+    plan = plan_cache(model, settings.cache, settings.cache_precision, precision, is_projected, pictures, obstacle)
     if plan is None:
         return None
     fill_cache(model, plan)
@@ -727,42 +709,27 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         run_dir: a new folder.
         resume_path: the last.pt to continue from, or None.
     """
-    if unknown := sorted(config.keys() - set(TOP_LEVEL_KEYS)):  # a preset can add keys, Hydra does not mind
-        raise ValueError(f"unknown key {', '.join(unknown)} in the config; must be among {', '.join(TOP_LEVEL_KEYS)}")
-    settings = read_settings(Settings, config["train"], "train")
-    prompts = read_settings(PromptSettings, config["prompts"], "prompts")
-    loss = read_settings(LossSettings, config["loss"], "loss")
-    optim = read_settings(OptimSettings, config["optim"], "optim")
-    reader_keys = dict(config["data"])  # for the dataset reader, less those of this script
-    ours = {key: reader_keys.pop(key) for key in Augmentation.__dataclass_fields__ if key in reader_keys}
-    augmentation = read_settings(Augmentation, ours, "data")
-    check_value(config["check"], bool, "check")
-    check_value(config["fast_decoder"], bool, "fast_decoder")
-    check_cache_settings(config["cache"], config["cache_precision"])
-    if "image_size" not in config["model"]:
-        raise ValueError("model is not a SAM 2 model; choose a file of configs/sam2/model that starts with sam2")
-    check_keys(functools.partial(build_sam2, device="cpu"), config["model"], "model")
-    check_value(config["model"]["image_size"], int, "model.image_size")
-    check_settings(settings, prompts, loss, optim)
-    device = choose_device(config["device"])
-    precision = choose_precision(config["precision"], device)
-    seed_everything(config["seed"])
+    settings = read_settings(Config, config)
+    common, train_settings, optim_settings = settings.common, settings.train, settings.optim
+    min_area_px, reader_keys = settings.data.min_area_px, dict(settings.data.reader_keys)
+    device = run.choose_device(common.device)
+    precision = run.choose_precision(common.precision, device)
+    run.seed_everything(common.seed)
 
     # data: list, check, leave out what cannot be used
     generate, root = reader_keys.pop("generate", None), reader_keys["root"]
     if generate is not None:
-        reader_keys["root"] = write_samples(generate, root)
+        reader_keys["root"] = str(write_samples(generate, root))
     on_bad = reader_keys["on_bad"]
-    if config["check"]:
+    if settings.check:
         reader_keys["on_bad"] = "skip"  # so that pairs that lack a file are listed with all other faults
-    max_listed = None if config["check"] else MAX_LISTED
     check_keys(split_items, reader_keys, "data")
-    train_items, val_items = split_items(**reader_keys)
-    train_items, val_items, counts = check_data(train_items, val_items, augmentation, on_bad, run_dir, max_listed)
-    if config["check"]:
+    splits = split_items(**reader_keys)
+    (train_items, val_items), counts = check_data(splits, min_area_px, on_bad, run_dir, list_all=settings.check)
+    if settings.check:
         return float("nan")
-    val_items = val_items[: settings.eval_images]
-    if settings.steps > 0 and not train_items:
+    val_items = val_items[: train_settings.eval_images]
+    if train_settings.steps > 0 and not train_items:
         raise ValueError(f"data.root {reader_keys['root']} has no training picture with objects")
     if not val_items:
         raise ValueError(
@@ -773,104 +740,120 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
 
     # model and optimizer
     weights = {} if resume_path is None else {"checkpoint": str(resume_path)}  # the file it started from may be gone
-    model = build_sam2(**config["model"] | weights, device=device, fast_decoder=config["fast_decoder"])
-    trainable = freeze_except(model, settings.trainable)
-    if settings.channels_last:
+    model = build_sam2(**settings.model | weights, device=device, fast_decoder=settings.fast_decoder)
+    trainable = freeze_except(model, train_settings.trainable)
+    if train_settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
     num_trainable, num_all = sum(p.numel() for _, p in trainable), sum(p.numel() for p in model.parameters())
     print(
-        f"{config['model']['name']}: {num_trainable:,} parameters trained, {num_all - num_trainable:,} frozen; "
-        f"{device}, {precision}"
+        f"{settings.model['name']}: {num_trainable:,} parameters trained, {num_all - num_trainable:,} frozen; "
+        f"{device}, {precision}; loss: {describe_terms(settings.loss.terms)}"
     )
-    optimizer = torch.optim.AdamW(parameter_groups(trainable, optim), lr=optim.lr, betas=tuple(optim.betas))
+    optimizer = torch.optim.AdamW(
+        parameter_groups(trainable, optim_settings), lr=optim_settings.lr, betas=tuple(optim_settings.betas)
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    if settings.compile:
+    if train_settings.compile:
         model.image_encoder.forward = torch.compile(model.image_encoder.forward)
-    loss_size = settings.loss_size or model.image_size // 4
+    loss_size = train_settings.loss_size or model.image_size // 4
 
     # embeddings of a frozen encoder, from disk
-    used_items = train_items if settings.steps > 0 else []
-    entries = cache_embeddings(model, trainable, precision, used_items, val_items, augmentation, config)
+    used_items = train_items if train_settings.steps > 0 else []
+    entries = cache_embeddings(model, trainable, precision, used_items, val_items, settings)
 
     is_resumed = resume_path is not None
-    loop = resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else LoopState()
+    loop = loops.resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else loops.LoopState()
     log = MetricsLog(run_dir, loop.rows)
     save = functools.partial(
-        save_run, run_dir, loop, model, optimizer, scaler, {"script": "train_sam2", "config": config}
+        loops.save_run, run_dir, loop, model, optimizer, scaler, {"script": "train_sam2", "config": config}
     )
     if is_resumed:
         save(is_best=False)  # from now on this folder can be resumed too
 
     dataset = PromptedMasks(
-        train_items, config["seed"], model.image_size, settings.objects_per_image, augmentation, prompts, entries
+        train_items,
+        common.seed,
+        model.image_size,
+        train_settings.objects_per_image,
+        min_area_px,
+        settings.data.augmentation,
+        settings.prompts,
+        entries,
     )
-    images_per_step = settings.batch_size * settings.accumulate
-    batches = load_batches(
+    images_per_step = train_settings.batch_size * train_settings.accumulate
+    batches = loops.load_batches(
         dataset,
         collate,
         loop.step * images_per_step,
-        settings.steps * images_per_step,
-        settings.batch_size,
-        config["num_workers"],
+        train_settings.steps * images_per_step,
+        train_settings.batch_size,
+        common.num_workers,
         device,
     )
-    progress = tqdm(total=settings.steps, initial=loop.step, desc="train", disable=None)
-    window = SpeedWindow(loop.step)
+    progress = tqdm(total=train_settings.steps, initial=loop.step, desc="train", disable=None)
+    window = loops.SpeedWindow(loop.step)
     while True:
         # 1. evaluate and save
-        is_last = loop.step >= settings.steps
-        if (loop.step % settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
+        is_last = loop.step >= train_settings.steps
+        if (loop.step % train_settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
             samples_dir = run_dir / "samples" / f"step_{loop.step:06d}"
             samples_dir.mkdir(parents=True, exist_ok=True)
             with window.paused():  # speed is that of training alone
                 metrics = evaluate(
                     model,
                     val_items,
-                    augmentation,
-                    settings.eval_clicks,
-                    device,
+                    min_area_px,
+                    train_settings.eval_clicks,
                     precision,
                     samples_dir,
-                    settings.picture_images,
+                    train_settings.picture_images,
                     entries,
                 )
                 ious = [f"{name[4:]} {value:.3f}" for name, value in metrics.items() if "iou" in name]
                 tqdm.write(f"step {loop.step}: " + "  ".join(ious))
                 log.log(loop.step, metrics)
                 plot_curves(loop.rows, run_dir / "curves.png")
-                save(is_best=loop.take(metrics, settings.select_by))
-        elif loop.step % settings.save_every == 0:
+                save(is_best=loop.take(metrics, train_settings.select_by))
+        elif loop.step % train_settings.save_every == 0:
             save(is_best=False)
-        if settings.early_stop_evals is not None and loop.bad_evals >= settings.early_stop_evals:
-            tqdm.write(f"early stop: {settings.select_by} has not risen in {loop.bad_evals} evaluations")
+        if train_settings.early_stop_evals is not None and loop.bad_evals >= train_settings.early_stop_evals:
+            tqdm.write(f"early stop: {train_settings.select_by} has not risen in {loop.bad_evals} evaluations")
             break
         if is_last:
             break
         model.train()
 
         # 2. learning rate
-        lr = cosine_lr(loop.step, settings.steps, optim.lr, optim.warmup_steps, optim.min_lr_factor)
+        lr = run.cosine_lr(
+            loop.step,
+            train_settings.steps,
+            optim_settings.lr,
+            optim_settings.warmup_steps,
+            optim_settings.min_lr_factor,
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
 
         step_loss, step_iou, step_names = 0.0, 0.0, []
-        for _ in range(settings.accumulate):
+        for _ in range(train_settings.accumulate):
             batch = window.next_batch(batches)
             step_names += batch["names"]
-            batch = to_device(batch, device)
+            batch = loops.to_device(batch, device)
 
             # 3. forward
-            with autocast(device, precision):
-                object_loss, object_iou = prompted_loss(model, batch, prompts, loss, loss_size)
-            weight = batch["object_weight"] / settings.accumulate
+            with run.autocast(device, precision):
+                object_loss, object_iou = prompted_loss(model, batch, settings.prompts, settings.loss, loss_size)
+            weight = batch["object_weight"] / train_settings.accumulate
             micro_loss = (object_loss * weight).sum()
-            step_loss += check_finite(micro_loss.item(), loop.step, f"pictures {', '.join(batch['names'])}")
+            step_loss += loops.check_finite(micro_loss.item(), loop.step, f"pictures {', '.join(batch['names'])}")
             step_iou += (object_iou * weight).sum().item()
 
             # 4. backward and clip
             scaler.scale(micro_loss).backward()
         samples = f"pictures {', '.join(step_names)}"
-        grad_norm = clip_gradients([p for _, p in trainable], settings.clip_norm, optimizer, scaler, loop, samples)
+        grad_norm = loops.clip_gradients(
+            [p for _, p in trainable], train_settings.clip_norm, optimizer, scaler, loop, samples
+        )
 
         # 5. update (the scaler leaves out a step whose fp16 gradients overflowed)
         scaler.step(optimizer)
@@ -879,9 +862,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         loop.step += 1
 
         # 6. log
-        means = running_means(loop.running, {"train/loss": step_loss, "train/iou": step_iou})
+        means = loops.running_means(loop.running, {"train/loss": step_loss, "train/iou": step_iou})
         progress.update()
-        if loop.step % settings.log_every == 0 or loop.step == settings.steps:
+        if loop.step % train_settings.log_every == 0 or loop.step == train_settings.steps:
             steps_per_s, wait_share = window.read(loop.step)
             images_per_s = steps_per_s * images_per_step
             values = {"train/grad_norm": grad_norm, "lr": lr, "skipped_steps": loop.num_skipped}
@@ -901,7 +884,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     shown_dir, example = os.path.relpath(run_dir), os.path.relpath(val_items[0].image_path)
     print(f"\nWritten to {shown_dir}. Next, segment a picture with it:")
     print(f"  python infer_sam2.py {shlex.quote(f'checkpoint={shown_dir}/best.pt')} {shlex.quote(f'input={example}')}")
-    return loop.best[settings.select_by]
+    return loop.best[train_settings.select_by]
 
 
 RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data.root", "data.train_list", "data.val_list", "cache")
@@ -910,21 +893,18 @@ RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data.root", "dat
 @hydra.main(version_base="1.3", config_path="configs/sam2", config_name="train_sam2")
 def main(cfg) -> float:
     """Read the config, train, and end with one line on what went wrong and status 1, if anything did."""
-    try:
+    with one_line_errors("train_sam2"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         hydra_config = HydraConfig.get()
         run_dir = Path(hydra_config.runtime.output_dir)
         resume_path = None
         if config["resume"] is not None:
             resume_path = find_resume(config["resume"])
-            stored = {"cache": "off", "cache_precision": "fp16", "fast_decoder": False}  # older runs lack these
-            stored |= load_checkpoint(resume_path)["config"]
+            stored = fill_defaults(Config, load_checkpoint(resume_path)["config"])
             config = resumed_config(stored, config, list(hydra_config.overrides.task), RESUMABLE)
         return train(config, run_dir, resume_path)
-    except (ValueError, FileNotFoundError, FileExistsError, ConnectionError, FloatingPointError) as error:
-        logging.getLogger("train_sam2").debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true
-        sys.exit(f"error: {describe_error(error)}")
 
 
 if __name__ == "__main__":
+    stop_at_moved_files("sam2", sys.argv[1:])
     main()

@@ -49,28 +49,12 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
+from utils import loop as loops
+from utils import run
 from utils.checkpoint import find_resume, load_checkpoint, resumed_config
 from utils.images import read_image, write_image
 from utils.listing import first_few
 from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
-from utils.loop import (
-    LoopState,
-    SpeedWindow,
-    check_finite,
-    clip_gradients,
-    load_batches,
-    resume_run,
-    running_means,
-    save_run,
-)
-from utils.run import (
-    autocast,
-    choose_device,
-    choose_precision,
-    sample_rng,
-    seed_everything,
-    shuffled_item,
-)
 from utils.samples.write import write_samples
 from utils.settings import (
     SAME_SECTION,
@@ -81,9 +65,11 @@ from utils.settings import (
     between,
     check_keys,
     check_value,
+    fill_defaults,
     one_line_errors,
     one_of,
     read_settings,
+    stop_at_moved_files,
 )
 from utils.tracking.frames import FrameSource
 from utils.tracking.metrics import got10k_scores, mean_one_pass_scores, score_boxes, still_boxes
@@ -193,7 +179,7 @@ class Config:
     common: Annotated[CommonSettings, SAME_SECTION]
     check: bool
     model: ModelSettings
-    data: dict  # of configs/tracking/data; their reader checks them
+    data: dict  # a file of configs/tracking/data; its reader checks the keys
     optim: OptimSettings
     tracker: TrackerSettings
     pairs: PairSettings
@@ -314,9 +300,9 @@ class SiamesePairs(Dataset):
         Returns:
             exemplar uint8 (3, 127, 127); instance uint8 (3, 239, 239), the object in its middle; name: both files.
         """
-        number = shuffled_item(self.seed, sample_index, len(self.sequences))
+        number = run.shuffled_item(self.seed, sample_index, len(self.sequences))
         sequence, pair_settings = self.sequences[number], self.pair_settings
-        rng = sample_rng(self.seed, sample_index)
+        rng = run.sample_rng(self.seed, sample_index)
         is_random = rng.random() < pair_settings.random_boxes
         frames = draw_frames(self.usable[number], pair_settings.max_gap, rng)
         paths = [sequence.frame_path(frame) for frame in (frames[:1] * 2 if is_random else frames)]
@@ -392,7 +378,7 @@ def evaluate_tracking(
     """Track sequences from the first frame with a visible box to the end, and compare with groundtruth.
 
     Args:
-        num_frames: of each sequence the first so many; None: all.
+        num_frames: how many frames of each sequence are tracked, from its start; None: all.
     Returns:
         {"val/ao": float, ...}; val/still_ao, ...: of a box that stays where it is.
     Raises:
@@ -445,7 +431,7 @@ def evaluate_pairs(
     for start in range(0, num_pairs, settings.batch_size):
         batch = collate([dataset[index] for index in range(start, min(start + settings.batch_size, num_pairs))])
         exemplars, instances = (batch[key].to(device).float() for key in ("exemplars", "instances"))
-        with autocast(device, precision):
+        with run.autocast(device, precision):
             responses = model(exemplars, instances)  # (B, 1, 15, 15)
         share = len(responses) / num_pairs
         loss += share * balanced_loss(responses, labels, weights).item()
@@ -496,7 +482,7 @@ def list_data(data: dict) -> tuple[list[Sequence], list[Sequence]]:
         data = dict(data)
         generate = data.pop("generate", None)
         if generate is not None:
-            data["root"] = write_samples(generate, data["root"])
+            data["root"] = str(write_samples(generate, data["root"]))
         check_keys(split_dataset, data, "data")
         return split_dataset(**data)
     check_keys(lambda parts, turns: None, data, "data")
@@ -594,21 +580,20 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     """
     settings = read_settings(Config, config)
     common, train_settings, pair_settings = settings.common, settings.train, settings.pairs
-    device = choose_device(common.device)
-    precision = choose_precision(common.precision, device)
+    device = run.choose_device(common.device)
+    precision = run.choose_precision(common.precision, device)
     tracker_precision = precision if settings.tracker.mode == "fast" else "fp32"
     labels = response_labels(RESPONSE_SIZE, train_settings.r_pos).to(device)  # (15, 15)
     weights = balanced_weights(labels)
-    seed_everything(common.seed)
+    run.seed_everything(common.seed)
     model = build_model(settings.model, resume_path is not None)
 
     # data: list, leave out what cannot be used
     train_sequences, val_sequences = list_data(settings.data)
     train_sequences, train_usable = keep_usable(train_sequences, pair_settings, "train")
     val_pair_sequences, val_usable = keep_usable(val_sequences[: train_settings.eval_sequences], pair_settings, "val")
-    val_sequences = [sequence for sequence in val_sequences if sequence.visible[:-1].any()][
-        : train_settings.eval_sequences
-    ]
+    val_sequences = [sequence for sequence in val_sequences if sequence.visible[:-1].any()]
+    val_sequences = val_sequences[: train_settings.eval_sequences]
     train_dataset = SiamesePairs(train_sequences, train_usable, common.seed, pair_settings)
     if settings.check:
         check_pairs(train_dataset, run_dir, train_settings.picture_pairs)
@@ -635,16 +620,16 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     respond = torch.compile(model) if train_settings.compile else model
 
     is_resumed = resume_path is not None
-    loop = resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else LoopState()
+    loop = loops.resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else loops.LoopState()
     log = MetricsLog(run_dir, loop.rows)
     save = functools.partial(
-        save_run, run_dir, loop, model, optimizer, scaler, {"script": "train_siamfc", "config": config}
+        loops.save_run, run_dir, loop, model, optimizer, scaler, {"script": "train_siamfc", "config": config}
     )
     if is_resumed:
         save(is_best=False)  # from now on this folder can be resumed too
 
     pairs_per_step = train_settings.batch_size * train_settings.accumulate
-    batches = load_batches(
+    batches = loops.load_batches(
         train_dataset,
         collate,
         loop.step * pairs_per_step,
@@ -654,7 +639,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         device,
     )
     progress = tqdm(total=train_settings.steps, initial=loop.step, desc="train", disable=None)
-    window = SpeedWindow(loop.step)
+    window = loops.SpeedWindow(loop.step)
     while True:
         # 1. evaluate and save
         is_last = loop.step >= train_settings.steps
@@ -699,16 +684,16 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
                 )
 
             # 3. forward
-            with autocast(device, precision):
+            with run.autocast(device, precision):
                 response = respond(exemplars, instances)  # (B, 1, 15, 15)
             micro_loss = balanced_loss(response, labels, weights) / train_settings.accumulate
-            step_loss += check_finite(micro_loss.item(), loop.step, f"pairs {', '.join(batch['names'])}")
+            step_loss += loops.check_finite(micro_loss.item(), loop.step, f"pairs {', '.join(batch['names'])}")
             step_hit_rate += hit_rate(response, labels).item() / train_settings.accumulate
 
             # 4. backward and clip
             scaler.scale(micro_loss).backward()
         samples = f"pairs {', '.join(step_names)}"
-        grad_norm = clip_gradients(model.parameters(), train_settings.clip_norm, optimizer, scaler, loop, samples)
+        grad_norm = loops.clip_gradients(model.parameters(), train_settings.clip_norm, optimizer, scaler, loop, samples)
 
         # 5. update (the scaler leaves out a step whose fp16 gradients overflowed)
         scaler.step(optimizer)
@@ -717,14 +702,14 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         loop.step += 1
 
         # 6. log
-        means = running_means(loop.running, {"train/loss": step_loss, "train/hit_rate": step_hit_rate})
+        means = loops.running_means(loop.running, {"train/loss": step_loss, "train/hit_rate": step_hit_rate})
         progress.update()
         if loop.step % train_settings.log_every == 0 or loop.step == train_settings.steps:
             steps_per_s, wait_share = window.read(loop.step)
             pairs_per_s = steps_per_s * pairs_per_step
-            values = {"train/grad_norm": grad_norm, "lr": lr, "skipped_steps": loop.num_skipped}
+            update = {"train/grad_norm": grad_norm, "lr": lr, "skipped_steps": loop.num_skipped}
             speed = {"pairs_per_s": pairs_per_s, "data_wait_share": wait_share}
-            log.log(loop.step, means | values | speed)
+            log.log(loop.step, means | update | speed)
             progress.set_postfix_str(
                 f"loss {means['train/loss']:.3f}, {pairs_per_s:.1f} pairs/s, waits for data {wait_share:.0%}"
             )
@@ -751,7 +736,7 @@ def main(cfg) -> float:
         resume_path = None
         if config["resume"] is not None:
             resume_path = find_resume(config["resume"])
-            stored = load_checkpoint(resume_path)["config"]
+            stored = fill_defaults(Config, load_checkpoint(resume_path)["config"])
             places = [
                 f"data.parts.{part}.{key}" for part in stored["data"].get("parts", {}) for key in ("root", "index")
             ]
@@ -760,4 +745,5 @@ def main(cfg) -> float:
 
 
 if __name__ == "__main__":
+    stop_at_moved_files("tracking", sys.argv[1:])
     main()

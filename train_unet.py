@@ -32,11 +32,11 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before th
     sys.exit()
 
 import functools
-import logging
 import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import cv2
 import hydra
@@ -47,108 +47,135 @@ from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from utils import loop as loops
+from utils import run
 from utils.checkpoint import find_resume, load_checkpoint, resumed_config
+from utils.dataset_check import CheckReport
 from utils.images import IGNORE_INDEX, list_images, output_names, overlay_label_map, write_image
 from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
-from utils.loop import (
-    LoopState,
-    SpeedWindow,
-    check_finite,
-    clip_gradients,
-    load_batches,
-    resume_run,
-    running_means,
-    save_run,
-    to_device,
-)
-from utils.run import (
-    autocast,
-    choose_device,
-    choose_precision,
-    cosine_lr,
-    sample_rng,
-    seed_everything,
-    shuffled_item,
-)
 from utils.samples.write import write_samples
 from utils.segmentation import losses, metrics, model_summary, prediction, reports, views
-from utils.segmentation.check import (
-    MAX_LISTED,
-    CheckReport,
-    check_items,
-    class_frequencies,
-    count_class_pixels,
-    keep_usable,
-    plot_statistics,
-    report_lines,
-)
+from utils.segmentation.check import check_data, class_frequencies, count_class_pixels
 from utils.segmentation.readers import Item, name_classes, read_item, read_picture, split_items
 from utils.segmentation.segmenters import FCN, SegNet, ViTSegmenter
 from utils.segmentation.unet import PAPER_MARGIN, UNet, UNetPaper
-from utils.settings import check_keys, check_value, describe_error, read_settings
+from utils.settings import (
+    ALL_OTHERS,
+    SAME_SECTION,
+    CommonSettings,
+    Rule,
+    above,
+    at_least,
+    check_keys,
+    check_modes,
+    check_terms,
+    describe_terms,
+    fill_defaults,
+    of_length,
+    one_line_errors,
+    one_of,
+    read_settings,
+    stop_at_moved_files,
+)
 
 NETWORKS = {"unet_paper": UNetPaper, "unet": UNet, "fcn": FCN, "segnet": SegNet, "vit": ViTSegmenter}
+TERMS = {  # summed in this order; inputs: logits (B, C, H, W), targets (B, H, W), the classes' weights (C,) or None
+    "cross_entropy": lambda inputs, pixel_weight, knobs: losses.cross_entropy_loss(*inputs, pixel_weight),
+    "focal": lambda inputs, pixel_weight, knobs: losses.focal_loss(*inputs, pixel_weight, knobs.focal_gamma),
+    "soft_iou": lambda inputs, pixel_weight, knobs: losses.soft_iou_loss(*inputs),
+    "log_iou": lambda inputs, pixel_weight, knobs: losses.log_iou_loss(*inputs),
+    "dice": lambda inputs, pixel_weight, knobs: losses.dice_loss(*inputs),
+    "tversky": lambda inputs, pixel_weight, knobs: losses.tversky_loss(*inputs, knobs.tversky_alpha),
+}
+AUTO_OR_LIST = Rule(lambda value: not isinstance(value, str) or value == "auto", "auto, or a list")
 LATENCY_REPEATS = 30
-MODES = ("train", "evaluate", "predict", "summary")
-TOP_LEVEL_KEYS = (
-    "seed", "device", "precision", "num_workers", "resume", "data_root", "check", "mode", "checkpoint", "split",
-    "input", "probabilities", "model", "data", "loss", "optim", "train", "tiles",
-)  # fmt: skip
+MODES_OF_KEY = {
+    "checkpoint": ("evaluate", "predict", "summary"), "input": ("predict",), "resume": ("train",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainSettings:
     """Knobs of the training loop (`train:` in configs/unet/train_unet.yaml, which explains each)."""
 
-    steps: int
-    batch_size: int  # images per forward
-    accumulate: int  # forwards per step
-    clip_norm: float | None
+    steps: Annotated[int, at_least(0)]
+    batch_size: Annotated[int, at_least(1)]  # images per forward
+    accumulate: Annotated[int, at_least(1)]  # forwards per step
+    clip_norm: Annotated[float | None, above(0)]
     channels_last: bool
     compile: bool
-    log_every: int  # steps
-    eval_every: int  # steps
-    save_every: int  # steps
-    eval_images: int | None
-    select_by: str
-    early_stop_evals: int | None
+    log_every: Annotated[int, at_least(1)]  # steps
+    eval_every: Annotated[int, at_least(1)]  # steps
+    save_every: Annotated[int, at_least(1)]  # steps
+    eval_images: Annotated[int | None, at_least(1)]
+    select_by: Annotated[str, one_of(*(f"val/{name}" for name in reports.REPORTED))]
+    early_stop_evals: Annotated[int | None, at_least(1)]
     test_at_end: bool
     picture_images: int
 
 
 @dataclass(frozen=True)
-class LossSettings:
-    """Weights of the loss (`loss:`, configs/unet/loss/*.yaml)."""
+class DataSettings:
+    """How pictures are brought before the network and varied, and the keys of the dataset's reader (`data:`)."""
 
-    cross_entropy: float
-    soft_iou: float
-    log_iou: float
-    dice: float
-    tversky: float
+    framing: Annotated[views.Framing, SAME_SECTION]
+    augmentation: Annotated[views.Augmentation, SAME_SECTION]
+    reader_keys: Annotated[dict, ALL_OTHERS]
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The loss (`loss:`, configs/unet/loss/*.yaml)."""
+
+    terms: dict  # {a name in TERMS: its weight}
     tversky_alpha: float
-    focal: float
     focal_gamma: float
-    class_weights: list[float] | str | None  # one a class; auto: from the frequencies in the training set
-    border_weight: float  # w0 of the paper's weight map; 0: none
-    border_sigma: float  # px
+    # one a class; auto: from the frequencies in the training set
+    class_weights: Annotated[list[float] | str | None, AUTO_OR_LIST]
+    border_weight: Annotated[float, at_least(0)]  # w0 of the paper's weight map; 0: none
+    border_sigma: Annotated[float, above(0)]  # px
+
+    def __post_init__(self):
+        check_terms(self.terms, TERMS)
 
 
 @dataclass(frozen=True)
 class OptimSettings:
     """Optimizer and schedule (`optim:`, configs/unet/optim/*.yaml)."""
 
-    name: str  # adamw, adam, sgd
-    lr: float  # highest
-    betas: list[float]  # adam, adamw
+    name: Annotated[str, one_of("adamw", "adam", "sgd")]
+    lr: Annotated[float, above(0)]  # highest
+    betas: Annotated[list[float], of_length(2, "two numbers")]  # adam, adamw
     momentum: float  # sgd
-    nesterov: bool  # sgd
     weight_decay: float  # 0 for biases, norms and embeddings
-    schedule: str  # constant, step, cosine, poly
+    schedule: Annotated[str, one_of("constant", "cosine", "poly")]
     warmup_steps: int
     min_lr_factor: float  # cosine, poly: the rate at the last step, as a share of lr
-    step_every: int  # step: the rate is multiplied by step_factor every so many steps
-    step_factor: float
     poly_power: float
+
+
+@dataclass(frozen=True)
+class Config:
+    """All keys of this script (configs/unet/train_unet.yaml explains each)."""
+
+    common: Annotated[CommonSettings, SAME_SECTION]
+    mode: Annotated[str, one_of("train", "evaluate", "predict", "summary")]
+    check: bool
+    checkpoint: str | None
+    split: str  # train, val or test
+    input: str | None
+    probabilities: bool
+    model: dict  # name, and what that network takes
+    data: DataSettings
+    loss: LossSettings
+    optim: OptimSettings
+    train: TrainSettings
+    tiles: prediction.TileSettings
+
+    def __post_init__(self):
+        margin = output_margin(self.model)
+        views.check_size("data.image_size", self.data.framing.image_size, margin)
+        prediction.check_tiles(self.tiles, margin)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,9 +227,9 @@ class AugmentedPairs(Dataset):
             image uint8 (channels, h, w); target uint8 (h', w'), smaller for an unpadded network; pixel_weight float32
             (h', w'), or None without border_weight; name: the picture's file.
         """
-        item_number = shuffled_item(self.seed, sample_index, len(self.items))
+        item_number = run.shuffled_item(self.seed, sample_index, len(self.items))
         item = self.items[item_number]
-        rng = sample_rng(self.seed, sample_index)
+        rng = run.sample_rng(self.seed, sample_index)
         image, target = views.training_view(*read_item(item), self.framing, self.augmentation, self.margin, rng)
         pixel_weight = border_weights(target.numpy(), self.loss_settings, self.class_weights)
         return {"image": image, "target": target, "pixel_weight": pixel_weight, "name": str(item.image_path)}
@@ -225,11 +252,11 @@ def collate(samples: list[dict]) -> dict:
 def weighted_loss(
     logits: torch.Tensor,
     targets: torch.Tensor,
-    loss: LossSettings,
+    loss_settings: LossSettings,
     class_weights: list[float] | None,
     pixel_weight: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Compute the weighted sum of the losses, in fp32.
+    """Sum the terms of the loss, each times its weight, in fp32.
 
     Args:
         logits: (B, C, H, W), any float type.
@@ -237,20 +264,12 @@ def weighted_loss(
         class_weights: one a class, or None.
         pixel_weight: float32 (B, H, W), which holds the class weights too, or None.
     """
-    return losses.semantic_loss(
-        logits,
-        targets.long(),
-        cross_entropy=loss.cross_entropy,
-        soft_iou=loss.soft_iou,
-        log_iou=loss.log_iou,
-        dice=loss.dice,
-        tversky=loss.tversky,
-        tversky_alpha=loss.tversky_alpha,
-        focal=loss.focal,
-        focal_gamma=loss.focal_gamma,
-        class_weight=None if class_weights is None else torch.tensor(class_weights, device=logits.device),
-        pixel_weight=pixel_weight,
-    )
+    class_weight = None if class_weights is None else torch.tensor(class_weights, device=logits.device)
+    total = torch.zeros((), device=logits.device)
+    for name, term in TERMS.items():
+        if weight := loss_settings.terms.get(name, 0):
+            total = total + weight * term((logits, targets, class_weight), pixel_weight, loss_settings)
+    return total
 
 
 def scheduled_lr(step: int, steps: int, optim: OptimSettings) -> float:
@@ -261,11 +280,9 @@ def scheduled_lr(step: int, steps: int, optim: OptimSettings) -> float:
         steps: updates in the whole run.
     """
     if optim.schedule == "cosine" or step < optim.warmup_steps:
-        return cosine_lr(step, steps, optim.lr, optim.warmup_steps, optim.min_lr_factor)
-    since_warmup = step - optim.warmup_steps
-    if optim.schedule == "step":
-        return optim.lr * optim.step_factor ** (since_warmup // optim.step_every)
+        return run.cosine_lr(step, steps, optim.lr, optim.warmup_steps, optim.min_lr_factor)
     if optim.schedule == "poly":
+        since_warmup = step - optim.warmup_steps
         left = 1 - min(1.0, since_warmup / max(1, steps - optim.warmup_steps))  # 1..0
         return optim.lr * (optim.min_lr_factor + (1 - optim.min_lr_factor) * left**optim.poly_power)
     return optim.lr  # constant
@@ -326,48 +343,6 @@ def evaluate(
 # the run
 
 
-def check_settings(
-    settings: Settings,
-    framing: views.Framing,
-    augmentation: views.Augmentation,
-    loss: LossSettings,
-    optim: OptimSettings,
-) -> None:
-    """Raise a ValueError for values that make no sense, naming the key, the value and what it must be."""
-    selectable = [f"val/{name}" for name in reports.REPORTED]
-    names, schedules = ("adamw", "adam", "sgd"), ("constant", "step", "cosine", "poly")
-    weights = (loss.cross_entropy, loss.soft_iou, loss.log_iou, loss.dice, loss.tversky, loss.focal)
-    scale, class_weights, clip_norm = augmentation.scale, loss.class_weights, settings.clip_norm
-    rules = [
-        ("data.fit", framing.fit, framing.fit in ("resize", "crop"), "resize or crop"),
-        ("data.scale", scale, len(scale) == 2 and 0 < scale[0] <= scale[1], "[lowest, highest], above 0"),
-        ("data.rotation", augmentation.rotation, 0 <= augmentation.rotation <= 180, "between 0 and 180"),
-        ("data.color_jitter", augmentation.color_jitter, 0 <= augmentation.color_jitter <= 1, "between 0 and 1"),
-        ("data.elastic_px", augmentation.elastic_px, augmentation.elastic_px >= 0, "0 or more"),
-        ("loss", "0 in all its terms", max(weights) > 0, "above 0 in one of them"),
-        ("loss.class_weights", class_weights, not isinstance(class_weights, str) or class_weights == "auto",
-         "auto, null, or a list"),
-        ("loss.border_weight", loss.border_weight, loss.border_weight >= 0, "0 or more"),
-        ("loss.border_sigma", loss.border_sigma, loss.border_sigma > 0, "above 0"),
-        ("optim.name", optim.name, optim.name in names, "one of " + ", ".join(names)),
-        ("optim.lr", optim.lr, optim.lr > 0, "above 0"),
-        ("optim.betas", optim.betas, len(optim.betas) == 2, "two numbers"),
-        ("optim.schedule", optim.schedule, optim.schedule in schedules, "one of " + ", ".join(schedules)),
-        ("optim.step_every", optim.step_every, optim.step_every >= 1, "1 or more"),
-        ("train.steps", settings.steps, settings.steps >= 0, "0 or more"),
-        ("train.clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "null, or above 0"),
-        ("train.select_by", settings.select_by, settings.select_by in selectable, "one of " + ", ".join(selectable)),
-    ]  # fmt: skip
-    for key in ("batch_size", "accumulate", "log_every", "eval_every", "save_every"):
-        rules.append((f"train.{key}", getattr(settings, key), getattr(settings, key) >= 1, "1 or more"))
-    for key in ("eval_images", "early_stop_evals"):
-        value = getattr(settings, key)
-        rules.append((f"train.{key}", value, value is None or value >= 1, "null, or 1 or more"))
-    for name, value, is_good, remedy in rules:
-        if not is_good:
-            raise ValueError(f"{name} is {value}; must be {remedy}")
-
-
 def build_network(model_config: dict, in_channels: int, num_classes: int) -> torch.nn.Module:
     """Build a network with random weights from the values of a file of configs/unet/model.
 
@@ -388,47 +363,14 @@ def output_margin(model_config: dict) -> int:
     return PAPER_MARGIN if model_config["name"] == "unet_paper" else 0
 
 
-def read_data_settings(data: dict) -> tuple[views.Framing, views.Augmentation, dict]:
-    """Divide the section `data:` into this script's settings and the keys of the dataset reader."""
-    reader_keys = dict(data)
-    sections = []
-    for cls in (views.Framing, views.Augmentation):
-        ours = {key: reader_keys.pop(key) for key in cls.__dataclass_fields__ if key in reader_keys}
-        sections.append(read_settings(cls, ours, "data"))
-    return *sections, reader_keys
-
-
 def list_splits(reader_keys: dict) -> dict[str, list[Item]]:
     """List the pictures of each split, {"train": items, "val": items, "test": items}; generate them if need be."""
     reader_keys = dict(reader_keys)
     generate = reader_keys.pop("generate", None)
     if generate is not None:
-        reader_keys["root"] = write_samples(generate, reader_keys["root"])
+        reader_keys["root"] = str(write_samples(generate, reader_keys["root"]))
     check_keys(split_items, reader_keys, "data")
     return dict(zip(("train", "val", "test"), split_items(**reader_keys), strict=True))
-
-
-def check_data(
-    splits: dict[str, list[Item]], on_bad: str, run_dir: Path, max_listed: int | None
-) -> tuple[dict[str, list[Item]], dict[str, int], CheckReport]:
-    """Check a dataset, print what was found, draw its statistics, and leave out what cannot be used.
-
-    Args:
-        on_bad: "stop" or "skip", what to do about faulty files.
-        max_listed: examples printed for each kind of finding; None: all.
-    Returns:
-        the usable items of each split; the counts for run.json; the report.
-    Raises:
-        ValueError: for faulty files where on_bad is "stop".
-    """
-    report = check_items([item for items in splits.values() for item in items])
-    print("\n".join(report_lines(report, max_listed)))
-    plot_statistics(report, run_dir / "dataset.png")
-    kept = {split: keep_usable(items, report, on_bad) for split, items in splits.items()}
-    counts = report.counts | {f"{split}_images": len(items) for split, items in kept.items()}
-    num_images = ", ".join(f"{split} {len(items)}" for split, items in kept.items())
-    print(f"images: {num_images}; statistics in {run_dir / 'dataset.png'}")
-    return kept, counts, report
 
 
 def write_splits(splits: dict[str, list[Item]], splits_dir: Path) -> None:
@@ -449,7 +391,7 @@ def choose_class_weights(
     Raises:
         ValueError: for a list that has not one weight, 0 or more, for each class.
     """
-    num_classes = len(report.coding.class_names)
+    num_classes = len(items[0].coding.class_names)
     if class_weights == "auto":
         return losses.balanced_class_weights(class_frequencies(report, items)).tolist()
     if class_weights is not None and (len(class_weights) != num_classes or min(class_weights) < 0):
@@ -471,7 +413,7 @@ def build_optimizer(model: torch.nn.Module, optim: OptimSettings) -> torch.optim
     """Build the optimizer that `optim.name` names; its learning rate is set at each step."""
     groups = parameter_groups(model, optim.weight_decay)
     if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov)
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
     optimizer = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
     return optimizer(groups, lr=optim.lr, betas=tuple(optim.betas))
 
@@ -484,31 +426,24 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         run_dir: a new folder.
         resume_path: the last.pt to continue from, or None.
     """
-    settings = read_settings(Settings, config["train"], "train")
-    loss_settings = read_settings(LossSettings, config["loss"], "loss")
-    optim = read_settings(OptimSettings, config["optim"], "optim")
-    tiles = read_settings(prediction.TileSettings, config["tiles"], "tiles")
-    framing, augmentation, reader_keys = read_data_settings(config["data"])
-    check_value(config["check"], bool, "check")
-    margin = output_margin(config["model"])
-    check_settings(settings, framing, augmentation, loss_settings, optim)
-    views.check_size("data.image_size", framing.image_size, margin)
-    prediction.check_tiles(tiles, margin)
-    device = choose_device(config["device"])
-    precision = choose_precision(config["precision"], device)
-    seed_everything(config["seed"])
-    model = build_network(config["model"], reader_keys["channels"], reader_keys["num_classes"])  # a bad key ends here
+    settings = read_settings(Config, config)
+    common, train_settings, loss_settings = settings.common, settings.train, settings.loss
+    framing, reader_keys, margin = settings.data.framing, dict(settings.data.reader_keys), output_margin(settings.model)
+    device = run.choose_device(common.device)
+    precision = run.choose_precision(common.precision, device)
+    run.seed_everything(common.seed)
+    model = build_network(settings.model, reader_keys["channels"], reader_keys["num_classes"])  # a bad key ends here
 
     # data: list, check, leave out what cannot be used
     on_bad = reader_keys["on_bad"]
-    if config["check"]:
+    if settings.check:
         reader_keys["on_bad"] = "skip"  # so that pairs that lack a file are listed with all other faults
     splits = list_splits(reader_keys)
-    splits, counts, report = check_data(splits, on_bad, run_dir, None if config["check"] else MAX_LISTED)
-    if config["check"]:
+    splits, counts, report = check_data(splits, on_bad, run_dir, list_all=settings.check)
+    if settings.check:
         return float("nan")
-    train_items, val_items, test_items = splits["train"], splits["val"][: settings.eval_images], splits["test"]
-    if settings.steps > 0 and not train_items:
+    train_items, val_items, test_items = splits["train"], splits["val"][: train_settings.eval_images], splits["test"]
+    if train_settings.steps > 0 and not train_items:
         raise ValueError(f"data.root {reader_keys['root']} has no training picture")
     if not val_items:
         raise ValueError(f"data.root {reader_keys['root']} has no validation picture: see data.val_fraction")
@@ -521,49 +456,57 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
 
     # model and optimizer
     model = model.to(device)
-    if settings.channels_last:
+    if train_settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    tile_hw = prediction.choose_tile(tiles, model, framing, margin, reader_keys["channels"], device)
-    predictor = prediction.Predictor(model, framing, margin, tile_hw, tiles.overlap, device, precision)
+    tile_hw = prediction.choose_tile(settings.tiles, model, framing, margin, reader_keys["channels"], device)
+    predictor = prediction.Predictor(model, framing, margin, tile_hw, settings.tiles.overlap, device, precision)
     print(
-        f"{config['model']['name']}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{len(class_names)} classes; {device}, {precision}"
+        f"{settings.model['name']}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{len(class_names)} classes; {device}, {precision}; loss: {describe_terms(loss_settings.terms)}"
     )
-    optimizer = build_optimizer(model, optim)
+    optimizer = build_optimizer(model, settings.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    if settings.compile:
+    if train_settings.compile:
         model.forward = torch.compile(model.forward)
 
     is_resumed = resume_path is not None
-    loop = resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else LoopState()
+    loop = loops.resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else loops.LoopState()
     log = MetricsLog(run_dir, loop.rows)
     description = {"script": "train_unet", "config": config, "class_weights": class_weights}
-    save = functools.partial(save_run, run_dir, loop, model, optimizer, scaler, description)
+    save = functools.partial(loops.save_run, run_dir, loop, model, optimizer, scaler, description)
     if is_resumed:
         save(is_best=False)  # from now on this folder can be resumed too
 
-    dataset = AugmentedPairs(train_items, config["seed"], framing, augmentation, margin, loss_settings, class_weights)
-    images_per_step = settings.batch_size * settings.accumulate
-    batches = load_batches(
+    dataset = AugmentedPairs(
+        train_items, common.seed, framing, settings.data.augmentation, margin, loss_settings, class_weights
+    )
+    images_per_step = train_settings.batch_size * train_settings.accumulate
+    batches = loops.load_batches(
         dataset,
         collate,
         loop.step * images_per_step,
-        settings.steps * images_per_step,
-        settings.batch_size,
-        config["num_workers"],
+        train_settings.steps * images_per_step,
+        train_settings.batch_size,
+        common.num_workers,
         device,
     )
-    progress = tqdm(total=settings.steps, initial=loop.step, desc="train", disable=None)
-    window = SpeedWindow(loop.step)
+    progress = tqdm(total=train_settings.steps, initial=loop.step, desc="train", disable=None)
+    window = loops.SpeedWindow(loop.step)
     while True:
         # 1. evaluate and save
-        is_last = loop.step >= settings.steps
-        if (loop.step % settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
+        is_last = loop.step >= train_settings.steps
+        if (loop.step % train_settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
             samples_dir = run_dir / "samples" / f"step_{loop.step:06d}"
             samples_dir.mkdir(parents=True, exist_ok=True)
             with window.paused():  # speed is that of training alone
                 values, matrix = evaluate(
-                    predictor, val_items, "val", loss_settings, class_weights, samples_dir, settings.picture_images
+                    predictor,
+                    val_items,
+                    "val",
+                    loss_settings,
+                    class_weights,
+                    samples_dir,
+                    train_settings.picture_images,
                 )
                 shown = "  ".join(f"{name} {values[f'val/{name}']:.3f}" for name in reports.REPORTED)
                 tqdm.write(f"step {loop.step}: {shown}")
@@ -572,43 +515,43 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
                         tqdm.write(line)
                 log.log(loop.step, values)
                 plot_curves(loop.rows, run_dir / "curves.png")
-                save(is_best=loop.take(values, settings.select_by))
-        elif loop.step % settings.save_every == 0:
+                save(is_best=loop.take(values, train_settings.select_by))
+        elif loop.step % train_settings.save_every == 0:
             save(is_best=False)
-        if settings.early_stop_evals is not None and loop.bad_evals >= settings.early_stop_evals:
-            tqdm.write(f"early stop: {settings.select_by} has not risen in {loop.bad_evals} evaluations")
+        if train_settings.early_stop_evals is not None and loop.bad_evals >= train_settings.early_stop_evals:
+            tqdm.write(f"early stop: {train_settings.select_by} has not risen in {loop.bad_evals} evaluations")
             break
         if is_last:
             break
         model.train()
 
         # 2. learning rate
-        lr = scheduled_lr(loop.step, settings.steps, optim)
+        lr = scheduled_lr(loop.step, train_settings.steps, settings.optim)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         step_loss, step_accuracy, step_names = 0.0, 0.0, []
-        for _ in range(settings.accumulate):
+        for _ in range(train_settings.accumulate):
             batch = window.next_batch(batches)
             step_names += batch["names"]
-            batch = to_device(batch, device)
+            batch = loops.to_device(batch, device)
             images, targets = batch["images"].float() / 255, batch["targets"]  # (B, channels, h, w), (B, h', w')
-            if settings.channels_last:
+            if train_settings.channels_last:
                 images = images.to(memory_format=torch.channels_last)
 
             # 3. forward
-            with autocast(device, precision):
+            with run.autocast(device, precision):
                 logits = model(images)  # (B, C, h', w')
             micro_loss = weighted_loss(logits, targets, loss_settings, class_weights, batch["pixel_weight"])
-            micro_loss = micro_loss / settings.accumulate
-            step_loss += check_finite(micro_loss.item(), loop.step, f"pictures {', '.join(batch['names'])}")
+            micro_loss = micro_loss / train_settings.accumulate
+            step_loss += loops.check_finite(micro_loss.item(), loop.step, f"pictures {', '.join(batch['names'])}")
             is_right, valid = logits.argmax(1) == targets, targets != IGNORE_INDEX  # (B, h', w')
-            step_accuracy += (is_right.sum() / valid.sum().clamp(min=1)).item() / settings.accumulate
+            step_accuracy += (is_right.sum() / valid.sum().clamp(min=1)).item() / train_settings.accumulate
 
             # 4. backward and clip
             scaler.scale(micro_loss).backward()
         samples = f"pictures {', '.join(step_names)}"
-        grad_norm = clip_gradients(model.parameters(), settings.clip_norm, optimizer, scaler, loop, samples)
+        grad_norm = loops.clip_gradients(model.parameters(), train_settings.clip_norm, optimizer, scaler, loop, samples)
 
         # 5. update (the scaler leaves out a step whose fp16 gradients overflowed)
         scaler.step(optimizer)
@@ -617,9 +560,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         loop.step += 1
 
         # 6. log
-        means = running_means(loop.running, {"train/loss": step_loss, "train/pixel_accuracy": step_accuracy})
+        means = loops.running_means(loop.running, {"train/loss": step_loss, "train/pixel_accuracy": step_accuracy})
         progress.update()
-        if loop.step % settings.log_every == 0 or loop.step == settings.steps:
+        if loop.step % train_settings.log_every == 0 or loop.step == train_settings.steps:
             steps_per_s, wait_share = window.read(loop.step)
             images_per_s = steps_per_s * images_per_step
             values = {"train/grad_norm": grad_norm, "lr": lr, "skipped_steps": loop.num_skipped}
@@ -634,7 +577,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     plot_curves(loop.rows, run_dir / "curves.png")
     log.close()
     test: dict[str, float] = {}
-    if settings.test_at_end and test_items:
+    if train_settings.test_at_end and test_items:
         model.load_state_dict(load_checkpoint(run_dir / "best.pt")["model"])
         test, matrix = evaluate(predictor, test_items, "test", loss_settings, class_weights, None, 0)
         print("\n" + "\n".join(reports.class_lines(matrix, class_names, "test")))
@@ -648,7 +591,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     print(f"\nWritten to {shown_dir}. Next, predict a picture with it:")
     checkpoint = shlex.quote(f"checkpoint={shown_dir}/best.pt")
     print(f"  python train_unet.py mode=predict {checkpoint} {shlex.quote(f'input={example}')}")
-    return loop.best[settings.select_by]
+    return loop.best[train_settings.select_by]
 
 
 RESUMABLE = (
@@ -719,15 +662,14 @@ def checkpoint_config(state: dict, current: dict, overrides: list[str]) -> dict:
 
 def load_predictor(config: dict, state: dict) -> prediction.Predictor:
     """Rebuild the network of a checkpoint, and how it predicts pictures; arguments as those of `predict`."""
-    tiles = read_settings(prediction.TileSettings, config["tiles"], "tiles")
-    framing, _, reader_keys = read_data_settings(config["data"])
-    margin = output_margin(config["model"])
-    prediction.check_tiles(tiles, margin)
-    device = choose_device(config["device"])
-    precision = choose_precision(config["precision"], device)
+    settings = read_settings(Config, config)
+    framing, margin = settings.data.framing, output_margin(settings.model)
+    device = run.choose_device(settings.common.device)
+    precision = run.choose_precision(settings.common.precision, device)
     model = load_network(config, state, device)
-    tile_hw = prediction.choose_tile(tiles, model, framing, margin, reader_keys["channels"], device)
-    return prediction.Predictor(model, framing, margin, tile_hw, tiles.overlap, device, precision)
+    channels = settings.data.reader_keys["channels"]
+    tile_hw = prediction.choose_tile(settings.tiles, model, framing, margin, channels, device)
+    return prediction.Predictor(model, framing, margin, tile_hw, settings.tiles.overlap, device, precision)
 
 
 def evaluate_checkpoint(config: dict, state: dict, run_dir: Path) -> float:
@@ -738,23 +680,21 @@ def evaluate_checkpoint(config: dict, state: dict, run_dir: Path) -> float:
         state: the checkpoint.
         run_dir: where samples/, confusion.csv (rows: truth) and run.json are written.
     """
-    settings = read_settings(Settings, config["train"], "train")
-    loss_settings = read_settings(LossSettings, config["loss"], "loss")
-    _, _, reader_keys = read_data_settings(config["data"])
-    predictor, split = load_predictor(config, state), config["split"]
+    settings = read_settings(Config, config)
+    predictor, split, reader_keys = load_predictor(config, state), settings.split, settings.data.reader_keys
     splits = list_splits(reader_keys)
     if split not in splits:
         raise ValueError(f"split is {split}; must be one of {', '.join(splits)}")
     if not splits[split]:
         raise ValueError(f"data.root {reader_keys['root']} has no picture in its {split} split")
-    splits, counts, _ = check_data({split: splits[split]}, reader_keys["on_bad"], run_dir, MAX_LISTED)
+    splits, counts, _ = check_data({split: splits[split]}, reader_keys["on_bad"], run_dir, list_all=False)
     items = splits[split]
     start_run(run_dir, config, counts)
     write_splits(splits, run_dir / "splits")
     samples_dir = run_dir / "samples"
     samples_dir.mkdir()
-    class_weights, picture_images = state["class_weights"], settings.picture_images
-    values, matrix = evaluate(predictor, items, split, loss_settings, class_weights, samples_dir, picture_images)
+    class_weights, picture_images = state["class_weights"], settings.train.picture_images
+    values, matrix = evaluate(predictor, items, split, settings.loss, class_weights, samples_dir, picture_images)
     class_names, majority = items[0].coding.class_names, reports.majority_metrics(matrix.sum(1), split)
     finish_run(run_dir, {"last": values, "majority": majority})
     np.savetxt(run_dir / "confusion.csv", matrix, "%d", ",", header=",".join(class_names), comments="")
@@ -774,10 +714,10 @@ def predict(config: dict, state: dict, run_dir: Path) -> list[str]:
     Returns:
         One line for each picture that cannot be read; always empty for a single picture, whose failure is raised.
     """
-    _, _, reader_keys = read_data_settings(config["data"])
-    check_value(config["probabilities"], bool, "probabilities")
+    settings = read_settings(Config, config)
+    reader_keys = settings.data.reader_keys
     class_names = tuple(name_classes(reader_keys["num_classes"], reader_keys["class_names"]))
-    image_paths, is_folder = list_images(Path(config["input"])), Path(config["input"]).is_dir()
+    image_paths, is_folder = list_images(Path(settings.input)), Path(settings.input).is_dir()
     predictor = load_predictor(config, state)
     start_run(run_dir, config, {"images": len(image_paths)})
 
@@ -797,7 +737,7 @@ def predict(config: dict, state: dict, run_dir: Path) -> list[str]:
         image_rgb = np.broadcast_to(image, (*image.shape[:2], 3))
         write_image(run_dir / f"{name}_classes.png", pred)
         write_image(run_dir / f"{name}_overlay.png", overlay_label_map(image_rgb, reports.class_ids(pred, class_names)))
-        if config["probabilities"]:
+        if settings.probabilities:
             np.save(run_dir / f"{name}_probabilities.npy", logits.softmax(0).half().cpu().numpy())
     num_done = len(image_paths) - len(failures)
     finish_run(run_dir, {"last": {"num_images": num_done, "num_failed": len(failures)}})
@@ -817,12 +757,13 @@ def print_summary(config: dict, state: dict | None) -> None:
         config: composed, or from `checkpoint_config`.
         state: the checkpoint, or None for random weights.
     """
-    device = choose_device(config["device"])
-    precision = choose_precision(config["precision"], device)
-    framing, _, reader_keys = read_data_settings(config["data"])
+    settings = read_settings(Config, config)
+    device = run.choose_device(settings.common.device)
+    precision = run.choose_precision(settings.common.precision, device)
+    framing, reader_keys = settings.data.framing, settings.data.reader_keys
     channels = reader_keys["channels"]
     if state is None:
-        model = build_network(config["model"], channels, reader_keys["num_classes"]).to(device).eval()
+        model = build_network(settings.model, channels, reader_keys["num_classes"]).to(device).eval()
     else:
         model = load_network(config, state, device)
     print(model_summary.format_summary(model_summary.summarize(model, framing.input_hw, channels)))
@@ -830,38 +771,29 @@ def print_summary(config: dict, state: dict | None) -> None:
     print(f"latency on {device}, {precision}: p50 {latency.p50_ms:.1f} ms, p95 {latency.p95_ms:.1f} ms")
 
 
-def check_mode(config: dict) -> None:
-    """Refuse an unknown mode, a mode without its input, and input that the mode would not use."""
-    if unknown := sorted(config.keys() - set(TOP_LEVEL_KEYS)):  # a preset can add keys, Hydra does not mind
-        raise ValueError(f"unknown key {', '.join(unknown)} in the config; must be among {', '.join(TOP_LEVEL_KEYS)}")
-    mode = config["mode"]
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode}; must be one of {', '.join(MODES)}")
-    for key, modes in (("checkpoint", ("evaluate", "predict", "summary")), ("input", ("predict",))):
-        if config[key] is not None and mode not in modes:
-            raise ValueError(
-                f"{key}= is given but mode is {mode}, which does not use it: add mode={' or '.join(modes)}"
-            )
-        if config[key] is None and mode in modes and mode != "summary":
-            what = "best.pt" if key == "checkpoint" else "a picture or a folder"
-            raise ValueError(f"mode={mode} needs {key}=<{what}>")
-    if config["resume"] is not None and mode != "train":
-        raise ValueError(f"resume= is given but mode is {mode}, which does not use it: leave one of them out")
+def check_mode(settings: Config) -> None:
+    """Refuse a mode without its input, and input that the mode would not use."""
+    keys = {"checkpoint": settings.checkpoint, "input": settings.input, "resume": settings.common.resume}
+    check_modes([key for key, value in keys.items() if value is not None], MODES_OF_KEY, settings.mode)
+    for key, what in (("checkpoint", "best.pt"), ("input", "a picture or a folder")):
+        if keys[key] is None and settings.mode in MODES_OF_KEY[key] and settings.mode != "summary":
+            raise ValueError(f"mode={settings.mode} needs {key}=<{what}>")
 
 
 @hydra.main(version_base="1.3", config_path="configs/unet", config_name="train_unet")
 def main(cfg) -> float | None:
     """Read the config, do what `mode` says, and end with one line on what went wrong and status 1, if anything did."""
-    try:
+    with one_line_errors("train_unet"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        check_mode(config)
+        check_mode(read_settings(Config, config))
         hydra_config = HydraConfig.get()
         run_dir, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
         if config["mode"] == "train":
             resume_path = None
             if config["resume"] is not None:
                 resume_path = find_resume(config["resume"])
-                config = resumed_config(load_checkpoint(resume_path)["config"], config, overrides, RESUMABLE)
+                stored = fill_defaults(Config, load_checkpoint(resume_path)["config"])
+                config = resumed_config(stored, config, overrides, RESUMABLE)
             return train(config, run_dir, resume_path)
         state = None
         if config["checkpoint"] is not None:
@@ -872,12 +804,10 @@ def main(cfg) -> float | None:
         if config["mode"] == "summary":
             return print_summary(config, state)
         failures = predict(config, state, run_dir)
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
-        logging.getLogger("train_unet").debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true
-        sys.exit(f"error: {describe_error(error)}")
     if failures:
         sys.exit(f"{len(failures)} pictures failed:\n" + "\n".join(f"  {line}" for line in failures))
 
 
 if __name__ == "__main__":
+    stop_at_moved_files("unet", sys.argv[1:])
     main()

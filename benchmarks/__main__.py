@@ -1,4 +1,4 @@
-"""Run the speed benchmarks, each in a process of its own, and print README's table of ratios.
+"""Run the speed benchmarks, each in a process of its own, and print benchmarks/README.md's table.
 
 python -m benchmarks                       # all, about half an hour on 2 cores; on an otherwise idle machine
 python -m benchmarks tracker pair_loading  # some

@@ -72,7 +72,7 @@ def main() -> None:
 
     is_nano = arguments.model == "sam2_nano"
     points_per_side = arguments.points_per_side or (16 if is_nano else 8)
-    settings = AutomaticSettings(**read_config("sam2/model", arguments.model)["automatic"])
+    settings = AutomaticSettings(**read_config("sam2/model", arguments.model).get("automatic", {}))
     settings = replace(settings, points_per_side=points_per_side)
     if not is_nano:
         settings = choose_thresholds(model, image_rgb, settings)
@@ -196,7 +196,7 @@ def compare_masks(ours: list[dict], plain: list[dict]) -> str:
     """
     assert ours and plain, (len(ours), len(plain))
     ious = coco_mask.iou(
-        [one["segmentation"] for one in ours], [one["segmentation"] for one in plain], [0] * len(plain)
+        [mask["segmentation"] for mask in ours], [mask["segmentation"] for mask in plain], [0] * len(plain)
     )
     matched = []
     while len(matched) < min(ious.shape):

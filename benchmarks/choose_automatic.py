@@ -62,7 +62,7 @@ def main() -> None:
     _, items = split_items(root=write_samples("scenes", config["data"]["root"]), **reader_keys)
 
     lowest = {"pred_iou_thresh": PRED_IOU_THRESHS[0], "stability_score_thresh": 0.0}
-    permissive = AutomaticSettings(**config["model"]["automatic"] | lowest)
+    permissive = AutomaticSettings(**config["model"].get("automatic", {}) | lowest)
     scores = {}  # (offset, predicted IoU, stability) -> (precision, recall, F1, masks) of each scene
     for item in items[:NUM_SCENES]:
         image_rgb, layers = read_item(item)
@@ -83,9 +83,9 @@ def main() -> None:
                 passed &= stability_scores >= stability_score_thresh
                 passed = passed.nonzero().squeeze(1)
                 boxes, predicted_ious = candidates.boxes_xyxy[passed], candidates.predicted_ious[passed]
-                kept = passed[nms(boxes, predicted_ious, permissive.box_nms_thresh)].tolist()
-                scores_of_kept = candidates.predicted_ious[kept].tolist()
-                label_map, ids = stitch_masks([segmentations[index] for index in kept], scores_of_kept, orig_hw)
+                best = passed[nms(boxes, predicted_ious, permissive.box_nms_thresh)].tolist()
+                scores_of_best = candidates.predicted_ious[best].tolist()
+                label_map, ids = stitch_masks([segmentations[index] for index in best], scores_of_best, orig_hw)
                 num_found, num_parts = count_found(label_map, truth), int(ids.max(initial=0))
                 precision, recall = num_found / max(1, num_parts), num_found / max(1, len(objects))
                 f1 = 2 * precision * recall / max(1e-9, precision + recall)
@@ -93,8 +93,10 @@ def main() -> None:
                 scores.setdefault(key, []).append((f1, precision, recall, num_parts))
 
     names = ("stability_score_offset", "pred_iou_thresh", "stability_score_thresh")
-    for key, values in sorted(scores.items(), key=lambda one: np.mean(one[1], 0)[0]):
-        means = dict(zip(("f1", "precision", "recall", "parts_per_image"), np.mean(values, 0).round(4), strict=True))
+    for key, scene_scores in sorted(scores.items(), key=lambda item: np.mean(item[1], 0)[0]):
+        means = dict(
+            zip(("f1", "precision", "recall", "parts_per_image"), np.mean(scene_scores, 0).round(4), strict=True)
+        )
         print(json.dumps(dict(zip(names, key, strict=True)) | {name: float(value) for name, value in means.items()}))
 
 

@@ -63,11 +63,11 @@ def main() -> None:
     def step_plain() -> None:
         model.zero_grad(set_to_none=True)
         for number in range(num_all):
-            one = slice(number, number + 1)
+            chosen = slice(number, number + 1)
             sparse_embeddings, dense_embeddings = model.sam_prompt_encoder(
-                points=(points[one], labels[one]), boxes=None, masks=None
+                points=(points[chosen], labels[chosen]), boxes=None, masks=None
             )
-            image = image_index[one]
+            image = image_index[chosen]
             low_res_masks, _, _, _ = model.sam_mask_decoder(
                 image_embeddings=embeddings.image_embeddings[image],
                 image_pe=model.sam_prompt_encoder.get_dense_pe(),
@@ -77,7 +77,7 @@ def main() -> None:
                 repeat_image=False,
                 high_res_features=[features[image] for features in embeddings.high_res_features],
             )
-            compute_loss(low_res_masks, one).backward()
+            compute_loss(low_res_masks, chosen).backward()
 
     def step_ours() -> None:
         model.zero_grad(set_to_none=True)
@@ -117,7 +117,7 @@ def compare_gradients(trainable: list, ours, plain) -> float:
         step()
         gradients.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for _, p in trainable])
     norm = torch.stack([gradient.norm() for gradient in gradients[0]]).norm()
-    apart = torch.stack([(one - other).norm() for one, other in zip(*gradients, strict=True)]).norm()
+    apart = torch.stack([(ours - plain).norm() for ours, plain in zip(*gradients, strict=True)]).norm()
     return (apart / norm).item()
 
 

@@ -21,6 +21,7 @@ was checked equal; and what filling the cache takes, per entry, and after how ma
 """
 
 import argparse
+import functools
 import json
 import statistics
 import tempfile
@@ -44,13 +45,13 @@ from train_sam2 import (
     prompted_loss,
 )
 from utils.images import write_image, write_label_map
-from utils.instances.readers import Item
+from utils.instances.readers import Item, read_ids
 from utils.run import seed_everything
 from utils.sam2.embedding_cache import embed, fill_cache, plan_cache
 from utils.sam2.model import build_sam2, decode, freeze_except
 
 TARGETS = {"sam2.1_hiera_small": 3.0, "sam2.1_hiera_tiny": 2.5}
-LIMITS = {"fp16": 5e-3, "fp32": 1e-5}  # of the relative difference of losses; logits: of their largest value
+LIMITS = {"fp16": 5e-3, "fp32": 1e-5}  # the relative difference of losses; that of logits, by their largest
 NUM_OBJECTS, NUM_PICTURES = 8, 3
 CLIP_NORM = 0.1
 
@@ -79,7 +80,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict:
     trainable = freeze_except(model, ["prompt_encoder", "mask_decoder"])
     optimizer = torch.optim.AdamW(parameter_groups(trainable, optim), lr=optim.lr)
     items = write_pictures(folder / "data", side)
-    augmentation = Augmentation(min_area_px=1, hflip=False, color_jitter=0.0)
+    augmentation = Augmentation(hflip=False, color_jitter=0.0)
 
     pictures = [(item.image_path, False) for item in items]
     cache_dir, stored = str(folder / "cache"), arguments.cache_precision
@@ -89,7 +90,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict:
     fill_s = (time.perf_counter() - start) / NUM_PICTURES
     plan = plan_cache(model, cache_dir, stored, "fp32", False, pictures, None)
     assert not plan.missing
-    dataset = PromptedMasks(items, 0, side, NUM_OBJECTS, augmentation, prompts, plan.entries)
+    dataset = PromptedMasks(items, 0, side, NUM_OBJECTS, 1, augmentation, prompts, plan.entries)
     predictor = make_predictor(model)
 
     def step_ours(sample_index: int) -> None:
@@ -164,7 +165,8 @@ def write_pictures(root: Path, side: int) -> list[Item]:
             image_rgb[ids == object_id] = rng.integers(90, 256, 3)
         write_image(root / f"{number}.jpg", image_rgb)
         write_label_map(root / f"{number}.png", ids)
-        items.append(Item(f"{number}", "label_map", root / f"{number}.jpg", root / f"{number}.png"))
+        label_path = root / f"{number}.png"
+        items.append(Item(f"{number}", root / f"{number}.jpg", label_path, functools.partial(read_ids, label_path)))
     return items
 
 

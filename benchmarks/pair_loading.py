@@ -24,7 +24,7 @@ from utils.tracking.siamfc import EXEMPLAR_SIZE
 NUM_SEQUENCES, NUM_FRAMES, SIZE_HW = 4, 6, (1080, 1920)
 NUM_PAIRS, REPEATS = 16, 5
 PAIRS = PairSettings(
-    max_gap=100, per_visit=1, stretch=0.05, exemplar_shift=4.0, instance_shift=4.0, grey=0.0, color_jitter=0.0,
+    max_gap=100, stretch=0.05, exemplar_shift=4.0, instance_shift=4.0, grey=0.0, color_jitter=0.0,
     blur=0.0, random_interpolation=True, random_boxes=0.0, min_side=20, max_side=500, min_share=0.01, max_share=0.5,
     max_aspect=4.0, min_cover=0.3,
 )  # fmt: skip
@@ -86,7 +86,7 @@ def main() -> None:
             format="got10k", root=folder, index=None, train_folder="train", val_folder=None, leave_out=[],
             train_sequences=None, val_sequences=[], val_fraction=0.0, split_seed=0, box_origin=1, on_bad="stop",
         )  # fmt: skip
-        dataset = SiamesePairs(sequences, [usable_frames(one, PAIRS) for one in sequences], 0, PAIRS)
+        dataset = SiamesePairs(sequences, [usable_frames(sequence, PAIRS) for sequence in sequences], 0, PAIRS)
         folders = [sequence.frame_dir for sequence in sequences]
         for index in range(NUM_PAIRS):
             sample, plain = dataset[index], plain_pair(folders, index)

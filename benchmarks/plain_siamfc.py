@@ -62,7 +62,7 @@ class PlainTracker:
         patches = np.stack([self.patch(image, self.x_side * scale, 255) for scale in self.scales])
         x = self.features(torch.from_numpy(patches).permute(0, 3, 1, 2).float())
         responses = (F.conv2d(x, self.kernel) * 0.001).squeeze(1).numpy()
-        responses = np.stack([cv2.resize(one, (272, 272), interpolation=cv2.INTER_CUBIC) for one in responses])
+        responses = np.stack([cv2.resize(small, (272, 272), interpolation=cv2.INTER_CUBIC) for small in responses])
         responses[: self.scale_num // 2] *= self.scale_penalty
         responses[self.scale_num // 2 + 1 :] *= self.scale_penalty
         best = np.argmax(np.amax(responses, axis=(1, 2)))

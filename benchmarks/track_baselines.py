@@ -59,13 +59,13 @@ def list_test_sequences(num_frames: int | None) -> list[Sequence]:
         return sequences
     return [
         replace(
-            one,
-            frame_names=one.frame_names[:num_frames],
-            boxes_xywh=one.boxes_xywh[:num_frames],
-            visible=one.visible[:num_frames],
-            num_annotated=min(one.num_annotated, num_frames),
+            sequence,
+            frame_names=sequence.frame_names[:num_frames],
+            boxes_xywh=sequence.boxes_xywh[:num_frames],
+            visible=sequence.visible[:num_frames],
+            num_annotated=min(sequence.num_annotated, num_frames),
         )
-        for one in sequences
+        for sequence in sequences
     ]
 
 
@@ -73,11 +73,11 @@ def track_siamfc(tracker: SiamFCTracker, sequence: Sequence) -> tuple[np.ndarray
     """Track with SiamFC: boxes_xywh float64 (T, 4) px, 0-based; seconds (T,)."""
     boxes, times_s = [], []
     frames = track_frames(tracker, FrameSource(sequence.frame_paths), sequence.boxes_xywh[:1])
-    for found in tqdm(frames, total=len(sequence), desc=sequence.name, leave=False):
-        if found.error is not None:
-            raise found.error
-        boxes.append(found.boxes_xywh[0])
-        times_s.append(found.time_s)
+    for tracked_frame in tqdm(frames, total=len(sequence), desc=sequence.name, leave=False):
+        if tracked_frame.error is not None:
+            raise tracked_frame.error
+        boxes.append(tracked_frame.boxes_xywh[0])
+        times_s.append(tracked_frame.time_s)
     return np.stack(boxes), np.array(times_s)
 
 
@@ -114,11 +114,11 @@ def table_lines(scores: dict[str, list[dict]], sequences: list[Sequence], fps: d
         f"|---|{'---|' * len(scores)}",
     ]
     for k, sequence in enumerate(sequences):
-        rows = [values[k] | {"ao": values[k]["overlaps"].mean()} for values in scores.values()]
+        rows = [tracker_scores[k] | {"ao": tracker_scores[k]["overlaps"].mean()} for tracker_scores in scores.values()]
         lines.append(f"| {sequence.name}, {len(sequence)} frames | {' | '.join(map(describe, rows))} |")
     means = [
-        mean_one_pass_scores(values) | {"ao": got10k_scores([one["overlaps"] for one in values])["ao_by_sequence"]}
-        for values in scores.values()
+        mean_one_pass_scores(rows) | {"ao": got10k_scores([row["overlaps"] for row in rows])["ao_by_sequence"]}
+        for rows in scores.values()
     ]
     lines.append(f"| mean of {len(sequences)} | {' | '.join(map(describe, means))} |")
     speeds = [f"{fps[name]:.1f}" if np.isfinite(fps[name]) else "" for name in scores]
@@ -135,7 +135,7 @@ def parity_lines(scores: dict[str, list[dict]], sequences: list[Sequence]) -> li
     for sequence in sequences:
         boxes = [read_result(RESULTS / name, sequence.name) for name in ("siamfc", "parity")]
         distances_px[sequence.name] = float(center_error(*boxes).mean())
-    fast, parity = (np.mean([one["success_auc"] for one in scores[name]]) for name in ("siamfc", "parity"))
+    fast, parity = (np.mean([row["success_auc"] for row in scores[name]]) for name in ("siamfc", "parity"))
     median_px = np.median(list(distances_px.values()))
     parted = [f"{name} ({distance_px:.2f} px)" for name, distance_px in distances_px.items() if distance_px > PARTED_PX]
     return [

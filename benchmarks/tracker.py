@@ -108,8 +108,8 @@ def compare_objects(model: SiamFC, size: str) -> None:
     alone = [SiamFCTracker(model, TrackerSettings()) for _ in boxes_xywh]
     trackers = {
         "alone": (
-            lambda frame: [one.init(frame, box[None]) for one, box in zip(alone, boxes_xywh, strict=True)],
-            lambda frame: np.concatenate([one.update(frame)[0] for one in alone]),
+            lambda frame: [tracker.init(frame, box[None]) for tracker, box in zip(alone, boxes_xywh, strict=True)],
+            lambda frame: np.concatenate([tracker.update(frame)[0] for tracker in alone]),
         ),
         "together": (lambda frame: together.init(frame, boxes_xywh), lambda frame: together.update(frame)[0]),
     }
@@ -149,8 +149,8 @@ def compare_end_to_end(model: SiamFC, size: str, folder: Path) -> None:
 
     def run(tracker: SiamFCTracker) -> None:
         with write_video(folder / "ours.mp4", (height, width), 25) as video:
-            for found in track_frames(tracker, FrameSource(paths), box_xywh[None]):
-                video.add(draw(found.frame, found.boxes_xywh[0]))
+            for tracked_frame in track_frames(tracker, FrameSource(paths), box_xywh[None]):
+                video.add(draw(tracked_frame.frame, tracked_frame.boxes_xywh[0]))
 
     runs = {"plain": run_plain}
     for precision in ("fp32", "bf16"):

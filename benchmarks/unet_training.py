@@ -53,7 +53,7 @@ def compare_steps() -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.setdefault(name, loss.item())  # of the first step
+            losses.setdefault(name, loss.item())  # the first step's
 
         steps[name] = step
     ours_s, plain_s = time_in_turn(steps["ours"], steps["plain"], REPEATS)
@@ -86,8 +86,8 @@ def train_ours(config: dict) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         train_unet.train(config, Path(folder), None)
     train_unet.weighted_loss = real_loss
-    seconds, values = zip(*losses, strict=True)
-    return (seconds[-1] - seconds[5]) / (len(seconds) - 6), float(np.mean(values[-STEPS // 5 :]))
+    seconds, step_losses = zip(*losses, strict=True)
+    return (seconds[-1] - seconds[5]) / (len(seconds) - 6), float(np.mean(step_losses[-STEPS // 5 :]))
 
 
 def train_plainly(config: dict) -> tuple[float, float]:
@@ -101,7 +101,7 @@ def train_plainly(config: dict) -> tuple[float, float]:
     items = train_unet.list_splits(reader_keys)["train"]
     dataset = train_unet.AugmentedPairs(items, config["seed"], framing, augmentation, 0, loss_settings, None)
     optimizer = train_unet.build_optimizer(model, optim)
-    seconds, values = [], []
+    seconds, step_losses = [], []
     for step in range(settings.steps):
         first = step * settings.batch_size
         batch = train_unet.collate([dataset[first + place] for place in range(settings.batch_size)])
@@ -109,13 +109,13 @@ def train_plainly(config: dict) -> tuple[float, float]:
             group["lr"] = train_unet.scheduled_lr(step, settings.steps, optim)
         logits = model(batch["images"].float() / 255)
         loss = train_unet.weighted_loss(logits, batch["targets"], loss_settings, None, None)
-        values.append(loss.item())
+        step_losses.append(loss.item())
         seconds.append(time.perf_counter())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return (seconds[-1] - seconds[5]) / (len(seconds) - 6), float(np.mean(values[-STEPS // 5 :]))
+    return (seconds[-1] - seconds[5]) / (len(seconds) - 6), float(np.mean(step_losses[-STEPS // 5 :]))
 
 
 def compare_epochs() -> None:

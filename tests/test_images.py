@@ -59,11 +59,11 @@ def test_read_image_turns_a_palette_into_its_colours(tmp_path, picture, suffix):
 
 
 def test_read_image_scales_16_bit_by_its_type(tmp_path):
-    values = np.array([[0, 128, 129, 4095, 32768, 65535]], np.uint16)
-    cv2.imwrite(str(tmp_path / "grey.png"), values)
-    expected = [round(int(value) * 255 / 65535) for value in values[0]]  # 4095 stays dark: 16
+    pixels = np.array([[0, 128, 129, 4095, 32768, 65535]], np.uint16)
+    cv2.imwrite(str(tmp_path / "grey.png"), pixels)
+    expected = [round(int(value) * 255 / 65535) for value in pixels[0]]  # 4095 stays dark: 16
     assert read_image(tmp_path / "grey.png")[0, :, 0].tolist() == expected == [0, 0, 1, 16, 128, 255]
-    assert read_image_unscaled(tmp_path / "grey.png")[0, :, 1].tolist() == values[0].tolist()
+    assert read_image_unscaled(tmp_path / "grey.png")[0, :, 1].tolist() == pixels[0].tolist()
     rgb = np.array([[[65535, 0, 257]]], np.uint16)
     cv2.imwrite(str(tmp_path / "rgb.png"), rgb[..., ::-1])
     assert read_image(tmp_path / "rgb.png").tolist() == [[[255, 0, 1]]]
@@ -178,11 +178,11 @@ def test_label_maps_of_the_wrong_kind_are_refused_with_a_remedy(tmp_path, pictur
 
 
 def test_read_channels_gives_rgb_order_unscaled(tmp_path):
-    values = np.array([[[1, 2, 300], [65535, 0, 7]]], np.uint16)
-    cv2.imwrite(str(tmp_path / "channels.png"), values[..., ::-1])
-    assert read_channels(tmp_path / "channels.png").tolist() == values.tolist()
-    Image.fromarray(values.astype(np.uint8)).save(tmp_path / "eight.png")
-    assert read_channels(tmp_path / "eight.png").tolist() == values.astype(np.uint8).tolist()
+    channels = np.array([[[1, 2, 300], [65535, 0, 7]]], np.uint16)
+    cv2.imwrite(str(tmp_path / "channels.png"), channels[..., ::-1])
+    assert read_channels(tmp_path / "channels.png").tolist() == channels.tolist()
+    Image.fromarray(channels.astype(np.uint8)).save(tmp_path / "eight.png")
+    assert read_channels(tmp_path / "eight.png").tolist() == channels.astype(np.uint8).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

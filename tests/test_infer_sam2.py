@@ -22,7 +22,7 @@ from pycocotools import mask as coco_mask
 from infer_sam2 import choose_model, infer, list_images, main, output_names
 from utils.checkpoint import save_checkpoint
 from utils.images import overlay_label_map, read_image, write_image
-from utils.instances.readers import Item, read_instances
+from utils.instances.readers import read_sa1b
 from utils.sam2.fast_decoder import decode_fast
 from utils.sam2.model import build_sam2, decode
 
@@ -271,7 +271,7 @@ def test_automatic_masks_and_their_files(folder, tmp_path):
     assert run_record["end"] and run_record["metrics"]["last"]["num_masks"] == count
     assert run_record["config"]["automatic"]["points_per_side"] == 6
 
-    layers = read_instances(Item("photo", "sa1b", folder / "photo.png", tmp_path / "run" / "photo.json"))
+    layers = read_sa1b(tmp_path / "run" / "photo.json").layers
     assert len(np.unique(layers[layers > 0])) == count  # our own reader, for data=sa1b
 
     again = run(folder, tmp_path / "again", f"input={folder / 'photo.png'}", *MANY_MASKS, "max_overlap=0.9")

@@ -12,9 +12,11 @@ from options import read_option
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from utils.dataset_check import check_items, keep_usable
 from utils.images import read_image, write_image, write_label_map
-from utils.instances.check import check_items, keep_usable, mask_statistics, plot_statistics, report_lines
-from utils.instances.readers import object_ids, read_instances, read_item, split_items
+from utils.instances.check import check_item, count, mask_statistics, plot_statistics, report_lines
+from utils.instances.readers import object_ids, read_item, split_items
+from utils.settings import check_keys
 
 
 def data_keys(name: str, root: Path, **changes) -> dict:
@@ -83,7 +85,7 @@ def test_a_map_without_background_keeps_its_smallest_id(tmp_path):
     ids[:, 5:] = 9
     write_png(tmp_path / "labels" / "000.png", ids)
     (item,) = list_all("label_map", tmp_path, val_fraction=0)
-    assert object_ids(read_instances(item)) == [(0, 3, 40), (0, 9, 40)]
+    assert object_ids(item.read().layers) == [(0, 3, 40), (0, 9, 40)]
 
 
 @pytest.mark.parametrize("factor", [1, 50_000_000])  # the second: too large to count in a table
@@ -101,7 +103,7 @@ def test_object_ids_equal_a_plain_loop(factor):
 def test_ids_to_ignore_become_background(tmp_path):
     write_label_maps(tmp_path, 1)
     (item,) = list_all("label_map", tmp_path, val_fraction=0, ignore_ids=[2])
-    assert object_ids(read_instances(item)) == [(0, 1, 20)]
+    assert object_ids(item.read().layers) == [(0, 1, 20)]
 
 
 def test_odd_suffixes_and_stray_files(tmp_path):
@@ -209,8 +211,8 @@ def test_labpics_with_no_background_and_with_no_objects(tmp_path):
     write_labpics(tmp_path, ones, nothing, stem="full")
     write_labpics(tmp_path, nothing, nothing, stem="none")
     full, none = list_all("labpics", tmp_path, **LABPICS)
-    assert object_ids(read_instances(full)) == [(0, 1, 80)]
-    assert object_ids(read_instances(none)) == [] and read_instances(none).shape == (1, 8, 10)
+    assert object_ids(full.read().layers) == [(0, 1, 80)]
+    assert object_ids(none.read().layers) == [] and none.read().layers.shape == (1, 8, 10)
 
 
 def test_labpics_splits_are_its_folders(tmp_path):
@@ -292,7 +294,7 @@ def test_masks_that_interlock_without_overlap_share_a_layer(tmp_path):
     for index, mask in enumerate([1 - ring, ring]):
         write_png(tmp_path / "x" / "masks" / f"{index}.png", mask)
     (item,) = list_all("masks_per_file", tmp_path, val_fraction=0)
-    layers = read_instances(item)
+    layers = item.read().layers
     assert len(layers) == 1
     assert_layers_hold(layers, [ring == 0, ring > 0])
 
@@ -301,7 +303,7 @@ def test_masks_per_file_without_masks_has_no_objects(tmp_path):
     write_picture(tmp_path / "x" / "images" / "x.png")
     (tmp_path / "x" / "masks").mkdir()
     (item,) = list_all("masks_per_file", tmp_path, val_fraction=0)
-    layers = read_instances(item)
+    layers = item.read().layers
     assert layers.shape == (1, 8, 10) and not layers.any()
 
 
@@ -311,7 +313,7 @@ def test_masks_of_different_sizes_are_named(tmp_path):
     write_png(tmp_path / "x" / "masks" / "b.png", np.ones((8, 11), np.uint8))
     (item,) = list_all("masks_per_file", tmp_path, val_fraction=0)
     with pytest.raises(ValueError, match=r"b\.png is 8 x 11 px.*a\.png is 8 x 10"):
-        read_instances(item)
+        item.read()
 
 
 def write_coco(root: Path, masks: list[np.ndarray]) -> list[np.ndarray]:
@@ -342,7 +344,7 @@ COCO = {
 def test_coco_reads_polygons_and_both_run_lengths_and_leaves_crowds_out(tmp_path):
     masks = write_coco(tmp_path, overlapping_masks(20, 24, 32))
     (item,) = list_all("coco", tmp_path, **COCO)
-    assert item.num_crowd == 1
+    assert item.read().num_crowd == 1
     assert_layers_hold(read_item(item)[1], masks)
 
 
@@ -363,7 +365,7 @@ def test_coco_names_the_broken_annotation(tmp_path, segmentation, reason):
     (tmp_path / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     (item,) = list_all("coco", tmp_path, **COCO)
     with pytest.raises(ValueError, match=rf"instances\.json, image one\.jpg, {reason}"):
-        read_instances(item)
+        item.read()
 
 
 def test_json_that_is_not_coco_is_named(tmp_path):
@@ -493,7 +495,9 @@ def test_keys_formats_and_roots_that_are_wrong(tmp_path):
     with pytest.raises(ValueError, match="unknown key data.lable_dir; must be among data.image_dir"):
         split_items(**keys, lable_dir="labels")
     with pytest.raises(ValueError, match="the config lacks data.split_seed"):
-        split_items(**{key: value for key, value in keys.items() if key != "split_seed"})
+        check_keys(split_items, {key: value for key, value in keys.items() if key != "split_seed"}, "data")
+    whole = split_items(**keys)  # a key of the format that is not given is that of the layout
+    assert split_items(**{key: value for key, value in keys.items() if key != "label_dir"}) == whole
     with pytest.raises(ValueError, match="data.root is 3; must be a folder"):
         split_items(**{**keys, "root": 3})
     with pytest.raises(ValueError, match="data.format is 'cocoo'; must be one of labpics, label_map"):
@@ -554,12 +558,12 @@ def remove_one_of_a_pair(name: str, root: Path) -> tuple[dict, Path, Path]:
 @pytest.mark.parametrize("name", ["label_map", "labpics", "masks_per_file", "sa1b", "davis"])
 def test_a_picture_without_annotation_stops_or_is_left_out_and_counted(tmp_path, name):
     changes, image_path, gone = remove_one_of_a_pair(name, tmp_path)
-    pattern = f"1 of 2 pairs lack a file; first: image {image_path} has no annotation {gone}"
+    pattern = f"1 of 2 pairs lack a file; image {image_path} has no annotation {gone}"
     with pytest.raises(FileNotFoundError, match=re.escape(pattern)):
         list_all(name, tmp_path, **changes)
     items = list_all(name, tmp_path, **changes, on_bad="skip")
-    report = check_items(items)
-    assert report.counts["num_bad"] == 1 and report.counts["num_usable"] == 1
+    report = check_items(items, check_item)
+    assert count(report)["num_bad"] == 1 and count(report)["num_usable"] == 1
     assert [item.name for item in keep_usable(items, report, "skip")] == [items[0].name]
 
 
@@ -613,8 +617,8 @@ def write_faulty(root: Path) -> list[str]:
 def test_check_names_each_fault_and_its_remedy(tmp_path):
     usable = write_faulty(tmp_path)
     items = list_all("label_map", tmp_path)
-    report = check_items(items)
-    assert report.counts == {
+    report = check_items(items, check_item)
+    assert count(report) == {
         "num_checked": 12,
         "num_usable": 6,
         "num_bad": 5,
@@ -652,7 +656,7 @@ def test_a_clean_dataset_passes_and_loses_only_pictures_without_objects(tmp_path
     write_label_maps(tmp_path, 4)
     write_png(tmp_path / "labels" / "002.png", np.zeros((8, 10), np.uint8))
     items = list_all("label_map", tmp_path)
-    report = check_items(items)
+    report = check_items(items, check_item)
     assert [item.name for item in keep_usable(items, report, "stop")] == ["000", "001", "003"]
 
 
@@ -674,10 +678,10 @@ def test_empty_masks_are_named(tmp_path, name):
         content = {"image": {"height": 24, "width": 32}, "annotations": annotations}
         (tmp_path / "x.json").write_text(json.dumps(content))
         expected = "annotation 41"
-    report = check_items(list_all(name, tmp_path, **changes))
+    report = check_items(list_all(name, tmp_path, **changes), check_item)
     (what,) = [what for item in report.items for kind, what in item.remarks if kind == "empty masks"]
     assert what.endswith(f": {expected}")
-    assert report.counts["num_usable"] == 1 and report.counts["num_crowd"] == (name == "coco")
+    assert count(report)["num_usable"] == 1 and count(report)["num_crowd"] == (name == "coco")
 
 
 @pytest.mark.parametrize("factor", [1, 20_000_000])  # the second: too large to count in a table
@@ -686,17 +690,17 @@ def test_centers_equal_a_plain_loop(tmp_path, factor):
     write_picture(tmp_path / "images" / "a.png")
     (tmp_path / "labels").mkdir()
     write_label_map(tmp_path / "labels" / "a.png", ids)
-    (item,) = check_items(list_all("label_map", tmp_path, val_fraction=0)).items
+    (item,) = check_items(list_all("label_map", tmp_path, val_fraction=0), check_item).items
     expected = [np.argwhere(ids == value).mean(0)[::-1] + 0.5 for value in np.unique(ids)]
-    assert item.centers_xy == pytest.approx(np.array(expected) / [10, 8])
-    assert item.areas_px.tolist() == [(ids == value).sum() for value in np.unique(ids)]
+    assert item.content.centers_xy == pytest.approx(np.array(expected) / [10, 8])
+    assert item.content.areas_px.tolist() == [(ids == value).sum() for value in np.unique(ids)]
 
 
 def test_statistics_equal_numbers_counted_by_hand(tmp_path):
     write_label_maps(tmp_path, 2)  # objects: 20 px around (2.5, 2), 12 px around (8, 6.5) of 10 x 8
     ids = np.ones((8, 10), np.uint8)
     write_png(tmp_path / "labels" / "001.png", ids)
-    report = check_items(list_all("label_map", tmp_path))
+    report = check_items(list_all("label_map", tmp_path), check_item)
     statistics = mask_statistics(report)
     assert statistics["masks_per_image"] == {"min": 1, "max": 2, "mean": 1.5, "median": 1.5}
     assert statistics["area_share"]["p50"] == pytest.approx(20 / 80)
@@ -712,7 +716,7 @@ def test_statistics_equal_numbers_counted_by_hand(tmp_path):
 def test_statistics_of_nothing(tmp_path):
     write_label_maps(tmp_path, 1)
     (tmp_path / "images" / "000.jpg").write_bytes(b"")
-    report = check_items(list_all("label_map", tmp_path, val_fraction=0))
+    report = check_items(list_all("label_map", tmp_path, val_fraction=0), check_item)
     assert mask_statistics(report) == {} and report_lines(report)[0].startswith("checked 1 images: 0 usable, 1 bad")
     plot_statistics(report, tmp_path / "statistics.png")
     assert (tmp_path / "statistics.png").is_file()
@@ -729,9 +733,9 @@ def test_check_of_1000_images_takes_less_than_30_seconds(tmp_path):
         ids = np.kron(np.arange(64).reshape(8, 8), np.ones((32, 32), int))
         write_label_map(tmp_path / "labels" / f"{index}.png", ids)
     start_s = time.process_time()  # of all threads: what one core of its own would need, whoever else is busy
-    report = check_items(list_all("label_map", tmp_path))
+    report = check_items(list_all("label_map", tmp_path), check_item)
     assert time.process_time() - start_s < 30
-    assert report.counts["num_usable"] == 1000 and report.counts["num_objects"] == 63_000
+    assert count(report)["num_usable"] == 1000 and count(report)["num_objects"] == 63_000
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -742,8 +746,8 @@ def test_real_dsb2018(data_root):
     keys = data_keys("dsb2018", data_root / "DSB2018" / "stage1_train")
     train_items, val_items = split_items(**keys)
     assert (len(train_items), len(val_items)) == (98, 24)
-    report = check_items(train_items + val_items)
-    assert report.counts["num_usable"] == 122 and report.counts["num_objects"] == 2582 and not report.bad
+    report = check_items(train_items + val_items, check_item)
+    assert count(report)["num_usable"] == 122 and count(report)["num_objects"] == 2582 and not report.bad
     layers = read_item(train_items[0])[1]
     for index, path in enumerate(sorted(train_items[0].annotation_path.glob("*.png"))):
         assert np.array_equal((layers == index + 1).any(0), np.array(Image.open(path)) > 0)
@@ -757,8 +761,8 @@ def test_real_coco(data_root):
     }
     root = data_root / "COCO_panoptic_sample"
     items = list_all("coco", root, **changes)
-    report = check_items(items)
-    assert (report.counts["num_objects"], report.counts["num_crowd"]) == (47, 3)  # 50 segments
+    report = check_items(items, check_item)
+    assert (count(report)["num_objects"], count(report)["num_crowd"]) == (47, 3)  # 50 segments
     content = json.loads((root / "panoptic_coco_detection_format.json").read_text())
     for item in items:
         kept = [
@@ -768,14 +772,14 @@ def test_real_coco(data_root):
         ]
         assert_layers_hold(read_item(item)[1], kept)
     changes = {**COCO, "train_images": ".", "train_annotations": "annotations.json"}
-    report = check_items(list_all("coco", data_root / "COCO_labelme_voc3" / "data_dataset_coco", **changes))
-    assert report.counts["num_usable"] == 3 and report.counts["num_objects"] == 12
+    report = check_items(list_all("coco", data_root / "COCO_labelme_voc3" / "data_dataset_coco", **changes), check_item)
+    assert count(report)["num_usable"] == 3 and count(report)["num_objects"] == 12
 
 
 def test_real_palette_maps(data_root):
     changes = {"image_dir": "data_annotated", "label_dir": "data_dataset_voc/SegmentationObject"}
-    report = check_items(list_all("label_map", data_root / "COCO_labelme_voc3", **changes))
-    assert report.counts["num_usable"] == 3 and report.counts["num_objects"] == 12
+    report = check_items(list_all("label_map", data_root / "COCO_labelme_voc3", **changes), check_item)
+    assert count(report)["num_usable"] == 3 and count(report)["num_objects"] == 12
 
 
 def test_real_davis(data_root):

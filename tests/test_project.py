@@ -77,11 +77,11 @@ def test_no_import_cycles_in_utils():
 def test_sam2_and_instantiate_stand_in_one_file_and_not_at_its_top():
     for path in SCRIPTS + UTILS:
         tree = parse(path)
-        found = {name for name in imports(tree) if name.split(".")[0] == "sam2" or name == "hydra.utils.instantiate"}
+        imported = {name for name in imports(tree) if name.split(".")[0] == "sam2" or name == "hydra.utils.instantiate"}
         attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        found |= attributes & {"instantiate"}
+        imported |= attributes & {"instantiate"}
         if path != ROOT / "utils" / "sam2" / "model.py":
-            assert not found, path
+            assert not imported, path
             continue
         top = ast.Module([node for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))], [])
         assert not {name for name in imports(top) if name.split(".")[0] in ("sam2", "hydra")}, path
@@ -121,8 +121,8 @@ for name in sys.argv[1:]:
 def test_importing_any_file_prints_writes_and_starts_nothing(tmp_path):
     def files():
         folders = [ROOT / name for name in ("configs", "data", "checkpoints", "outputs", "utils")]
-        found = list(ROOT.glob("*")) + [path for folder in folders for path in folder.rglob("*")]
-        return {path for path in found if "cache" not in path.as_posix()}
+        paths = list(ROOT.glob("*")) + [path for folder in folders for path in folder.rglob("*")]
+        return {path for path in paths if "cache" not in path.as_posix()}
 
     before = files()
     names = [module_name(path) for path in UTILS] + [path.stem for path in SCRIPTS]

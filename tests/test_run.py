@@ -1,13 +1,11 @@
-"""What all scripts share: settings, device, precision, seeds, sample stream, learning rate, records of a run."""
+"""What all scripts share: device, precision, seeds, sample stream, learning rate, records of a run."""
 
 import csv
-import functools
 import json
 import math
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -16,72 +14,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from utils import listing, run, settings
+from utils import listing, run
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.log import MetricsLog, finish_run, git_state, plot_curves, start_run
 
 CPU = torch.device("cpu")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# settings
-
-
-@dataclass(frozen=True)
-class Knobs:
-    steps: int
-    lr: float
-    name: str
-    is_quick: bool
-    parts: list
-    counts: list[int]
-    size: int | None
-    note: str | None = None
-
-
-KNOBS = {"steps": 3, "lr": 0.5, "name": "a", "is_quick": False, "parts": [{"b": 2}], "counts": [1, 2], "size": None}
-
-
-def test_settings_are_the_values_of_their_section():
-    assert settings.read_settings(Knobs, KNOBS, "train") == Knobs(**KNOBS)
-    for more in ({"lr": 1}, {"size": 7}, {"note": "x"}, {"parts": []}, {"counts": []}):  # a whole number is a number
-        assert settings.read_settings(Knobs, KNOBS | more, "") == Knobs(**KNOBS | more)
-
-
-@pytest.mark.parametrize(
-    "change, line",
-    [
-        ({"steps": "abc"}, "train.steps is 'abc'; must be a whole number"),
-        ({"steps": 2.0}, "train.steps is 2.0; must be a whole number"),
-        ({"steps": True}, "train.steps is True; must be a whole number"),  # for Python it is one
-        ({"steps": None}, "train.steps is None; must be a whole number"),
-        ({"lr": "1e-5"}, "train.lr is '1e-5'; must be a number"),
-        ({"lr": False}, "train.lr is False; must be a number"),
-        ({"name": 3}, "train.name is 3; must be text"),
-        ({"is_quick": "maybe"}, "train.is_quick is 'maybe'; must be true or false"),
-        ({"is_quick": 1}, "train.is_quick is 1; must be true or false"),
-        ({"parts": "a"}, "train.parts is 'a'; must be a list"),
-        ({"counts": 1}, "train.counts is 1; must be a list, each a whole number"),
-        ({"counts": [1, 2.5]}, "train.counts is [1, 2.5]; must be a list, each a whole number"),
-        ({"size": "big"}, "train.size is 'big'; must be a whole number or null"),
-        ({"note": 5}, "train.note is 5; must be text or null"),
-    ],
-)
-def test_a_value_of_another_type_is_named_with_its_section(change, line):
-    with pytest.raises(ValueError) as error:
-        settings.read_settings(Knobs, KNOBS | change, "train")
-    assert str(error.value) == line
-
-
-def test_unknown_and_missing_keys_are_named_with_their_section():
-    with pytest.raises(ValueError, match="^unknown key train.stepz; must be among train.steps, train.lr, "):
-        settings.read_settings(Knobs, KNOBS | {"stepz": 3}, "train")
-    with pytest.raises(ValueError, match="^unknown key stepz; must be among steps, lr, "):
-        settings.read_settings(Knobs, KNOBS | {"stepz": 3}, "")
-    with pytest.raises(ValueError, match="^the config lacks train.lr; must be a number$"):
-        settings.read_settings(Knobs, {key: value for key, value in KNOBS.items() if key != "lr"}, "train")
-    with pytest.raises(ValueError, match="^train is 3; must be a section of keys and values$"):
-        settings.read_settings(Knobs, 3, "train")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,21 +340,7 @@ def test_curves_show_sparse_columns_and_survive_nan(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# keys of functions, folders, long lists
-
-
-def test_keys_that_a_function_does_not_take_or_lacks_are_named():
-    def split(root, val_fraction, seed=0):
-        pass
-
-    bound = functools.partial(split, "folder")
-    settings.check_keys(bound, {"val_fraction": 0.1}, "data")
-    settings.check_keys(bound, {"val_fraction": 0.1, "seed": 3}, "data")
-    with pytest.raises(ValueError, match="^unknown key data.sed; must be among data.val_fraction, data.seed$"):
-        settings.check_keys(bound, {"val_fraction": 0.1, "sed": 3}, "data")
-    with pytest.raises(ValueError, match="^the config lacks data.val_fraction$"):
-        settings.check_keys(bound, {"seed": 3}, "data")
-    settings.check_keys(lambda first, **others: None, {"first": 1, "anything": 2}, "data")
+# folders, long lists
 
 
 def test_dataset_folder_is_there_or_named(tmp_path):
@@ -436,20 +359,14 @@ def test_long_lists_are_cut_and_say_so():
     assert listing.first_few(list("abcd"), 2) == ["a", "b", "... and 2 more"]
 
 
-def test_an_error_of_a_data_loading_process_is_described_by_its_last_line():
-    caught = "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  ...\n"
-    assert settings.describe_error(ValueError(caught + "ValueError: a.jpg is empty\n")) == "ValueError: a.jpg is empty"
-    assert settings.describe_error(ValueError("differs:\n  train.steps")) == "differs:\n  train.steps"
-
-
 def test_validation_is_drawn_by_a_seeded_order_that_new_names_do_not_change():
     names = {f"video_{number}" for number in range(20)}
-    drawn = listing.draw_validation(names, 0.25, 0)
-    assert len(drawn) == 5 and drawn < names and drawn != listing.draw_validation(names, 0.25, 1)
-    more = listing.draw_validation(names | {"video_20"}, 0.25, 0)
+    drawn = listing.draw_split(names, 0.25, 0)[0]
+    assert len(drawn) == 5 and drawn < names and drawn != listing.draw_split(names, 0.25, 1)[0]
+    more = listing.draw_split(names | {"video_20"}, 0.25, 0)[0]
     assert len(more & drawn) >= 4  # the new name may take the place of one
-    assert [len(listing.draw_validation(names, share, 0)) for share in (0, 0.001, 0.999, 1)] == [0, 1, 19, 20]
+    assert [len(listing.draw_split(names, share, 0)[0]) for share in (0, 0.001, 0.999, 1)] == [0, 1, 19, 20]
     with pytest.raises(ValueError, match="data.val_fraction is 2; must be in 0..1"):
-        listing.draw_validation(names, 2, 0)
+        listing.draw_split(names, 2, 0)
     with pytest.raises(ValueError, match="there is only alone to split"):
-        listing.draw_validation({"alone"}, 0.5, 0)
+        listing.draw_split({"alone"}, 0.5, 0)

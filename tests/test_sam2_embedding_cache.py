@@ -273,7 +273,7 @@ def test_torn_entry_is_found_and_made_again(damage, root, cache_dir, num_encoded
 def build_run_model(root):
     """The model of a run of `tiny_config`."""
     config = tiny_config(root)
-    train_sam2.seed_everything(config["seed"])
+    train_sam2.run.seed_everything(config["seed"])
     return build_sam2(**config["model"], device="cpu")
 
 

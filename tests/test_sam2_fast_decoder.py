@@ -9,7 +9,7 @@ from utils.sam2.fast_decoder import decode_fast, to_pixels
 from utils.sam2.model import FrozenMaps, build_sam2, decode, finish_embeddings, freeze_except, project_high_res
 
 UNSEEN = "cross_attn_token_to_image.k_proj.bias", "final_attn_token_to_image.k_proj.bias"  # no mask depends on them
-IMAGE_INDEX = torch.tensor([3, 0, 0, 1, 3, 3, 0])  # of seven objects in four images, in no order; none in the third
+IMAGE_INDEX = torch.tensor([3, 0, 0, 1, 3, 3, 0])  # seven objects in four images, in no order; none in the third
 
 
 @pytest.fixture(scope="module", params=["sam2_nano", "sam2.1_hiera_tiny"])
@@ -44,8 +44,8 @@ def random_inputs(model: torch.nn.Module, num_images: int, num_objects: int, num
 def run(model, inputs: dict, image_index: torch.Tensor, multimask_output: bool, fast: bool):
     """Decode by decode_fast, or by sam2's decoder: outputs, and gradients of all inputs and parameters by name."""
     model.zero_grad(set_to_none=True)
-    for values in inputs.values():
-        values.grad = None
+    for tensor in inputs.values():
+        tensor.grad = None
     dense = inputs["dense_embeddings"]
     is_shared = len(dense) == 1
     dense = dense.expand(len(image_index), -1, -1, -1)
@@ -67,17 +67,17 @@ def run(model, inputs: dict, image_index: torch.Tensor, multimask_output: bool, 
         )
         outputs = masks, ious, scores
     generator = torch.Generator().manual_seed(2)
-    weights = [torch.randn(values.shape, generator=generator, dtype=values.dtype) for values in outputs]
+    weights = [torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) for tensor in outputs]
     if torch.is_grad_enabled():
-        sum((values * weight).sum() for values, weight in zip(outputs, weights, strict=True)).backward()
-    gradients = {name: values.grad for name, values in [*inputs.items(), *model.named_parameters()]}
+        sum((tensor * weight).sum() for tensor, weight in zip(outputs, weights, strict=True)).backward()
+    gradients = {name: tensor.grad for name, tensor in [*inputs.items(), *model.named_parameters()]}
     return outputs, {name: gradient for name, gradient in gradients.items() if gradient is not None}
 
 
-def assert_close(found: torch.Tensor, expected: torch.Tensor, name: str = "") -> None:
+def assert_close(computed: torch.Tensor, expected: torch.Tensor, name: str = "") -> None:
     """Compare to 1e-9 of the largest value."""
-    assert found.shape == expected.shape, name
-    assert (found - expected).abs().max() <= 1e-9 * expected.abs().max(), name
+    assert computed.shape == expected.shape, name
+    assert (computed - expected).abs().max() <= 1e-9 * expected.abs().max(), name
 
 
 @pytest.mark.parametrize("is_training", [True, False])
@@ -90,9 +90,9 @@ def test_masks_and_gradients_are_those_of_sam2s_decoder(
     inputs = random_inputs(model, int(image_index.max()) + 1, len(image_index), num_tokens, has_masks)
     model.train(is_training)
     expected, expected_gradients = run(model, inputs, image_index, multimask_output, fast=False)
-    found, gradients = run(model, inputs, image_index, multimask_output, fast=True)
-    for one, other in zip(found, expected, strict=True):
-        assert_close(one, other)
+    fast, gradients = run(model, inputs, image_index, multimask_output, fast=True)
+    for ours, other in zip(fast, expected, strict=True):
+        assert_close(ours, other)
     unseen = {name for name in expected_gradients if name.endswith(UNSEEN)}
     assert len(unseen) == 3 and gradients.keys() == expected_gradients.keys() - unseen
     largest = max(gradient.abs().max() for gradient in expected_gradients.values())
@@ -105,7 +105,7 @@ def test_masks_and_gradients_are_those_of_sam2s_decoder(
 @pytest.mark.parametrize("most_objects", [1, 3])
 def test_without_gradient_few_objects_at_a_time_give_the_same(model, most_objects, monkeypatch):
     num_objects = 9
-    image_index = torch.arange(num_objects) % 2  # of two images in turn
+    image_index = torch.arange(num_objects) % 2  # two images in turn
     monkeypatch.setattr(fast_decoder, "PIXELS_ON_CPU", most_objects * 6 * 6)
     calls = []
     decode_image = fast_decoder._decode_image
@@ -114,9 +114,9 @@ def test_without_gradient_few_objects_at_a_time_give_the_same(model, most_object
     model.eval()
     with torch.no_grad():
         expected = run(model, inputs, image_index, True, fast=False)[0]
-        found = run(model, inputs, image_index, True, fast=True)[0]
-    for one, other in zip(found, expected, strict=True):
-        assert_close(one, other)
+        fast = run(model, inputs, image_index, True, fast=True)[0]
+    for ours, other in zip(fast, expected, strict=True):
+        assert_close(ours, other)
     assert calls == {1: [1] * 9, 3: [3, 2, 3, 1]}[most_objects]
 
 
@@ -145,8 +145,8 @@ def test_fine_maps_through_one_convolution_are_those_through_two(model):
         decoder = model.sam_mask_decoder
         parameters = [*decoder.conv_s0.parameters(), *decoder.conv_s1.parameters()]
         seen.append([projected.stride_4, projected.stride_8, *(parameter.grad for parameter in parameters)])
-    for expected, found in zip(*seen, strict=True):
-        assert_close(found, expected)
+    for expected, computed in zip(*seen, strict=True):
+        assert_close(computed, expected)
 
 
 def test_a_decoder_of_another_kind_is_refused(model, monkeypatch):
@@ -181,7 +181,7 @@ def test_decode_uses_it_where_the_model_says_so(precision, has_mask):
                 decode(model, finish_embeddings(model, maps), image_index, points, labels, masks, True)
                 for model in models
             ]
-    for one, official, truth in zip(outputs[1], outputs[0], exact, strict=True):
+    for ours, official, truth in zip(outputs[1], outputs[0], exact, strict=True):
         limit = 1e-5 * truth.abs().max() if precision is None else 2 * (official.float() - truth).abs().max()
-        assert (one.float() - truth).abs().max() <= limit
+        assert (ours.float() - truth).abs().max() <= limit
     assert not torch.equal(outputs[1][0], outputs[0][0])  # it is another way: it rounds differently

@@ -107,9 +107,8 @@ def official_masks(official, model, image_rgb, **settings):
 def assert_same_masks(theirs, ours):
     """Issue's measure: matched mean IoU >= 0.99, at most 1 % unmatched either way; and the records of the matched."""
     assert len(theirs) >= 20, len(theirs)
-    ious = coco_mask.iou(
-        [one["segmentation"] for one in ours], [one["segmentation"] for one in theirs], [0] * len(theirs)
-    )
+    segmentations = [[annotation["segmentation"] for annotation in annotations] for annotations in (ours, theirs)]
+    ious = coco_mask.iou(*segmentations, [0] * len(theirs))
     assert ious.max(0).mean() >= 0.99 and ious.max(1).mean() >= 0.99
     assert (ious.max(0) < 0.9).mean() <= 0.01 and (ious.max(1) < 0.9).mean() <= 0.01
     num_same = 0
@@ -142,7 +141,7 @@ def test_generates_the_masks_of_the_official_generator(official, image_hw, crop_
     ours = generate_masks(BlobModel(), image_rgb, AutomaticSettings(**settings))
     assert_same_masks(theirs, ours.annotations)
     assert ours.num_prompts == 16 * 16 + crop_n_layers * 4 * 8 * 8
-    scores = [one["predicted_iou"] for one in ours.annotations]
+    scores = [annotation["predicted_iou"] for annotation in ours.annotations]
     assert scores == sorted(scores, reverse=True)
 
 
@@ -158,9 +157,9 @@ def test_generates_the_masks_of_the_official_generator_with_the_nano(official):
     model = build_sam2(**config, device="cpu")
     if config["checkpoint"] == "none":
         with torch.no_grad():
-            for name, values in model.named_parameters():  # so that masks depend on the point
-                if ("transformer" in name and values.dim() > 1) or "point_embeddings" in name:
-                    values.mul_(4)
+            for name, weight in model.named_parameters():  # so that masks depend on the point
+                if ("transformer" in name and weight.dim() > 1) or "point_embeddings" in name:
+                    weight.mul_(4)
     image_rgb = coins()
     theirs = official_masks(official, model, image_rgb, **settings)
     ours = generate_masks(model, image_rgb, AutomaticSettings(**settings))
@@ -258,16 +257,18 @@ def test_parts_of_a_batch_give_its_masks(image_size, points_per_side, monkeypatc
 
 
 def test_nothing_found_is_an_empty_list():
-    found = generate_masks(BlobModel(), smooth_image(50, 60), AutomaticSettings(points_per_side=4, pred_iou_thresh=1.0))
-    assert found.annotations == [] and found.num_prompts == 16
+    settings = AutomaticSettings(points_per_side=4, pred_iou_thresh=1.0)
+    generated = generate_masks(BlobModel(), smooth_image(50, 60), settings)
+    assert generated.annotations == [] and generated.num_prompts == 16
 
 
 def test_min_area_drops_small_masks():
     image_rgb = smooth_image(200, 200)
-    found = generate_masks(BlobModel(), image_rgb, AutomaticSettings(points_per_side=12)).annotations
-    limit = int(np.median([one["area"] for one in found]))
+    annotations = generate_masks(BlobModel(), image_rgb, AutomaticSettings(points_per_side=12)).annotations
+    limit = int(np.median([annotation["area"] for annotation in annotations]))
     large = generate_masks(BlobModel(), image_rgb, AutomaticSettings(points_per_side=12, min_area=limit)).annotations
-    assert large == [one for one in found if one["area"] >= limit] and 0 < len(large) < len(found)
+    assert large == [annotation for annotation in annotations if annotation["area"] >= limit]
+    assert 0 < len(large) < len(annotations)
 
 
 def test_min_region_area_leaves_no_small_region():
@@ -277,13 +278,13 @@ def test_min_region_area_leaves_no_small_region():
     ragged = generate_masks(BlobModel(), image_rgb, AutomaticSettings(**settings)).annotations
     clean = generate_masks(BlobModel(), image_rgb, AutomaticSettings(**settings, min_region_area=60)).annotations
     assert ragged and clean
-    assert any(smallest_region(one) < 60 for one in ragged)
-    for one in clean:
-        mask = rle_to_mask(one["segmentation"])
-        assert smallest_region(one) >= 60
-        assert one["area"] == mask.sum()
+    assert any(smallest_region(annotation) < 60 for annotation in ragged)
+    for annotation in clean:
+        mask = rle_to_mask(annotation["segmentation"])
+        assert smallest_region(annotation) >= 60
+        assert annotation["area"] == mask.sum()
         ys, xs = np.nonzero(mask)
-        assert one["bbox"] == [xs.min(), ys.min(), xs.max() - xs.min(), ys.max() - ys.min()]
+        assert annotation["bbox"] == [xs.min(), ys.min(), xs.max() - xs.min(), ys.max() - ys.min()]
 
 
 def smallest_region(annotation):

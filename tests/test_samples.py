@@ -10,6 +10,7 @@ import skimage.data
 from options import read_option
 from torchvision.datasets import OxfordIIITPet
 
+from utils.dataset_check import check_items
 from utils.instances.readers import object_ids, read_item, split_items
 from utils.samples import glassware as glassware_sample
 from utils.samples import moving_shapes, scenes, write
@@ -20,7 +21,7 @@ from utils.samples.pets import draw_pet
 from utils.samples.scenes import draw_scene, read_photographs
 from utils.samples.write import write_samples
 from utils.segmentation import readers as semantic_data
-from utils.segmentation.check import check_items
+from utils.segmentation.check import check_item
 
 
 def data_config(name: str, root) -> dict:
@@ -51,7 +52,8 @@ def test_a_scene_is_a_function_of_its_generator():
 
 def test_textures_come_from_the_photographs_of_scikit_image():
     photographs = read_photographs()
-    assert len(photographs) == 12 and all(one.shape[2] == 3 and one.dtype == np.uint8 for one in photographs)
+    assert len(photographs) == 12
+    assert all(photograph.shape[2] == 3 and photograph.dtype == np.uint8 for photograph in photographs)
     assert np.array_equal(photographs[0], skimage.data.astronaut())
     assert any(
         not np.array_equal(scene(index)[0], draw_scene(np.random.default_rng([5, index]), 128, [])[0])
@@ -68,9 +70,9 @@ def test_without_scikit_image_one_line_says_what_to_install(monkeypatch):
 def test_scenes_have_objects_of_many_sizes_and_numbers():
     counts, areas = [], []
     for index in range(60):
-        found = object_ids(scene(index)[1][None])
-        counts.append(len(found))
-        areas += [area / 128**2 for _, _, area in found]
+        objects = object_ids(scene(index)[1][None])
+        counts.append(len(objects))
+        areas += [area / 128**2 for _, _, area in objects]
     assert min(counts) >= 1 and np.median(counts) < 30 < max(counts)
     assert np.quantile(areas, 0.05) < 0.004 and np.quantile(areas, 0.98) > 0.05
 
@@ -121,10 +123,10 @@ def test_crowds_differ_from_their_ground(monkeypatch):
     monkeypatch.setattr(scenes, "finish_picture", lambda rng, image: image)
     for index in range(12):
         image, ids = scenes._draw_crowd(np.random.default_rng(index), 128)
-        found = object_ids(ids[None])
-        assert found and ids.max() <= 120
+        objects = object_ids(ids[None])
+        assert objects and ids.max() <= 120
         differences = []
-        for _, object_id, _ in found:
+        for _, object_id, _ in objects:
             mask = ids == object_id
             ring = cv2.dilate(mask.astype(np.uint8), np.ones((9, 9), np.uint8)).astype(bool) & (ids == 0)
             if ring.any():
@@ -363,7 +365,7 @@ def test_pets_are_read_by_the_default_config(pets):
     assert config.pop("generate") == "pets" and config["root"] == "data/generated_pets"
     splits = semantic_data.split_items(**config | {"root": str(pets)})
     assert [len(split) for split in splits] == [8, 2, 5]
-    report = check_items(sum(splits, []))
+    report = check_items(sum(splits, []), check_item)
     assert report.counts["num_usable"] == 15 and not any(item.remarks for item in report.items)
     for item in splits[2]:
         image, class_map = semantic_data.read_item(item)
@@ -395,7 +397,7 @@ def moving(index: int):
 def test_moving_shapes_are_a_function_of_their_generator():
     frames, boxes_xywh, cover = moving(0)
     again, again_boxes, again_cover = moving(0)
-    assert all(np.array_equal(one, other) for one, other in zip(frames, again, strict=True))
+    assert all(np.array_equal(frame, other) for frame, other in zip(frames, again, strict=True))
     assert np.array_equal(boxes_xywh, again_boxes) and np.array_equal(cover, again_cover)
     assert len(frames) == 14 and frames[0].shape == (160, 200, 3) and frames[0].dtype == np.uint8
     assert boxes_xywh.shape == (14, 4) and boxes_xywh.dtype == np.float64 and cover.dtype == np.int64

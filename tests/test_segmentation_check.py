@@ -13,15 +13,23 @@ from options import read_option
 from PIL import Image
 from test_segmentation_readers import bands, data_keys, write_pairs, write_picture, write_png
 
+from utils.dataset_check import check_items
 from utils.images import read_image
-from utils.segmentation.check import check_items, class_frequencies, keep_usable, plot_statistics, report_lines
+from utils.segmentation.check import (
+    check_item,
+    class_frequencies,
+    count,
+    keep_usable,
+    plot_statistics,
+    report_lines,
+)
 from utils.segmentation.readers import read_item, split_items
 
 
 def check(root: Path, **changes):
     """Split and check a folders dataset: (items, report, all lines of it)."""
     items = sum(split_items(**data_keys("folders", root, **changes)), [])
-    report = check_items(items, num_threads=2)
+    report = check_items(items, check_item, num_threads=2)
     return items, report, "\n".join(report_lines(report, None))
 
 
@@ -82,7 +90,7 @@ def test_a_missing_mask_and_a_stray_picture_are_named(tmp_path):
     items, report, lines = check(tmp_path, on_bad="skip")
     kept = keep_usable(items, report, "skip")
     assert len(kept) == 19 and not {"003_copy", "007", "07"} & {item.name for item in kept}
-    assert report.counts == {"num_checked": 22, "num_usable": 19, "num_bad": 3, "num_all_ignored": 0}
+    assert count(report) == {"num_checked": 22, "num_usable": 19, "num_bad": 3, "num_all_ignored": 0}
     for name in ("masks/003_copy.png", "masks/007.png", "images/07.jpg"):
         assert f"no file {tmp_path}/{name}" in lines
 
@@ -267,7 +275,7 @@ def test_masks_that_are_all_ignored_are_left_out_and_counted(tmp_path):
     write_png(tmp_path / "masks" / "006.png", np.zeros((8, 10), np.uint8))
     items, report, lines = check(tmp_path, ignore_values=[255])
     kept = keep_usable(items, report, "stop")
-    assert len(kept) == 9 and "005" not in {item.name for item in kept} and report.counts["num_all_ignored"] == 1
+    assert len(kept) == 9 and "005" not in {item.name for item in kept} and count(report)["num_all_ignored"] == 1
     assert "masks/005.png" in lines and "1 with a single class" in lines and "masks/006.png: class 0" in lines
     assert "ignored: 10.000% of the pixels" in lines
 
@@ -302,10 +310,12 @@ def test_class_frequencies_equal_a_plain_count(tmp_path):
 def test_the_report_is_the_same_for_any_number_of_threads_and_is_drawn(tmp_path):
     write_pairs(tmp_path, 12)
     items = sum(split_items(**data_keys("folders", tmp_path)), [])
-    assert report_lines(check_items(items, 1)) == report_lines(check_items(items, 4))
-    plot_statistics(check_items(items), tmp_path / "dataset.png")
+    assert report_lines(check_items(items, check_item, 1)) == report_lines(check_items(items, check_item, 4))
+    plot_statistics(check_items(items, check_item), tmp_path / "dataset.png")
     assert np.ptp(read_image(tmp_path / "dataset.png")) > 100
-    assert check_items([]).counts["num_checked"] == 0 and len(report_lines(check_items([]))) == 1
+    assert (
+        count(check_items([], check_item))["num_checked"] == 0 and len(report_lines(check_items([], check_item))) == 1
+    )
     assert len(re.findall("masks/0", "\n".join(report_lines(check(tmp_path, class_values={7: 0, 9: 1})[1], 5)))) == 5
 
 
@@ -316,8 +326,8 @@ def test_isbi_stacks_are_checked_page_by_page(tmp_path):
     )
     pages[0].save(tmp_path / "train-labels.tif", save_all=True, append_images=pages[1:])
     items = sum(split_items(**data_keys("isbi", tmp_path)), [])
-    report = check_items(items)
-    assert report.counts["num_bad"] == 15
+    report = check_items(items, check_item)
+    assert count(report)["num_bad"] == 15
     assert f"mask {tmp_path}/train-labels.tif, page 1, has values that are no class: 1" in report.bad[0].faults[0]
 
 
@@ -336,7 +346,7 @@ def test_a_thousand_pictures_in_half_a_minute(tmp_path):
     start, start_cpu = time.perf_counter(), time.process_time()
     _, report, _ = check(tmp_path, num_classes=3)
     wall_s, cpu_s = time.perf_counter() - start, time.process_time() - start_cpu
-    assert report.counts["num_usable"] == 1000
+    assert count(report)["num_usable"] == 1000
     # of the processor's time where other work shares it: it is what the check takes on one core that is its own
     assert min(wall_s, cpu_s) < 30, (wall_s, cpu_s, os.getloadavg())
 
@@ -344,5 +354,5 @@ def test_a_thousand_pictures_in_half_a_minute(tmp_path):
 def test_real_data_has_no_faults(data_root):
     for name, folder in (("isbi", "ISBI2012/membrane"), ("camvid", "CamVid")):
         items = sum(split_items(**data_keys(name, data_root / folder)), [])[::5]
-        report = check_items(items)
+        report = check_items(items, check_item)
         assert not report.bad and len(keep_usable(items, report, "stop")) == len(items)

@@ -1,4 +1,4 @@
-"""Losses of masks and of class maps: values and gradients against torchvision, MONAI, naive loops, closed forms."""
+"""Losses of class maps: values and gradients against torchvision, MONAI, naive loops, closed forms."""
 
 import math
 
@@ -8,247 +8,34 @@ import pytest
 import torch
 import torch.nn.functional as F
 from monai.losses import DiceLoss, FocalLoss, TverskyLoss
-from options import read_option
 from scipy.ndimage import distance_transform_edt
-from torchvision.ops import sigmoid_focal_loss
 
-from utils.sam2.losses import cross_entropy_loss, dice_loss, focal_loss, shrink_masks
 from utils.segmentation.losses import (
     balanced_class_weights,
     border_weight_map,
-    class_cross_entropy_loss,
-    class_dice_loss,
-    class_focal_loss,
+    cross_entropy_loss,
+    dice_loss,
+    focal_loss,
     log_iou_loss,
-    semantic_loss,
     soft_iou_loss,
     tversky_loss,
 )
 
-LOSSES = {
-    "focal": focal_loss,
-    "dice": dice_loss,
-    "cross_entropy": cross_entropy_loss,
-    "balanced": lambda logits, mask: cross_entropy_loss(logits, mask, 1.0),
-}
-
-
-def example(seed: int = 0, shape=(2, 3, 5, 7), spread: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    logits = spread * torch.randn(shape, generator=generator)
-    return logits, (torch.rand(shape, generator=generator) < 0.3).float()
-
-
-def sigmoid(value: float) -> float:
-    return 1 / (1 + math.exp(-value))
-
-
-def naive(name: str, logits: torch.Tensor, mask: torch.Tensor) -> float:
-    """Compute the loss of one mask pixel by pixel, in Python's double precision."""
-    values = [(float(logit), float(truth)) for logit, truth in zip(logits.flatten(), mask.flatten(), strict=True)]
-    entropies = [-math.log(sigmoid(logit)) if truth else -math.log(sigmoid(-logit)) for logit, truth in values]
-    num_pixels, num_foreground = len(values), sum(truth for _, truth in values)
-    if name == "focal":  # Lin et al. 2017, equation 5
-        weights = [
-            0.25 * (1 - sigmoid(logit)) ** 2 if truth else 0.75 * (1 - sigmoid(-logit)) ** 2 for logit, truth in values
-        ]
-        return sum(w * e for w, e in zip(weights, entropies, strict=True)) / num_pixels
-    if name == "dice":
-        overlap = sum(sigmoid(logit) * truth for logit, truth in values)
-        return 1 - (2 * overlap + 1) / (sum(sigmoid(logit) for logit, _ in values) + num_foreground + 1)
-    if name == "balanced":  # the mean over foreground and the mean over background, half each
-        foreground = [e for e, (_, truth) in zip(entropies, values, strict=True) if truth]
-        background = [e for e, (_, truth) in zip(entropies, values, strict=True) if not truth]
-        return 0.5 * sum(foreground) / len(foreground) + 0.5 * sum(background) / len(background)
-    return sum(entropies) / num_pixels
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_values_are_those_of_a_naive_loop_for_each_mask(name):
-    logits, mask = example()
-    loss = LOSSES[name](logits, mask)
-    assert loss.shape == (2, 3) and loss.dtype == torch.float32
-    for i in range(2):
-        for j in range(3):
-            assert loss[i, j].item() == pytest.approx(naive(name, logits[i, j], mask[i, j]), rel=1e-5, abs=1e-6)
-
-
-def test_focal_loss_is_torchvisions_with_its_gradient():
-    logits, mask = example(1)
-    for alpha, gamma in ((0.25, 2.0), (0.6, 0.0), (0.5, 1.5)):
-        ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
-        loss = focal_loss(ours, mask, alpha, gamma)
-        expected = sigmoid_focal_loss(theirs, mask.double(), alpha, gamma, "none").mean((-2, -1))
-        torch.testing.assert_close(loss.double(), expected, atol=1e-6, rtol=1e-5)
-        loss.sum().backward()
-        expected.sum().backward()
-        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(focal_loss(logits, mask), focal_loss(logits, mask, 0.25, 2.0))  # as SAM 2 trains
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_gradients_are_those_of_finite_differences(name):
-    logits, mask = example(2, (1, 4, 4), spread=2.0)
-    variable = logits.clone().requires_grad_()
-    LOSSES[name](variable, mask).sum().backward()
-    for index in np.ndindex(1, 4, 4):
-        step = torch.zeros(1, 4, 4, dtype=torch.float64)
-        step[index] = 1e-5
-        above, below = (naive(name, logits.double() + sign * step, mask) for sign in (1, -1))
-        assert variable.grad[index].item() == pytest.approx((above - below) / 2e-5, rel=1e-3, abs=1e-6)
-
-
-def test_foreground_balance_runs_from_none_to_equal_shares():
-    logits, mask = torch.zeros(8, 10), torch.zeros(8, 10)
-    mask[:2, :3] = 1  # 6 of 80 pixels
-    logits.requires_grad_()
-    shares = {}
-    for balance in (0.0, 0.5, 1.0):
-        (gradient,) = torch.autograd.grad(cross_entropy_loss(logits, mask, balance), logits)
-        foreground, background = gradient[mask > 0].abs().sum().item(), gradient[mask == 0].abs().sum().item()
-        shares[balance] = foreground / (foreground + background)
-    root_ratio = math.sqrt(6 / 74)  # weights (0.5 / s) ** 0.5 on shares s
-    assert shares[0.0] == pytest.approx(6 / 80, rel=1e-4)
-    assert shares[0.5] == pytest.approx(root_ratio / (1 + root_ratio), rel=1e-4)
-    assert shares[1.0] == pytest.approx(0.5, rel=1e-4)
-    for whole in (torch.zeros(8, 10), torch.ones(8, 10)):  # one side only: finite, and of the usual size
-        loss = cross_entropy_loss(torch.zeros(8, 10), whole, 1.0).item()
-        assert loss == pytest.approx(0.5 * math.log(2) * 80 / 79, rel=1e-3)
-
-
-def test_dice_of_perfect_empty_and_wrong_masks():
-    mask = torch.zeros(1, 20, 20)
-    mask[:, 5:15, 5:15] = 1
-    sure = 200 * (mask - 0.5)
-    assert dice_loss(sure, mask).item() == pytest.approx(0, abs=1e-6)
-    assert dice_loss(-sure, mask).item() == pytest.approx(1 - 1 / 401, abs=1e-5)
-    assert dice_loss(torch.full((1, 20, 20), -100.0), torch.zeros(1, 20, 20)).item() == pytest.approx(0, abs=1e-6)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_everything_is_computed_in_fp32_also_under_autocast(name, dtype):
-    # 512 * 512 = 262,144 pixels: their sum alone is more than fp16 holds (65,504)
-    logits, mask = example(3, (1, 512, 512))
-    logits, mask = logits.to(dtype), (mask + 1).clamp(max=1)
-    mask[:, :9, :40] = 0
-    expected = LOSSES[name](logits.float(), mask)
-    assert torch.equal(LOSSES[name](logits, mask), expected)
-    assert torch.equal(LOSSES[name](logits, mask.to(dtype)), expected)
-    assert torch.equal(LOSSES[name](logits, mask.bool()), expected)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(LOSSES[name](logits, mask), expected, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("level", [100.0, -100.0, 30.0, -30.0, 0.0])
-def test_extreme_logits_give_finite_values_and_gradients(name, dtype, level):
-    logits = torch.full((2, 6, 6), level, dtype=dtype, requires_grad=True)
-    mask = torch.zeros(2, 6, 6)
-    mask[0, :3] = 1  # the other mask is empty
-    loss = LOSSES[name](logits, mask)
-    assert torch.isfinite(loss).all() and (loss >= 0).all()
-    loss.sum().backward()
-    assert torch.isfinite(logits.grad).all()
-
-
-def tutorial_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The popular tutorial's cross-entropy: on probabilities, with 1e-5 inside the logarithms."""
-    probs = logits.sigmoid()
-    return (-mask * torch.log(probs + 1e-5) - (1 - mask) * torch.log((1 - probs) + 1e-5)).mean((-2, -1))
-
-
-@pytest.mark.parametrize("level", [20.0, 30.0, 100.0, -20.0, -30.0, -100.0])
-def test_a_surely_wrong_pixel_still_gets_a_gradient(level):
-    truth = float(level < 0)
-
-    def gradient(loss) -> float:
-        logits = torch.full((1, 1), level, requires_grad=True)
-        loss(logits, torch.full((1, 1), truth)).backward()
-        return logits.grad.item()
-
-    wrong = level / abs(level)  # the way down
-    assert gradient(cross_entropy_loss) == pytest.approx(wrong, rel=1e-4)
-    assert gradient(focal_loss) * wrong > 0.2
-    assert abs(gradient(tutorial_loss)) < 0.001  # what this guards against: the pixel is never mended
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# masks at the loss's size
-
-
-def naive_shrink(mask: np.ndarray, size: int) -> np.ndarray:
-    height, width = mask.shape
-    coverage = np.zeros((size, size))
-    for y in range(size):
-        for x in range(size):
-            rows = slice(y * height // size, -(-(y + 1) * height // size))
-            columns = slice(x * width // size, -(-(x + 1) * width // size))
-            coverage[y, x] = mask[rows, columns].mean()
-    shrunk = coverage > 0.5
-    if mask.any() and not shrunk.any():
-        shrunk.flat[coverage.argmax()] = True
-    return shrunk.astype(np.float32)
-
-
-@pytest.mark.parametrize("height, width, size", [(32, 32, 8), (30, 30, 8), (16, 16, 16), (24, 40, 8), (8, 8, 16)])
-def test_shrunk_masks_are_the_average_cut_at_a_half(height, width, size):
-    rng = np.random.default_rng(0)
-    masks = [rng.random((height, width)) < share for share in (0.5, 0.9, 0.02, 0.0)]
-    block = np.zeros((height, width), bool)
-    block[height // 4 : height // 2, width // 8 :] = True
-    single = np.zeros((height, width), bool)
-    single[-1, 0] = True
-    masks = np.stack([*masks, block, single])
-    shrunk = shrink_masks(torch.from_numpy(masks), size)
-    assert shrunk.shape == (6, size, size) and shrunk.dtype == torch.float32
-    for mask, ours in zip(masks, shrunk.numpy(), strict=True):
-        np.testing.assert_array_equal(ours, naive_shrink(mask, size))
-    assert shrunk[3].sum() == 0  # an empty mask stays empty
-    assert shrunk[5].sum() >= 1  # a pixel does not vanish
-
-
-def test_a_vanishing_object_keeps_its_strongest_pixel_alone():
-    mask = torch.zeros(1, 16, 16)
-    mask[0, 5, 4:7] = 1  # three pixels of the 4 x 4 block (1, 1)
-    mask[0, 5, 8] = 1  # one of block (1, 2)
-    shrunk = shrink_masks(mask, 4)
-    assert shrunk.nonzero().tolist() == [[0, 1, 1]]
-    exactly_half = torch.zeros(1, 16, 16)
-    exactly_half[0, :2, :4] = 1
-    exactly_half[0, 8:12, 8:12] = 1
-    assert shrink_masks(exactly_half, 4).nonzero().tolist() == [[0, 2, 2]]
-    assert shrink_masks(torch.zeros(0, 16, 16), 4).shape == (0, 4, 4)
-
-
-def test_shrinking_is_not_taking_every_fourth_pixel():
-    """Nearest-pixel shrinking loses thin objects; so would the average alone."""
-    mask = torch.zeros(1, 64, 64)
-    mask[0, 9] = 1  # a line of one pixel
-    assert F.interpolate(mask[None], (16, 16), mode="nearest").sum() == 0
-    assert (F.adaptive_avg_pool2d(mask, 16) > 0.5).sum() == 0
-    assert shrink_masks(mask, 16).sum() == 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # losses of class maps. MONAI is the independent library; it knows no ignored pixels, so it gets the others alone.
 
 CLASS_WEIGHT = torch.tensor([0.5, 2.0, 1.0, 3.0])
 CLASS_LOSSES = {
-    "cross_entropy": class_cross_entropy_loss,
+    "cross_entropy": cross_entropy_loss,
     "soft_iou": soft_iou_loss,
     "log_iou": log_iou_loss,
-    "dice": class_dice_loss,
+    "dice": dice_loss,
     "tversky": tversky_loss,
-    "tversky_0": lambda logits, target, **weight: tversky_loss(logits, target, 0.0, **weight),
-    "tversky_1": lambda logits, target, **weight: tversky_loss(logits, target, 1.0, **weight),
-    "focal": class_focal_loss,
-    "focal_0.5": lambda logits, target, **weight: class_focal_loss(logits, target, 0.5, **weight),
-    "focal_0": lambda logits, target, **weight: class_focal_loss(logits, target, 0.0, **weight),
+    "tversky_0": lambda logits, target, **weight: tversky_loss(logits, target, alpha=0.0, **weight),
+    "tversky_1": lambda logits, target, **weight: tversky_loss(logits, target, alpha=1.0, **weight),
+    "focal": focal_loss,
+    "focal_0.5": lambda logits, target, **weight: focal_loss(logits, target, gamma=0.5, **weight),
+    "focal_0": lambda logits, target, **weight: focal_loss(logits, target, gamma=0.0, **weight),
 }
-WEIGHTS_OF_LOSSES = {name: 0.0 for name in ("cross_entropy", "soft_iou", "log_iou", "dice", "tversky", "focal")}
-OTHER_KNOBS = {"tversky_alpha": 0.3, "focal_gamma": 2.0}
 
 
 def class_example(seed: int = 0, shape=(3, 4, 9, 11), ignored: float = 0.15) -> tuple[torch.Tensor, torch.Tensor]:
@@ -305,23 +92,23 @@ def torch_cross_entropy(logits: torch.Tensor, target: torch.Tensor, class_weight
 
 
 ORACLES = {
-    "cross_entropy": (class_cross_entropy_loss, torch_cross_entropy),
+    "cross_entropy": (cross_entropy_loss, torch_cross_entropy),
     "weighted cross_entropy": (
-        lambda *pair: class_cross_entropy_loss(*pair, CLASS_WEIGHT),
+        lambda *pair: cross_entropy_loss(*pair, CLASS_WEIGHT),
         lambda *pair: torch_cross_entropy(*pair, CLASS_WEIGHT.double()),
     ),
     "soft_iou": (soft_iou_loss, lambda *pair: 1 - monai_soft_iou(*pair)),
     "log_iou": (log_iou_loss, lambda *pair: -monai_soft_iou(*pair).log()),
-    "dice": (class_dice_loss, monai_dice),
+    "dice": (dice_loss, monai_dice),
     "weighted dice": (
-        lambda *pair: class_dice_loss(*pair, CLASS_WEIGHT),
+        lambda *pair: dice_loss(*pair, CLASS_WEIGHT),
         lambda *pair: monai_dice(*pair, CLASS_WEIGHT.double()),
     ),
     "tversky 0.3": (tversky_loss, lambda *pair: monai_tversky(*pair, 0.3)),
-    "tversky 0.8": (lambda *pair: tversky_loss(*pair, 0.8), lambda *pair: monai_tversky(*pair, 0.8)),
-    "focal": (class_focal_loss, lambda *pair: monai_focal(*pair, 2.0)),
+    "tversky 0.8": (lambda *pair: tversky_loss(*pair, alpha=0.8), lambda *pair: monai_tversky(*pair, 0.8)),
+    "focal": (focal_loss, lambda *pair: monai_focal(*pair, 2.0)),
     "weighted focal 1.5": (
-        lambda *pair: class_focal_loss(*pair, 1.5, CLASS_WEIGHT),
+        lambda *pair: focal_loss(*pair, CLASS_WEIGHT, gamma=1.5),
         lambda *pair: monai_focal(*pair, 1.5, CLASS_WEIGHT.double()),
     ),
 }
@@ -363,7 +150,7 @@ def naive_class_loss(name: str, logits, target, class_weight, pixel_weight) -> f
                 continue
             powers = [math.exp(float(logit)) for logit in logits[b, :, y, x]]
             probs = [power / sum(powers) for power in powers]
-            weight = float(class_weight[true_class] * pixel_weight[b, y, x])
+            weight = float(class_weight[true_class] if pixel_weight is None else pixel_weight[b, y, x])
             focus = (1 - probs[true_class]) ** 2 if name == "focal" else 1
             total -= weight * focus * math.log(probs[true_class])
             total_weight += weight
@@ -375,12 +162,17 @@ def naive_class_loss(name: str, logits, target, class_weight, pixel_weight) -> f
     return 1 - sum(image_ious) / len(image_ious) if name == "soft_iou" else total / total_weight
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "focal", "soft_iou"])
-def test_weighted_class_losses_are_those_of_a_naive_loop(name):
+@pytest.mark.parametrize(
+    "name, has_pixel_weight",
+    [("cross_entropy", False), ("cross_entropy", True), ("focal", False), ("focal", True), ("soft_iou", False)],
+)
+def test_weighted_class_losses_are_those_of_a_naive_loop(name, has_pixel_weight):
+    """Weights of pixels take the place of those of classes."""
     logits, target = class_example(3, (2, 4, 5, 6))
-    pixel_weight = torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(0)) * 10
-    weights = {"class_weight": CLASS_WEIGHT} | ({} if name == "soft_iou" else {"pixel_weight": pixel_weight})
-    expected = naive_class_loss(name, logits, target, CLASS_WEIGHT.double(), pixel_weight.double())
+    weights = {"class_weight": CLASS_WEIGHT.double()}
+    if has_pixel_weight:
+        weights["pixel_weight"] = torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(0)).double() ** 2
+    expected = naive_class_loss(name, logits, target, weights["class_weight"], weights.get("pixel_weight"))
     assert CLASS_LOSSES[name](logits, target, **weights).item() == pytest.approx(expected, rel=1e-9)
     assert CLASS_LOSSES[name](logits, target).item() != pytest.approx(expected, rel=1e-2)
 
@@ -471,65 +263,16 @@ def test_log_iou_pulls_where_soft_iou_has_gone_flat():
 
 def test_focal_with_gamma_0_is_cross_entropy_and_tversky_half_is_dice():
     logits, target = class_example(8)
-    torch.testing.assert_close(class_focal_loss(logits, target, 0.0), class_cross_entropy_loss(logits, target))
-    torch.testing.assert_close(tversky_loss(logits, target, 0.5), class_dice_loss(logits, target))
+    torch.testing.assert_close(focal_loss(logits, target, gamma=0.0), cross_entropy_loss(logits, target))
+    torch.testing.assert_close(tversky_loss(logits, target, alpha=0.5), dice_loss(logits, target))
     # a low price for false positives pulls towards finding the class: less loss where too much is predicted
     too_much = torch.zeros(1, 2, 4, 4)
     too_much[:, 1] = 100
     few = torch.zeros(1, 4, 4, dtype=torch.long)
     few[:, 0] = 1
     kept = torch.tensor([0.0, 1.0])  # class 1 alone
-    assert tversky_loss(too_much, few, 0.3, kept).item() == pytest.approx(1 - 4 / (4 + 0.3 * 12), rel=1e-6)
-    assert tversky_loss(too_much, few, 0.7, kept).item() == pytest.approx(1 - 4 / (4 + 0.7 * 12), rel=1e-6)
-
-
-def test_semantic_loss_is_the_weighted_sum():
-    logits, target = class_example(9)
-    parts = {
-        "cross_entropy": class_cross_entropy_loss(logits, target, CLASS_WEIGHT),
-        "soft_iou": soft_iou_loss(logits, target, CLASS_WEIGHT),
-        "log_iou": log_iou_loss(logits, target, CLASS_WEIGHT),
-        "dice": class_dice_loss(logits, target, CLASS_WEIGHT),
-        "tversky": tversky_loss(logits, target, 0.8, CLASS_WEIGHT),
-        "focal": class_focal_loss(logits, target, 1.0, CLASS_WEIGHT),
-    }
-    weights = {name: 0.5 + i for i, name in enumerate(parts)}
-    knobs = {"tversky_alpha": 0.8, "focal_gamma": 1.0, "class_weight": CLASS_WEIGHT}
-    for name in parts:  # alone
-        loss = semantic_loss(logits, target, **WEIGHTS_OF_LOSSES | {name: weights[name]}, **knobs)
-        torch.testing.assert_close(loss, weights[name] * parts[name])
-    expected = sum(weights[name] * value for name, value in parts.items())
-    torch.testing.assert_close(semantic_loss(logits, target, **weights, **knobs), expected)
-    with pytest.raises(ValueError, match="loss.cross_entropy"):
-        semantic_loss(logits, target, **WEIGHTS_OF_LOSSES, **knobs)
-
-
-def test_pixel_weights_take_the_place_of_class_weights_in_the_losses_of_pixels():
-    logits, target = class_example(10)
-    pixel_weight = torch.rand(target.shape, generator=torch.Generator().manual_seed(0)) * 10
-    knobs = OTHER_KNOBS | {"class_weight": CLASS_WEIGHT, "pixel_weight": pixel_weight}
-    for name, loss in (("cross_entropy", class_cross_entropy_loss), ("focal", class_focal_loss)):
-        value = semantic_loss(logits, target, **WEIGHTS_OF_LOSSES | {name: 1.0}, **knobs)
-        torch.testing.assert_close(value, loss(logits, target, pixel_weight=pixel_weight))
-    value = semantic_loss(logits, target, **WEIGHTS_OF_LOSSES | {"dice": 1.0}, **knobs)
-    torch.testing.assert_close(value, class_dice_loss(logits, target, CLASS_WEIGHT))
-
-
-LOSS_FILES = (
-    "cross_entropy", "soft_iou", "log_iou", "dice", "tversky", "focal", "cross_entropy_dice",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", LOSS_FILES)
-def test_loss_files_hold_every_knob_and_switch_on_what_they_are_named_after(name):
-    knobs = read_option("unet", "loss", name)
-    assert (knobs.pop("class_weights"), knobs.pop("border_weight"), knobs.pop("border_sigma")) == (None, 0.0, 5.0)
-    assert set(knobs) == WEIGHTS_OF_LOSSES.keys() | OTHER_KNOBS.keys()
-    on = {key for key in WEIGHTS_OF_LOSSES if knobs[key]}
-    both = {"cross_entropy", "dice"}
-    assert on == (both if name == "cross_entropy_dice" else {name})
-    logits, target = class_example(11)
-    assert semantic_loss(logits, target, **knobs) > 0
+    assert tversky_loss(too_much, few, kept, 0.3).item() == pytest.approx(1 - 4 / (4 + 0.3 * 12), rel=1e-6)
+    assert tversky_loss(too_much, few, kept, 0.7).item() == pytest.approx(1 - 4 / (4 + 0.7 * 12), rel=1e-6)
 
 
 def test_wrong_shapes_and_classes_are_errors():
@@ -558,7 +301,7 @@ def test_dice_of_fp16_logits_is_not_nan():
     assert not torch.isfinite(careless.sum()) or careless.sum() == 0
     share = 1 / 64
     expected = 1 - (2 * 0.5 * share / (0.5 + share) + 2 * 0.5 * (1 - share) / (0.5 + 1 - share)) / 2
-    assert class_dice_loss(logits, target).item() == pytest.approx(expected, rel=1e-5)
+    assert dice_loss(logits, target).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_absent_class_does_not_make_dice_look_better():
@@ -568,7 +311,7 @@ def test_an_absent_class_does_not_make_dice_look_better():
     probs, truth = logits.softmax(1), F.one_hot(target, 4).movedim(-1, 1)
     dice = 2 * (probs * truth).sum((0, 2, 3)) / (probs.sum((0, 2, 3)) + truth.sum((0, 2, 3)))
     expected = 1 - dice[:2].mean().item()
-    assert class_dice_loss(logits, target).item() == pytest.approx(expected, rel=1e-9)
+    assert dice_loss(logits, target).item() == pytest.approx(expected, rel=1e-9)
     absent_as_perfect = 1 - torch.cat([dice[:2], torch.ones(2)]).mean().item()
     assert absent_as_perfect < expected - 0.1
     assert monai_dice(logits, target).item() > expected + 0.05  # counts them as Dice 0 instead
@@ -580,7 +323,7 @@ def test_focal_loss_weighs_pixels_not_the_mean():
     logits = logits + 4 * F.one_hot(target, 4).movedim(-1, 1)  # most pixels are right, some surely wrong
     cross_entropy = F.cross_entropy(logits, target)
     of_the_mean = (1 - torch.exp(-cross_entropy)) ** 2 * cross_entropy
-    ours = class_focal_loss(logits, target).item()
+    ours = focal_loss(logits, target).item()
     assert ours == pytest.approx(monai_focal(logits, target, 2.0).item(), rel=1e-6)
     assert of_the_mean.item() < 0.5 * ours
 
@@ -593,7 +336,7 @@ def test_a_mask_of_0_and_255_is_no_negative_dice():
     probs = logits.softmax(1)[:, 1]
     assert 1 - 2 * (probs * truth).sum() / (probs.sum() + truth.sum()) < -0.9
     with pytest.raises(RuntimeError, match="out of bounds"):
-        class_dice_loss(logits, truth)
+        dice_loss(logits, truth)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -687,7 +430,7 @@ def test_the_weight_map_moves_the_gradient_into_the_gap():
     logits = torch.zeros(1, 2, 40, 40, requires_grad=True)
     shares = []
     for weights in (None, torch.from_numpy(border_weight_map(instances))[None]):
-        loss = class_cross_entropy_loss(logits, target, pixel_weight=weights)
+        loss = cross_entropy_loss(logits, target, pixel_weight=weights)
         (gradient,) = torch.autograd.grad(loss, logits)
         shares.append((gradient[..., 5:35, 18:21].abs().sum() / gradient.abs().sum()).item())
         assert loss.item() == pytest.approx(math.log(2), rel=1e-6)  # a mean: the scale of the loss stays

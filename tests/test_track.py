@@ -35,7 +35,7 @@ from utils.tracking.metrics import box_iou
 from utils.tracking.siamfc import SiamFC
 
 ROOT = Path(__file__).resolve().parent.parent
-FRAME_HW = (200, 260)  # of moving_object
+FRAME_HW = (200, 260)  # px, as moving_object's
 
 
 PLOTS = {name: getattr(drawing, name) for name in ("plot_curves", "plot_scores")}
@@ -58,10 +58,10 @@ def compose_groups(*overrides):
 
 def compose_config(*overrides):
     """Compose as the command line does; values are set without Hydra, which takes a tenth of a second."""
-    is_value = [not one.startswith(("data=", "+")) for one in overrides]
-    cfg = compose_groups(*(one for one, value in zip(overrides, is_value, strict=True) if not value))
-    values = OmegaConf.from_dotlist([one for one, value in zip(overrides, is_value, strict=True) if value])
-    return OmegaConf.to_container(OmegaConf.merge(cfg, values), resolve=True, throw_on_missing=True)
+    is_value = [not override.startswith(("data=", "+")) for override in overrides]
+    cfg = compose_groups(*(override for override, value in zip(overrides, is_value, strict=True) if not value))
+    changes = OmegaConf.from_dotlist([override for override, value in zip(overrides, is_value, strict=True) if value])
+    return OmegaConf.to_container(OmegaConf.merge(cfg, changes), resolve=True, throw_on_missing=True)
 
 
 def run(run_dir, *overrides):
@@ -151,10 +151,10 @@ def test_a_folder_of_frames_and_all_its_files(folder, clip, tmp_path, capfd):
     assert boxes.shape == (14, 4) and box_iou(boxes, truth).min() > 0.6
     assert (boxes[1:] % 1 > 0).any(1).all()  # not whole pixels
     record = read_tracks(tmp_path / "run")
-    [found] = record["objects"]
-    np.testing.assert_allclose(found["boxes_xywh"], boxes, atol=1e-4)
-    assert found["scores"][0] == 1 and len(found["scores"]) == len(record["times_s"]) == 14
-    assert found["lost"] == [False] * 14 and min(record["times_s"]) > 0
+    [tracked_object] = record["objects"]
+    np.testing.assert_allclose(tracked_object["boxes_xywh"], boxes, atol=1e-4)
+    assert tracked_object["scores"][0] == 1 and len(tracked_object["scores"]) == len(record["times_s"]) == 14
+    assert tracked_object["lost"] == [False] * 14 and min(record["times_s"]) > 0
     assert record["num_frames"] == 14 and record["fps"] == 25 and record["box_origin"] == 0
     assert record["source"] == str(folder / "frames") and record["not_read"] == [] and record["problem"] is None
     with av.open(str(tmp_path / "run" / "overlay.mp4")) as container:
@@ -192,8 +192,8 @@ def test_the_box_comes_from_the_command_line_or_a_file(folder, clip, tmp_path):
         run(tmp_path / name, f"input={folder / 'frames'}", "overlay=false", *overrides)
         boxes[name] = read_lines(tmp_path / name / "boxes.txt") - [1, 1, 0, 0] * np.array("one_based" in name)
         assert not (tmp_path / name / "overlay.mp4").exists()
-    for name, found in boxes.items():
-        np.testing.assert_allclose(found, boxes["found"], atol=2e-3, err_msg=name)
+    for name, tracked_boxes in boxes.items():
+        np.testing.assert_allclose(tracked_boxes, boxes["found"], atol=2e-3, err_msg=name)
     record = read_tracks(tmp_path / "one_based")
     assert record["box_origin"] == 1 and record["objects"][0]["boxes_xywh"][0] == pytest.approx(box + [1, 1, 0, 0])
 
@@ -215,7 +215,7 @@ def test_several_objects_equal_single_runs(tmp_path):
     run(tmp_path / "together", f"input={tmp_path / 'frames'}", f"boxes={tmp_path / 'boxes.txt'}", "overlay=false")
     assert not (tmp_path / "together" / "boxes.txt").exists()
     objects = read_tracks(tmp_path / "together")["objects"]
-    assert [one["file"] for one in objects] == [f"boxes_{n}.txt" for n in (1, 2, 3)]
+    assert [tracked_object["file"] for tracked_object in objects] == [f"boxes_{n}.txt" for n in (1, 2, 3)]
     for n, box in enumerate(boxes):
         run(tmp_path / f"run{n}", f"input={tmp_path / 'frames'}", f"box={as_text(box)}", "overlay=false")
         alone = read_lines(tmp_path / f"run{n}" / "boxes.txt")
@@ -245,22 +245,6 @@ def test_an_object_that_vanishes_is_lost_in_file_and_picture(tmp_path):
     run(tmp_path / "run", f"input={tmp_path / 'frames'}", f"box={as_text(boxes[0])}")
     assert read_tracks(tmp_path / "run")["objects"][0]["lost"] == [t in (4, 5) for t in range(8)]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["metrics"]["last"]["num_lost"] == 2
-
-
-def test_what_is_drawn():
-    frame = np.full((100, 150, 3), 90, np.uint8)
-    boxes = np.array([[30, 40, 20, 30], [100, 20, 30, 60]], np.float64)
-    drawn = drawing.draw_boxes(frame, boxes, np.array([1.0, 0.2]), np.array([False, True]))
-    assert (frame == 90).all()
-    found_color, lost_color = drawn[55, 30].astype(int), drawn[50, 100].astype(int)  # middles of the left sides
-    assert np.ptp(found_color) > 100 and np.ptp(lost_color) < 10 and lost_color[0] > 120  # colour; grey
-    assert np.abs(drawn[55, 49].astype(int) - found_color).max() < 60  # and of the right side: the last pixel of 20
-    assert (drawn[70:, 60:90] == 90).all()
-    again = drawing.draw_boxes(frame, boxes, np.array([1.0, 0.2]), np.array([False, False]))
-    words = np.flatnonzero((drawn[:20] != again[:20]).any((0, 2)))
-    assert len(words) and words.max() - words.min() > 30  # "2 0.20 lost" above the second box
-    for box in ([-1e9, -1e9, 2e9, 2e9], [140, 95, 500, 3]):
-        drawing.draw_boxes(frame, np.array([box]), np.array([np.nan]), np.array([True]))  # anywhere
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,8 +336,8 @@ def write_got10k(root: Path, lengths=(8, 12)) -> dict[str, tuple]:
         folder = write_frames(root / "val" / f"GOT-10k_Val_{number:06d}", frames, ".bmp")
         cover = np.random.default_rng(number).integers(0, 9, length)
         cover[:3] = 8, 0, 5
-        for name, values in (("cover", cover), ("absence", np.zeros(length, int))):
-            (folder / f"{name}.label").write_text("".join(f"{value}\n" for value in values))
+        for name, numbers in (("cover", cover), ("absence", np.zeros(length, int))):
+            (folder / f"{name}.label").write_text("".join(f"{value}\n" for value in numbers))
         (folder / "meta_info.ini").write_text(f"[METAINFO]\nresolution: {FRAME_HW[::-1]}\n")
         items[folder.name] = write_lines(folder / "groundtruth.txt", boxes, box_origin=1), cover
     (root / "val" / "list.txt").write_text("\n".join(items) + "\n")
@@ -387,10 +371,10 @@ def test_sequences_of_a_dataset_and_their_mean_iou(tmp_path, caplog):
 def test_the_default_data_is_generated_and_its_validation_sequences_are_tracked(tmp_path, monkeypatch):
     write_got10k(tmp_path / "shapes", lengths=(3, 3))
     asked = []
-    monkeypatch.setattr(script, "write_samples", lambda *args: asked.append(args) or tmp_path / "shapes")
+    monkeypatch.setattr(script, "write_samples", lambda *args: asked.append(args) or str(tmp_path / "shapes"))
     (tmp_path / "shapes" / "train").mkdir()
     (tmp_path / "shapes" / "train" / "list.txt").write_text("")
-    assert run(tmp_path / "run") == []  # as python track.py, without arguments
+    assert run(tmp_path / "run") == []  # python track.py, without arguments
     assert asked == [("moving_shapes", "data/generated_moving_shapes")]
     assert sorted(path.parent.name for path in (tmp_path / "run").glob("*/boxes.txt")) == [
         "GOT-10k_Val_000000", "GOT-10k_Val_000001",
@@ -414,16 +398,17 @@ def test_a_sequence_starts_where_its_object_is_first_seen(tmp_path, caplog):
     write_lines(tmp_path / "root" / "late" / "groundtruth.txt", with_gap)
     arguments = ["data=folder_sequences", f"data.root={tmp_path / 'root'}", "data.val_fraction=1"]
     run(tmp_path / "run", *arguments)
-    found = read_lines(tmp_path / "run" / "late" / "boxes.txt")
-    assert found.shape == (7, 4) and np.isnan(found[:2]).all() and box_iou(found[2:], boxes[2:]).min() > 0.6
-    np.testing.assert_allclose(found[2], boxes[2], atol=1e-3)
+    boxes_out = read_lines(tmp_path / "run" / "late" / "boxes.txt")
+    assert boxes_out.shape == (7, 4) and np.isnan(boxes_out[:2]).all() and box_iou(boxes_out[2:], boxes[2:]).min() > 0.6
+    np.testing.assert_allclose(boxes_out[2], boxes[2], atol=1e-3)
     record = read_tracks(tmp_path / "run" / "late")
     assert record["objects"][0]["boxes_xywh"][0] == [None] * 4 and record["times_s"][1] is None
     with caplog.at_level("INFO"):
         assert run(tmp_path / "benchmark", "mode=benchmark", *arguments) == []
     assert "late: its first 2 frames, before the object is there, are not scored" in caplog.messages
     row = read_table(tmp_path / "benchmark")["late", "siamfc"]
-    assert row["frames"] == "5" and float(row["ao"]) == pytest.approx(box_iou(found[3:], boxes[3:]).mean(), abs=1e-3)
+    ao = box_iou(boxes_out[3:], boxes[3:]).mean()
+    assert row["frames"] == "5" and float(row["ao"]) == pytest.approx(ao, abs=1e-3)
 
 
 def test_a_sequence_that_cannot_be_tracked_does_not_stop_the_others(tmp_path):
@@ -486,9 +471,10 @@ def test_got10k_benchmark_has_the_toolkits_scores_from_the_same_files(tmp_path, 
     with caplog.at_level("INFO"):
         assert run(tmp_path / "run", *arguments) == []
     assert (tmp_path / "run" / "results" / "siamfc" / "GOT-10k_Val_000001" / "GOT-10k_Val_000001_001.txt").is_file()
-    meta = [{"cover": cover, "resolution": str(FRAME_HW[::-1])} for _, cover in items.values()]
+    resolution = str(FRAME_HW[::-1])
     dataset = Dataset(
-        list(items), [(None, truth.copy(), one) for (truth, _), one in zip(items.values(), meta, strict=True)]
+        list(items),
+        [(None, truth.copy(), {"cover": cover, "resolution": resolution}) for truth, cover in items.values()],
     )
     toolkit = experiment(ExperimentGOT10k, tmp_path / "run", dataset, subset="val", nbins_iou=101)
     report = toolkit.report(["siamfc", "still_box"])
@@ -499,9 +485,9 @@ def test_got10k_benchmark_has_the_toolkits_scores_from_the_same_files(tmp_path, 
         assert ours["sr_50_by_frame"] == pytest.approx(expected["sr"], abs=1e-9)
         assert ours["sr_75_by_frame"] == pytest.approx(expected["succ_curve"][75], abs=1e-9)
         by_sequence = list(report[tracker]["seq_wise"].values())
-        assert ours["ao"] == pytest.approx(np.mean([one["ao"] for one in by_sequence]), abs=1e-9)
-        for name, one in zip(items, by_sequence, strict=True):
-            assert float(read_table(tmp_path / "run")[name, tracker]["ao"]) == pytest.approx(one["ao"], abs=1e-9)
+        assert ours["ao"] == pytest.approx(np.mean([scores["ao"] for scores in by_sequence]), abs=1e-9)
+        for name, scores in zip(items, by_sequence, strict=True):
+            assert float(read_table(tmp_path / "run")[name, tracker]["ao"]) == pytest.approx(scores["ao"], abs=1e-9)
     assert abs(metrics["still_box"]["ao"] - metrics["still_box"]["ao_by_frame"]) > 1e-4  # not the same weights
     expected = f"over all frames AO {metrics['siamfc']['ao_by_frame']:.3f}"
     assert sum(expected in message and message.startswith("siamfc, ") for message in caplog.messages) == 1
@@ -617,19 +603,6 @@ def test_a_missing_result_stops_before_anything_is_tracked(tmp_path, monkeypatch
             )  # fmt: skip
 
 
-def test_contact_sheet_and_its_colours():
-    frames = {index: np.full((48, 64, 3), 90, np.uint8) for index in (0, 3, 5)}
-    truth, boxes = np.tile([10.0, 10, 20, 20], (6, 1)), np.tile([30.0, 20, 20, 20], (6, 1))
-    truth[5] = np.nan
-    sheet = drawing.draw_sheet(frames, boxes, truth)
-    assert sheet.shape == (240, 3 * 320, 3)
-    is_green = (sheet[..., 1].astype(int) - sheet[..., 0] > 80).any(0)
-    is_red = (sheet[..., 0].astype(int) - sheet[..., 1] > 80).any(0)
-    assert [is_green[k * 320 : k * 320 + 320].any() for k in range(3)] == [True, True, False]
-    assert [is_red[k * 320 : k * 320 + 320].any() for k in range(3)] == [True] * 3
-    assert abs(np.flatnonzero(is_green)[0] - 50) < 4 and abs(np.flatnonzero(is_red)[0] - 150) < 4  # 5 times as large
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints and precision
 
@@ -643,8 +616,8 @@ def test_checkpoints(tmp_path):
     assert loaded.keys() == model.state_dict().keys()
     assert all(torch.equal(loaded[key], value) for key, value in model.state_dict().items())
     assert load_model(str(tmp_path / "siamfc_alexnet_e50.pth"), 0).score_bias is None
-    one, same, other = (load_model("random", seed).backbone.conv1[0].weight for seed in (0, 0, 1))
-    assert torch.equal(one, same) and not torch.equal(one, other)
+    weight, same, other = (load_model("random", seed).backbone.conv1[0].weight for seed in (0, 0, 1))
+    assert torch.equal(weight, same) and not torch.equal(weight, other)
     save_checkpoint(tmp_path / "other.pt", {"format": 1, "model": {"weight": torch.zeros(3)}, "config": {}})
     with pytest.raises(ValueError, match="other.pt does not hold the weights of SiamFC"):
         load_model(str(tmp_path / "other.pt"), 0)

@@ -74,12 +74,12 @@ def test_pictures_of_any_kind_and_size_come_as_rgb(tmp_path):
     cv2.imwrite(str(tmp_path / "2.png"), color[..., 0])  # grey
     cv2.imwrite(str(tmp_path / "3.png"), color[..., 0].astype(np.uint16) * 257)  # 16 bit
     write_image(tmp_path / "4.png", picture(4, 20, 31))  # the size changes midway
-    found = read_all(tmp_path)
-    assert [index for index, _, _ in found] == [0, 1, 2, 3] and all(error is None for _, _, error in found)
-    assert np.array_equal(found[0][1], color)
-    for _, frame, _ in found[1:3]:
+    frames = read_all(tmp_path)
+    assert [index for index, _, _ in frames] == [0, 1, 2, 3] and all(error is None for _, _, error in frames)
+    assert np.array_equal(frames[0][1], color)
+    for _, frame, _ in frames[1:3]:
         assert frame.dtype == np.uint8 and np.array_equal(frame, np.repeat(color[..., :1], 3, 2))
-    assert found[3][1].shape == (20, 31, 3)
+    assert frames[3][1].shape == (20, 31, 3)
     source = FrameSource(tmp_path)
     assert source.num_frames == 4 and source.fps is None and source.frame_name(1) == str(tmp_path / "2.png")
     assert len(read_all(tmp_path / "1.png")) == 1  # one picture is a video of one frame
@@ -89,15 +89,15 @@ def test_an_unreadable_frame_is_named_and_the_next_ones_follow(tmp_path):
     folder = write_folder(tmp_path / "video", 6)
     (folder / "3.png").write_bytes(b"not a picture")
     (folder / "4.png").write_bytes(b"")
-    found = read_all(folder)
-    assert [index for index, _, _ in found] == [0, 1, 2, 3, 4, 5]
-    assert [frame is None for _, frame, _ in found] == [False, False, False, True, True, False]
-    assert "3.png" in str(found[3][2]) and "4.png" in str(found[4][2])
-    assert np.array_equal(found[5][1], picture(5))
+    frames = read_all(folder)
+    assert [index for index, _, _ in frames] == [0, 1, 2, 3, 4, 5]
+    assert [frame is None for _, frame, _ in frames] == [False, False, False, True, True, False]
+    assert "3.png" in str(frames[3][2]) and "4.png" in str(frames[4][2])
+    assert np.array_equal(frames[5][1], picture(5))
     paths = [folder / "5.png", folder / "gone.png", folder / "0.png"]  # in the order given
-    found = list(FrameSource(paths))
-    assert np.array_equal(found[0][1], picture(5)) and np.array_equal(found[2][1], picture(0))
-    assert isinstance(found[1][2], FileNotFoundError) and "gone.png" in str(found[1][2])
+    frames = list(FrameSource(paths))
+    assert np.array_equal(frames[0][1], picture(5)) and np.array_equal(frames[2][1], picture(0))
+    assert isinstance(frames[1][2], FileNotFoundError) and "gone.png" in str(frames[1][2])
 
 
 def test_a_few_frames_are_decoded_ahead_and_no_more(tmp_path, monkeypatch):
@@ -163,16 +163,16 @@ def test_a_written_video_is_one_that_players_show(video_path):
 
 
 def test_a_video_is_read_as_opencv_reads_it(video_path):
-    found = read_all(video_path)
+    frames = read_all(video_path)
     source = FrameSource(video_path)
     assert source.num_frames == 40 and source.fps == 30000 / 1001
     capture = cv2.VideoCapture(str(video_path))
-    for index, (number, frame, error) in enumerate(found):
+    for index, (number, frame, error) in enumerate(frames):
         is_read, expected = capture.read()
         assert is_read and number == index and error is None
         assert np.abs(frame.astype(int) - expected[..., ::-1]).mean() < 2
         assert np.abs(frame[:47, :63].astype(int) - picture(index // 4, 47, 63)).mean() < 4
-    assert len(found) == 40 and not capture.read()[0]
+    assert len(frames) == 40 and not capture.read()[0]
 
 
 def test_colors_of_a_video_are_those_given(tmp_path):
@@ -189,9 +189,9 @@ def test_a_video_cut_off_ends_early_and_says_so(tmp_path, video_path):
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(data[: int(0.8 * len(data))])
     source = FrameSource(cut)
-    found = list(source)
-    assert 10 < len(found) < 40
-    assert all(error is None or "cut.mp4" in str(error) for _, _, error in found)
+    frames = list(source)
+    assert 10 < len(frames) < 40
+    assert all(error is None or "cut.mp4" in str(error) for _, _, error in frames)
     assert "cut.mp4" in source.problem and "40" in source.problem
     whole = FrameSource(video_path)
     assert len(list(whole)) == 40 and whole.problem is None
@@ -208,10 +208,10 @@ def test_a_damaged_frame_of_a_video_is_named_and_the_next_ones_follow(tmp_path, 
         packet = [packet for packet in container.demux(video=0) if packet.size][-4]
         data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
     (tmp_path / "damaged.mp4").write_bytes(data)
-    found = read_all(tmp_path / "damaged.mp4")
-    bad = [(index, error) for index, frame, error in found if frame is None]
+    frames = read_all(tmp_path / "damaged.mp4")
+    bad = [(index, error) for index, frame, error in frames if frame is None]
     assert len(bad) == 1 and f"damaged.mp4, frame {bad[0][0]}" in str(bad[0][1])
-    assert [index for index, _, _ in found] == list(range(40))
+    assert [index for index, _, _ in frames] == list(range(40))
 
 
 def test_what_is_no_video_is_refused(tmp_path):

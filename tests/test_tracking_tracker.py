@@ -470,9 +470,9 @@ def test_the_window_prefers_small_movements():
 def test_vertex_of_a_parabola():
     places = np.arange(9)
     for peak in (3.0, 3.2, 3.5, 4.49, 5.0):
-        values = 7 - 0.3 * (places - peak) ** 2
-        index = int(values.argmax())
-        assert index + vertex_offset(values, index) == pytest.approx(peak)
+        profile = 7 - 0.3 * (places - peak) ** 2
+        index = int(profile.argmax())
+        assert index + vertex_offset(profile, index) == pytest.approx(peak)
     assert vertex_offset(np.array([3.0, 2, 1]), 0) == vertex_offset(np.array([1.0, 2, 3]), 2) == 0
     assert vertex_offset(np.ones(5), 2) == 0
 

@@ -2,6 +2,8 @@
 
 import copy
 import csv
+import dataclasses
+import functools
 import json
 import math
 import subprocess
@@ -35,7 +37,7 @@ from tiny_training import (
 import train_sam2
 from train_sam2 import LossSettings, PromptSettings, collate, evaluate, mask_prediction_loss, prompted_loss
 from utils.images import read_image, write_image, write_label_map
-from utils.instances.readers import Item, read_item
+from utils.instances.readers import Item, read_ids, read_item
 from utils.run import seed_everything
 from utils.sam2 import model as sam2_model
 from utils.sam2.fast_decoder import decode_fast
@@ -43,7 +45,6 @@ from utils.sam2.model import Embeddings, build_sam2, preprocess, scale_points
 
 SAM_LOSS = LossSettings(**read_option("sam2", "loss", "sam"))
 TUTORIAL_LOSS = LossSettings(**read_option("sam2", "loss", "tutorial"))
-AUGMENTATION = train_sam2.Augmentation(min_area_px=1, hflip=True, color_jitter=0.0)
 PRESETS = sorted(path.stem for path in (ROOT / "configs" / "sam2" / "experiment").glob("*.yaml"))
 
 
@@ -639,7 +640,9 @@ def test_random_numbers_without_a_generator_would_make_another_sample_each_time(
     """The tutorial draws from NumPy's global state, unseeded."""
     dataset = make_dataset(compose_config(*tiny_overrides(root)))
     assert not differences(dataset[5], dataset[5])
-    monkeypatch.setattr(train_sam2, "sample_rng", lambda seed, index: np.random.default_rng(np.random.randint(2**31)))
+    monkeypatch.setattr(
+        train_sam2.run, "sample_rng", lambda seed, index: np.random.default_rng(np.random.randint(2**31))
+    )
     assert differences(dataset[5], dataset[5])
 
 
@@ -672,7 +675,7 @@ def write_item(folder, ids):
     rng = np.random.default_rng(0)
     write_image(folder / "image.png", rng.integers(0, 255, (*ids.shape, 3)).astype(np.uint8))
     write_label_map(folder / "ids.png", ids)
-    return Item("one", "label_map", folder / "image.png", folder / "ids.png")
+    return Item("one", folder / "image.png", folder / "ids.png", functools.partial(read_ids, folder / "ids.png"))
 
 
 def test_one_object(root, model, tmp_path):
@@ -693,7 +696,7 @@ def test_300_objects_are_capped_in_training_and_all_measured(root, model, tmp_pa
     batch = collate([dataset[0], dataset[1]])
     assert len(batch["masks"]) == 14 and differences(dataset[0]["masks"], dataset[1]["masks"])  # drawn anew
     torch.testing.assert_close(batch["object_weight"], torch.full((14,), 1 / 14))
-    values = evaluate(model, [item], AUGMENTATION, [1], torch.device("cpu"), "fp32", None, 0)
+    values = evaluate(model, [item], 1, [1], "fp32", None, 0)
     model.train()
     assert (values["val/num_objects"], values["val/num_images"]) == (300, 1)
 
@@ -1007,7 +1010,7 @@ def measure_slowly(predictor, items, clicks):
 
 def test_evaluation_equals_a_slow_loop_with_the_official_predictor(root, model, predictor, tmp_path):
     items = list_training_items(compose_config(*tiny_overrides(root)))
-    values = evaluate(model, items, AUGMENTATION, [1, 2, 4], torch.device("cpu"), "fp32", tmp_path, 2)
+    values = evaluate(model, items, 1, [1, 2, 4], "fp32", tmp_path, 2)
     model.eval()
     expected = measure_slowly(predictor, items, [1, 2, 4])
     model.train()
@@ -1023,16 +1026,15 @@ def test_evaluation_equals_a_slow_loop_with_the_official_predictor(root, model, 
 def test_evaluation_leaves_out_small_objects(root, model):
     items = list_training_items(compose_config(*tiny_overrides(root)))
     areas = sorted(int((read_item(items[0])[1] == object_id).sum()) for object_id in (1, 2, 3))
-    augmentation = train_sam2.Augmentation(min_area_px=areas[1], hflip=True, color_jitter=0.0)
-    values = evaluate(model, items[:1], augmentation, [1], torch.device("cpu"), "fp32", None, 0)
+    values = evaluate(model, items[:1], areas[1], [1], "fp32", None, 0)
     model.train()
     assert values["val/num_objects"] == 2
 
 
 def test_pictures_of_items_with_the_same_file_name_are_kept_apart(root, model, tmp_path):
     first = list_training_items(compose_config(*tiny_overrides(root)))[0]
-    items = [Item(f"{name}/00000", "davis", first.image_path, first.annotation_path) for name in ("a", "b")]
-    evaluate(model, items, AUGMENTATION, [1], torch.device("cpu"), "fp32", tmp_path, 2)
+    items = [dataclasses.replace(first, name=f"{name}/00000") for name in ("a", "b")]
+    evaluate(model, items, 1, [1], "fp32", tmp_path, 2)
     model.train()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a_00000.png", "b_00000.png"]
 
@@ -1042,10 +1044,7 @@ def test_pictures_of_items_with_the_same_file_name_are_kept_apart(root, model, t
 
 
 def check_settings_of(config):
-    """Check the settings of a config, as train does."""
-    settings, prompts = train_sam2.Settings(**config["train"]), PromptSettings(**config["prompts"])
-    loss, optim = LossSettings(**config["loss"]), train_sam2.OptimSettings(**config["optim"])
-    train_sam2.check_settings(settings, prompts, loss, optim)
+    train_sam2.read_settings(train_sam2.Config, config)
 
 
 def test_typo_on_the_command_line_names_the_key(root):
@@ -1062,6 +1061,7 @@ def test_typo_on_the_command_line_names_the_key(root):
         ("optim: {learning_rate: 3}", "unknown key optim.learning_rate"),
         ("prompts: {box_shre: 0.5}", "unknown key prompts.box_shre"),
         ("loss: {focl: 1}", "unknown key loss.focl"),
+        ("loss: {terms: {focl: 1}}", "unknown term loss.terms.focl"),
         ("data: {rooot: x}", "unknown key data.rooot"),
         ("model: {image_sise: 64}", "unknown key model.image_sise"),
         ("trian: {steps: 3}", "trian"),
@@ -1098,6 +1098,7 @@ def test_typo_in_a_preset_names_the_key(content, key, root, tmp_path, quick):
         "prompts.max_corrections=-1",
         "prompts.mask_only_rounds=3",
         "loss.masks=worst",
+        "loss.terms.dice=-1",
         "optim.betas=[0.9]",
     ],
 )
@@ -1116,7 +1117,7 @@ def test_value_that_makes_no_sense_is_named(override, root):
         ("train.trainable=mask_decoder", "'mask_decoder'; must be a list"),
         ("train.eval_clicks=[1,two]", "[1, 'two']; must be a list, each a whole number"),
         ("train.loss_size=half", "'half'; must be a whole number or null"),
-        ("loss.dice=x", "'x'; must be a number"),
+        ("loss.terms.dice=x", "'x'; must be a number"),
         ("prompts.detach=3", "3; must be true or false"),
         ("optim.betas=0.9", "0.9; must be a list, each a number"),
         ("data.hflip=maybe", "'maybe'; must be true or false"),

@@ -140,7 +140,7 @@ def test_metrics_are_recorded(finished):
     for part in metrics.values():
         assert {f"val/{name}" for name in ("ao", "sr_50", "success_auc", "still_ao", "loss", "num_frames")} <= set(part)
         assert all(part[name] == pytest.approx(measured[part["step"]][name]) for name in part if "/" in name)
-    assert metrics["last"]["val/num_frames"] == 2  # of two sequences, 2 frames each, those after the first
+    assert metrics["last"]["val/num_frames"] == 2  # two sequences, 2 frames each, those after the first
     logged = [row for row in rows if "train/loss" in row]
     assert [row["step"] for row in logged] == [1, 2]
     expected = {"train/loss", "train/hit_rate", "train/grad_norm", "lr", "pairs_per_s", "data_wait_share"}
@@ -158,9 +158,9 @@ def test_best_checkpoint_is_plain_and_tracks_as_validation_did(finished):
     model = load_siamfc(run_dir / "best.pt")
     assert not differences(dict(model.state_dict()), dict(best["model"]))
     _, sequences = train_siamfc.list_data(best["config"]["data"])
-    values = evaluate_tracking(model, sequences, TrackerSettings(**best["config"]["tracker"]), "fp32", 2)
+    metrics = evaluate_tracking(model, sequences, TrackerSettings(**best["config"]["tracker"]), "fp32", 2)
     for name in train_siamfc.REPORTED:
-        assert values[f"val/{name}"] == pytest.approx(best["metrics"][f"val/{name}"], abs=1e-3)
+        assert metrics[f"val/{name}"] == pytest.approx(best["metrics"][f"val/{name}"], abs=1e-3)
     last = torch.load(run_dir / "last.pt", map_location="cpu", weights_only=True)
     assert not differences(dict(load_siamfc(run_dir / "last.pt").state_dict()), dict(last["model"]))
 
@@ -192,7 +192,7 @@ LIMITS = {
 
 def usable_by_loop(sequence, limits):
     """The filter of siamfc-pytorch (`_filter`), a frame at a time."""
-    found = []
+    frames = []
     for t, (_, _, w, h) in enumerate(sequence.boxes_xywh.tolist()):
         if not sequence.visible[t] or sequence.frame_wh is None or math.isnan(w) or math.isnan(h):
             continue
@@ -204,8 +204,8 @@ def usable_by_loop(sequence, limits):
         if sequence.cover is not None:
             is_seen = sequence.cover[t] > max(1.0, limits["min_cover"] * max(sequence.cover))
         if all(sides) and all(shares) and aspect and w * h >= 20 and is_seen:
-            found.append(t)
-    return found
+            frames.append(t)
+    return frames
 
 
 def varied_sequence():
@@ -225,11 +225,11 @@ def test_usable_frames_equal_a_naive_loop(limit):
     """With every limit, and with each of them lifted: then there are more, so each has a say."""
     lifted = {} if limit is None else {limit: 0 if limit.startswith("min") else 1e9}
     sequence, limits = varied_sequence(), LIMITS | lifted
-    found = usable_frames(sequence, pair_settings(**limits))
-    assert found.dtype == np.int64 and found.tolist() == usable_by_loop(sequence, limits)
+    frames = usable_frames(sequence, pair_settings(**limits))
+    assert frames.dtype == np.int64 and frames.tolist() == usable_by_loop(sequence, limits)
     all_limits = usable_by_loop(sequence, LIMITS)
-    assert len(all_limits) > 50 and set(all_limits) <= set(found.tolist())
-    assert (len(found) > len(all_limits)) == (limit is not None)
+    assert len(all_limits) > 50 and set(all_limits) <= set(frames.tolist())
+    assert (len(frames) > len(all_limits)) == (limit is not None)
 
 
 def test_usable_frames_without_cover_or_size():
@@ -244,12 +244,13 @@ def test_large_objects_are_left_out_by_the_config_alone(root, tmp_path, capsys):
     """Limits of 500 px and half the frame are hidden in the published code; here the config has them."""
     sequence = make_sequence([[0, 0, 600, 500], [0, 0, 100, 100]])
     large = make_sequence([[0, 0, 600, 500]], name="large")
-    kept, usable = train_siamfc.keep_usable([sequence, large, large], pair_settings(), "train")
-    assert kept == [sequence] and usable[0].tolist() == [1]
+    sequences, usable = train_siamfc.keep_usable([sequence, large, large], pair_settings(), "train")
+    assert sequences == [sequence] and usable[0].tolist() == [1]
     output = capsys.readouterr().out
     assert "train: 2 sequences, 3 frames; pairs are cut from 1 frames of 1 sequences" in output and "large" in output
-    kept, usable = train_siamfc.keep_usable([sequence, large, large], pair_settings(max_side=700, max_share=1), "train")
-    assert kept == [sequence, large, large] and [one.tolist() for one in usable] == [[0, 1], [0], [0]]
+    limits = pair_settings(max_side=700, max_share=1)
+    sequences, usable = train_siamfc.keep_usable([sequence, large, large], limits, "train")
+    assert sequences == [sequence, large, large] and [frames.tolist() for frames in usable] == [[0, 1], [0], [0]]
 
 
 def test_drawn_frames_are_any_two_within_the_gap():
@@ -334,13 +335,13 @@ def test_object_is_in_the_middle_of_the_patch(out_size):
 
 def test_box_origin_of_the_files_moves_the_crop(root):
     """The same files, said to count from 0, are cut one pixel to the lower right."""
-    one, other = (
+    center, other = (
         make_dataset(compose_config(*tiny_overrides(root), f"data.box_origin={box_origin}")).sequences[0].boxes_xywh
         for box_origin in (1, 0)
     )
-    assert (other - one == [1, 1, 0, 0]).all()
+    assert (other - center == [1, 1, 0, 0]).all()
     frame = read_image(root / "train" / "train_001" / "00000001.jpg").astype(int)
-    x, y, w, h = one[0].astype(int)
+    x, y, w, h = center[0].astype(int)
     inside, around = frame[y : y + h, x : x + w], frame[y + 1 : y + h + 1, x + 1 : x + w + 1]
     ground = (np.abs(frame - 105) < 25).all(2)
     assert ground[y : y + h, x - 2].mean() > ground[y : y + h, x].mean() and inside.shape == around.shape
@@ -361,11 +362,11 @@ def test_shift_and_stretch_are_within_their_bounds(monkeypatch):
         shifts = (
             (np.array([args[1] for args in asked]) - box_center(box)) * out_size / sides[:, None]
         )  # px of the patch
-        for values, bound in ((stretch, 0.1), (shifts[:, 0], shift_px), (shifts[:, 1], shift_px)):
-            assert -bound * 1.001 <= values.min() < -0.97 * bound and 0.97 * bound < values.max() <= bound * 1.001
-            assert np.std(values) == pytest.approx(bound / math.sqrt(3), rel=0.1)
-        found = np.corrcoef([stretch, *shifts.T])
-        assert np.abs(found - np.eye(3)).max() < 0.15
+        for draws, bound in ((stretch, 0.1), (shifts[:, 0], shift_px), (shifts[:, 1], shift_px)):
+            assert -bound * 1.001 <= draws.min() < -0.97 * bound and 0.97 * bound < draws.max() <= bound * 1.001
+            assert np.std(draws) == pytest.approx(bound / math.sqrt(3), rel=0.1)
+        correlations = np.corrcoef([stretch, *shifts.T])
+        assert np.abs(correlations - np.eye(3)).max() < 0.15
         counts = Counter(args[5] for args in asked)
         assert set(counts) == {cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_LANCZOS4}
         assert min(counts.values()) > 80
@@ -376,11 +377,11 @@ def test_shifted_patch_shows_the_object_off_its_middle():
     """In pictures, not in arguments: the mark moves up to the bound and a half px, and no farther."""
     box = np.array([250 - 31.25, 200 - 31.25, 63.5, 63.5])
     image = marked((250, 200))
-    found = np.array(
+    offsets = np.array(
         [brightest(cut_patch(image, box, 127, 4.0, pair_settings(), sample_rng(0, index))) - 63 for index in range(80)]
     )
-    assert 3 <= np.abs(found).max(0).min() and np.abs(found).max() <= 4.5
-    assert found.min() < -2.5 and found.max() > 2.5
+    assert 3 <= np.abs(offsets).max(0).min() and np.abs(offsets).max() <= 4.5
+    assert offsets.min() < -2.5 and offsets.max() > 2.5
 
 
 def test_exemplar_and_instance_have_their_own_shifts(root):
@@ -398,8 +399,8 @@ def test_exemplar_and_instance_have_their_own_shifts(root):
         for name, shifts in settings.items()
     }
 
-    def equal(one, other, key):
-        return torch.equal(samples[one][key], samples[other][key])
+    def equal(index, other, key):
+        return torch.equal(samples[index][key], samples[other][key])
 
     assert equal("none", "instance", "exemplar") and equal("none", "exemplar", "instance")
     assert not equal("none", "exemplar", "exemplar") and not equal("none", "instance", "instance")
@@ -408,9 +409,9 @@ def test_exemplar_and_instance_have_their_own_shifts(root):
 
 def test_colors_stay_as_they_are_unless_asked():
     patch = textured(1, 127, 127)
-    found = vary_colors(patch, False, pair_settings(), sample_rng(0, 0))
-    assert found.shape == (3, 127, 127) and found.dtype == torch.uint8 and found.is_contiguous()
-    assert np.array_equal(found.permute(1, 2, 0).numpy(), patch)
+    picture = vary_colors(patch, False, pair_settings(), sample_rng(0, 0))
+    assert picture.shape == (3, 127, 127) and picture.dtype == torch.uint8 and picture.is_contiguous()
+    assert np.array_equal(picture.permute(1, 2, 0).numpy(), patch)
 
 
 def test_grey_blur_and_jitter():
@@ -437,22 +438,23 @@ def test_grey_blur_and_jitter():
     assert np.mean(is_blurred) == pytest.approx(0.3, abs=0.1)
 
     flat = np.full((9, 9, 3), 100, np.uint8)  # only brightness changes what is flat and grey
-    values = [
+    levels = [
         int(vary_colors(flat, False, pair_settings(color_jitter=0.2), sample_rng(0, i))[0, 0, 0]) for i in range(99)
     ]
-    assert 79 <= min(values) < 84 and 116 < max(values) <= 121
+    assert 79 <= min(levels) < 84 and 116 < max(levels) <= 121
 
     def jittered(picture):
         pairs = pair_settings(color_jitter=0.5)
         return torch.stack([vary_colors(picture, False, pairs, sample_rng(0, i)) for i in range(300)]).double()
 
     flat[:, ::2] = 80  # two greys: brightness leaves their ratio, so what changes it is contrast
-    found = jittered(flat[:, :8])
-    contrast = (found[..., 1] - found[..., 0]).mean((1, 2)) / (found[..., 1] + found[..., 0]).mean((1, 2)) * 9
+    pictures = jittered(flat[:, :8])
+    dark, light = pictures[..., 0], pictures[..., 1]
+    contrast = (light - dark).mean((1, 2)) / (light + dark).mean((1, 2)) * 9
     assert 0.4 < contrast.min() < 0.6 and 1.4 < contrast.max() < 1.65
-    flat[:] = 120, 100, 90  # of a flat colour contrast takes some too: beyond half as much again it is saturation
-    found = jittered(flat)[..., 0, 0]
-    color = (found[:, 0] - found[:, 2]) / (found @ torch.tensor([0.299, 0.587, 0.114]).double()) * 104.84 / 30
+    flat[:] = 120, 100, 90  # contrast takes some of a flat colour too: beyond half as much again it is saturation
+    colors = jittered(flat)[..., 0, 0]
+    color = (colors[:, 0] - colors[:, 2]) / (colors @ torch.tensor([0.299, 0.587, 0.114]).double()) * 104.84 / 30
     assert color.min() < 0.4 and 1.7 < color.max() < 2.4
 
 
@@ -500,17 +502,17 @@ def load_all(dataset, num_samples, num_workers):
 
 
 def test_sample_is_a_function_of_seed_and_index(root):
-    one, other = varied_dataset(root), varied_dataset(root)
+    dataset, other = varied_dataset(root), varied_dataset(root)
     torch.manual_seed(5)  # torch's own stream, and what was read before, have no say
     np.random.seed(5)
-    assert not differences(one[7], [other[index] for index in (9, 7)][1])
-    assert one[7]["exemplar"].shape == (3, 127, 127) and one[7]["instance"].shape == (3, 239, 239)
+    assert not differences(dataset[7], [other[index] for index in (9, 7)][1])
+    assert dataset[7]["exemplar"].shape == (3, 127, 127) and dataset[7]["instance"].shape == (3, 239, 239)
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
-    one[3]
+    dataset[3]
     assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
     other_seed = varied_dataset(root, "seed=1")
-    assert [one[index]["name"] for index in range(9)] != [other_seed[index]["name"] for index in range(9)]
-    assert differences(one[0]["exemplar"], one[len(one.sequences)]["exemplar"])
+    assert [dataset[index]["name"] for index in range(9)] != [other_seed[index]["name"] for index in range(9)]
+    assert differences(dataset[0]["exemplar"], dataset[len(dataset.sequences)]["exemplar"])
 
 
 def test_workers_do_not_change_samples(root, monkeypatch):
@@ -518,7 +520,7 @@ def test_workers_do_not_change_samples(root, monkeypatch):
     batches = load_all(varied_dataset(root), 12, 0)
     assert not differences(batches, load_all(varied_dataset(root), 12, 2))
     shared = np.random.default_rng(0)
-    monkeypatch.setattr(train_siamfc, "sample_rng", lambda seed, sample_index: shared)
+    monkeypatch.setattr(train_siamfc.run, "sample_rng", lambda seed, sample_index: shared)
     alone = load_all(varied_dataset(root), 12, 0)
     shared = np.random.default_rng(0)
     assert differences(alone, load_all(varied_dataset(root), 12, 2))
@@ -527,7 +529,7 @@ def test_workers_do_not_change_samples(root, monkeypatch):
 def test_each_epoch_visits_every_sequence(root):
     dataset = varied_dataset(root, "pairs.random_boxes=0")
     videos = [[Path(part).parent.name for part in dataset[index]["name"].split(" with ")] for index in range(12)]
-    assert all(one == other for one, other in videos)
+    assert all(first == other for first, other in videos)
     epochs = [[videos[index][0] for index in range(start, start + 3)] for start in range(0, 12, 3)]
     assert all(sorted(epoch) == ["train_001", "train_002", "train_003"] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
@@ -546,7 +548,7 @@ def test_boxes_are_those_of_the_drawn_frames(root, monkeypatch):
         for name, (image, box, out_size, shift, *_), size, expected_shift in zip(
             names, cuts, (127, 239), (4.0, 4.0), strict=True
         ):
-            sequence = next(one for one in dataset.sequences if one.name == Path(name).parent.name)
+            sequence = next(sequence for sequence in dataset.sequences if sequence.name == Path(name).parent.name)
             frame = int(Path(name).stem) - 1
             assert np.array_equal(image, read_image(name)) and np.array_equal(box, sequence.boxes_xywh[frame])
             assert (out_size, shift) == (size, expected_shift)
@@ -559,8 +561,8 @@ def test_share_of_random_boxes_and_of_grey_pairs(root):
     is_random, is_grey = [], []
     for index in range(150):
         sample = dataset[index]
-        one, other = sample["name"].split(" with ")
-        is_random.append(one == other)
+        first, other = sample["name"].split(" with ")
+        is_random.append(first == other)
         grey = [
             bool((sample[key][0] == sample[key][1]).all() and (sample[key][0] == sample[key][2]).all())
             for key in ("exemplar", "instance")
@@ -592,12 +594,12 @@ def test_turns_of_parts(root, tmp_path):
     train, val = train_siamfc.list_data({"parts": parts, "turns": {"videos": 2, "pictures": 3}})
     counts = Counter(sequence.name for sequence in train)
     assert counts == {"train_001": 2, "train_002": 2, "train_003": 2, "0.1": 3, "1.1": 3, "2.1": 3}
-    assert [one.name for one in val] == ["val_001", "val_002"]
+    assert [sequence.name for sequence in val] == ["val_001", "val_002"]
     dataset = train_siamfc.SiamesePairs(*train_siamfc.keep_usable(train, pair_settings(), "train"), 0, pair_settings())
     visits = Counter(Path(dataset[index]["name"].split(" with ")[0]).parent.name for index in range(len(train)))
     assert visits == {"train_001": 2, "train_002": 2, "train_003": 2, "images": 9}
     train, val = train_siamfc.list_data({"parts": parts, "turns": {"videos": 0, "pictures": 1}})
-    assert [one.name for one in train] == ["0.1", "1.1", "2.1"] and len(val) == 2
+    assert [sequence.name for sequence in train] == ["0.1", "1.1", "2.1"] and len(val) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -705,10 +707,10 @@ def test_every_parameter_moves_and_the_score_bias_is_one(score_bias, root, tmp_p
         *tiny_overrides(root), f"model.score_bias={str(score_bias).lower()}", "optim.weight_decay=0", "train.steps=2"
     )
     trained = train_in(tmp_path / "run", config)["model"]
-    train_siamfc.seed_everything(config["seed"])  # the weights that the run started from
+    train_siamfc.run.seed_everything(config["seed"])  # the weights that the run started from
     before = dict(train_siamfc.SiamFC(score_bias).named_parameters())
     assert ("score_bias" in before) == score_bias
-    assert not [name for name, values in before.items() if torch.equal(values, trained[name])]
+    assert not [name for name, weight in before.items() if torch.equal(weight, trained[name])]
     assert not torch.equal(trained["backbone.conv1.1.running_mean"], torch.zeros(16))
 
 
@@ -730,12 +732,12 @@ def build(**changes):
 
 def test_training_starts_from_a_checkpoint(weights_path, tmp_path, capsys):
     weights = torch.load(weights_path, weights_only=True)
-    found = build(checkpoint=str(weights_path)).state_dict()
-    assert not differences({key: found[key] for key in weights}, dict(weights))
-    found = build(checkpoint=str(weights_path), score_bias=True).state_dict()
-    assert not differences({key: found[key] for key in weights}, dict(weights)) and found["score_bias"].item() == 0
+    built = build(checkpoint=str(weights_path)).state_dict()
+    assert not differences({key: built[key] for key in weights}, dict(weights))
+    built = build(checkpoint=str(weights_path), score_bias=True).state_dict()
+    assert not differences({key: built[key] for key in weights}, dict(weights)) and built["score_bias"].item() == 0
     assert "score_bias: not in" in capsys.readouterr().out
-    assert differences(dict(build().state_dict()), dict(found))
+    assert differences(dict(build().state_dict()), dict(built))
     torch.save({"model": SiamFC(score_bias=True).state_dict()}, tmp_path / "best.pt")
     with pytest.raises(ValueError, match="model.score_bias is false; must be true: model.checkpoint .*best.pt has one"):
         build(checkpoint=str(tmp_path / "best.pt"))
@@ -775,21 +777,21 @@ def test_accumulation_equals_a_larger_batch(root, tmp_path, quick, monkeypatch):
         for name, batch_size, accumulate in (("large", 4, 1), ("small", 2, 2))
     )
     assert len(momenta) == 2
-    for one, other in zip(momenta, others, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    for momentum, other in zip(momenta, others, strict=True):
+        torch.testing.assert_close(momentum, other, atol=1e-5, rtol=1e-4)
     for name in ("train/loss", "train/grad_norm", "train/hit_rate"):
         assert row[name] == pytest.approx(other_row[name], rel=1e-4), name
 
 
 def test_gradients_are_clipped_to_a_norm(root, tmp_path, quick, monkeypatch):
     script_evaluation(monkeypatch)
-    found = {}
+    buffers = {}
     for clip_norm in ("null", "0.01", "1e6"):
         momenta, row = first_momenta(root, tmp_path / clip_norm, f"train.clip_norm={clip_norm}")
-        found[clip_norm] = torch.cat([one.flatten() for one in momenta])
-        assert row["train/grad_norm"] == pytest.approx(found["null"].norm().item(), rel=1e-4)  # before it is clipped
-    assert found["null"].norm() > 0.05 and torch.equal(found["null"], found["1e6"])
-    torch.testing.assert_close(found["0.01"], found["null"] * 0.01 / found["null"].norm(), rtol=1e-3, atol=1e-7)
+        buffers[clip_norm] = torch.cat([momentum.flatten() for momentum in momenta])
+        assert row["train/grad_norm"] == pytest.approx(buffers["null"].norm().item(), rel=1e-4)  # before it is clipped
+    assert buffers["null"].norm() > 0.05 and torch.equal(buffers["null"], buffers["1e6"])
+    torch.testing.assert_close(buffers["0.01"], buffers["null"] * 0.01 / buffers["null"].norm(), rtol=1e-3, atol=1e-7)
 
 
 def test_compile_is_a_switch(root, tmp_path, quick, monkeypatch):
@@ -811,11 +813,11 @@ def test_running_means_are_bias_corrected(root, tmp_path, quick, monkeypatch):
     monkeypatch.setattr(train_siamfc, "hit_rate", lambda *args: hits.append(real_hits(*args)) or hits[-1])
     last = train_in(tmp_path / "run", compose_config(*tiny_overrides(root), "train.steps=3"))
     weights = 0.99 ** np.arange(3)[::-1]
-    for name, values in (("train/loss", losses), ("train/hit_rate", hits)):
-        values = [one.item() for one in values]
-        found = [row[name] for row in last["metrics"] if name in row]
-        expected = [np.average(values[: n + 1], weights=weights[2 - n :]) for n in range(3)]
-        assert found == pytest.approx(expected, rel=1e-5)
+    for name, steps in (("train/loss", losses), ("train/hit_rate", hits)):
+        steps = [measured.item() for measured in steps]
+        means = [row[name] for row in last["metrics"] if name in row]
+        expected = [np.average(steps[: n + 1], weights=weights[2 - n :]) for n in range(3)]
+        assert means == pytest.approx(expected, rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -833,15 +835,15 @@ def test_low_precision_has_its_loss_in_fp32(precision, dtype, root, tmp_path, qu
         return loss
 
     def forward(self, images):
-        found = real_forward(self, images)
-        features.append(found.dtype)
-        return found
+        computed = real_forward(self, images)
+        features.append(computed.dtype)
+        return computed
 
     monkeypatch.setattr(train_siamfc, "balanced_loss", record)
     monkeypatch.setattr(SmallNormBackbone, "forward", forward)
     last = train_in(tmp_path / "run", compose_config(*tiny_overrides(root), f"precision={precision}", "train.steps=2"))
     assert set(dtypes) == {(torch.float32, torch.float32)} and set(features) == {dtype}
-    assert all(values.dtype in (torch.float32, torch.int64) for values in last["model"].values())
+    assert all(weight.dtype in (torch.float32, torch.int64) for weight in last["model"].values())
     assert ("scale" in last["scaler"]) == (precision == "fp16")
     assert last["metrics"][0]["val/num_frames"] == 4
 
@@ -924,12 +926,12 @@ def test_only_a_better_one_replaces_the_best_checkpoint(root, tmp_path, quick, m
 
 
 def test_what_selects_the_best_is_a_setting(root, tmp_path, quick, monkeypatch):
-    values = iter([(0.1, 0.9), (0.2, 0.8), (0.3, 0.95)])
+    scores = iter([(0.1, 0.9), (0.2, 0.8), (0.3, 0.95)])
 
     def evaluate(*args):
-        ao, success_auc = next(values)
-        found = {"val/ao": ao, "val/sr_50": 0.0, "val/success_auc": success_auc, "val/num_frames": 1}
-        return found | {f"val/still_{name}": 0.0 for name in train_siamfc.REPORTED}
+        ao, success_auc = next(scores)
+        metrics = {"val/ao": ao, "val/sr_50": 0.0, "val/success_auc": success_auc, "val/num_frames": 1}
+        return metrics | {f"val/still_{name}": 0.0 for name in train_siamfc.REPORTED}
 
     monkeypatch.setattr(train_siamfc, "evaluate_tracking", evaluate)
     overrides = ["train.steps=1", "train.eval_every=1", "train.select_by=val/success_auc"]
@@ -954,7 +956,9 @@ class TruthTracker:
 
     def init(self, image, boxes_xywh):
         [self.sequence] = [
-            one for one in self.sequences if np.array_equal(one.boxes_xywh[int(one.visible.argmax())], boxes_xywh[0])
+            sequence
+            for sequence in self.sequences
+            if np.array_equal(sequence.boxes_xywh[int(sequence.visible.argmax())], boxes_xywh[0])
         ]
         self.index = int(self.sequence.visible.argmax())
 
@@ -987,33 +991,33 @@ def slow_iou(a, b):
 
 
 def test_perfect_tracking_scores_one(truth):
-    values = run_evaluation(truth)
-    assert values["val/ao"] == pytest.approx(1.0) and values["val/sr_50"] == 1.0
-    assert values["val/success_auc"] == pytest.approx(20 / 21)
-    assert values["val/num_frames"] == 4 + 2  # of 5 frames those after the first, and from the third on
-    assert values["val/tracked_per_s"] > 0
+    metrics = run_evaluation(truth)
+    assert metrics["val/ao"] == pytest.approx(1.0) and metrics["val/sr_50"] == 1.0
+    assert metrics["val/success_auc"] == pytest.approx(20 / 21)
+    assert metrics["val/num_frames"] == 4 + 2  # those of 5 frames after the first, and from the third on
+    assert metrics["val/tracked_per_s"] > 0
 
 
 @pytest.mark.parametrize("num_frames", [None, 3])
 def test_scores_equal_a_slow_loop(truth, num_frames, monkeypatch):
     """Of a tracker that is off by (6, -3) px, and of a box that stays; all frames weigh the same in ao."""
     monkeypatch.setattr(TruthTracker, "moved_xy", (6.0, -3.0))
-    values = run_evaluation(truth, num_frames)
+    metrics = run_evaluation(truth, num_frames)
     expected = {"val/": [], "val/still_": []}
     curves = {"val/": [], "val/still_": []}
     for sequence, first in zip(truth, (0, 2), strict=True):
         boxes = sequence.boxes_xywh[first:] if num_frames is None else sequence.boxes_xywh[first : first + num_frames]
-        for prefix, found in (("val/", boxes + [6, -3, 0, 0]), ("val/still_", boxes[:1].repeat(len(boxes), 0))):
-            overlaps = [slow_iou(one, other) for one, other in zip(found[1:], boxes[1:], strict=True)]
+        for prefix, tracked_boxes in (("val/", boxes + [6, -3, 0, 0]), ("val/still_", boxes[:1].repeat(len(boxes), 0))):
+            overlaps = [slow_iou(box, other) for box, other in zip(tracked_boxes[1:], boxes[1:], strict=True)]
             expected[prefix] += overlaps
             thresholds = np.linspace(0, 1, 21)
-            curves[prefix].append(np.mean([[one > t for t in thresholds] for one in [1 - 1e-9, *overlaps]]))
+            curves[prefix].append(np.mean([[iou > t for t in thresholds] for iou in [1 - 1e-9, *overlaps]]))
     for prefix, overlaps in expected.items():
-        assert values[f"{prefix}ao"] == pytest.approx(np.mean(overlaps)), prefix
-        assert values[f"{prefix}sr_50"] == pytest.approx(np.mean(np.array(overlaps) > 0.5)), prefix
-        assert values[f"{prefix}success_auc"] == pytest.approx(np.mean(curves[prefix])), prefix
-        assert values["val/num_frames"] == len(overlaps) == (6 if num_frames is None else 4)
-    assert 0.2 < values["val/ao"] < 0.95 and values["val/ao"] != values["val/still_ao"]
+        assert metrics[f"{prefix}ao"] == pytest.approx(np.mean(overlaps)), prefix
+        assert metrics[f"{prefix}sr_50"] == pytest.approx(np.mean(np.array(overlaps) > 0.5)), prefix
+        assert metrics[f"{prefix}success_auc"] == pytest.approx(np.mean(curves[prefix])), prefix
+        assert metrics["val/num_frames"] == len(overlaps) == (6 if num_frames is None else 4)
+    assert 0.2 < metrics["val/ao"] < 0.95 and metrics["val/ao"] != metrics["val/still_ao"]
 
 
 def test_hidden_frames_do_not_count(truth):
@@ -1126,7 +1130,7 @@ def test_pictures_alone_train_beside_videos_that_validate(root, tmp_path, quick)
     assert last["step"] == 2 and last["metrics"][0]["val/num_frames"] == 4
     dataset = make_dataset(config)
     names = [dataset[index]["name"].split(" with ") for index in range(6)]
-    assert all(one == other and "pictures" in one for one, other in names)
+    assert all(first == other and "pictures" in first for first, other in names)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -1148,10 +1152,10 @@ def test_presets_say_what_their_sources_do():
     published, paper = (compose_config(f"experiment={name}") for name in ("siamfc_got10k", "siamfc_paper"))
     assert published["train"]["steps"] * published["train"]["batch_size"] == 50 * 9328
     assert paper["train"]["steps"] * paper["train"]["batch_size"] == 50 * 47880
-    assert [one["model"]["score_bias"] for one in (published, paper)] == [False, True]
-    assert [one["optim"]["decay_all"] for one in (published, paper)] == [True, False]
-    assert [one["pairs"]["exemplar_shift"] for one in (published, paper)] == [4.0, 0.0]
-    assert [one["pairs"]["grey"] for one in (published, paper)] == [0.0, 0.25]
+    assert [config["model"]["score_bias"] for config in (published, paper)] == [False, True]
+    assert [config["optim"]["decay_all"] for config in (published, paper)] == [True, False]
+    assert [config["pairs"]["exemplar_shift"] for config in (published, paper)] == [4.0, 0.0]
+    assert [config["pairs"]["grey"] for config in (published, paper)] == [0.0, 0.25]
 
 
 @pytest.fixture(scope="module")
@@ -1361,7 +1365,7 @@ def test_check_draws_pairs_and_stops(root, tmp_path, monkeypatch, capfd, quick):
 
 def test_davis_trains_and_a_score_bias_is_kept(tmp_path, quick):
     config = compose_config(
-        *[one for one in tiny_overrides(tmp_path) if not one.startswith("data")], "data=davis_sequences",
+        *[override for override in tiny_overrides(tmp_path) if not override.startswith("data")], "data=davis_sequences",
         f"data.root={write_davis(tmp_path / 'DAVIS')}", "train.steps=1", "model.score_bias=true",
     )  # fmt: skip
     last = train_in(tmp_path / "run", config)
@@ -1370,7 +1374,7 @@ def test_davis_trains_and_a_score_bias_is_kept(tmp_path, quick):
 
 def test_a_dataset_without_boxes_is_named(root, tmp_path, quick):
     config = compose_config("data=pictures", "data.format=camvid", f"data.root={tmp_path}", "device=cpu")
-    with pytest.raises(ValueError, match="data.format is 'camvid'; must be one of .*coco"):
+    with pytest.raises(ValueError, match="data.format is 'camvid'; must be one of got10k, .*, coco, sa1b$"):
         train_in(tmp_path / "run", config)
 
 

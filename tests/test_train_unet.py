@@ -36,7 +36,7 @@ import train_unet
 from train_unet import LossSettings, OptimSettings
 from utils.images import read_image, write_image
 from utils.run import seed_everything
-from utils.segmentation import prediction, reports, views
+from utils.segmentation import losses, prediction, reports, views
 from utils.segmentation.prediction import Predictor, TileSettings
 from utils.segmentation.readers import read_item
 from utils.segmentation.unet import UNet
@@ -62,8 +62,12 @@ def quick(monkeypatch):
 
 
 def val_items(root):
-    _, _, reader_keys = train_unet.read_data_settings(compose_config(*tiny_overrides(root))["data"])
-    return train_unet.list_splits(reader_keys)["val"]
+    return list_items(compose_config(*tiny_overrides(root)), "val")
+
+
+def list_items(config, split):
+    settings = train_unet.read_settings(train_unet.Config, config)
+    return train_unet.list_splits(settings.data.reader_keys)[split]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,8 +269,8 @@ def test_only_a_better_one_replaces_the_best_checkpoint(root, tmp_path, quick, m
 
 @pytest.mark.parametrize(
     "name, optim",
-    [(name, "adamw") for name in ("unet", "unet_paper", "fcn", "segnet", "segnet_dsc", "vit_small")]
-    + [("unet", "adam"), ("unet", "sgd")],
+    [(name, "optim=adamw") for name in ("unet", "unet_paper", "fcn", "segnet", "segnet_dsc", "vit_small")]
+    + [("unet", "optim.name=adam"), ("unet", "optim=sgd")],
 )
 def test_every_parameter_of_every_network_moves(name, optim, root, tmp_path, quick, monkeypatch):
     """Without weight decay, which would move a parameter that gets no gradient."""
@@ -281,7 +285,7 @@ def test_every_parameter_of_every_network_moves(name, optim, root, tmp_path, qui
     }[name]
     overrides = [one for one in tiny_overrides(root) if not one.startswith("model")]
     config = compose_config(
-        *overrides, f"model={name}", *small, f"optim={optim}", "optim.weight_decay=0.0", "optim.lr=0.01",
+        *overrides, f"model={name}", *small, optim, "optim.weight_decay=0.0", "optim.lr=0.01",
         "train.steps=3", "train.test_at_end=false",
     )  # fmt: skip
     trained = train_in(tmp_path / "run", config)["model"]
@@ -351,19 +355,80 @@ def test_running_mean_is_bias_corrected(root, tmp_path, quick, monkeypatch):
 # the learning rate
 
 
+LOSSES = {  # the terms of the loss, with class weights and the knobs 0.8 and 1
+    "cross_entropy": lambda *batch: losses.cross_entropy_loss(*batch, torch.tensor(WEIGHTS)),
+    "focal": lambda *batch: losses.focal_loss(*batch, torch.tensor(WEIGHTS), gamma=1.0),
+    "soft_iou": lambda *batch: losses.soft_iou_loss(*batch, torch.tensor(WEIGHTS)),
+    "log_iou": lambda *batch: losses.log_iou_loss(*batch, torch.tensor(WEIGHTS)),
+    "dice": lambda *batch: losses.dice_loss(*batch, torch.tensor(WEIGHTS)),
+    "tversky": lambda *batch: losses.tversky_loss(*batch, torch.tensor(WEIGHTS), alpha=0.8),
+}
+WEIGHTS = [0.5, 2.0, 1.0]
+
+
+def loss_settings(**terms):
+    changes = {"terms": terms, "tversky_alpha": 0.8, "focal_gamma": 1.0}
+    return LossSettings(**read_option("unet", "loss", "terms") | changes)
+
+
+def random_batch():
+    generator = torch.Generator().manual_seed(9)
+    target = torch.randint(3, (2, 9, 11), generator=generator)
+    target[0, 3:5] = 255
+    return torch.randn(2, 3, 9, 11, generator=generator), target
+
+
+def test_loss_is_the_weighted_sum_of_its_terms():
+    batch = random_batch()
+    expected = {name: loss(*batch) for name, loss in LOSSES.items()}
+    weights = {name: 0.5 + index for index, name in enumerate(LOSSES)}
+    assert LOSSES.keys() == train_unet.TERMS.keys()
+    for name, weight in weights.items():
+        value = train_unet.weighted_loss(*batch, loss_settings(**{name: weight}), WEIGHTS, None)
+        torch.testing.assert_close(value, weight * expected[name])
+    value = train_unet.weighted_loss(*batch, loss_settings(**weights), WEIGHTS, None)
+    torch.testing.assert_close(value, sum(weight * expected[name] for name, weight in weights.items()))
+
+
+def test_pixel_weights_take_the_place_of_class_weights_in_the_terms_of_pixels():
+    logits, target = random_batch()
+    pixel_weight = 10 * torch.rand(target.shape, generator=torch.Generator().manual_seed(0))
+    expected = {
+        "cross_entropy": losses.cross_entropy_loss(logits, target, pixel_weight=pixel_weight),
+        "focal": losses.focal_loss(logits, target, pixel_weight=pixel_weight, gamma=1.0),
+        "dice": losses.dice_loss(logits, target, torch.tensor(WEIGHTS)),
+    }
+    for name, loss in expected.items():
+        value = train_unet.weighted_loss(logits, target, loss_settings(**{name: 1.0}), WEIGHTS, pixel_weight)
+        torch.testing.assert_close(value, loss)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "unet" / "loss").glob("*.yaml")))
+def test_loss_files_list_every_term_and_switch_on_what_they_are_named_after(name):
+    section = read_option("unet", "loss", name)
+    assert section["terms"].keys() == train_unet.TERMS.keys()
+    on = {term for term, weight in section["terms"].items() if weight}
+    assert on == {"terms": set(), "cross_entropy_dice": {"cross_entropy", "dice"}}.get(name, {name})
+    assert (section["class_weights"], section["border_weight"], section["border_sigma"]) == (None, 0.0, 5.0)
+
+
+def test_terms_are_chosen_on_the_command_line():
+    config = compose_config("loss=dice", "loss.terms.dice=0", "loss.terms.tversky=1.5")
+    assert {name for name, weight in config["loss"]["terms"].items() if weight} == {"tversky"}
+
+
 def schedule(**changes):
     return OptimSettings(**(compose_config()["optim"] | {"lr": 0.1, "warmup_steps": 0} | changes))
 
 
-@pytest.mark.parametrize("name", ["constant", "step", "cosine", "poly"])
+@pytest.mark.parametrize("name", ["constant", "cosine", "poly"])
 def test_schedule_equals_torchs_own(name):
     """As torch.optim.lr_scheduler, which keeps a state, where ours is a function of the step."""
-    optim = schedule(schedule=name, min_lr_factor=0.0, step_every=7, step_factor=0.3, poly_power=0.9)
+    optim = schedule(schedule=name, min_lr_factor=0.0, poly_power=0.9)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     schedulers = torch.optim.lr_scheduler
     expected = {
         "constant": lambda: schedulers.ConstantLR(optimizer, factor=1.0),
-        "step": lambda: schedulers.StepLR(optimizer, step_size=7, gamma=0.3),
         "cosine": lambda: schedulers.CosineAnnealingLR(optimizer, T_max=40),
         "poly": lambda: schedulers.PolynomialLR(optimizer, total_iters=40, power=0.9),
     }[name]()
@@ -376,9 +441,9 @@ def test_schedule_equals_torchs_own(name):
     assert (rates[-1] < 0.02) == (name != "constant")
 
 
-@pytest.mark.parametrize("name", ["constant", "step", "cosine", "poly"])
+@pytest.mark.parametrize("name", ["constant", "cosine", "poly"])
 def test_warmup_rises_and_the_floor_holds(name):
-    optim = schedule(schedule=name, warmup_steps=4, min_lr_factor=0.2, step_every=1000)
+    optim = schedule(schedule=name, warmup_steps=4, min_lr_factor=0.2)
     rates = [train_unet.scheduled_lr(step, 50, optim) for step in range(50)]
     assert rates[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
     assert rates[5:] == sorted(rates[5:], reverse=True)
@@ -574,7 +639,7 @@ def test_ignored_pixels_and_absent_classes_are_left_out(root, tmp_path):
     write_image(tmp_path / "masks" / "a.png", class_map)
     overrides = ["data.val_list=null", "data.test_list=null", "data.val_fraction=1", "data.test_fraction=0"]
     config = compose_config(*tiny_overrides(root), *overrides, f"data.root={tmp_path}", "data.ignore_values=[255]")
-    items = train_unet.list_splits(train_unet.read_data_settings(config["data"])[2])["val"]
+    items = list_items(config, "val")
     values, matrix = run_evaluate(items, ColorReader())
     assert values["val/mean_iou"] == values["val/pixel_accuracy"] == 1.0 and matrix.sum() == 36 * 64
     assert "val/iou_disc" not in values and "val/iou_square" in values
@@ -626,6 +691,9 @@ def test_typo_on_the_command_line_names_the_key(root):
         ("train: {stepz: 3}", "stepz"),
         ("optim: {learning_rate: 3}", "learning_rate"),
         ("loss: {focl: 1}", "focl"),
+        ("loss: {terms: {dise: 1}}", "unknown term loss.terms.dise"),
+        ("loss: {terms: {dice: much}}", "loss.terms.dice"),
+        ("loss: {terms: {cross_entropy: 0, dice: 0}}", "0 in all its terms"),
         ("data: {rooot: x}", "rooot"),
         ("model: {dpth: 64}", "unknown key model.dpth"),
         ("tiles: {sise: 64}", "sise"),
@@ -667,12 +735,13 @@ def test_typo_in_a_preset_names_the_key(content, key, root, tmp_path, quick):
         "data.color_jitter=2",
         "data.elastic_px=-1",
         "loss.class_weights=balanced",
+        "loss.terms.dice=-1",
         "loss.class_weights=[1,2]",
         "loss.border_weight=-1",
         "loss.border_sigma=0",
         "optim.name=rmsprop",
         "optim.schedule=plateau",
-        "optim.step_every=0",
+        "optim.schedule=step",
         "optim.betas=[0.9]",
         "tiles.size=big",
         "tiles.size=64",
@@ -697,8 +766,7 @@ def test_size_that_the_unpadded_network_cannot_take_names_the_nearest():
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_composes_and_fixes_its_model(name):
     config = compose_config(f"experiment={name}", "data_root=/nowhere")
-    framing, _, _ = train_unet.read_data_settings(config["data"])
-    views.check_size("data.image_size", framing.image_size, train_unet.output_margin(config["model"]))
+    train_unet.read_settings(train_unet.Config, config)  # checks sizes, too
     train_unet.build_network(config["model"], config["data"]["channels"], config["data"]["num_classes"])
     assert "override /model:" in (ROOT / "configs" / "unet" / "experiment" / f"{name}.yaml").read_text()
 
@@ -753,7 +821,6 @@ def fails_with(monkeypatch, capfd, run_dir, *arguments):
         (["mode=predict", "checkpoint={best}", "input=x", "model=segnet"], "is of the model {'name': 'unet'"),
         (["mode=predict", "checkpoint={best}", "input=/nowhere.png"], "input /nowhere.png does not exist"),
         (["mode=predict", "checkpoint=/nowhere.pt", "input=x"], "checkpoint /nowhere.pt does not exist"),
-        (["optim=adamw"], "model.lr"),
     ],
 )
 def test_command_that_makes_no_sense(arguments, message, overfitted, tmp_path, monkeypatch, capfd):

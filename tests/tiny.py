@@ -83,7 +83,8 @@ def read_last(run_dir: Path) -> dict:
 def make_runs_quick(script: ModuleType, monkeypatch) -> None:
     """Leave out pictures of curves and statistics and the call of git: most of the time of a tiny run."""
     monkeypatch.setattr(script, "plot_curves", lambda rows, path: None)
-    monkeypatch.setattr(script, "plot_statistics", lambda report, path: None, raising=False)
+    for kind in ("instances", "segmentation"):
+        monkeypatch.setattr(f"utils.{kind}.check.plot_statistics", lambda report, path: None)
     monkeypatch.setattr("utils.loop.git_state", lambda: {"commit": None, "dirty": None})
 
 

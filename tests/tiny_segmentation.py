@@ -118,8 +118,9 @@ def script_evaluation(monkeypatch, values: list[float] | None = None) -> None:
 
 def make_dataset(config: dict) -> train_unet.AugmentedPairs:
     """The training set of a config, as train makes it."""
-    framing, augmentation, reader_keys = train_unet.read_data_settings(config["data"])
-    items = train_unet.list_splits(reader_keys)["train"]
-    loss = train_unet.LossSettings(**config["loss"])
+    settings = train_unet.read_settings(train_unet.Config, config)
+    data = settings.data
+    items = train_unet.list_splits(data.reader_keys)["train"]
     margin = train_unet.output_margin(config["model"])
-    return train_unet.AugmentedPairs(items, config["seed"], framing, augmentation, margin, loss, None)
+    seed, loss_settings = config["seed"], settings.loss
+    return train_unet.AugmentedPairs(items, seed, data.framing, data.augmentation, margin, loss_settings, None)

@@ -241,13 +241,13 @@ def make_runs_quick(monkeypatch) -> None:
     use_backbone(monkeypatch)
 
 
-def script_evaluation(monkeypatch, values: list[float] | None = None) -> None:
-    """Let validation return these values, one after the other (None: always 0.5), without looking at the model."""
-    values = itertools.repeat(0.5) if values is None else iter(values)
+def script_evaluation(monkeypatch, scores: list[float] | None = None) -> None:
+    """Let validation return these scores, one after the other (None: always 0.5), without looking at the model."""
+    scores = itertools.repeat(0.5) if scores is None else iter(scores)
 
     def evaluate_tracking(model, sequences, *rest):
         names = [f"{prefix}{name}" for prefix in ("val/", "val/still_") for name in train_siamfc.REPORTED]
-        return dict.fromkeys(names, next(values)) | {"val/num_frames": len(sequences), "val/tracked_per_s": 1.0}
+        return dict.fromkeys(names, next(scores)) | {"val/num_frames": len(sequences), "val/tracked_per_s": 1.0}
 
     monkeypatch.setattr(train_siamfc, "evaluate_tracking", evaluate_tracking)
     monkeypatch.setattr(train_siamfc, "evaluate_pairs", lambda *args: {"val/loss": 0.5, "val/hit_rate": 0.5})

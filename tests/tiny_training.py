@@ -15,7 +15,7 @@ from tiny import without_timing as without_timing
 
 import train_sam2
 from utils.images import write_image, write_label_map
-from utils.instances.readers import Item, object_ids, read_instances, split_items
+from utils.instances.readers import Item, object_ids, split_items
 
 COLORS = np.array([(230, 60, 60), (60, 220, 60), (70, 90, 240), (120, 120, 120)], np.uint8)  # of ids 1, 2, 3, 4
 
@@ -130,7 +130,7 @@ def script_evaluation(monkeypatch, values: list[float] | None = None) -> None:
 def list_training_items(config: dict) -> list[Item]:
     """The training pictures that have objects."""
     keys = {key: value for key, value in config["data"].items() if key not in ("min_area_px", "hflip", "color_jitter")}
-    return [item for item in split_items(**keys)[0] if object_ids(read_instances(item))]
+    return [item for item in split_items(**keys)[0] if object_ids(item.read().layers)]
 
 
 def make_dataset(config: dict, items: list[Item] | None = None) -> train_sam2.PromptedMasks:
@@ -140,6 +140,7 @@ def make_dataset(config: dict, items: list[Item] | None = None) -> train_sam2.Pr
         config["seed"],
         config["model"]["image_size"],
         config["train"]["objects_per_image"],
-        train_sam2.Augmentation(**{key: config["data"][key] for key in ("min_area_px", "hflip", "color_jitter")}),
+        config["data"]["min_area_px"],
+        train_sam2.Augmentation(**{key: config["data"][key] for key in ("hflip", "color_jitter")}),
         train_sam2.PromptSettings(**config["prompts"]),
     )

@@ -1,4 +1,4 @@
-"""Read and write pictures, label maps (one integer id per pixel) and run-length masks; colour label maps.
+"""Read and write pictures and label maps (one integer id per pixel); colour label maps.
 
 Pictures are uint8 (H, W, 3) RGB. A label map is int32 (H, W), 0 is background. A mask is bool (H, W). Pixels are
 (x, y), 0-based. Every failure to read or write is an exception that names the file.
@@ -18,6 +18,7 @@ from PIL import Image
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 IGNORE_INDEX = 255  # in class maps: this pixel neither trains nor counts
+EXIF_ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)  # the orientations that swap width and height
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -35,9 +36,9 @@ def list_images(path: Path) -> list[Path]:
     if not path.is_dir():
         raise FileNotFoundError(f"input {path} does not exist; give a picture or a folder of pictures")
     image_paths = sorted(
-        one
-        for one in path.iterdir()
-        if one.is_file() and one.suffix.lower() in PICTURE_SUFFIXES and not one.name.startswith(".")
+        file
+        for file in path.iterdir()
+        if file.is_file() and file.suffix.lower() in PICTURE_SUFFIXES and not file.name.startswith(".")
     )
     if not image_paths:
         raise ValueError(f"input {path} has no pictures ({', '.join(PICTURE_SUFFIXES)}); give a folder that has some")
@@ -143,6 +144,26 @@ def read_channels(path: str | Path) -> np.ndarray:
     if channels.shape[2] >= 3:
         channels[..., :3] = channels[..., 2::-1]  # OpenCV's order is BGR
     return channels
+
+
+def remark_on_values(image: np.ndarray) -> tuple[str, str] | None:
+    """Say what looks wrong with a picture's values, unscaled as its file holds them: (kind, what was seen), or None."""
+    lowest, largest, full = int(image.min()), int(image.max()), np.iinfo(image.dtype).max
+    if lowest == largest:
+        return "one value all over", str(largest)
+    if largest < full / 4:
+        return "unused intensity range", f"largest value {largest} of {full}"
+    return None
+
+
+def read_frame_wh(path: Path) -> tuple[int, int] | None:
+    """Read a picture's width and height from its header, as `read_image` turns it; None if it has none."""
+    try:
+        with Image.open(path) as picture:
+            is_lying = picture.getexif().get(EXIF_ORIENTATION) in LYING
+            return picture.size[::-1] if is_lying else picture.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
 
 
 def _read_bytes(path: str | Path) -> np.ndarray:
@@ -290,8 +311,8 @@ def overlay_label_map(image_rgb: np.ndarray, ids: np.ndarray) -> np.ndarray:
     if ids.max(initial=0) <= ids.size:
         colors = id_colors(np.arange(ids.max(initial=0) + 1))[ids]  # (H, W, 3)
     else:  # few, large ids
-        values, index = np.unique(ids, return_inverse=True)
-        colors = id_colors(values)[index.reshape(ids.shape)]
+        present, index = np.unique(ids, return_inverse=True)
+        colors = id_colors(present)[index.reshape(ids.shape)]
     is_contour = np.zeros(ids.shape, bool)
     is_contour[:, :-1] |= ids[:, :-1] != ids[:, 1:]
     is_contour[:, 1:] |= ids[:, :-1] != ids[:, 1:]
@@ -303,17 +324,7 @@ def overlay_label_map(image_rgb: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# masks: COCO run lengths, polygons, boxes
-
-
-def remark_on_values(image: np.ndarray) -> tuple[str, str] | None:
-    """Say what looks wrong with a picture's values, unscaled as its file holds them: (kind, what was seen), or None."""
-    lowest, largest, full = int(image.min()), int(image.max()), np.iinfo(image.dtype).max
-    if lowest == largest:
-        return "one value all over", str(largest)
-    if largest < full / 4:
-        return "unused intensity range", f"largest value {largest} of {full}"
-    return None
+# masks
 
 
 def mask_to_box(mask: np.ndarray) -> np.ndarray:
@@ -328,16 +339,3 @@ def mask_to_box(mask: np.ndarray) -> np.ndarray:
     if not len(xs):
         return np.zeros(4, np.float32)
     return np.array([xs[0], ys[0], xs[-1], ys[-1]], np.float32)
-
-
-EXIF_ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)  # the orientations that swap width and height
-
-
-def read_frame_wh(path: Path) -> tuple[int, int] | None:
-    """Read a picture's width and height from its header, as `images.read_image` turns it; None if it has none."""
-    try:
-        with Image.open(path) as picture:
-            is_lying = picture.getexif().get(EXIF_ORIENTATION) in LYING
-            return picture.size[::-1] if is_lying else picture.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return None

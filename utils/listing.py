@@ -1,7 +1,22 @@
-"""Which pictures a dataset has, and which of them validate."""
+"""Which files a dataset has, which picture belongs to which annotation, and which of them validate or test."""
 
 import hashlib
+import os
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
+
+from utils.images import PICTURE_SUFFIXES
+
+ANNOTATION_SUFFIXES = (".png", *PICTURE_SUFFIXES)  # the first is what a missing annotation is said to be
+
+
+class Pair(NamedTuple):
+    """A picture and its annotation; the path of one that is not there is where it was looked for."""
+
+    name: str  # the stem without what `pair_files` was told to leave out, below its subfolders: a/001
+    image_path: Path
+    annotation_path: Path
 
 
 def dataset_folder(root: str | Path) -> Path:
@@ -27,21 +42,208 @@ def first_few(lines: list[str], most: int | None) -> list[str]:
     return [*lines[:most], f"... and {len(lines) - most} more"]
 
 
-def draw_validation(names: set[str], val_fraction: float, split_seed: int) -> set[str]:
-    """Draw a fraction of names by a seeded order of them: a new name does not reshuffle the others.
+# ---------------------------------------------------------------------------------------------------------------------
+# files and pairs
 
+
+def list_folders(root: Path) -> list[Path]:
+    """List the folders in a folder, sorted by name; hidden ones and files are passed over."""
+    _check_folder(root)
+    with os.scandir(root) as entries:
+        return [root / name for name in sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))]
+
+
+def files_by_name(
+    folder: Path,
+    affixes: tuple[str, str] = ("", ""),
+    suffixes: tuple[str, ...] = PICTURE_SUFFIXES,
+    with_subfolders: bool = False,
+) -> dict[str, Path]:
+    """List the files of a folder whose stem is <start><name><ending>: {name: path}, in the order of the paths.
+
+    Hidden files and folders, and files with other suffixes, are passed over.
+
+    Args:
+        affixes: (start, ending).
+        suffixes: lower case; those of the files may be of any case.
+        with_subfolders: also those in folders below, which then stand before the name: a/b/<name>.
     Raises:
-        ValueError: for a fraction outside 0..1, and for a single name to divide.
+        FileNotFoundError, ValueError: for a folder that is not there; for two files of one name.
     """
-    if not 0 <= val_fraction <= 1:
-        raise ValueError(f"data.val_fraction is {val_fraction}; must be in 0..1")
+    _check_folder(folder)
+    start, ending = affixes
+    files = {}
+    for path in sorted(folder.rglob("*") if with_subfolders else folder.iterdir()):
+        below = path.relative_to(folder)
+        if any(part.startswith(".") for part in below.parts) or path.suffix.lower() not in suffixes:
+            continue
+        stem = path.stem.removeprefix(start).removesuffix(ending)
+        if not stem or start + stem + ending != path.stem or not path.is_file():
+            continue
+        name = below.with_name(stem).as_posix()
+        if name in files:
+            raise ValueError(f"{files[name]} and {path} have the same name but for the suffix; keep one of them")
+        files[name] = path
+    return files
+
+
+def pair_files(
+    image_dir: Path,
+    annotation_dir: Path,
+    image_affixes: tuple[str, str] = ("", ""),
+    annotation_affixes: tuple[str, str] = ("", ""),
+    annotation_suffixes: tuple[str, ...] = ANNOTATION_SUFFIXES,
+    with_subfolders: bool = False,
+) -> list[Pair]:
+    """Match pictures and annotations by name, sorted by name; one kind may lie in the other's folder, or below it.
+
+    Args:
+        image_affixes, annotation_affixes, with_subfolders: what stands around the names (see `files_by_name`).
+        annotation_suffixes: the first is what a missing annotation is said to be; a missing picture is a .jpg.
+    Raises:
+        FileNotFoundError, ValueError: as `files_by_name`. `stop_at_missing` looks for pairs that lack a file.
+    """
+    images = files_by_name(image_dir, image_affixes, with_subfolders=with_subfolders)
+    annotations = files_by_name(annotation_dir, annotation_affixes, annotation_suffixes, with_subfolders)
+    if image_dir == annotation_dir:  # what fits any file fits those of the other kind too
+        image_paths, annotation_paths = set(images.values()), set(annotations.values())
+        if image_affixes == ("", ""):
+            images = {name: path for name, path in images.items() if path not in annotation_paths}
+        elif annotation_affixes == ("", ""):
+            annotations = {name: path for name, path in annotations.items() if path not in image_paths}
+    elif image_dir in annotation_dir.parents:
+        images = {name: path for name, path in images.items() if annotation_dir not in path.parents}
+    elif annotation_dir in image_dir.parents:
+        annotations = {name: path for name, path in annotations.items() if image_dir not in path.parents}
+    pairs = []
+    for name in sorted(images.keys() | annotations.keys()):
+        below, stem = Path(name).parent, Path(name).name
+        image_path = image_dir / below / f"{stem.join(image_affixes)}.jpg"
+        annotation_path = annotation_dir / below / f"{stem.join(annotation_affixes)}{annotation_suffixes[0]}"
+        pairs.append(Pair(name, images.get(name, image_path), annotations.get(name, annotation_path)))
+    return pairs
+
+
+def find_missing(paths: list[tuple[Path, Path]]) -> tuple[list[tuple[Path, Path]], list[tuple[Path, Path]]]:
+    """Find the (picture, annotation) paths without an annotation, and those without a picture."""
+    without_annotation = [pair for pair in paths if not pair[1].exists()]  # a folder of masks, too
+    return without_annotation, [pair for pair in paths if not pair[0].is_file()]
+
+
+def stop_at_missing(paths: list[tuple[Path, Path]], on_bad: str, kind: str = "annotation", remedy: str = "") -> None:
+    """Raise a FileNotFoundError that names the first (picture, annotation) of which one is not there.
+
+    Args:
+        on_bad: "stop", or "skip": such pairs stay, and the dataset check leaves them out and counts them.
+        kind: what an annotation is called.
+        remedy: if there is a better one than to complete or remove the pair.
+    """
+    if on_bad not in ("stop", "skip"):
+        raise ValueError(f"data.on_bad is {on_bad!r}; must be stop or skip")
+    without_annotation, without_image = ([], []) if on_bad == "skip" else find_missing(paths)
+    if without_annotation or without_image:
+        examples = [f"image {image} has no {kind} {annotation}" for image, annotation in without_annotation[:1]]
+        examples += [f"{kind} {annotation} has no image {image}" for image, annotation in without_image[:1]]
+        raise FileNotFoundError(
+            f"{len({*without_annotation, *without_image})} of {len(paths)} pairs lack a file; "
+            f"{' and '.join(examples)}; {remedy or 'complete or remove the pair'}, list all with check=true, or leave "
+            "such pairs out with data.on_bad=skip"
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}; see data/README.md for the layout, or change data.root")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# list files and splits
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """Return a text file's lines, less empty ones and those that start with #."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no list file {path} (seen from {Path.cwd()}); see data/README.md for the layout")
+    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def read_list(path: str | Path, names: set[str], affixes: tuple[str, str] = ("", "")) -> list[str]:
+    """Read which names a list file names, one a line.
+
+    Args:
+        names: those of the dataset.
+        affixes: what stands before and after the name in the stem of a picture's file.
+    Returns:
+        of each line the one among names that is: the line; its first word; the end of that path, less suffix and
+        affixes; its file name; or the folder of the file (DAVIS 2016 lists a sequence by the paths of its frames).
+    Raises:
+        FileNotFoundError, ValueError: for a file that is not there; a line that is no name.
+    """
+    named = []
+    for line in read_lines(path):
+        entry = Path(line.split()[0])
+        parts = [*entry.parts[:-1], entry.stem.removeprefix(affixes[0]).removesuffix(affixes[1])]
+        ends = ["/".join(parts[start:]) for start in range(len(parts))]
+        candidates = [line, line.split()[0], *ends, entry.name, entry.parent.name]
+        name = next((candidate for candidate in candidates if candidate in names), None)
+        if name is None:
+            example = min(names, default="")
+            raise ValueError(f"{path} names {line!r}, which the dataset lacks; names look like {example!r}")
+        named.append(name)
+    return named
+
+
+def draw_split(
+    names: set[str], val_fraction: float, split_seed: int, test_fraction: float = 0.0
+) -> tuple[set[str], set[str]]:
+    """Draw fractions of names by a seeded order of them: a new name does not reshuffle the others.
+
+    Returns:
+        the names for validation and those for test; each part whose share is not 0, training too, gets a name.
+    Raises:
+        ValueError: for a fraction outside 0..1, fractions of over 1 together, and fewer names than parts.
+    """
+    for key, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"data.{key} is {fraction}; must be in 0..1")
+    if val_fraction + test_fraction > 1:
+        raise ValueError(f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} add up to over 1")
+    shares = [val_fraction, test_fraction, max(0.0, 1 - val_fraction - test_fraction)]
     num_val = round(val_fraction * len(names))
-    if 0 < val_fraction < 1 and names:
-        if len(names) == 1:
-            raise ValueError(
-                f"data.val_fraction is {val_fraction}, but there is only {min(names)} to split; "
-                "set data.val_fraction=0 to train on all, or 1 to only evaluate"
-            )
-        num_val = min(max(num_val, 1), len(names) - 1)
+    num_test = round((val_fraction + test_fraction) * len(names)) - num_val
+    counts = [num_val, num_test, len(names) - num_val - num_test]
+    wanted = [index for index, share in enumerate(shares) if share > 1e-9]
+    if 0 < len(names) < len(wanted) and test_fraction == 0:
+        raise ValueError(
+            f"data.val_fraction is {val_fraction}, but there is only {min(names)} to split; "
+            "set data.val_fraction=0 to train on all, or 1 to only evaluate"
+        )
+    if 0 < len(names) < len(wanted):
+        raise ValueError(
+            f"data.val_fraction is {val_fraction} and test_fraction {test_fraction}, but there are only {len(names)} "
+            "pictures to split; set those that are not needed to 0"
+        )
+    for index in wanted:
+        if names and counts[index] == 0:
+            counts[counts.index(max(counts))] -= 1
+            counts[index] += 1
     in_seeded_order = sorted(names, key=lambda name: hashlib.sha256(f"{split_seed} {name}".encode()).digest())
-    return set(in_seeded_order[:num_val])
+    return set(in_seeded_order[: counts[0]]), set(in_seeded_order[counts[0] :][: counts[1]])
+
+
+def sort_splits(splits: list[list], root: str | Path, format: str, rule: str) -> list[list]:
+    """Sort the items of each split by name, having seen that there are items, and none of one name.
+
+    Args:
+        splits: lists of items that have a `name`.
+        root, format: data.root and data.format, for messages.
+        rule: what a dataset that lists an item twice breaks.
+    """
+    counts = Counter(item.name for split in splits for item in split)
+    if not counts:
+        raise ValueError(f"data.root {root} holds no pictures in the layout {format!r} (see data/README.md)")
+    name, count = counts.most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{root} lists {name} {count} times; {rule}")
+    return [sorted(split, key=lambda item: item.name) for split in splits]

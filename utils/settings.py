@@ -2,14 +2,13 @@
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 import logging
-import math
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
 TYPE_WORDS = {
@@ -27,24 +26,32 @@ class Rule(NamedTuple):
     words: str  # what must be, such as "0 or more"
 
 
+FINITE = Rule(lambda number: abs(number) < float("inf"), "finite")
+
+
 def at_least(least: float) -> Rule:
+    """Make the rule that a number is `least` or more."""
     return Rule(lambda value: value >= least, f"{least} or more")
 
 
 def above(limit: float) -> Rule:
-    return Rule(lambda value: limit < value < math.inf, f"above {limit}")
+    """Make the rule that a number is more than `limit`; infinity is, nan is not."""
+    return Rule(lambda value: value > limit, f"above {limit}")
 
 
 def between(least: float, most: float) -> Rule:
+    """Make the rule that a number is one of least..most, both included."""
     return Rule(lambda value: least <= value <= most, f"between {least} and {most}")
 
 
 def one_of(*choices) -> Rule:
+    """Make the rule that a value is one of a few."""
     words = [str(choice) for choice in choices]
     return Rule(lambda value: value in choices, " or ".join(words) if len(words) < 3 else "one of " + ", ".join(words))
 
 
 def of_length(count: int, words: str) -> Rule:
+    """Make the rule that a list has so many entries, which `words` say, such as "two numbers"."""
     return Rule(lambda value: len(value) == count, words)
 
 
@@ -101,11 +108,25 @@ def read_settings(cls: type, section: dict, name: str = ""):
                 check_value(value, kind, prefix + field.name)
             values[field.name] = value
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            words = (
-                "a section of keys and values" if dataclasses.is_dataclass(plain_kind) else _describe_type(plain_kind)
-            )
-            raise ValueError(f"the config lacks {prefix}{field.name}; must be {words}")
+            raise ValueError(f"the config lacks {prefix}{field.name}; must be {_describe_type(plain_kind)}")
     return cls(**values, **({others: left} if others else {}))
+
+
+def fill_defaults(cls: type, section: dict) -> dict:
+    """Add the keys that a stored config lacks because they are younger, with the defaults that mean "as before".
+
+    Args:
+        cls: as for `read_settings`.
+        section: as that of a checkpoint; it stays as it is.
+    """
+    kinds = typing.get_type_hints(cls, include_extras=True)
+    filled = dict(section)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(kinds[field.name]) and isinstance(filled.get(field.name), dict):
+            filled[field.name] = fill_defaults(kinds[field.name], filled[field.name])
+        elif field.name not in filled and field.default is not dataclasses.MISSING:
+            filled[field.name] = field.default
+    return filled
 
 
 def known_keys(cls: type) -> list[str]:
@@ -119,28 +140,48 @@ def known_keys(cls: type) -> list[str]:
     return keys
 
 
-def check_keys(function, keys: dict, name: str) -> None:
+def check_keys(function, keys: dict, name: str, others: tuple[str, ...] = ()) -> None:
     """Raise a ValueError for keyword arguments that a function does not take, lacks, or takes as another type.
 
     Args:
         function: a function or class; bind what is no key of the config with `functools.partial` before.
         keys: {key: value}, to be passed as function(**keys).
         name: the section's name in messages, such as "data", which names them as section.key.
+        others: keys of the section that another function takes; they are named among those that may be.
     """
     parameters = inspect.signature(function).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    known = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD] + [*others]
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     for key in keys:
         if key not in known and not takes_all:
             raise ValueError(f"unknown key {name}.{key}; must be among {', '.join(f'{name}.{each}' for each in known)}")
-    bare = function.func if isinstance(function, functools.partial) else function
-    kinds = typing.get_type_hints(bare.__init__ if inspect.isclass(bare) else bare, include_extras=True)
     for parameter in parameters:
         if parameter.name in keys:
-            if parameter.name in kinds:
-                check_value(keys[parameter.name], kinds[parameter.name], f"{name}.{parameter.name}")
+            check_value(keys[parameter.name], parameter.annotation, f"{name}.{parameter.name}")
         elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
             raise ValueError(f"the config lacks {name}.{parameter.name}")
+
+
+def check_terms(terms: dict, known: Collection[str]) -> None:
+    """Raise a ValueError for weights of a loss's terms that make no sense.
+
+    Args:
+        terms: `loss.terms`, {name: weight}.
+        known: names of the terms that there are.
+    Raises:
+        ValueError: for an unknown term, a weight that is no number or below 0, or none above 0.
+    """
+    for term, weight in terms.items():
+        if term not in known:
+            raise ValueError(f"unknown term loss.terms.{term}; must be among {', '.join(known)}")
+        check_value(weight, Annotated[float, at_least(0)], f"loss.terms.{term}")
+    if not any(terms.values()):
+        raise ValueError(f"loss.terms is 0 in all its terms; must be above 0 in one of {', '.join(known)}")
+
+
+def describe_terms(terms: dict) -> str:
+    """Write the terms of a loss that count, such as "20 focal + 1 dice"."""
+    return " + ".join(f"{weight:g} {term}" for term, weight in terms.items() if weight > 0)
 
 
 def check_value(value, kind: type, name: str) -> None:
@@ -184,7 +225,7 @@ def _is_of_type(value, kind: type) -> bool:
         return any(_is_of_type(value, member) for member in typing.get_args(kind))
     if typing.get_origin(kind) is list:
         return isinstance(value, list) and all(_is_of_type(item, typing.get_args(kind)[0]) for item in value)
-    if kind not in TYPE_WORDS:  # a device, a function: no key of the config
+    if kind not in TYPE_WORDS:  # of a parameter that is no key of the config, such as a device, or without annotation
         return True
     return type(value) in (int, float) if kind is float else type(value) is kind
 
@@ -194,11 +235,29 @@ def _describe_type(kind: type) -> str:
         return " or ".join(_describe_type(member) for member in typing.get_args(kind))
     if typing.get_origin(kind) is list:
         return f"a list, each {_describe_type(typing.get_args(kind)[0])}"
-    return TYPE_WORDS[kind]
+    return TYPE_WORDS[dict if dataclasses.is_dataclass(kind) else kind]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what a user reads where something is wrong
+
+
+def stop_at_moved_files(task: str, arguments: list[str]) -> None:
+    """Exit with one line where an argument, such as data=cells, names a file that lies where files lay before.
+
+    Args:
+        task: the script's folder in configs/: sam2, unet or tracking.
+        arguments: the command line, without the script.
+    """
+    configs = Path(__file__).resolve().parent.parent / "configs"
+    asked = [argument.partition("=") for argument in arguments]
+    asked_files = {(group, name) for group, _, names in asked for name in names.split(",")}
+    for path in sorted(configs.glob("*/*.yaml")):
+        group, name = path.parent.name, path.stem
+        new_path = configs / task / group / path.name
+        if (group, name) in asked_files and not new_path.is_file():
+            place = f"configs/{group}/{path.name}"
+            sys.exit(f"error: {group}={name}: {place} is read no more; move it to configs/{task}/{group}/")
 
 
 @contextlib.contextmanager

@@ -1,20 +1,25 @@
-"""Check a dataset of pictures with instance masks before training on it, and describe it.
+"""Check a dataset of pictures with instance masks before training on it, and describe it: what the masks hold.
 
-A fault makes an item unusable: a missing or unreadable file, an annotation of another size or of the wrong form. A
-remark does not: dark or blank pictures, empty or tiny masks, no objects.
+Objects, empty and tiny masks; utils/dataset_check.py has what all kinds of annotation share.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from utils.dataset_check import (
+    MAX_LISTED,
+    PICTURE_REMEDIES,
+    CheckReport,
+    ItemReport,
+    check_items,
+    finding_lines,
+    keep_usable,
+    summary_lines,
+)
 from utils.images import read_image_unscaled, remark_on_values
-from utils.instances.readers import Item, check_same_size, mask_names, object_ids, read_instances
-from utils.listing import first_few
+from utils.instances.readers import Instances, Item, check_same_size, object_ids
 
 TINY_PX = 16  # an object of fewer pixels is remarked on
 REMEDIES = {  # kind of remark -> what to do about it
@@ -22,73 +27,66 @@ REMEDIES = {  # kind of remark -> what to do about it
     "empty masks": "they are no objects and are passed over; remove them, or draw them",
     f"objects below {TINY_PX} px": "remove stray pixels; real objects this small need larger pictures",
     "a single id 255": "a mask, taken as one object; if it covers several, give each its own id (1, 2, 3, ...)",
-    "unused intensity range": "dark to the model: stretch the values to the whole range of the file's type",
-    "one value all over": "a blank picture; replace or remove it",
-}
-MAX_LISTED = 5  # examples printed for each kind
+} | PICTURE_REMEDIES
 
 
 @dataclass(frozen=True)
-class ItemReport:
-    """What the check found in one item."""
+class Objects:
+    """What the check found in one annotation: N objects."""
 
-    name: str
-    faults: tuple[str, ...]  # each names the files and the remedy; none: usable
-    remarks: tuple[tuple[str, str], ...]  # (a key of REMEDIES, what and where)
-    orig_hw: tuple[int, int] | None  # of the picture; None if it cannot be read
-    bits: int | None  # 8 or 16 a channel
-    areas_px: np.ndarray  # int64 (N,), one an object
+    areas_px: np.ndarray  # int64 (N,)
     centers_xy: np.ndarray  # float64 (N, 2), mean position of the object's pixels, as a share of width and height, 0..1
     num_crowd: int  # crowd regions left out
 
 
-@dataclass(frozen=True)
-class CheckReport:
-    """What the check found in a dataset."""
-
-    items: tuple[ItemReport, ...]
-
-    @property
-    def bad(self) -> list[ItemReport]:
-        return [item for item in self.items if item.faults]
-
-    @property
-    def without_objects(self) -> list[ItemReport]:
-        return [item for item in self.items if not item.faults and not len(item.areas_px)]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Plain numbers for a run's record."""
-        usable = [item for item in self.items if not item.faults and len(item.areas_px)]
-        return {
-            "num_checked": len(self.items),
-            "num_usable": len(usable),
-            "num_bad": len(self.bad),
-            "num_without_objects": len(self.without_objects),
-            "num_objects": sum(len(item.areas_px) for item in usable),
-            "num_crowd": sum(item.num_crowd for item in self.items),
-        }
-
-
-def check_items(items: list[Item], num_threads: int | None = None) -> CheckReport:
-    """Read every picture and every annotation of a dataset once, as training would.
+def check_data(
+    splits: list[list[Item]], min_area_px: int, on_bad: str, run_dir: Path, list_all: bool
+) -> tuple[list[list[Item]], dict[str, int]]:
+    """Check a dataset, print what was found, draw its statistics, and leave out what cannot be used.
 
     Args:
-        items: training and validation items together.
-        num_threads: files read at a time; None: one a core, at most 16.
+        splits: training and validation items.
+        min_area_px: smaller objects do not count.
+        on_bad: "stop" or "skip", what to do about faulty files.
+        run_dir: for dataset.png.
+        list_all: print all findings, not some examples of each kind.
     Returns:
-        the report, in the order of the items. It raises nothing about files: see `keep_usable`.
+        the usable items of each split, each with an object of at least min_area_px; the counts for run.json.
+    Raises:
+        ValueError: for faulty files where on_bad is "stop".
     """
-    with ThreadPoolExecutor(num_threads or min(16, os.cpu_count() or 1)) as executor:
-        reports = executor.map(check_item, items)
-        return CheckReport(tuple(tqdm(reports, "check", len(items), leave=False, mininterval=1, unit=" images")))
+    report = check_items([item for items in splits for item in items], check_item)
+    print("\n".join(report_lines(report, None if list_all else MAX_LISTED)))
+    plot_statistics(report, run_dir / "dataset.png")
+    with_large = {item.name for item in report.usable if item.content.areas_px.max() >= min_area_px}
+    splits = [[item for item in keep_usable(items, report, on_bad) if item.name in with_large] for items in splits]
+    num_small = sum(int((item.content.areas_px < min_area_px).sum()) for item in report.items)
+    counts = count(report) | {
+        "train_images": len(splits[0]),
+        "val_images": len(splits[1]),
+        "num_small_objects_left_out": num_small,
+    }
+    print(
+        f"train on {len(splits[0])} images, validate on {len(splits[1])}; {num_small} objects below "
+        f"data.min_area_px={min_area_px} left out; statistics in {run_dir / 'dataset.png'}"
+    )
+    return splits, counts
+
+
+def count(report: CheckReport) -> dict[str, int]:
+    """Count items and objects, for a run's record."""
+    return report.counts | {
+        "num_without_objects": len(report.empty),
+        "num_objects": sum(len(item.content.areas_px) for item in report.usable),
+        "num_crowd": sum(item.content.num_crowd for item in report.items),
+    }
 
 
 def check_item(item: Item) -> ItemReport:
     """Check one item."""
     faults, remarks = [], []
-    orig_hw = bits = layers = None
-    areas_px, centers_xy = np.zeros(0, np.int64), np.zeros((0, 2))
+    orig_hw = bits = instances = None
+    areas_px, centers_xy, num_crowd = np.zeros(0, np.int64), np.zeros((0, 2)), 0
     try:
         image_rgb = read_image_unscaled(item.image_path)
         orig_hw, bits = image_rgb.shape[:2], 8 * image_rgb.itemsize
@@ -97,44 +95,19 @@ def check_item(item: Item) -> ItemReport:
     except (OSError, ValueError) as error:
         faults.append(str(error))
     try:
-        layers = read_instances(item)
+        instances = item.read()
+        num_crowd = instances.num_crowd
         if orig_hw is not None:
-            check_same_size(item, orig_hw, layers.shape[1:])
+            check_same_size(item, orig_hw, instances.layers.shape[1:])
     except (OSError, ValueError) as error:
         faults.append(str(error))
-    if layers is not None and not faults:
-        objects = object_ids(layers)
+    if not faults:
+        objects = object_ids(instances.layers)
         areas_px = np.array([area for _, _, area in objects], np.int64)
-        centers_xy = _centers(layers)
-        remarks += _remark_on_objects(item, objects)
-    return ItemReport(item.name, tuple(faults), tuple(remarks), orig_hw, bits, areas_px, centers_xy, item.num_crowd)
-
-
-def keep_usable(items: list[Item], report: CheckReport, on_bad: str) -> list[Item]:
-    """Leave out what cannot be trained on: items with faults, and those without objects.
-
-    Args:
-        items: all or some of the checked items.
-        on_bad: "stop" raises if any of the dataset's items has a fault; "skip" leaves those out.
-    Returns:
-        the rest, in the same order.
-    Raises:
-        ValueError: naming the files and the remedies.
-    """
-    if on_bad not in ("stop", "skip"):
-        raise ValueError(f"data.on_bad is {on_bad!r}; must be stop or skip")
-    if report.bad and on_bad == "stop":
-        raise ValueError(
-            "\n  ".join(
-                [
-                    f"{len(report.bad)} of {len(report.items)} images cannot be used; repair them, "
-                    "or leave them out with data.on_bad=skip (check=true lists all):",
-                    *first_few([fault for item in report.bad for fault in item.faults], MAX_LISTED),
-                ]
-            )
-        )
-    left_out = {item.name for item in report.bad + report.without_objects}
-    return [item for item in items if item.name not in left_out]
+        centers_xy = _centers(instances.layers)
+        remarks += _remark_on_objects(item, instances, objects)
+    content = Objects(areas_px, centers_xy, num_crowd)
+    return ItemReport(item.name, tuple(faults), tuple(remarks), orig_hw, bits, len(areas_px) > 0, content)
 
 
 def report_lines(report: CheckReport, max_listed: int | None = MAX_LISTED) -> list[str]:
@@ -143,20 +116,8 @@ def report_lines(report: CheckReport, max_listed: int | None = MAX_LISTED) -> li
     Args:
         max_listed: examples for each kind of finding; None: all.
     """
-    counts = report.counts
-    lines = [
-        f"checked {counts['num_checked']} images: {counts['num_usable']} usable, {counts['num_bad']} bad, "
-        f"{counts['num_without_objects']} without objects"
-    ]
-    readable = [item for item in report.items if item.orig_hw is not None]
-    if readable:
-        by_area = sorted(item.orig_hw for item in readable)
-        by_area = sorted(by_area, key=lambda orig_hw: orig_hw[0] * orig_hw[1])
-        sizes = " to ".join(dict.fromkeys(f"{height} x {width}" for height, width in (by_area[0], by_area[-1])))
-        bits = ", ".join(f"{sum(item.bits == bits for item in readable)} of {bits} bits" for bits in (8, 16))
-        lines.append(f"pictures: {sizes} px (height x width); {bits}")
-    statistics = mask_statistics(report)
-    if statistics:
+    lines = summary_lines(report, "without objects")
+    if statistics := mask_statistics(report):
         lines += [
             "masks per image: {min} to {max}, mean {mean:.1f}, median {median:.0f}".format(
                 **statistics["masks_per_image"]
@@ -167,18 +128,9 @@ def report_lines(report: CheckReport, max_listed: int | None = MAX_LISTED) -> li
             "object centres: mean ({mean_x:.2f}, {mean_y:.2f}), spread ({std_x:.2f}, {std_y:.2f}) of (width, height); "
             "{in_middle:.0%} in the middle ninth (11% if even)".format(**statistics["centers"]),
         ]
-    if counts["num_crowd"]:
-        lines.append(f"crowd regions left out: {counts['num_crowd']}")
-    if report.bad:
-        lines.append(f"{len(report.bad)} bad:")
-        faults = [fault for item in report.bad for fault in item.faults]
-        lines += [f"  {line}" for line in first_few(faults, max_listed)]
-    for kind, remedy in REMEDIES.items():
-        found = [what for item in report.items for remark, what in item.remarks if remark == kind]
-        if found:
-            lines.append(f"{len(found)} with {kind}: {remedy}")
-            lines += [f"  {line}" for line in first_few(found, max_listed)]
-    return lines
+    if num_crowd := count(report)["num_crowd"]:
+        lines.append(f"crowd regions left out: {num_crowd}")
+    return lines + finding_lines(report, REMEDIES, max_listed)
 
 
 def mask_statistics(report: CheckReport) -> dict[str, dict[str, float]]:
@@ -188,12 +140,9 @@ def mask_statistics(report: CheckReport) -> dict[str, dict[str, float]]:
         masks_per_image {min, max, mean, median}, area_share {p5, p50, p95} in 0..1, centers {mean_x, mean_y, std_x,
         std_y, in_middle} in 0..1; empty if there are no objects.
     """
-    usable = [item for item in report.items if not item.faults and len(item.areas_px)]
-    if not usable:
+    if not report.usable:
         return {}
-    per_image = np.array([len(item.areas_px) for item in usable])
-    area_share = np.concatenate([item.areas_px / (item.orig_hw[0] * item.orig_hw[1]) for item in usable])
-    centers = np.concatenate([item.centers_xy for item in usable])  # (N, 2)
+    per_image, area_share, centers = _measure_objects(report)
     p5, p50, p95 = np.percentile(area_share, [5, 50, 95])
     return {
         "masks_per_image": {
@@ -217,17 +166,14 @@ def plot_statistics(report: CheckReport, path: str | Path) -> None:
     """Draw the statistics of the usable items as one picture: masks per image, mask area, object centres."""
     from matplotlib.figure import Figure  # slow to import, and needed here only
 
-    usable = [item for item in report.items if not item.faults and len(item.areas_px)]
     figure = Figure(figsize=(14, 4), layout="constrained")
     per_image_axes, area_axes, center_axes = figure.subplots(1, 3)
-    figure.suptitle(f"{len(usable)} images, {report.counts['num_objects']} objects")
+    figure.suptitle(f"{len(report.usable)} images, {count(report)['num_objects']} objects")
     per_image_axes.set(title="masks per image", xlabel="masks", ylabel="images")
     area_axes.set(title="mask area", xlabel="share of the image", ylabel="masks", xscale="log")
     center_axes.set(title="object centres", xlabel="x / width", ylabel="y / height", xlim=(0, 1), ylim=(1, 0))
-    if usable:
-        per_image = np.array([len(item.areas_px) for item in usable])
-        area_share = np.concatenate([item.areas_px / (item.orig_hw[0] * item.orig_hw[1]) for item in usable])
-        centers = np.concatenate([item.centers_xy for item in usable])
+    if report.usable:
+        per_image, area_share, centers = _measure_objects(report)
         per_image_axes.hist(per_image, bins=min(40, int(per_image.max() - per_image.min()) + 1))
         area_axes.hist(area_share, bins=np.geomspace(area_share.min() * 0.99, 1, 40))
         *_, colored = center_axes.hist2d(centers[:, 0], centers[:, 1], bins=24, range=[[0, 1], [0, 1]])
@@ -235,18 +181,27 @@ def plot_statistics(report: CheckReport, path: str | Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _remark_on_objects(item: Item, objects: list[tuple[int, int, int]]) -> list[tuple[str, str]]:
+def _measure_objects(report: CheckReport) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return masks per image (I,), and of all N objects the share of the image (N,) and the centre (N, 2), 0..1."""
+    contents = [item.content for item in report.usable]
+    image_px = [item.orig_hw[0] * item.orig_hw[1] for item in report.usable]
+    area_share = [content.areas_px / px for content, px in zip(contents, image_px, strict=True)]
+    per_image = np.array([len(content.areas_px) for content in contents])
+    return per_image, np.concatenate(area_share), np.concatenate([content.centers_xy for content in contents])
+
+
+def _remark_on_objects(item: Item, instances: Instances, objects: list[tuple[int, int, int]]) -> list[tuple[str, str]]:
     remarks = []
     ids = {object_id for _, object_id, _ in objects}
     if not objects:
         remarks.append(("no objects", str(item.annotation_path)))
-    empty = [name for index, name in enumerate(mask_names(item)) if index + 1 not in ids]
+    empty = [name for index, name in enumerate(instances.mask_names) if index + 1 not in ids]
     if empty:
         remarks.append(("empty masks", f"{item.annotation_path} ({item.name}): {', '.join(empty)}"))
     tiny = [f"{object_id} ({area_px} px)" for _, object_id, area_px in objects if area_px < TINY_PX]
     if tiny:
         remarks.append((f"objects below {TINY_PX} px", f"{item.annotation_path} ({item.name}): {', '.join(tiny)}"))
-    if item.format == "label_map" and ids == {255}:
+    if ids == {255} and not item.group:  # in a sequence (DAVIS 2016) it is the one object
         remarks.append(("a single id 255", str(item.annotation_path)))
     return remarks
 

@@ -41,7 +41,7 @@ from utils.sam2.model import (
 from utils.settings import check_value
 
 HIGH_RES_CONVS = ("sam_mask_decoder.conv_s0.", "sam_mask_decoder.conv_s1.")  # what `project_high_res` ends with
-FORMAT = 1  # of the entries and of all that leads to them: reading a picture, preprocess, encode_frozen
+FORMAT = 1  # goes up when entries change, or what leads to them: reading a picture, preprocess, encode_frozen
 HEADER_BYTES, FOOTER_BYTES = 4096, 64 + 8
 STORED_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 ABANDONED_S = 3600  # a .tmp file this old is that of a killed run
@@ -55,7 +55,7 @@ class CachePlan:
     missing: list[tuple[Path, bool]]  # to be encoded first; two of the same bytes share an entry
     is_projected: bool  # through conv_s0 and conv_s1, which are frozen too; see `model.FrozenMaps`
     stored: str  # fp16 or fp32, on disk
-    precision: str  # of the encoder: fp32, bf16 or fp16
+    precision: str  # fp32, bf16 or fp16, in which the encoder computes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def embed(model: torch.nn.Module, pictures: torch.Tensor | FrozenMaps) -> Embedd
 def restore_maps(maps: FrozenMaps, device: torch.device) -> FrozenMaps:
     """Bring maps from the cache to a device, then to the types in which the encoder gave them."""
     pairs = zip(maps[:3], maps.dtypes, strict=True)
-    return FrozenMaps(*(values.to(device, non_blocking=True).to(dtype) for values, dtype in pairs), maps.is_projected)
+    return FrozenMaps(*(level.to(device, non_blocking=True).to(dtype) for level, dtype in pairs), maps.is_projected)
 
 
 def join_pictures(parts: list[torch.Tensor] | list[FrozenMaps]) -> torch.Tensor | FrozenMaps:
@@ -287,9 +287,9 @@ def write_entry(path: Path, maps: FrozenMaps, stored: str, image_path: Path) -> 
         ValueError: for values that are not finite or too large for fp16, and where the disk cannot be written.
     """
     records, blocks = [], []
-    for values in maps[:3]:
-        assert len(values) == 1, values.shape
-        largest = max(-values.min().item(), values.max().item())
+    for level in maps[:3]:
+        assert len(level) == 1, level.shape
+        largest = max(-level.min().item(), level.max().item())
         if not math.isfinite(largest):
             raise ValueError(f"the image encoder gives nan or infinity for {image_path}; use precision=fp32")
         if largest > torch.finfo(STORED_DTYPES[stored]).max:
@@ -298,16 +298,16 @@ def write_entry(path: Path, maps: FrozenMaps, stored: str, image_path: Path) -> 
                 "use cache_precision=fp32"
             )
         # the order of memory is kept: convolutions choose their algorithm, and so their rounding, by it
-        is_channels_last = values.is_contiguous(memory_format=torch.channels_last) and not values.is_contiguous()
-        ordered = values.detach().permute(0, 2, 3, 1) if is_channels_last else values.detach()
+        is_channels_last = level.is_contiguous(memory_format=torch.channels_last) and not level.is_contiguous()
+        ordered = level.detach().permute(0, 2, 3, 1) if is_channels_last else level.detach()
         blocks.append(ordered.to("cpu", STORED_DTYPES[stored]).contiguous().numpy().data.cast("B"))
-        dtype = str(values.dtype).removeprefix("torch.")
-        records.append({"shape": list(values.shape), "dtype": dtype, "is_channels_last": is_channels_last})
+        dtype = str(level.dtype).removeprefix("torch.")
+        records.append({"shape": list(level.shape), "dtype": dtype, "is_channels_last": is_channels_last})
     key = path.stem
     header = {"format": FORMAT, "key": key, "stored": stored, "is_projected": maps.is_projected, "maps": records}
     content = b"".join([json.dumps(header).encode().ljust(HEADER_BYTES), *blocks])
 
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # of its own: two processes may write one entry
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # a name of its own: two runs may write it
     try:
         path.parent.mkdir(exist_ok=True)
         with partial.open("wb") as file:
@@ -354,8 +354,8 @@ def read_entry(path: Path) -> FrozenMaps:
     try:
         content = _map_file(path)
         header = json.loads(content[:HEADER_BYTES].tobytes())
-        values = torch.from_numpy(content[HEADER_BYTES:-FOOTER_BYTES]).view(STORED_DTYPES[header["stored"]])
-        blocks = values.split([math.prod(record["shape"]) for record in header["maps"]])
+        joined = torch.from_numpy(content[HEADER_BYTES:-FOOTER_BYTES]).view(STORED_DTYPES[header["stored"]])
+        blocks = joined.split([math.prod(record["shape"]) for record in header["maps"]])
     except (OSError, ValueError, RuntimeError) as error:  # the last from view and split: it has too few or many bytes
         raise ValueError(f"cache entry {path} was removed or damaged during the run ({error}); start again") from error
     maps = []

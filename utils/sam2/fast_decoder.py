@@ -76,7 +76,7 @@ def decode_fast(
                 pixel_pe,
             )
         )
-    low_res_masks, iou_predictions, object_score_logits = (torch.cat(values) for values in zip(*parts, strict=True))
+    low_res_masks, iou_predictions, object_score_logits = map(torch.cat, zip(*parts, strict=True))
     if not torch.equal(order, torch.arange(len(order), device=order.device)):
         places = order.argsort()
         low_res_masks = low_res_masks.index_select(0, places)

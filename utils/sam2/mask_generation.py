@@ -44,7 +44,7 @@ class AutomaticSettings:
     pred_iou_thresh: float = 0.8  # keep masks of a predicted IoU above this, 0..1
     stability_score_thresh: float = 0.95  # keep masks of at least this stability, 0..1
     stability_score_offset: float = 1.0  # stability: area at logits > +offset over area at logits > -offset
-    box_nms_thresh: float = 0.7  # of two masks whose boxes have a higher IoU than this, the better one is kept
+    box_nms_thresh: float = 0.7  # where two masks' boxes have a higher IoU than this, the better mask is kept
     crop_n_layers: int = 0  # layer i adds 4**i crops of the image, each with its own grid of points
     crop_nms_thresh: float = 0.7  # box_nms_thresh between crops; the mask of the smaller crop is kept
     crop_overlap_ratio: float = 512 / 1500  # how far the first layer's crops overlap, share of the shorter side
@@ -110,10 +110,9 @@ def generate_masks(model: torch.nn.Module, image_rgb: np.ndarray, settings: Auto
         point_coords = make_point_grid(points_per_side, crop_hw)  # (P, 2)
         num_prompts += len(point_coords)
         candidates = find_candidates(model, embeddings, point_coords, crop_hw, settings)
-        is_whole = ~is_cut_off(candidates.boxes_xyxy, crop_xyxy, orig_hw)
-        kept = torch.nonzero(is_whole)[:, 0]
-        kept = kept[nms(candidates.boxes_xyxy[kept], candidates.predicted_ious[kept], settings.box_nms_thresh)]
-        for k in kept.tolist():
+        whole = torch.nonzero(~is_cut_off(candidates.boxes_xyxy, crop_xyxy, orig_hw))[:, 0]
+        best = whole[nms(candidates.boxes_xyxy[whole], candidates.predicted_ious[whole], settings.box_nms_thresh)]
+        for k in best.tolist():
             annotations.append(
                 annotate_mask(
                     candidates.low_res_masks[k].cpu().numpy(),
@@ -129,11 +128,10 @@ def generate_masks(model: torch.nn.Module, image_rgb: np.ndarray, settings: Auto
     if len(crops) > 1:  # the smaller crop shows more detail
         annotations = drop_duplicates(annotations, [1 / area for area in crop_areas], settings.crop_nms_thresh)
     if settings.min_region_area > 0:  # without its islands a mask may have become the same as another
-        annotations = drop_duplicates(
-            annotations, [one["predicted_iou"] for one in annotations], settings.box_nms_thresh
-        )
-    annotations = [one for one in annotations if one["area"] >= max(1, settings.min_area)]
-    annotations.sort(key=lambda one: -one["predicted_iou"])
+        predicted_ious = [annotation["predicted_iou"] for annotation in annotations]
+        annotations = drop_duplicates(annotations, predicted_ious, settings.box_nms_thresh)
+    annotations = [annotation for annotation in annotations if annotation["area"] >= max(1, settings.min_area)]
+    annotations.sort(key=lambda annotation: -annotation["predicted_iou"])
     total_s = now_s(model.device) - start
     return GeneratedMasks(annotations, num_prompts, 1000 * encode_s, 1000 * (total_s - encode_s))
 
@@ -148,7 +146,7 @@ def find_candidates(
     """Decode three masks for each point and keep those that are good by predicted IoU, then by stability.
 
     Args:
-        embeddings: of one image or crop of it.
+        embeddings: one image's, or a crop's of it.
         point_coords: float (P, 2), px of the crop, one foreground point for each prompt.
         crop_hw: size of the crop.
     Returns:
@@ -174,25 +172,25 @@ def find_candidates(
             multimask_output=True,
         )  # (p, 3, h, w), (p, 3)
         predicted_ious = iou_predictions.float().flatten()  # (3p,)
-        kept = torch.nonzero(predicted_ious > settings.pred_iou_thresh)[:, 0]  # (k,)
-        masks = low_res_masks.flatten(0, 1)[kept].float()  # (k, h, w)
-        can_be_stable = bound_stability(masks, crop_hw, settings.stability_score_offset)
-        can_be_stable = can_be_stable >= settings.stability_score_thresh
-        kept, masks = kept[can_be_stable], masks[can_be_stable]
+        indices = torch.nonzero(predicted_ious > settings.pred_iou_thresh)[:, 0]  # (k,) of the 3p masks
+        masks = low_res_masks.flatten(0, 1)[indices].float()  # (k, h, w)
+        most_stability = bound_stability(masks, crop_hw, settings.stability_score_offset)
+        can_be_stable = most_stability >= settings.stability_score_thresh
+        indices, masks = indices[can_be_stable], masks[can_be_stable]
         stability_scores, boxes_xyxy = measure_full_size(masks, crop_hw, settings.stability_score_offset)
         is_stable = stability_scores >= settings.stability_score_thresh
-        kept = kept[is_stable]
+        indices = indices[is_stable]
         batches.append(
             Candidates(
                 list(masks[is_stable]),
-                predicted_ious[kept],
+                predicted_ious[indices],
                 stability_scores[is_stable],
                 boxes_xyxy[is_stable],
-                batch_points[kept // 3],
+                batch_points[indices // 3],
             )
         )
     masks = [mask for batch in batches for mask in batch.low_res_masks]
-    return Candidates(masks, *(torch.cat(values) for values in list(zip(*batches, strict=True))[1:]))
+    return Candidates(masks, *(torch.cat(parts) for parts in list(zip(*batches, strict=True))[1:]))
 
 
 def make_point_grid(points_per_side: int, image_hw: tuple[int, int]) -> np.ndarray:
@@ -251,10 +249,10 @@ def is_cut_off(
 
 def drop_duplicates(annotations: list[dict], scores: list[float], max_iou: float) -> list[dict]:
     """Keep, of masks whose boxes have a higher IoU than max_iou, the one of the highest score; the first on a tie."""
-    boxes_xywh = torch.tensor([one["bbox"] for one in annotations], dtype=torch.float32).reshape(-1, 4)
+    boxes_xywh = torch.tensor([annotation["bbox"] for annotation in annotations], dtype=torch.float32).reshape(-1, 4)
     boxes_xyxy = torch.cat([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], dim=1)
-    kept = nms(boxes_xyxy, torch.tensor(scores, dtype=torch.float32), max_iou)
-    return [annotations[k] for k in kept.tolist()]
+    best = nms(boxes_xyxy, torch.tensor(scores, dtype=torch.float32), max_iou)
+    return [annotations[k] for k in best.tolist()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -487,7 +485,7 @@ def stitch_masks(
         area = int(counts[1::2].sum())
         num_runs = len(counts) // 2 * 2  # without a last run of zeros
         first, last = int(counts[0]), int(counts[:num_runs].sum())
-        is_mask = np.repeat(np.arange(1, num_runs) % 2 == 1, counts[1:num_runs])  # of columns[first:last]
+        is_mask = np.repeat(np.arange(1, num_runs) % 2 == 1, counts[1:num_runs])  # for columns[first:last]
         part = columns[first:last]
         is_free = is_mask & (part == 0)
         num_free = int(np.count_nonzero(is_free))

@@ -321,7 +321,7 @@ def build_sam2(
     url: str | None,
     checkpoint: str,
     image_size: int,
-    automatic: dict,
+    automatic: dict | None = None,
     lr: float,
     device,
     fast_decoder: bool = False,
@@ -335,7 +335,8 @@ def build_sam2(
         checkpoint: "auto" (the bundled or downloaded file in checkpoints/ of the repository, downloaded if absent),
             "none" (random weights) or a path, relative to where the user stands.
         image_size: side S of the input in pixels, a multiple of 32; fixed from here on.
-        automatic, lr: thresholds for infer_sam2.py and learning rate for train_sam2.py; not used here.
+        automatic, lr: thresholds for infer_sam2.py where they are not SAM 2's own, and learning rate for train_sam2.py;
+            not used here.
         device: where to put the model.
         fast_decoder: compute masks as utils/sam2/fast_decoder.py does, which rounds differently; no key of those files.
     Raises:
@@ -437,11 +438,11 @@ def _load_weights(model: nn.Module, state_dict: dict, name: str, path: Path) -> 
     missing, extra = expected.keys() - state_dict.keys(), state_dict.keys() - expected.keys()
     other_shape = [key for key in expected.keys() & state_dict.keys() if expected[key].shape != state_dict[key].shape]
     if missing or extra or other_shape:
-        found = recognise_weights(state_dict)
-        if found == name:
+        recognised = recognise_weights(state_dict)
+        if recognised == name:
             problem = f"looks like {name} but does not fit it; give another checkpoint"
-        elif found:
-            problem = f"holds weights of {found}, but model is {name}; use model={found}"
+        elif recognised:
+            problem = f"holds weights of {recognised}, but model is {name}; use model={recognised}"
         else:
             problem = f"holds weights of no SAM 2 model that this toolkit knows; give a checkpoint of {name}"
         raise ValueError(

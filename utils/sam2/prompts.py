@@ -10,8 +10,8 @@ import torch
 
 from utils.images import mask_to_box
 
-BOX_NOISE = 0.1  # of the box's side (SAM paper, appendix A)
-BOX_NOISE_MAX_PX = 20.0  # of the 1024 x 1024 px input; callers scale it to their frame
+BOX_NOISE = 0.1  # share of the box's side (SAM paper, appendix A)
+BOX_NOISE_MAX_PX = 20.0  # in the 1024 x 1024 px input; callers scale it to their frame
 
 
 def random_point(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:

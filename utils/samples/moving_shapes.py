@@ -155,7 +155,7 @@ def _write_moving_shape(split_dir: Path, index: int) -> str:
         frames[12:18] = [cv2.GaussianBlur(frame, (0, 0), 25) for frame in frames[12:18]]
         boxes_xywh[absent], cover[absent] = -1, 0
     labels = {"cover": cover, "absence": absent, "cut_by_image": is_cut.any(1)}
-    texts = {f"{label}.label": "".join(f"{value:d}\n" for value in values) for label, values in labels.items()}
+    texts = {f"{label}.label": "".join(f"{number:d}\n" for number in numbers) for label, numbers in labels.items()}
     texts["groundtruth.txt"] = "".join(",".join(f"{value:.4f}" for value in box) + "\n" for box in boxes_xywh)
     texts["meta_info.ini"] = (
         f"[METAINFO]\nurl: generated\nbegin: 00:00:00\nend: 00:00:{len(frames) // 10:02d}\nanno_fps: 10Hz\n"

@@ -115,7 +115,7 @@ def _draw_crowd(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.nda
     picture = np.repeat(ground[None, None], size, 0).repeat(size, 1)
     picture += (rng.uniform(0, 25) * (smooth_noise(rng, size, int(rng.integers(3, 12))) - 0.5))[..., None]
     ids = np.zeros((size, size), np.int32)
-    radius = size * np.exp(rng.uniform(np.log(0.014), np.log(0.075)))  # of the family
+    radius = size * np.exp(rng.uniform(np.log(0.014), np.log(0.075)))  # the family's mean
     num_blobs = int(min(120, rng.uniform(0.08, 0.5) * size * size / (np.pi * radius * radius)))
     contrast = rng.uniform(18, 160) * (-1 if ground.mean() > 128 else 1)
     tint = np.ones(3) if grey else rng.uniform(0.5, 1.5, 3)

@@ -1,20 +1,26 @@
-"""Check a dataset of pictures with class maps before training on it, and describe it.
+"""Check a dataset of pictures with class maps before training on it, and describe it: what the masks hold.
 
-A fault makes an item unusable: a missing or unreadable file, a mask of another size, a value without a class. Where
-values lack a class, the report proposes the YAML lines that mend it. A remark does not: dark or blank pictures, grey
-ones among colour, masks of a single class. A mask whose pixels are all ignored is left out and counted.
+Where values lack a class, the report proposes the YAML lines that mend it. Remarks are on grey pictures among colour,
+and on masks of a single class; a mask whose pixels are all ignored is left out and counted. utils/dataset_check.py has
+what all kinds of annotation share.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from utils import dataset_check
+from utils.dataset_check import (
+    MAX_LISTED,
+    PICTURE_REMEDIES,
+    CheckReport,
+    ItemReport,
+    check_items,
+    finding_lines,
+    summary_lines,
+)
 from utils.images import IGNORE_INDEX, read_image_unscaled, remark_on_values
-from utils.listing import first_few
 from utils.segmentation.readers import (
     BLURRED,
     UNKNOWN,
@@ -33,22 +39,15 @@ REMEDIES = {  # kind of remark -> what to do about it
     "a single class": "usable; if there should be more, see class_values in the data YAML",
     "grey for three channels": "repeated to three channels; if all pictures are grey, set channels: 1 in the data YAML",
     "colour for one channel": "turned to grey; to train on the colours, set channels: 3 in the data YAML",
-    "unused intensity range": "dark to the model: stretch the values to the whole range of the file's type",
-    "one value all over": "a blank picture; replace or remove it",
-}
-MAX_LISTED = 5  # examples printed for each kind
+} | PICTURE_REMEDIES
 
 
 @dataclass(frozen=True)
-class ItemReport:
-    """What the check found in one item."""
+class Classes:
+    """What the check found in one mask."""
 
-    name: str
-    faults: tuple[str, ...]  # each names the files; none: usable
-    remarks: tuple[tuple[str, str], ...]  # (a key of REMEDIES, what and where)
-    orig_hw: tuple[int, int] | None  # of the picture; None if it cannot be read
-    bits: int | None  # 8 or 16 a channel
-    is_grey: bool | None
+    coding: MaskCoding
+    is_grey: bool | None  # the picture; None if it cannot be read
     class_pixels: np.ndarray  # int64 (num_classes,); zeros if there is a fault
     num_ignored: int  # pixels
     known: tuple[int, ...]  # listed values that the mask may have: those of its classes
@@ -56,56 +55,39 @@ class ItemReport:
     is_color: bool  # the mask's values are colours
 
 
-@dataclass(frozen=True)
-class CheckReport:
-    """What the check found in a dataset."""
-
-    items: tuple[ItemReport, ...]
-    coding: MaskCoding | None  # None without items
-
-    @property
-    def bad(self) -> list[ItemReport]:
-        return [item for item in self.items if item.faults]
-
-    @property
-    def all_ignored(self) -> list[ItemReport]:
-        return [item for item in self.items if not item.faults and not item.class_pixels.any()]
-
-    @property
-    def usable(self) -> list[ItemReport]:
-        return [item for item in self.items if not item.faults and item.class_pixels.any()]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Plain numbers for a run's record."""
-        return {
-            "num_checked": len(self.items),
-            "num_usable": len(self.usable),
-            "num_bad": len(self.bad),
-            "num_all_ignored": len(self.all_ignored),
-        }
-
-
-def check_items(items: list[Item], num_threads: int | None = None) -> CheckReport:
-    """Read every picture and every mask of a dataset once, as training would.
+def check_data(
+    splits: dict[str, list[Item]], on_bad: str, run_dir: Path, list_all: bool
+) -> tuple[dict[str, list[Item]], dict[str, int], CheckReport]:
+    """Check a dataset, print what was found, draw its statistics, and leave out what cannot be used.
 
     Args:
-        items: training, validation and test items together.
-        num_threads: files read at a time; None: one a core, at most 16.
+        on_bad: "stop" or "skip", what to do about faulty files.
+        run_dir: for dataset.png.
+        list_all: print all findings, not some examples of each kind.
     Returns:
-        the report, in the order of the items. It raises nothing about files: see `keep_usable`.
+        the usable items of each split; the counts for run.json; the report.
+    Raises:
+        ValueError: for faulty files where on_bad is "stop"; for fewer than two classes.
     """
-    with ThreadPoolExecutor(num_threads or min(16, os.cpu_count() or 1)) as executor:
-        reports = executor.map(check_item, items)
-        reports = tuple(tqdm(reports, "check", len(items), leave=False, mininterval=1, unit=" images"))
-    return CheckReport(reports, items[0].coding if items else None)
+    report = check_items([item for items in splits.values() for item in items], check_item)
+    print("\n".join(report_lines(report, None if list_all else MAX_LISTED)))
+    plot_statistics(report, run_dir / "dataset.png")
+    splits = {split: keep_usable(items, report, on_bad) for split, items in splits.items()}
+    num_images = ", ".join(f"{split} {len(items)}" for split, items in splits.items())
+    print(f"images: {num_images}; statistics in {run_dir / 'dataset.png'}")
+    return splits, count(report) | {f"{split}_images": len(items) for split, items in splits.items()}, report
+
+
+def count(report: CheckReport) -> dict[str, int]:
+    """Count items, for a run's record."""
+    return report.counts | {"num_all_ignored": len(report.empty)}
 
 
 def check_item(item: Item) -> ItemReport:
     """Check one item."""
     num_classes = len(item.coding.class_names)
     faults, remarks, known, unknown = [], [], (), {}
-    orig_hw = bits = is_grey = class_map = None
+    orig_hw = bits = is_grey = None
     is_color, class_pixels, num_ignored = False, np.zeros(num_classes, np.int64), 0
     try:
         image = read_image_unscaled(item.image_path) if item.page is None else read_page(item.image_path, item.page)
@@ -125,53 +107,26 @@ def check_item(item: Item) -> ItemReport:
             faults.append(fault)
     except (OSError, ValueError) as error:
         faults.append(str(error))
-    if class_map is not None and not faults:
+    if not faults:
         class_pixels, num_ignored = pixels[:num_classes], int(pixels[IGNORE_INDEX])
         remarks += _remark_on_classes(item, class_pixels)
-    return ItemReport(
-        name=item.name,
-        faults=tuple(faults),
-        remarks=tuple(remarks),
-        orig_hw=orig_hw,
-        bits=bits,
-        is_grey=is_grey,
-        class_pixels=class_pixels,
-        num_ignored=num_ignored,
-        known=known,
-        unknown=tuple(unknown.items()),
-        is_color=is_color,
-    )
+    content = Classes(item.coding, is_grey, class_pixels, num_ignored, known, tuple(unknown.items()), is_color)
+    is_usable = bool(class_pixels.any())
+    return ItemReport(item.name, tuple(faults), tuple(remarks), orig_hw, bits, is_usable, content)
 
 
 def keep_usable(items: list[Item], report: CheckReport, on_bad: str) -> list[Item]:
-    """Leave out what cannot be trained on: items with faults, and those whose pixels are all ignored.
+    """Leave out items with faults and those whose pixels are all ignored, as `dataset_check.keep_usable`.
 
-    Args:
-        items: all or some of the checked items.
-        on_bad: "stop" raises if any of the dataset's items has a fault; "skip" leaves those out.
-    Returns:
-        the rest, in the same order.
     Raises:
-        ValueError: naming the files and the remedies; also where the whole dataset has fewer than two classes, which
-            nothing can be learned from.
+        ValueError: as that does, with lines for the data YAML; also where the whole dataset has fewer than two classes,
+            which nothing can be learned from.
     """
-    if on_bad not in ("stop", "skip"):
-        raise ValueError(f"data.on_bad is {on_bad!r}; must be stop or skip")
-    if report.bad and on_bad == "stop":
-        raise ValueError(
-            "\n  ".join(
-                [
-                    f"{len(report.bad)} of {len(report.items)} images cannot be used; repair them, "
-                    "or leave them out with data.on_bad=skip (check=true lists all):",
-                    *first_few([fault for item in report.bad for fault in item.faults], MAX_LISTED),
-                    *suggestions(report),
-                ]
-            )
-        )
+    advice = suggestions(report)
+    usable_items = dataset_check.keep_usable(items, report, on_bad, advice)
     if report.usable and len(present_classes(report)) < 2:
-        raise ValueError("\n  ".join(suggestions(report)))
-    left_out = {item.name for item in report.bad + report.all_ignored}
-    return [item for item in items if item.name not in left_out]
+        raise ValueError("\n  ".join(advice))
+    return usable_items
 
 
 def class_frequencies(report: CheckReport, items: list[Item]) -> np.ndarray:
@@ -187,28 +142,28 @@ def class_frequencies(report: CheckReport, items: list[Item]) -> np.ndarray:
 def count_class_pixels(report: CheckReport, items: list[Item]) -> np.ndarray:
     """Count the pixels of each class in some of the checked items: int64 (num_classes,)."""
     names = {item.name for item in items}
-    return sum(item.class_pixels for item in report.usable if item.name in names)
+    return sum(item.content.class_pixels for item in report.usable if item.name in names)
 
 
 def present_classes(report: CheckReport) -> list[int]:
     """List the classes that occur."""
-    return np.flatnonzero(sum(item.class_pixels for item in report.usable)).tolist() if report.usable else []
+    return np.flatnonzero(sum(item.content.class_pixels for item in report.usable)).tolist() if report.usable else []
 
 
 def suggestions(report: CheckReport) -> list[str]:
     """Propose YAML lines for the whole dataset: values without a class, classes without a pixel."""
-    lines = []
+    lines, coding = [], _coding(report)
     for is_color in (False, True):
-        of_kind = [item for item in report.items if item.is_color == is_color]
-        unknown = {value for item in of_kind for value, _ in item.unknown}
+        masks = [item.content for item in report.items if item.content.is_color == is_color]
+        unknown = {value for mask in masks for value, _ in mask.unknown}
         if unknown:
-            known = {value for item in of_kind for value in item.known}
-            lines.append(f"to mend: {suggest_coding(report.coding, known, unknown, is_color)}")
-    present, names = present_classes(report), report.coding.class_names if report.coding else ()
+            known = {value for mask in masks for value in mask.known}
+            lines.append(f"to mend: {suggest_coding(coding, known, unknown, is_color)}")
+    present, names = present_classes(report), coding.class_names if coding else ()
     absent = [f"{index} ({names[index]})" for index in range(len(names)) if index not in present]
     if report.usable and len(present) < 2:
-        num_ignored = sum(item.num_ignored for item in report.usable)
-        num_pixels = num_ignored + sum(int(item.class_pixels.sum()) for item in report.usable)
+        num_ignored = sum(item.content.num_ignored for item in report.usable)
+        num_pixels = num_ignored + sum(int(item.content.class_pixels.sum()) for item in report.usable)
         lines.append(
             f"only class {present[0]} ({names[present[0]]}) occurs in {len(report.usable)} masks, and "
             f"{num_ignored / num_pixels:.1%} of their pixels are ignored: nothing to learn; see class_values and "
@@ -281,25 +236,12 @@ def report_lines(report: CheckReport, max_listed: int | None = MAX_LISTED) -> li
     Args:
         max_listed: examples for each kind of finding; None: all.
     """
-    counts = report.counts
-    lines = [
-        f"checked {counts['num_checked']} images: {counts['num_usable']} usable, {counts['num_bad']} bad, "
-        f"{counts['num_all_ignored']} with all pixels ignored"
-    ]
-    readable = [item for item in report.items if item.orig_hw is not None]
-    if readable:
-        by_area = sorted((item.orig_hw for item in readable), key=lambda orig_hw: (orig_hw[0] * orig_hw[1], orig_hw))
-        sizes = " to ".join(dict.fromkeys(f"{height} x {width}" for height, width in (by_area[0], by_area[-1])))
-        bits = ", ".join(f"{sum(item.bits == bits for item in readable)} of {bits} bits" for bits in (8, 16))
-        num_grey = sum(item.is_grey for item in readable)
-        lines.append(
-            f"pictures: {sizes} px (height x width); {bits}; {num_grey} grey, {len(readable) - num_grey} colour"
-        )
+    greys = [item.content.is_grey for item in report.items if item.content.is_grey is not None]
+    colors = f"; {sum(greys)} grey, {len(greys) - sum(greys)} colour"
+    lines = summary_lines(report, "with all pixels ignored", colors)
     if report.usable:
-        names = report.coding.class_names
-        class_pixels = sum(item.class_pixels for item in report.usable)  # (num_classes,)
-        num_images = sum((item.class_pixels > 0).astype(int) for item in report.usable)
-        num_ignored = sum(item.num_ignored for item in report.usable + report.all_ignored)
+        names, class_pixels, num_images = _measure_classes(report)
+        num_ignored = sum(item.content.num_ignored for item in report.usable + report.empty)
         lines.append("classes (share of the pixels that count; images that have it):")
         lines += [
             f"  {index:3} {names[index]:<{max(map(len, names))}} {class_pixels[index] / class_pixels.sum():9.3%} "
@@ -308,35 +250,36 @@ def report_lines(report: CheckReport, max_listed: int | None = MAX_LISTED) -> li
         ]
         if num_ignored:
             lines.append(f"ignored: {num_ignored / (num_ignored + class_pixels.sum()):.3%} of the pixels")
-    if report.bad:
-        lines.append(f"{len(report.bad)} bad:")
-        faults = [fault for item in report.bad for fault in item.faults]
-        lines += [f"  {line}" for line in first_few(faults, max_listed)]
-    lines += suggestions(report)
-    for kind, remedy in REMEDIES.items():
-        found = [what for item in report.items for remark, what in item.remarks if remark == kind]
-        if found:
-            lines.append(f"{len(found)} with {kind}: {remedy}")
-            lines += [f"  {line}" for line in first_few(found, max_listed)]
-    return lines
+    return lines + finding_lines(report, REMEDIES, max_listed, suggestions(report))
 
 
 def plot_statistics(report: CheckReport, path: str | Path) -> None:
     """Draw the usable items' classes as one picture: share of the pixels, and images that have the class."""
     from matplotlib.figure import Figure  # slow to import, and needed here only
 
-    names = report.coding.class_names if report.coding else ()
-    figure = Figure(figsize=(12, 1.5 + 0.25 * len(names)), layout="constrained")
+    coding = _coding(report)
+    figure = Figure(figsize=(12, 1.5 + 0.25 * len(coding.class_names if coding else ())), layout="constrained")
     share_axes, image_axes = figure.subplots(1, 2, sharey=True)
     figure.suptitle(f"{len(report.usable)} images")
     share_axes.set(title="share of the pixels", xlim=(0, 1))
     image_axes.set(title="images that have the class")
     share_axes.invert_yaxis()
     if report.usable:
-        class_pixels = sum(item.class_pixels for item in report.usable)
+        names, class_pixels, num_images = _measure_classes(report)
         share_axes.barh(names, class_pixels / class_pixels.sum())
-        image_axes.barh(names, sum((item.class_pixels > 0).astype(int) for item in report.usable))
+        image_axes.barh(names, num_images)
     figure.savefig(path, dpi=100)
+
+
+def _coding(report: CheckReport) -> MaskCoding | None:
+    """Return the mask coding, which all items share; None without items."""
+    return report.items[0].content.coding if report.items else None
+
+
+def _measure_classes(report: CheckReport) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+    """Return of each class the name, its pixels (num_classes,), and the images that have it (num_classes,)."""
+    pixels = np.stack([item.content.class_pixels for item in report.usable])  # (I, num_classes)
+    return _coding(report).class_names, pixels.sum(0), (pixels > 0).sum(0)
 
 
 def _remark_on_picture(item: Item, image: np.ndarray, is_grey: bool) -> list[tuple[str, str]]:

@@ -1,8 +1,6 @@
-"""Losses of masks and of class maps, on logits, always computed in fp32; weights of classes and gaps.
+"""Losses of class maps, on logits, always computed in fp32; weights of classes and gaps.
 
-Losses of masks (SAM 2) take `logits` and `mask` of one shape (..., H, W) and return (...): the mean over pixels of each
-mask. Reductions over masks, objects and images belong to the training script.
-Losses of class maps (U-Net) take `logits` (B, C, H, W) and `target` int (B, H, W) and return one scalar.
+They take `logits` (B, C, H, W) and `target` int (B, H, W) and return one scalar.
 """
 
 import math
@@ -51,14 +49,17 @@ def weigh_pixels(
     pixel_weight: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Multiply the weight of each pixel's class with the pixel's own: all (B, H, W); 0 at ignored pixels."""
-    weight = valid.to(dtype) if class_weight is None else class_weight.to(true_class.device, dtype)[true_class]
-    if pixel_weight is not None:
-        weight = weight * pixel_weight.to(weight)
+    """Give each pixel its own weight, or else its class's, or else 1: all (B, H, W); 0 at ignored pixels."""
+    if pixel_weight is not None:  # with a border_weight_map it holds the class weights as its first summand
+        weight = pixel_weight.to(true_class.device, dtype)
+    elif class_weight is not None:
+        weight = class_weight.to(true_class.device, dtype)[true_class]
+    else:
+        weight = valid.to(dtype)
     return weight.masked_fill(~valid, 0)
 
 
-def class_cross_entropy_loss(
+def cross_entropy_loss(
     logits: torch.Tensor,
     target: torch.Tensor,
     class_weight: torch.Tensor | None = None,
@@ -70,7 +71,7 @@ def class_cross_entropy_loss(
         logits: (B, C, H, W), any float type.
         target: int (B, H, W), 0..C-1 or 255 = ignore.
         class_weight: (C,), or None: 1.
-        pixel_weight: (B, H, W), or None: 1. Both given are multiplied; a border_weight_map holds class weights already.
+        pixel_weight: (B, H, W), or None. It takes the place of `class_weight`, which a border_weight_map holds already.
     Returns:
         () float32; 0 where no pixel counts.
     Source: Ronneberger et al. 2015, equations 1 and 2, divided by the sum of weights, so that a weight of 10 in the
@@ -82,21 +83,21 @@ def class_cross_entropy_loss(
     return weighted_mean(-log_prob_of_truth, weight)
 
 
-def class_focal_loss(
+def focal_loss(
     logits: torch.Tensor,
     target: torch.Tensor,
-    gamma: float = 2.0,
     class_weight: torch.Tensor | None = None,
     pixel_weight: torch.Tensor | None = None,
+    gamma: float = 2.0,
 ) -> torch.Tensor:
     """Compute the softmax focal loss, weighted mean over pixels of -(1 - p)**gamma log p, p that of the true class.
 
     Args:
         logits: (B, C, H, W), any float type.
         target: int (B, H, W), 0..C-1 or 255 = ignore.
-        gamma: how strongly easy pixels are played down; 0 is the cross-entropy.
         class_weight: (C,), or None: 1.
-        pixel_weight: (B, H, W), or None: 1.
+        pixel_weight: (B, H, W), or None; as in cross_entropy_loss.
+        gamma: how strongly easy pixels are played down; 0 is the cross-entropy.
     Returns:
         () float32; 0 where no pixel counts.
     Source: Lin et al. 2017, equation 4, for softmax.
@@ -147,7 +148,7 @@ def log_iou_loss(logits: torch.Tensor, target: torch.Tensor, class_weight: torch
 
 
 def tversky_loss(
-    logits: torch.Tensor, target: torch.Tensor, alpha: float = 0.3, class_weight: torch.Tensor | None = None
+    logits: torch.Tensor, target: torch.Tensor, class_weight: torch.Tensor | None = None, alpha: float = 0.3
 ) -> torch.Tensor:
     """Compute the Tversky loss: the mean over classes of 1 - TP / (TP + alpha FP + (1 - alpha) FN), soft counts.
 
@@ -157,8 +158,8 @@ def tversky_loss(
     Args:
         logits: (B, C, H, W), any float type.
         target: int (B, H, W), 0..C-1 or 255 = ignore.
-        alpha: price of a false positive; 1 - alpha is that of a false negative. 0.5 is the Dice loss.
         class_weight: (C,) of the mean over classes, or None: 1.
+        alpha: price of a false positive; 1 - alpha is that of a false negative. 0.5 is the Dice loss.
     Returns:
         () float32 in [0, 1]; 0 where no pixel counts.
     Source: Salehi et al. 2017, where alpha is 0.3.
@@ -175,9 +176,7 @@ def tversky_loss(
     return weighted_mean(loss, present if class_weight is None else present * class_weight.to(loss))
 
 
-def class_dice_loss(
-    logits: torch.Tensor, target: torch.Tensor, class_weight: torch.Tensor | None = None
-) -> torch.Tensor:
+def dice_loss(logits: torch.Tensor, target: torch.Tensor, class_weight: torch.Tensor | None = None) -> torch.Tensor:
     """Compute the Dice loss: the mean over classes of 1 - 2 sum(p t) / (sum p + sum t), sums over the whole batch.
 
     Args:
@@ -188,60 +187,7 @@ def class_dice_loss(
         () float32 in [0, 1]; 0 where no pixel counts.
     Source: Milletari et al. 2016 with plain sums, per class, without smoothing.
     """
-    return tversky_loss(logits, target, 0.5, class_weight)  # 2 TP / (2 TP + FP + FN) is the same fraction
-
-
-def semantic_loss(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    *,
-    cross_entropy: float,
-    soft_iou: float,
-    log_iou: float,
-    dice: float,
-    tversky: float,
-    tversky_alpha: float,
-    focal: float,
-    focal_gamma: float,
-    class_weight: torch.Tensor | None = None,
-    pixel_weight: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Sum the losses of class maps, each times its weight; a weight of 0 leaves the loss out.
-
-    Args:
-        logits: (B, C, H, W), any float type.
-        target: int (B, H, W), 0..C-1 or 255 = ignore.
-        cross_entropy, soft_iou, log_iou, dice, tversky, focal: the weights.
-        tversky_alpha: price of a false positive in the Tversky loss.
-        focal_gamma: how strongly the focal loss plays down easy pixels.
-        class_weight: (C,) of all losses, or None: 1.
-        pixel_weight: (B, H, W) of cross-entropy and focal loss, or None. It takes the place of `class_weight` there,
-            because a border_weight_map holds the class weights as its first summand, as in the paper.
-    Returns:
-        () float32.
-    Raises:
-        ValueError: all weights are 0.
-    """
-    if not any((cross_entropy, soft_iou, log_iou, dice, tversky, focal)):
-        raise ValueError(
-            "all weights of the loss are 0; give one of loss.cross_entropy, loss.soft_iou, loss.log_iou, loss.dice, "
-            "loss.tversky, loss.focal a weight above 0"
-        )
-    class_weight_of_pixels = class_weight if pixel_weight is None else None
-    total = torch.zeros((), device=logits.device)
-    if cross_entropy:
-        total = total + cross_entropy * class_cross_entropy_loss(logits, target, class_weight_of_pixels, pixel_weight)
-    if focal:
-        total = total + focal * class_focal_loss(logits, target, focal_gamma, class_weight_of_pixels, pixel_weight)
-    if soft_iou:
-        total = total + soft_iou * soft_iou_loss(logits, target, class_weight)
-    if log_iou:
-        total = total + log_iou * log_iou_loss(logits, target, class_weight)
-    if dice:
-        total = total + dice * class_dice_loss(logits, target, class_weight)
-    if tversky:
-        total = total + tversky * tversky_loss(logits, target, tversky_alpha, class_weight)
-    return total
+    return tversky_loss(logits, target, class_weight, 0.5)  # 2 TP / (2 TP + FP + FN) is the same fraction
 
 
 # ---------------------------------------------------------------------------------------------------------------------

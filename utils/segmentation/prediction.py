@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from utils.run import autocast
 from utils.segmentation.model_summary import summarize
 from utils.segmentation.unet import nearest_paper_input_sizes, paper_input_size
 from utils.segmentation.views import Framing, check_size, mirrored_index, side_hw
+from utils.settings import at_least
 
 
 @dataclass(frozen=True)
@@ -19,14 +21,12 @@ class TileSettings:
     """How pictures that do not fit in memory are predicted (`tiles:`)."""
 
     size: int | list[int] | str  # px, S, [height, width] or auto
-    overlap: int  # px
+    overlap: Annotated[int, at_least(0)]  # px
 
 
 def check_tiles(tiles: TileSettings, margin: int) -> None:
     """Raise a ValueError for tiles that cannot cover a picture."""
     smallest = paper_input_size(20) if margin > 0 else tiles.overlap + 1
-    if tiles.overlap < 0:
-        raise ValueError(f"tiles.overlap is {tiles.overlap}; must be 0 or more")
     if tiles.size == "auto":
         return
     if isinstance(tiles.size, str):

@@ -7,8 +7,6 @@ that neither train nor count. Which value (or colour) of a mask file is which cl
 """
 
 import functools
-import hashlib
-from collections import Counter
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -17,8 +15,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from utils.images import IGNORE_INDEX, PICTURE_SUFFIXES, read_image, read_label_map
-from utils.listing import dataset_folder
+from utils import listing
+from utils.images import IGNORE_INDEX, read_image, read_label_map
 from utils.settings import check_keys
 
 UNKNOWN = 254  # in class maps under way: a value of the file that the YAML gives no class
@@ -64,6 +62,9 @@ def split_items(
     ignore_values: list,
     nearest_value: bool,
     on_bad: str,
+    val_fraction: float = 0.0,
+    test_fraction: float = 0.0,
+    split_seed: int = 0,
     **keys,
 ) -> tuple[list[Item], list[Item], list[Item]]:
     """List a dataset's pictures and split them into training, validation and test.
@@ -83,6 +84,8 @@ def split_items(
         nearest_value: take any other value as the nearest of these, instead of refusing it.
         on_bad: what to do with a picture that lacks its mask, or the reverse: "stop" raises; with "skip" such an item
             is listed, and the dataset check leaves it out and counts it.
+        val_fraction, test_fraction, split_seed: which shares of the training part validate and test, and which pictures
+            those are, where the dataset on disk has no such part.
         keys: the other keys of that format's configs/unet/data/*.yaml; the functions below explain them.
     Returns:
         (train_items, val_items, test_items), each sorted by name.
@@ -90,30 +93,38 @@ def split_items(
         FileNotFoundError: for a folder or file that is not there, naming both files of a pair.
         ValueError: for an unknown format or key, or a value that makes no sense.
     """
-    listers = {"oxford_pet": split_oxford_pet, "isbi": split_isbi, "camvid": split_camvid, "folders": split_folders}
-    if format not in listers:
-        raise ValueError(f"data.format is {format!r}; must be one of {', '.join(listers)}")
+    if format not in LISTERS:
+        raise ValueError(f"data.format is {format!r}; must be one of {', '.join(LISTERS)}")
     if channels not in (1, 3):
         raise ValueError(f"data.channels is {channels!r}; must be 1 (grey) or 3 (colour; alpha is dropped)")
     if on_bad not in ("stop", "skip"):
         raise ValueError(f"data.on_bad is {on_bad!r}; must be stop or skip")
     coding = mask_coding(num_classes, class_names, class_values, ignore_values, nearest_value)
     item = functools.partial(Item, channels=channels, coding=coding)
-    split = functools.partial(listers[format], dataset_folder(root), item, on_bad)
-    check_keys(split, keys, "data")
-    splits = split(**keys)
-    items = [item for split in splits for item in split]
-    if not items:
-        raise ValueError(f"data.root {root} holds no pictures in the layout {format!r} (see data/README.md)")
-    most_common = Counter(item.name for item in items).most_common(1)
-    if most_common[0][1] > 1:
-        raise ValueError(
-            f"{root} lists {most_common[0][0]} {most_common[0][1]} times; a picture goes in one of train, val and test"
-        )
-    return tuple(sorted(split, key=lambda item: item.name) for split in splits)
+    list_format = functools.partial(LISTERS[format], listing.dataset_folder(root), item)
+    check_keys(list_format, keys, "data", others=("val_fraction", "test_fraction", "split_seed"))
+    train_items, val_items, test_items = list_format(**keys)
+    _stop_at_missing([*train_items, *(val_items or []), *(test_items or [])], on_bad)
+    val_names, test_names = listing.draw_split(
+        {item.name for item in train_items},
+        val_fraction if val_items is None else 0.0,
+        split_seed,
+        test_fraction if test_items is None else 0.0,
+    )
+    if val_items is None:
+        val_items = [item for item in train_items if item.name in val_names]
+    if test_items is None:
+        test_items = [item for item in train_items if item.name in test_names]
+    train_items = [item for item in train_items if item.name not in val_names | test_names]
+    rule = "a picture goes in one of train, val and test"
+    return tuple(listing.sort_splits([train_items, val_items, test_items], root, format, rule))
 
 
-def split_oxford_pet(root: Path, item, on_bad: str, val_fraction: float, split_seed: int):
+# A function of each format: (root, item, its own keys) -> training, validation and test items; None for a part that
+# `split_items` then draws from the training part. `item(name, image_path, mask_path, page=None)` makes an item.
+
+
+def list_oxford_pet(root: Path, item) -> tuple[list[Item], None, list[Item]]:
     """List Oxford-IIIT Pet by its list files: trainval.txt, a part of which is validation, and test.txt.
 
     Pictures <root>/images/<name>.jpg, trimaps <root>/annotations/trimaps/<name>.png. Files that are in neither list
@@ -122,15 +133,13 @@ def split_oxford_pet(root: Path, item, on_bad: str, val_fraction: float, split_s
     image_dir, mask_dir = root / "images", root / "annotations" / "trimaps"
     listed = []
     for list_name in ("trainval.txt", "test.txt"):
-        lines = _read_lines(root / "annotations" / list_name)
+        lines = listing.read_lines(root / "annotations" / list_name)
         names = [line.split()[0] for line in lines]  # name, class, species, breed
         listed.append([item(name, image_dir / f"{name}.jpg", mask_dir / f"{name}.png") for name in names])
-    _stop_at_missing(listed[0] + listed[1], on_bad)
-    train_items, val_items, _ = _split_by_fractions(listed[0], val_fraction, 0.0, split_seed)
-    return train_items, val_items, listed[1]
+    return listed[0], None, listed[1]
 
 
-def split_isbi(root: Path, item, on_bad: str, val_fraction: float, test_fraction: float, split_seed: int):
+def list_isbi(root: Path, item) -> tuple[list[Item], None, None]:
     """List ISBI 2012: the challenge's train-volume.tif and train-labels.tif, or train/{image,label}/<number>.png.
 
     The challenge's own test slices have no public labels and are not listed. Both forms give the same split.
@@ -142,20 +151,17 @@ def split_isbi(root: Path, item, on_bad: str, val_fraction: float, test_fraction
             raise ValueError(
                 f"{volume_path} has {num_pages} pages, but {labels_path} has {_num_pages(labels_path)}; copy both again"
             )
-        items = [item(str(page), volume_path, labels_path, page=page) for page in range(num_pages)]
-    else:
-        image_dir, mask_dir = root / "train" / "image", root / "train" / "label"
-        if not image_dir.is_dir():
-            raise FileNotFoundError(
-                f"no file {volume_path} and no folder {image_dir}; see data/README.md for the layouts of isbi, or "
-                "change data.root"
-            )
-        items = _pair(_pictures(image_dir), _pictures(mask_dir), image_dir, mask_dir, ("", ""), ("", ""), item)
-        _stop_at_missing(items, on_bad)
-    return _split_by_fractions(items, val_fraction, test_fraction, split_seed)
+        return [item(str(page), volume_path, labels_path, page=page) for page in range(num_pages)], None, None
+    image_dir, mask_dir = root / "train" / "image", root / "train" / "label"
+    if not image_dir.is_dir():
+        raise FileNotFoundError(
+            f"no file {volume_path} and no folder {image_dir}; see data/README.md for the layouts of isbi, or "
+            "change data.root"
+        )
+    return [item(*pair) for pair in listing.pair_files(image_dir, mask_dir)], None, None
 
 
-def split_camvid(root: Path, item, on_bad: str):
+def list_camvid(root: Path, item) -> tuple[list[Item], list[Item], list[Item]]:
     """List CamVid in SegNet's form: {train,val,test}.txt, each line a picture and its mask.
 
     Of each path the last folder and the name count, below root: the published lists start with /SegNet/CamVid/.
@@ -164,21 +170,19 @@ def split_camvid(root: Path, item, on_bad: str):
     for split in ("train", "val", "test"):
         items = []
         list_path = root / f"{split}.txt"
-        for line in _read_lines(list_path):
+        for line in listing.read_lines(list_path):
             words = line.split()
             if len(words) != 2:
                 raise ValueError(f"{list_path} has the line {line!r}; must be two paths, of a picture and of its mask")
             image_path, mask_path = (root.joinpath(*Path(word).parts[-2:]) for word in words)
             items.append(item(image_path.stem, image_path, mask_path))
         splits.append(items)
-    _stop_at_missing(sum(splits, []), on_bad)
-    return splits
+    return tuple(splits)
 
 
-def split_folders(
+def list_two_folders(
     root: Path,
     item,
-    on_bad: str,
     image_dir: str,
     mask_dir: str,
     image_start: str,
@@ -191,10 +195,7 @@ def split_folders(
     train_list: str | None,
     val_list: str | None,
     test_list: str | None,
-    val_fraction: float,
-    test_fraction: float,
-    split_seed: int,
-):
+) -> tuple[list[Item], list[Item] | None, list[Item] | None]:
     """List pictures <root>/<image_dir>/<name>.* with masks <root>/<mask_dir>/<name>.*
 
     Before and after the name a picture's file has image_start and image_ending, a mask's mask_start and mask_ending. A
@@ -203,159 +204,63 @@ def split_folders(
     without mask that no list names is left out); with val_list or test_list alone, training is the rest. A part without
     folder and list is a seeded fraction of training.
     """
+    affixes = (image_start, image_ending), (mask_start, mask_ending)
     lists = {"train_list": train_list, "val_list": val_list, "test_list": test_list}
     folders = {"train_folder": train_folder, "val_folder": val_folder, "test_folder": test_folder}
-    fractions = val_fraction, test_fraction, split_seed
-    image_affixes, mask_affixes = (image_start, image_ending), (mask_start, mask_ending)
-
-    def list_pairs(image_dir: Path, mask_dir: Path, prefix: str = "") -> list[Item]:
-        if image_dir == mask_dir and image_affixes == mask_affixes:
-            raise ValueError(
-                f"data.image_dir and data.mask_dir are both {image_dir}: set data.mask_ending, such as _mask for "
-                "001.png and 001_mask.png, or keep the masks in a folder of their own"
-            )
-        images = _pictures(image_dir, *image_affixes, leave_out=mask_dir)
-        masks = _pictures(mask_dir, *mask_affixes, leave_out=image_dir)
-        if image_dir == mask_dir:  # what fits any file fits those of the other kind too
-            mask_paths, image_paths = set(masks.values()), set(images.values())
-            if image_affixes == ("", ""):
-                images = {name: path for name, path in images.items() if path not in mask_paths}
-            elif mask_affixes == ("", ""):
-                masks = {name: path for name, path in masks.items() if path not in image_paths}
-        return _pair(images, masks, image_dir, mask_dir, image_affixes, mask_affixes, item, prefix)
-
+    given_lists = {key: value for key, value in lists.items() if value is not None}
+    given_folders = {key: value for key, value in folders.items() if value is not None}
     if (SPLIT_FIELD in image_dir) != (SPLIT_FIELD in mask_dir):
         raise ValueError(f"data.image_dir is {image_dir}, data.mask_dir {mask_dir}; {SPLIT_FIELD} goes in both or none")
     if SPLIT_FIELD in image_dir:
-        given = {key: value for key, value in lists.items() if value is not None}
-        if given or train_folder is None:
+        if given_lists or train_folder is None:
             raise ValueError(
                 f"data.image_dir is {image_dir}: with {SPLIT_FIELD} in it, data.train_folder must be given, and "
-                f"train_list, val_list, test_list be null; they are {train_folder} and {given or 'null'}"
+                f"train_list, val_list, test_list be null; they are {train_folder} and {given_lists or 'null'}"
             )
-        splits = [
-            None
-            if folder is None
-            else list_pairs(
-                root / image_dir.replace(SPLIT_FIELD, folder),
-                root / mask_dir.replace(SPLIT_FIELD, folder),
-                f"{folder}/",
-            )
-            for folder in folders.values()
-        ]
-        _stop_at_missing(sum((split for split in splits if split is not None), []), on_bad)
-        return _fill_split(*splits, *fractions)
-    if given := {key: value for key, value in folders.items() if value is not None}:
-        key, value = next(iter(given.items()))
+        splits = [None, None, None]
+        for index, folder in enumerate(folders.values()):
+            if folder is not None:
+                dirs = [root / parent.replace(SPLIT_FIELD, folder) for parent in (image_dir, mask_dir)]
+                splits[index] = [item(f"{folder}/{name}", *paths) for name, *paths in _pair_folders(*dirs, affixes)]
+        return tuple(splits)
+    if given_folders:
+        key, value = next(iter(given_folders.items()))
         raise ValueError(
             f"data.{key} is {value}, but data.image_dir {image_dir} and data.mask_dir {mask_dir} have no {SPLIT_FIELD} "
             f"for it to stand in, as in images/{SPLIT_FIELD} and masks/{SPLIT_FIELD}"
         )
-    items = list_pairs(root / image_dir, root / mask_dir)
-    by_name = {one.name: one for one in items}
-    splits = []
-    for list_path in lists.values():
-        names = None if list_path is None else _read_list(Path(list_path), set(by_name), image_affixes)
-        splits.append(None if names is None else [by_name[name] for name in names])
-    if splits[0] is None:
-        taken = {one.name for split in splits[1:] if split is not None for one in split}
-        splits[0] = [one for one in items if one.name not in taken]
-    _stop_at_missing(sum((split for split in splits if split is not None), []), on_bad)
-    return _fill_split(*splits, *fractions)
+    items = {pair.name: item(*pair) for pair in _pair_folders(root / image_dir, root / mask_dir, affixes)}
+    names = [None if path is None else listing.read_list(path, set(items), affixes[0]) for path in lists.values()]
+    if train_list is None:
+        listed = {name for part in names if part is not None for name in part}
+        names[0] = [name for name in items if name not in listed]
+    return tuple(None if part is None else [items[name] for name in part] for part in names)
+
+
+def _pair_folders(
+    image_dir: Path, mask_dir: Path, affixes: tuple[tuple[str, str], tuple[str, str]]
+) -> list[listing.Pair]:
+    if image_dir == mask_dir and affixes[0] == affixes[1]:
+        raise ValueError(
+            f"data.image_dir and data.mask_dir are both {image_dir}: set data.mask_ending, such as _mask for "
+            "001.png and 001_mask.png, or keep the masks in a folder of their own"
+        )
+    return listing.pair_files(image_dir, mask_dir, *affixes, with_subfolders=True)
+
+
+LISTERS = {"oxford_pet": list_oxford_pet, "isbi": list_isbi, "camvid": list_camvid, "folders": list_two_folders}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files and pairs
 
 
-def _read_lines(path: Path) -> list[str]:
-    """Return a text file's lines, less empty ones and those that start with #."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no list file {path} (seen from {Path.cwd()}); see data/README.md for the layout")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
-
-
-def _read_list(path: Path, names: set[str], affixes: tuple[str, str]) -> list[str]:
-    """Read a list file: a name a line, or the path of a picture (its end counts), whatever stands after it."""
-    named = []
-    for line in _read_lines(path):
-        entry = Path(line.split()[0])
-        stem = entry.stem.removeprefix(affixes[0]).removesuffix(affixes[1])
-        parts = [*entry.parts[:-1], stem]
-        candidates = [line, line.split()[0], *("/".join(parts[start:]) for start in range(len(parts)))]
-        name = next((candidate for candidate in candidates if candidate in names), None)
-        if name is None:
-            raise ValueError(
-                f"{path} names {line!r}, which the dataset lacks; names look like {min(names, default='')!r}"
-            )
-        named.append(name)
-    return named
-
-
-def _pictures(folder: Path, start: str = "", ending: str = "", leave_out: Path | None = None) -> dict[str, Path]:
-    """List the pictures of a folder and its subfolders whose stem is start, name, ending: {name: path}.
-
-    Hidden files and folders, and files with other suffixes, are passed over; so is a subfolder to leave out.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}; see data/README.md for the layout, or change data.root")
-    pictures = {}
-    for path in sorted(folder.rglob("*")):
-        below = path.relative_to(folder)
-        if any(part.startswith(".") for part in below.parts) or path.suffix.lower() not in PICTURE_SUFFIXES:
-            continue
-        stem = path.stem.removeprefix(start).removesuffix(ending)
-        if not stem or start + stem + ending != path.stem or not path.is_file():
-            continue
-        if leave_out not in (None, folder) and leave_out in path.parents and folder in leave_out.parents:
-            continue
-        name = below.with_name(stem).as_posix()
-        if name in pictures:
-            raise ValueError(f"{pictures[name]} and {path} have the same name but for the suffix; keep one of them")
-        pictures[name] = path
-    return pictures
-
-
-def _pair(
-    images: dict[str, Path],
-    masks: dict[str, Path],
-    image_dir: Path,
-    mask_dir: Path,
-    image_affixes: tuple[str, str],
-    mask_affixes: tuple[str, str],
-    item,
-    prefix: str = "",
-) -> list[Item]:
-    """Match pictures and masks by name. A file that is not there gets the path where it was looked for."""
-    items = []
-    for name in sorted(images.keys() | masks.keys()):
-        below, stem = Path(name).parent, Path(name).name
-        image_path = images[name] if name in images else image_dir / below / f"{stem.join(image_affixes)}.jpg"
-        mask_path = masks[name] if name in masks else mask_dir / below / f"{stem.join(mask_affixes)}.png"
-        items.append(item(prefix + name, image_path, mask_path))
-    return items
-
-
 def _stop_at_missing(items: list[Item], on_bad: str) -> None:
-    if on_bad == "skip":
-        return
-    without_mask = [one for one in items if not one.mask_path.is_file()]
-    without_image = [one for one in items if not one.image_path.is_file()]
-    if not without_mask and not without_image:
-        return
-    first = f"image {without_mask[0].image_path} has no mask {without_mask[0].mask_path}" if without_mask else ""
-    if without_image:
-        first += " and " if first else ""
-        first += f"mask {without_image[0].mask_path} has no image {without_image[0].image_path}"
-    num_missing = len({one.name for one in without_mask + without_image})
-    remedy = "complete or remove the pair"
-    if 4 * len(without_mask) > len(items):  # not a few that got lost: another rule
-        remedy = suggest_pairing([one.image_path for one in without_mask], [one.mask_path for one in without_image])
-    raise FileNotFoundError(
-        f"{num_missing} of {len(items)} pairs lack a file; {first}; {remedy}, list all with check=true, or leave such "
-        "pairs out with data.on_bad=skip"
-    )
+    paths, remedy = [(item.image_path, item.mask_path) for item in items], ""
+    without_mask, without_image = listing.find_missing(paths)
+    if on_bad == "stop" and 4 * len(without_mask) > len(items):  # not a few that got lost: another rule
+        remedy = suggest_pairing([image for image, _ in without_mask], [mask for _, mask in without_image])
+    listing.stop_at_missing(paths, on_bad, "mask", remedy)
 
 
 def suggest_pairing(image_paths: list[Path], mask_paths: list[Path]) -> str:
@@ -397,56 +302,6 @@ def _num_pages(path: Path) -> int:
             return getattr(stack, "n_frames", 1)
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be decoded as a TIFF stack ({error}); copy it again") from error
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# splits
-
-
-def _fill_split(
-    train_items: list[Item],
-    val_items: list[Item] | None,
-    test_items: list[Item] | None,
-    val_fraction: float,
-    test_fraction: float,
-    split_seed: int,
-) -> tuple[list[Item], list[Item], list[Item]]:
-    """Take the parts that are None from the training part."""
-    train_items, drawn_val, drawn_test = _split_by_fractions(
-        train_items,
-        val_fraction if val_items is None else 0.0,
-        test_fraction if test_items is None else 0.0,
-        split_seed,
-    )
-    return train_items, drawn_val if val_items is None else val_items, drawn_test if test_items is None else test_items
-
-
-def _split_by_fractions(
-    items: list[Item], val_fraction: float, test_fraction: float, split_seed: int
-) -> tuple[list[Item], list[Item], list[Item]]:
-    """Split by a seeded order of the names: a new picture does not reshuffle the others."""
-    for key, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"data.{key} is {fraction}; must be in 0..1")
-    if val_fraction + test_fraction > 1:
-        raise ValueError(f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} add up to over 1")
-    shares = [val_fraction, test_fraction, max(0.0, 1 - val_fraction - test_fraction)]
-    num_val = round(val_fraction * len(items))
-    num_test = round((val_fraction + test_fraction) * len(items)) - num_val
-    counts = [num_val, num_test, len(items) - num_val - num_test]
-    wanted = [index for index, share in enumerate(shares) if share > 1e-9]
-    if 0 < len(items) < len(wanted):
-        raise ValueError(
-            f"data.val_fraction is {val_fraction} and test_fraction {test_fraction}, but there are only {len(items)} "
-            "pictures to split; set those that are not needed to 0"
-        )
-    for index in wanted:  # each part that has a share gets a picture
-        if items and counts[index] == 0:
-            counts[counts.index(max(counts))] -= 1
-            counts[index] += 1
-    num_val, num_test, _ = counts
-    in_seeded_order = sorted(items, key=lambda one: hashlib.sha256(f"{split_seed} {one.name}".encode()).digest())
-    return in_seeded_order[num_val + num_test :], in_seeded_order[:num_val], in_seeded_order[num_val:][:num_test]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ from torchvision.transforms.v2 import functional as transforms
 
 from utils.images import IGNORE_INDEX
 from utils.segmentation.unet import is_paper_input_size, nearest_paper_input_sizes
+from utils.settings import Rule, at_least, between, one_of
+
+RANGE = Rule(lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1], "[lowest, highest], above 0")
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,8 @@ class Framing:
     """How a picture is brought before the network, in training and prediction (in `data:`)."""
 
     image_size: int | list[int]  # px, S or [height, width]: the network's input in training
-    fit: str  # resize: the whole picture is brought to image_size; crop: it keeps its resolution
+    # resize: the whole picture is brought to image_size; crop: it keeps its resolution
+    fit: Annotated[str, one_of("resize", "crop")]
 
     @property
     def input_hw(self) -> tuple[int, int]:
@@ -29,12 +34,12 @@ class Framing:
 class Augmentation:
     """How training pictures are varied, together with their class maps (in `data:`)."""
 
-    scale: list[float]  # range of the window's side, as a share of the picture (resize) or of image_size (crop)
+    scale: Annotated[list[float], RANGE]  # the window's side, as a share of the picture (resize) or image_size (crop)
     hflip: bool
     vflip: bool
-    rotation: float  # degrees
-    color_jitter: float
-    elastic_px: float
+    rotation: Annotated[float, between(0, 180)]  # degrees
+    color_jitter: Annotated[float, between(0, 1)]
+    elastic_px: Annotated[float, at_least(0)]
 
 
 def side_hw(size: int | list[int]) -> tuple[int, int]:

@@ -81,8 +81,8 @@ class FrameSource:
     started again.
 
     Attributes:
-        num_frames: of the folder, or what the video's header says; None where it does not say.
-        fps: of the video; None for pictures.
+        num_frames: how many the folder has, or the video's header says; None where it does not say.
+        fps: the video's frames per second; None for pictures.
         problem: after the last frame, what was wrong with the end of the video (such as a file cut off); else None.
     """
 
@@ -142,7 +142,7 @@ class FrameSource:
                         frames.close()
                         return
                 hand_over(None)
-            except BaseException as error:  # of our own making: the loop that waits must see it
+            except BaseException as error:  # a fault of this program: the loop that waits must see it
                 hand_over(error)
 
         thread = threading.Thread(target=decode, name="frames", daemon=True)

@@ -67,60 +67,35 @@ def _centers(boxes: np.ndarray) -> np.ndarray:
 # OTB: one-pass evaluation
 
 
-def success_curve(boxes: np.ndarray, truth: np.ndarray, protocol: str) -> np.ndarray:
-    """Compute the share of frames whose overlap is above each of 21 thresholds, 0, 0.05, ... 1.
-
-    A perfect tracker reaches 20/21 on average, since no overlap is above 1.
+def one_pass_scores(boxes: np.ndarray, truth: np.ndarray, protocol: str) -> dict:
+    """Compute a sequence's success and precision: how many frames overlap enough, and are near enough.
 
     Args:
         boxes: tracked, float (T, 4); more rows than groundtruth are cut off.
         truth: groundtruth, float (T, 4); nan or no area: no object.
         protocol: which toolkit's rules (they differ for frames without object):
             got10k      the first frame counts as perfect; nan is a miss.
-            pysot       frames without object are misses.
+            pysot       frames without object are misses; those whose centre is not above 0 in x and y are precise.
             pytracking  the first frame counts as perfect; a box without area is replaced by the one before; a frame
                         whose groundtruth is not above 0 in all four numbers is a miss; missing rows are misses.
     Returns:
-        float64 (21,) in 0..1.
+        success_curve float64 (21,) in 0..1: the share of frames whose overlap is above each of 0, 0.05, ... 1;
+        precision_curve float64 (51,) in 0..1: the share whose centre distance is at most 0, 1, ... 50 px;
+        success_auc: the mean of the success curve's points, for a perfect tracker 20/21, since no overlap is above 1;
+        precision_20: at 20 px; success_50: IoU above 0.5.
     Raises:
         ValueError: for another protocol, or fewer boxes than groundtruth (not in pytracking), naming both numbers.
     """
-    iou, _ = _frame_scores(boxes, truth, protocol)
-    return (iou[:, None] > SUCCESS_THRESHOLDS).mean(0)
-
-
-def precision_curve(boxes: np.ndarray, truth: np.ndarray, protocol: str) -> np.ndarray:
-    """Compute the share of frames whose centre distance is at most 0, 1, ... 50 px; the score is that at 20 px.
-
-    Args:
-        boxes, truth, protocol: as for `success_curve`. In pysot a frame without object, or whose centre is not above 0
-            in x and y, counts as precise.
-    Returns:
-        float64 (51,) in 0..1.
-    """
-    _, error_px = _frame_scores(boxes, truth, protocol)
-    return (error_px[:, None] <= PRECISION_THRESHOLDS).mean(0)
-
-
-def success_auc(curve: np.ndarray) -> float:
-    """Compute the success score: the mean of the success curve's points."""
-    return float(np.mean(curve))
-
-
-def one_pass_scores(boxes: np.ndarray, truth: np.ndarray, protocol: str) -> dict:
-    """Compute a sequence's scores at once.
-
-    Returns:
-        success_curve (21,), precision_curve (51,), success_auc, precision_20 (at 20 px) and success_50 (IoU above 0.5).
-    """
-    return _scores_of_curves(success_curve(boxes, truth, protocol), precision_curve(boxes, truth, protocol))
+    iou, error_px = _frame_scores(boxes, truth, protocol)
+    success = (iou[:, None] > SUCCESS_THRESHOLDS).mean(0)
+    return _scores_of_curves(success, (error_px[:, None] <= PRECISION_THRESHOLDS).mean(0))
 
 
 def mean_one_pass_scores(scores: list[dict]) -> dict:
     """Average sequences, each counting the same, as OTB does: the scores of the mean curves.
 
     Args:
-        scores: of `one_pass_scores`, at least one.
+        scores: from `one_pass_scores`, at least one.
     """
     success, precision = (
         np.mean([score[name] for score in scores], 0) for name in ("success_curve", "precision_curve")
@@ -132,7 +107,7 @@ def _scores_of_curves(success: np.ndarray, precision: np.ndarray) -> dict:
     return {
         "success_curve": success,
         "precision_curve": precision,
-        "success_auc": success_auc(success),
+        "success_auc": float(np.mean(success)),
         "precision_20": float(precision[20]),
         "success_50": float(success[10]),
     }
@@ -204,7 +179,7 @@ def got10k_scores(overlaps: list[np.ndarray]) -> dict:
     """Compute average overlap and success rates over sequences, weighted in both usual ways.
 
     Args:
-        overlaps: of `got10k_overlaps`, one array a sequence; those without a frame that counts are left out.
+        overlaps: from `got10k_overlaps`, one array a sequence; those without a frame that counts are left out.
     Returns:
         ao, sr_50, sr_75: over all frames, as the GOT-10k toolkit does (SR: the share with IoU above 0.50, 0.75);
         ao_by_sequence, sr_50_by_sequence, sr_75_by_sequence: means of the sequences' own; success_curve (101,): the
@@ -259,7 +234,7 @@ def mean_scores(rows: list[dict]) -> dict:
     """Average a tracker's sequences, each counting the same.
 
     Args:
-        rows: of `score_result`, at least one, each with times_s, from `read_times`.
+        rows: from `score_result`, at least one, each with times_s, from `read_times`.
     Returns:
         the scores of `mean_one_pass_scores`; ao, sr_50, sr_75: means of the sequences' own, and over all frames
         ao_by_frame, ..., None where no frame counts (`got10k_scores`); num_frames; fps: frames over seconds, None where
@@ -284,7 +259,7 @@ def score_result(folder: str | Path, sequence: Sequence, protocol: str) -> dict:
     Args:
         folder: the tracker's, in any layout that `read_result` reads.
         sequence: with two or more such frames.
-        protocol: as for `success_curve`.
+        protocol: as for `one_pass_scores`.
     Returns:
         the scores of `one_pass_scores`; overlaps, from `got10k_overlaps`; num_frames, that were scored.
     Raises:
@@ -310,7 +285,7 @@ def score_boxes(boxes: np.ndarray, sequence: Sequence, first: int, stop: int, pr
 
     Args:
         boxes: float (T, 4), counted as in the dataset's files; boxes[0] is of frame `first`.
-        protocol: as for `success_curve`.
+        protocol: as for `one_pass_scores`.
     Returns:
         the scores of `one_pass_scores`; overlaps, from `got10k_overlaps`; num_frames, that were scored.
     """

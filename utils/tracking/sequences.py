@@ -20,8 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.images import mask_to_box, read_frame_wh, read_label_map
-from utils.instances.readers import Item, check_same_size, object_ids, read_instances, split_items
-from utils.listing import dataset_folder, draw_validation
+from utils.instances.readers import LISTERS, Item, check_same_size, object_ids, split_items
+from utils.listing import dataset_folder, draw_split, list_folders, read_lines
 from utils.settings import check_keys
 from utils.tracking.frames import list_frames, natural_key, picture_names
 
@@ -69,14 +69,19 @@ def split_dataset(format: str, root: str, **keys) -> tuple[list[Sequence], list[
     """List a dataset of video sequences, or of pictures with masks: its format says which.
 
     Args:
-        format: a name in SEQUENCE_FORMATS, as `split_sequences`, or a layout of pictures, as `split_pictures`.
+        format: a name in SEQUENCE_FORMATS, as `split_sequences`, or one in LISTERS of utils/instances/readers.py, as
+            `split_pictures`.
         root, keys: as theirs.
     Returns:
         (train_sequences, val_sequences).
     Raises:
         FileNotFoundError, ValueError: as `split_sequences`.
     """
-    return (split_sequences if format in SEQUENCE_FORMATS else split_pictures)(format, root, **keys)
+    if format in SEQUENCE_FORMATS:
+        return split_sequences(format, root, **keys)
+    if format not in LISTERS:
+        raise ValueError(f"data.format is {format!r}; must be one of {', '.join({**SEQUENCE_FORMATS, **LISTERS})}")
+    return split_pictures(format, root, **keys)
 
 
 def split_sequences(format: str, root: str, index: str | None = None, **keys) -> tuple[list[Sequence], list[Sequence]]:
@@ -170,7 +175,7 @@ def split_got10k(
         if list_path.is_file():
             names = list_path.read_text(encoding="utf-8-sig").split()
         else:
-            names = [path.name for path in _folders(root / folder)]
+            names = [path.name for path in list_folders(root / folder)]
         kept = [name for name in names if name not in set(leave_out)]
         return _read_all(functools.partial(_read_got10k, root / folder, box_origin=box_origin), kept, on_bad)
 
@@ -225,10 +230,10 @@ def split_imagenet_vid(
             return []
         annotation_dir = root / "Annotations" / "VID" / folder
         snippets = []
-        for path in _folders(annotation_dir):
+        for path in list_folders(annotation_dir):
             with os.scandir(path) as entries:
                 is_snippet = any(entry.name.endswith(".xml") for entry in entries)
-            snippets += [path] if is_snippet else _folders(path)  # val has snippets, train folders of snippets
+            snippets += [path] if is_snippet else list_folders(path)  # val has snippets, train folders of snippets
         names = [path.relative_to(annotation_dir).as_posix() for path in snippets]
         frame_dir = root / "Data" / "VID" / folder
         return _read_all(functools.partial(_read_vid_snippet, annotation_dir, frame_dir), names, on_bad)
@@ -280,7 +285,7 @@ def split_davis(
     Boxes are those of the masks, tight. Each object of a video with several is a sequence <video>.<id>. Frames without
     a mask file (YouTube-VOS has them) have no box.
     """
-    names = [path.name for path in _folders(root / annotation_dir)]
+    names = [path.name for path in list_folders(root / annotation_dir)]
     sequences = _read_all(functools.partial(_read_davis, root / image_dir, root / annotation_dir), names, on_bad)
     return _split(sequences, train_sequences, val_sequences, val_fraction, split_seed)
 
@@ -322,7 +327,7 @@ def split_otb(
     Several groundtruth files in a folder (Jogging, Skating2) are as many sequences, <video>.1 and <video>.2, as the
     GOT-10k toolkit names them; empty ones (Human4) do not count.
     """
-    names = [path.name for path in _folders(root)]
+    names = [path.name for path in list_folders(root)]
     sequences = _read_all(functools.partial(_read_otb, root, box_origin=box_origin), names, on_bad)
     return _split(sequences, train_sequences, val_sequences, val_fraction, split_seed)
 
@@ -356,7 +361,7 @@ def split_vot(
     on_bad: str,
 ) -> tuple[list[Sequence], list[Sequence]]:
     """List VOT: <root>/<video>/groundtruth.txt (4 numbers a line, or 8: corners), frames beside it or in color/."""
-    names = [path.name for path in _folders(root)]
+    names = [path.name for path in list_folders(root)]
     sequences = _read_all(functools.partial(_read_vot, root, box_origin=box_origin), names, on_bad)
     return _split(sequences, train_sequences, val_sequences, val_fraction, split_seed)
 
@@ -385,7 +390,7 @@ def split_folders(
         groundtruth: the file's name in the video's folder; None: groundtruth_rect.txt, groundtruth.txt or
             groundtruth_rect.1.txt there or beside the frames, or <root>/<video>.txt.
     """
-    names = [path.name for path in _folders(root)]
+    names = [path.name for path in list_folders(root)]
     read = functools.partial(_read_folder, root, frame_dir=frame_dir, groundtruth=groundtruth, box_origin=box_origin)
     return _split(_read_all(read, names, on_bad), train_sequences, val_sequences, val_fraction, split_seed)
 
@@ -395,7 +400,7 @@ def _read_folder(
 ) -> list[Sequence]:
     folder = root / name / (frame_dir or "")
     if frame_dir is None and not picture_names(folder):
-        inside = [path for path in _folders(folder) if picture_names(path)]
+        inside = [path for path in list_folders(folder) if picture_names(path)]
         if len(inside) != 1:
             raise ValueError(f"{folder} has no pictures, and {len(inside)} folders with pictures; set data.frame_dir")
         folder = inside[0]
@@ -433,6 +438,7 @@ def split_pictures(format: str, root: str, **keys) -> tuple[list[Sequence], list
         FileNotFoundError, ValueError: as `split_sequences`.
     """
     splits, keys = [], {key: value for key, value in keys.items() if value is not None}
+    check_keys(split_items, {"format": format, "root": root, **keys}, "data")
     for items in split_items(format, root, **keys):
         by_name = {item.name: item for item in items}
         splits.append(
@@ -445,7 +451,7 @@ def _read_picture(item: Item) -> list[Sequence]:
     path, frame_wh = item.image_path, read_frame_wh(item.image_path)
     if frame_wh is None:
         raise ValueError(f"image {path} is missing or cannot be read; copy it again, or remove its annotation")
-    layers = read_instances(item)  # int32 (L, H, W)
+    layers = item.read().layers  # int32 (L, H, W)
     check_same_size(item, frame_wh[::-1], layers.shape[1:])
     sequences = []
     for layer, object_id, _ in object_ids(layers):
@@ -504,14 +510,6 @@ def _make(
 def _frame_names(folder: Path) -> tuple[str, ...]:
     """List a folder's frames; names such as 00000001.jpg are kept once for all the sequences that share them."""
     return tuple(sys.intern(path.name) for path in list_frames(folder))
-
-
-def _folders(root: Path) -> list[Path]:
-    if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root}; see data/README.md for the layout, or change data.root")
-    with os.scandir(root) as entries:
-        names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    return [root / name for name in sorted(names, key=natural_key)]
 
 
 def _existing(path: Path) -> Path:
@@ -754,7 +752,9 @@ def _split(
 ) -> tuple[list[Sequence], list[Sequence]]:
     """Split by names (with one list, the rest is the other part), else by a seeded fraction of the videos."""
     if train_names is None and val_names is None:
-        return _split_by_fraction(sequences, val_fraction, split_seed)
+        val_videos, _ = draw_split({sequence.video for sequence in sequences}, val_fraction, split_seed)
+        train = [sequence for sequence in sequences if sequence.video not in val_videos]
+        return train, [sequence for sequence in sequences if sequence.video in val_videos]
     train_set = _named(sequences, train_names, "train_sequences") if train_names is not None else None
     val_set = _named(sequences, val_names, "val_sequences") if val_names is not None else None
     if train_set is not None and val_set is not None and train_set & val_set:
@@ -766,26 +766,16 @@ def _split(
     return train, [sequence for sequence in sequences if sequence.name in val_set]
 
 
-def _split_by_fraction(
-    sequences: list[Sequence], val_fraction: float, split_seed: int
-) -> tuple[list[Sequence], list[Sequence]]:
-    """Split by a seeded order of the videos' names: a new video does not reshuffle the others."""
-    val_videos = draw_validation({sequence.video for sequence in sequences}, val_fraction, split_seed)
-    train = [sequence for sequence in sequences if sequence.video not in val_videos]
-    return train, [sequence for sequence in sequences if sequence.video in val_videos]
-
-
 def _named(sequences: list[Sequence], names: list[str] | str, key: str) -> set[str]:
     """Return the sequences that a list or a text file names, by their own name or their video's.
 
     A line of a file is a name, or DAVIS 2016's: the paths of a picture and a mask, whose folder is the video.
     """
     if isinstance(names, str):
-        path = Path(names)
-        if not path.is_file():
+        if not Path(names).is_file():
             raise FileNotFoundError(f"data.{key} is {names}; no such list file (seen from {Path.cwd()})")
-        lines = [line.split()[0] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        names = [Path(line).parent.name if "/" in line else line for line in lines]
+        words = [line.split()[0] for line in read_lines(names)]
+        names = [Path(word).parent.name if "/" in word else word for word in words]
     by_name: dict[str, set[str]] = {}
     for sequence in sequences:
         for name in {sequence.name, sequence.video, Path(sequence.video).name}:

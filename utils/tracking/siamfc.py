@@ -207,7 +207,7 @@ def crop_and_resize(
         side: px of the frame; rounded to a whole number, half to even, and at least 1.
         out_size: px of the patch.
         border_rgb: (3,) 0..255, from `mean_color`; None: this image's, which is computed where it is needed.
-        interpolation: of cv2.resize, such as cv2.INTER_LINEAR.
+        interpolation: cv2.resize's, such as cv2.INTER_LINEAR.
     Returns:
         uint8 (out_size, out_size, 3).
     """

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from utils.settings import Rule, above, at_least, between, one_of
+from utils.settings import FINITE, Rule, above, at_least, between, one_of
 from utils.tracking.frames import FrameSource
 from utils.tracking.siamfc import (
     EXEMPLAR_SIZE,
@@ -53,9 +53,9 @@ class TrackerSettings:
 
     # fast, or parity: the published numbers, bit for bit, without limits and one object at a time
     mode: Annotated[str, one_of("fast", "parity")] = "fast"
-    context_amount: Annotated[float, between(0, 1e6)] = 0.5  # share of width + height that is added around the box
+    context_amount: Annotated[float, at_least(0), FINITE] = 0.5  # share of width + height that is added around the box
     scale_num: Annotated[int, ODD] = 3  # scales searched in each frame
-    scale_step: Annotated[float, above(1)] = 1.0375  # factor from one scale to the next
+    scale_step: Annotated[float, above(1), FINITE] = 1.0375  # factor from one scale to the next
     scale_penalty: Annotated[float, ABOVE_0_TO_1] = 0.9745  # factor of the responses of all scales but the middle one
     scale_lr: Annotated[float, between(0, 1)] = 0.59  # share of a change of scale that is followed at once
     window_influence: Annotated[float, between(0, 1)] = 0.176  # weight of the window, which prefers small movements
@@ -93,7 +93,7 @@ class SiamFCTracker:
 
     Args:
         model: SiamFC on the device to use, in train or eval mode.
-        precision: of the features, "fp32", "bf16" or "fp16" (`choose_precision`); mode parity computes in fp32.
+        precision: the features', "fp32", "bf16" or "fp16" (`choose_precision`); mode parity computes in fp32.
     Raises:
         ValueError: for another precision in mode parity.
     """

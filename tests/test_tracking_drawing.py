@@ -1,0 +1,34 @@
+"""What is drawn over frames and on sheets: colours, words and places."""
+
+import numpy as np
+
+from utils.tracking.drawing import draw_boxes, draw_sheet
+
+
+def test_what_is_drawn():
+    frame = np.full((100, 150, 3), 90, np.uint8)
+    boxes = np.array([[30, 40, 20, 30], [100, 20, 30, 60]], np.float64)
+    drawn = draw_boxes(frame, boxes, np.array([1.0, 0.2]), np.array([False, True]))
+    assert (frame == 90).all()
+    found_color, lost_color = drawn[55, 30].astype(int), drawn[50, 100].astype(int)  # middles of the left sides
+    assert np.ptp(found_color) > 100 and np.ptp(lost_color) < 10 and lost_color[0] > 120  # colour; grey
+    assert np.abs(drawn[55, 49].astype(int) - found_color).max() < 60  # and of the right side: the last pixel of 20
+    assert (drawn[70:, 60:90] == 90).all()
+    again = draw_boxes(frame, boxes, np.array([1.0, 0.2]), np.array([False, False]))
+    words = np.flatnonzero((drawn[:20] != again[:20]).any((0, 2)))
+    assert len(words) and words.max() - words.min() > 30  # "2 0.20 lost" above the second box
+    for box in ([-1e9, -1e9, 2e9, 2e9], [140, 95, 500, 3]):
+        draw_boxes(frame, np.array([box]), np.array([np.nan]), np.array([True]))  # anywhere
+
+
+def test_contact_sheet_and_its_colours():
+    frames = {index: np.full((48, 64, 3), 90, np.uint8) for index in (0, 3, 5)}
+    truth, boxes = np.tile([10.0, 10, 20, 20], (6, 1)), np.tile([30.0, 20, 20, 20], (6, 1))
+    truth[5] = np.nan
+    sheet = draw_sheet(frames, boxes, truth)
+    assert sheet.shape == (240, 3 * 320, 3)
+    is_green = (sheet[..., 1].astype(int) - sheet[..., 0] > 80).any(0)
+    is_red = (sheet[..., 0].astype(int) - sheet[..., 1] > 80).any(0)
+    assert [is_green[k * 320 : k * 320 + 320].any() for k in range(3)] == [True, True, False]
+    assert [is_red[k * 320 : k * 320 + 320].any() for k in range(3)] == [True] * 3
+    assert abs(np.flatnonzero(is_green)[0] - 50) < 4 and abs(np.flatnonzero(is_red)[0] - 150) < 4  # 5 times as large
