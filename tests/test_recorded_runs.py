@@ -1,7 +1,7 @@
 """A tiny run of each trainer gives the weights and metrics that it gave at 51375af, bit for bit.
 
-recorded_runs.json holds them, recorded with that commit in one thread, and "recorded on" says on what. Each recipe
-names all that a result depends on, so that a later default leaves it alone.
+recorded_runs.json holds them, recorded with that commit in one thread and MKL_CBWR=AUTO,STRICT (conftest.py), and
+"recorded on" says on what. Each recipe names all that a result depends on, so that a later default leaves it alone.
 """
 
 import json
@@ -28,7 +28,8 @@ RECIPES = {
         data.class_values=null data.ignore_values=[] data.nearest_value=false data.on_bad=stop
         data.image_size=[32,40] data.fit=resize data.scale=[0.7,1.1] data.hflip=true data.vflip=true data.rotation=15.0
         data.color_jitter=0.2 data.elastic_px=1.5
-        loss.cross_entropy=1.0 loss.soft_iou=0.3 loss.log_iou=0.2 loss.dice=0.5 loss.tversky=0.4 loss.focal=0.6
+        loss.terms.cross_entropy=1.0 loss.terms.soft_iou=0.3 loss.terms.log_iou=0.2 loss.terms.dice=0.5
+        loss.terms.tversky=0.4 loss.terms.focal=0.6
         loss.tversky_alpha=0.3 loss.focal_gamma=2.0 loss.class_weights=auto loss.border_weight=3.0 loss.border_sigma=5.0
         optim.name=adamw optim.lr=3e-3 optim.betas=[0.9,0.999] optim.weight_decay=0.01 optim.schedule=cosine
         optim.warmup_steps=1 optim.min_lr_factor=0.01
@@ -44,8 +45,8 @@ RECIPES = {
         data.color_jitter=0.2
         prompts.box_share=0.5 prompts.repeat_objects=false prompts.min_corrections=1 prompts.max_corrections=2
         prompts.truth_click_share=0.1 prompts.mask_only_rounds=1 prompts.detach=true
-        loss.focal=20.0 loss.dice=1.0 loss.cross_entropy=0.5 loss.foreground_balance=0.5 loss.iou=1.0
-        loss.objectness=1.0 loss.click_similarity=0.5 loss.masks=best
+        loss.terms.focal=20.0 loss.terms.dice=1.0 loss.terms.cross_entropy=0.5 loss.foreground_balance=0.5
+        loss.iou=1.0 loss.objectness=1.0 loss.click_similarity=0.5 loss.masks=best
         optim.lr=5e-4 optim.encoder_lr_factor=0.1 optim.betas=[0.9,0.999] optim.weight_decay=0.1 optim.warmup_steps=1
         optim.min_lr_factor=0.1
         cache=off fast_decoder=false
