@@ -57,7 +57,7 @@ from utils.samples.write import write_samples
 from utils.segmentation import losses, metrics, model_summary, prediction, reports, views
 from utils.segmentation.check import check_data, class_frequencies, count_class_pixels
 from utils.segmentation.readers import Item, name_classes, read_item, read_picture, split_items
-from utils.segmentation.segmenters import FCN, SegNet, ViTSegmenter
+from utils.segmentation.segmenters import FCN, DeepLabV3, SegNet, ViTSegmenter
 from utils.segmentation.unet import PAPER_MARGIN, UNet, UNetPaper
 from utils.settings import (
     ALL_OTHERS,
@@ -78,7 +78,14 @@ from utils.settings import (
     stop_at_moved_files,
 )
 
-NETWORKS = {"unet_paper": UNetPaper, "unet": UNet, "fcn": FCN, "segnet": SegNet, "vit": ViTSegmenter}
+NETWORKS = {
+    "unet_paper": UNetPaper,
+    "unet": UNet,
+    "fcn": FCN,
+    "segnet": SegNet,
+    "vit": ViTSegmenter,
+    "deeplabv3": DeepLabV3,
+}
 TERMS = {  # summed in this order; inputs: logits (B, C, H, W), targets (B, H, W), the classes' weights (C,) or None
     "cross_entropy": lambda inputs, pixel_weight, knobs: losses.cross_entropy_loss(*inputs, pixel_weight),
     "focal": lambda inputs, pixel_weight, knobs: losses.focal_loss(*inputs, pixel_weight, knobs.focal_gamma),
@@ -343,9 +350,13 @@ def evaluate(
 # the run
 
 
-def build_network(model_config: dict, in_channels: int, num_classes: int) -> torch.nn.Module:
-    """Build a network with random weights from the values of a file of configs/unet/model.
+def build_network(
+    model_config: dict, in_channels: int, num_classes: int, may_download: bool = False
+) -> torch.nn.Module:
+    """Build a network from the values of a file of configs/unet/model.
 
+    Args:
+        may_download: take published weights where `model.pretrained` asks for them; otherwise weights are random.
     Raises:
         ValueError: for an unknown name, an unknown or missing key, or a value that makes no sense.
     """
@@ -355,6 +366,8 @@ def build_network(model_config: dict, in_channels: int, num_classes: int) -> tor
         raise ValueError(f"model.name is {name}; must be one of {', '.join(NETWORKS)}")
     network = functools.partial(NETWORKS[name], in_channels, num_classes)
     check_keys(network, keys, "model")
+    if "pretrained" in keys and not may_download:
+        keys["pretrained"] = False
     return network(**keys)
 
 
@@ -404,8 +417,9 @@ def choose_class_weights(
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Group parameters by weight decay: none for biases, norms and embeddings."""
     groups = {weight_decay: [], 0.0: []}
+    no_decay = getattr(model, "no_decay", ())
     for name, parameter in model.named_parameters():
-        groups[0.0 if parameter.ndim <= 1 or name == "positions" else weight_decay].append(parameter)
+        groups[0.0 if parameter.ndim <= 1 or name in no_decay else weight_decay].append(parameter)
     return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items() if parameters]
 
 
@@ -432,7 +446,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     device = run.choose_device(common.device)
     precision = run.choose_precision(common.precision, device)
     run.seed_everything(common.seed)
-    model = build_network(settings.model, reader_keys["channels"], reader_keys["num_classes"])  # a bad key ends here
+    channels, num_classes = reader_keys["channels"], reader_keys["num_classes"]
+    is_new = resume_path is None and not settings.check  # other weights than a checkpoint's may be asked for
+    model = build_network(settings.model, channels, num_classes, is_new)  # a bad key ends here
 
     # data: list, check, leave out what cannot be used
     on_bad = reader_keys["on_bad"]

@@ -26,7 +26,7 @@ OPTIONS = {
     "infer_sam2": {"model": [*OFFICIAL, "sam2_nano"]},
     "train_unet": {
         "data": "camvid folders isbi oxford_pet oxford_pet_two_classes pets_sample".split(),
-        "model": "fcn segnet segnet_dsc unet unet_paper unet_small vit vit_small".split(),
+        "model": "deeplabv3 fcn segnet segnet_dsc unet unet_paper unet_small vit vit_small".split(),
         "loss": "cross_entropy cross_entropy_dice dice focal log_iou soft_iou terms tversky".split(),
         "optim": "adamw sgd".split(),
         "experiment": "camvid_unet pets_fcn pets_segnet pets_segnet_dsc pets_unet pets_vit unet_isbi "

@@ -6,14 +6,16 @@ import cv2
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from options import CONFIGS, read_option
 from torch import nn
+from torchvision.models import get_model
 from torchvision.models.vgg import cfgs, make_layers
+from torchvision.transforms.functional import normalize
 
-from utils.segmentation.segmenters import FCN, SegNet, TransformerBlock, ViTSegmenter
-from utils.segmentation.unet import UNet, UNetPaper
+from train_unet import NETWORKS, build_network
+from utils.segmentation.segmenters import FCN, DeepLabV3, SegNet, TransformerBlock, ViTSegmenter
 
-CLASSES = {"unet_paper": UNetPaper, "unet": UNet, "fcn": FCN, "segnet": SegNet, "vit": ViTSegmenter}
 PRESETS = ["unet_paper", "unet", "fcn", "segnet", "segnet_dsc", "vit", "vit_small"]
 SMALL = {  # the settings of a network that a test can afford
     "unet_paper": {"base_channels": 4, "dropout": 0.0},
@@ -28,7 +30,7 @@ SMALL = {  # the settings of a network that a test can afford
 
 def make(preset: str, in_channels: int, num_classes: int, **changes):
     settings = read_option("unet", "model", preset)
-    network = CLASSES[settings.pop("name")]
+    network = NETWORKS[settings.pop("name")]
     return network(in_channels=in_channels, num_classes=num_classes, **(settings | changes))
 
 
@@ -62,7 +64,7 @@ def test_published_numbers_of_parameters(preset, count):
 @pytest.mark.parametrize("preset", sorted(path.stem for path in (CONFIGS / "unet" / "model").glob("*.yaml")))
 def test_yaml_holds_exactly_the_classs_arguments(preset):
     settings = read_option("unet", "model", preset)
-    arguments = inspect.signature(CLASSES[settings.pop("name")]).parameters
+    arguments = inspect.signature(NETWORKS[settings.pop("name")]).parameters
     assert list(arguments)[:2] == ["in_channels", "num_classes"]
     assert list(settings) == list(arguments)[2:]
 
@@ -330,3 +332,44 @@ def test_vit_positions():
             scores = torch.from_numpy(resized) @ model.head.weight.T + model.head.bias  # (rows, columns, 2 * 16)
             expected = scores.view(rows, columns, 2, 4, 4).permute(2, 0, 3, 1, 4).reshape(1, 2, 4 * rows, 4 * columns)
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DeepLabV3
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """Random weights in the place of those that torchvision downloads; the list of what was asked for."""
+    torch.manual_seed(1)
+    state = get_model("deeplabv3_mobilenet_v3_large", weights=None, weights_backbone=None, aux_loss=True).state_dict()
+    asked = []
+    monkeypatch.setattr(
+        torchvision.models._api, "load_state_dict_from_url", lambda url, **_: asked.append(url) or state
+    )
+    return state, asked
+
+
+def test_deeplabv3_is_torchvisions_on_normalised_pictures(published):
+    state, asked = published
+    keys = {"name": "deeplabv3", "backbone": "mobilenet_v3_large", "pretrained": True}
+    model = build_network(keys, 3, 21, True).eval()
+    assert len(asked) == 1 and "deeplabv3_mobilenet_v3_large" in asked[0]
+    assert not [name for name in model.state_dict() if "aux" in name]
+    theirs = get_model("deeplabv3_mobilenet_v3_large", weights=None, weights_backbone=None, aux_loss=True).eval()
+    theirs.load_state_dict(state)
+    theirs.classifier[-1] = model.network.classifier[-1]  # made anew for the classes
+    images = torch.rand(2, 3, 70, 53)
+    normalised = normalize(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), theirs(normalised)["out"])
+        grey = build_network(keys, 1, 21).eval()
+        grey.load_state_dict(model.state_dict())
+        torch.testing.assert_close(grey(images[:, :1]), model(images[:, :1].expand(-1, 3, -1, -1)))
+    assert len(asked) == 1  # predict, evaluate, summary and resume take a checkpoint's weights
+    with pytest.raises(ValueError, match="^train.batch_size is 1; must be 2 or more"):
+        model.train()(images[:1])
+    with pytest.raises(ValueError, match="^data.channels is 4; must be 1 or 3"):
+        DeepLabV3(4, 2, "resnet50", False)
+    with pytest.raises(ValueError, match="^model.backbone is .*; must be one of resnet50"):
+        build_network(keys | {"backbone": "vgg"}, 3, 2)

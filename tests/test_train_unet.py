@@ -269,7 +269,7 @@ def test_only_a_better_one_replaces_the_best_checkpoint(root, tmp_path, quick, m
 
 @pytest.mark.parametrize(
     "name, optim",
-    [(name, "optim=adamw") for name in ("unet", "unet_paper", "fcn", "segnet", "segnet_dsc", "vit_small")]
+    [(name, "optim=adamw") for name in ("unet", "unet_paper", "fcn", "segnet", "segnet_dsc", "vit_small", "deeplabv3")]
     + [("unet", "optim.name=adam"), ("unet", "optim=sgd")],
 )
 def test_every_parameter_of_every_network_moves(name, optim, root, tmp_path, quick, monkeypatch):
@@ -282,6 +282,7 @@ def test_every_parameter_of_every_network_moves(name, optim, root, tmp_path, qui
         "segnet": ["model.base_channels=4"],
         "segnet_dsc": ["model.base_channels=4"],
         "vit_small": ["model.dim=24", "model.num_blocks=2", "model.num_heads=2"],
+        "deeplabv3": ["model.backbone=mobilenet_v3_large"],
     }[name]
     overrides = [one for one in tiny_overrides(root) if not one.startswith("model")]
     config = compose_config(

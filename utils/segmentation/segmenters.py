@@ -1,14 +1,17 @@
-"""Other segmentation networks, from scratch: FCN, SegNet (also depthwise separable) and a vision transformer.
+"""Other segmentation networks: FCN, SegNet (also depthwise separable), a vision transformer, torchvision's DeepLabV3.
 
 All take images float (B, in_channels, H, W) in 0..1, of any size and without further normalisation, and give logits
 (B, num_classes, H, W).
 """
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models import get_model
 
-from utils.settings import check_value
+from utils.settings import check_value, one_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # FCN
@@ -171,6 +174,8 @@ class ViTSegmenter(nn.Module):
         Positions start as N(0, 0.02) as in the former, not N(0, 1).
     """
 
+    no_decay = ("positions",)  # names of parameters without weight decay, beside biases and norms
+
     def __init__(
         self,
         in_channels: int,
@@ -235,6 +240,47 @@ class TransformerBlock(nn.Module):
         attended = F.scaled_dot_product_attention(queries, keys, values, dropout_p=share)
         tokens = tokens + self.attention_out(attended.transpose(1, 2).flatten(2))
         return tokens + self.perceptron(tokens)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DeepLabV3
+
+
+class DeepLabV3(nn.Module):
+    """torchvision's DeepLabV3: dilated convolutions of several rates on a ResNet or MobileNet with large features.
+
+    Pictures are normalised as the published weights expect it; a grey one is repeated to three channels. The last layer
+    is made anew for the classes; the auxiliary head is left out. 39.6 M parameters with resnet50 and 2 classes.
+
+    Args:
+        in_channels: 1 or 3.
+        backbone: resnet50, resnet101 or mobilenet_v3_large.
+        pretrained: start from torchvision's weights (COCO, the classes of Pascal VOC), which are downloaded once.
+    Source: Chen et al. 2017, "Rethinking Atrous Convolution for Semantic Image Segmentation", arXiv:1706.05587.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        backbone: Annotated[str, one_of("resnet50", "resnet101", "mobilenet_v3_large")],
+        pretrained: bool,
+    ):
+        super().__init__()
+        if in_channels not in (1, 3):
+            raise ValueError(f"data.channels is {in_channels}; must be 1 or 3 for model=deeplabv3")
+        weights = "DEFAULT" if pretrained else None
+        self.network = get_model(f"deeplabv3_{backbone}", weights=weights, weights_backbone=None)
+        self.network.aux_classifier = None
+        self.network.classifier[-1] = nn.Conv2d(self.network.classifier[-1].in_channels, num_classes, 1)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training and len(images) == 1:  # batch norm of one value a channel, the mean over the picture
+            raise ValueError("train.batch_size is 1; must be 2 or more for model=deeplabv3")
+        images = (images.expand(-1, 3, -1, -1) - self.mean) / self.std  # (B, 3, H, W)
+        return self.network(images)["out"]  # (B, num_classes, H, W)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
