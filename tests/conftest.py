@@ -3,8 +3,10 @@
 import os
 from pathlib import Path
 
-import pytest
-import torch
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # else a product's last bit depends on where in memory its input lies
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: more threads would only wait
     torch.set_num_threads(1)
@@ -21,6 +23,14 @@ def data_root() -> Path:
     if not root.is_dir():
         pytest.fail(f"DATA_ROOT is {value}; no such folder")
     return root
+
+
+@pytest.fixture(scope="module", params=["train_sam2", "train_unet", "train_siamfc"])
+def trainer(request, tmp_path_factory):
+    """Each of the three trainers (tests/trainers.py) on its tiny dataset."""
+    from trainers import make_trainer  # which imports all three scripts
+
+    return make_trainer(request.param, tmp_path_factory.mktemp("tiny") / "data")
 
 
 @pytest.fixture

@@ -1,0 +1,152 @@
+"""What the three trainers' loops do alike: accumulate, clip, skip, stop, and keep the best. Leaves: test_loop.py."""
+
+import json
+import math
+
+import pytest
+import tiny_tracking
+import torch
+from tiny import differences, read_last
+
+
+@pytest.fixture(autouse=True)
+def quick(trainer, monkeypatch):
+    """Validation says 0.5 each time."""
+    trainer.tiny.make_runs_quick(monkeypatch)
+    trainer.tiny.script_evaluation(monkeypatch)
+
+
+def use_scaler(monkeypatch, init_scale):
+    """Let GradScaler start at a scale at which every gradient overflows in fp16."""
+    real_scaler = torch.amp.GradScaler
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", lambda *args, **keys: real_scaler(*args, init_scale=init_scale, **keys)
+    )
+
+
+def with_infinite_slope(loss):
+    """A finite loss can have a gradient that is not: sqrt at 0."""
+    return loss + (loss - loss.detach()).sqrt()
+
+
+def test_only_a_better_one_replaces_the_best_checkpoint(trainer, tmp_path, monkeypatch):
+    trainer.tiny.script_evaluation(monkeypatch, [0.5, 0.7, 0.6, 0.7, 0.9])
+    config = trainer.configure("train.steps=4", "train.eval_every=1", "train.early_stop_evals=2")
+    if trainer.name == "train_unet":
+        config["train"]["test_at_end"] = False
+    last = trainer.tiny.train_in(tmp_path / "run", config)
+    assert (last["step"], last["evaluated_step"]) == (3, 3)  # two evaluations without a rise: stopped before 0.9
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert (best["metrics"]["step"], best["metrics"][config["train"]["select_by"]]) == (1, 0.7)
+    assert differences(best["model"], last["model"])  # the tutorial keeps the last alone
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [record["metrics"][part]["step"] for part in ("start", "best", "last")] == [0, 1, 3]
+
+
+ACCUMULATED = {  # overrides, how many parameters, absolute tolerance of gradients
+    "train_sam2": (["train.clip_norm=1e9", "train.objects_per_image=4"], 100, 1e-6),
+    "train_unet": (
+        ["model=unet_paper", "model.base_channels=2", "model.dropout=0.0", "data.image_size=204", "optim=sgd",
+         "train.clip_norm=null", "optim.weight_decay=0.0", "loss=cross_entropy"], 46, 1e-6,
+    ),
+    "train_siamfc": (["optim.weight_decay=0"], 2, 1e-5),
+}  # fmt: skip
+
+
+def test_accumulation_equals_a_larger_batch(trainer, tmp_path, monkeypatch):
+    """2 x B=2 against B=4, without batch norm: after one step SGD's momentum is the gradient, Adam's first moment a
+    tenth of it.
+    """
+    tiny_tracking.use_backbone(monkeypatch, tiny_tracking.SmallBackbone)
+    overrides, num_parameters, tolerance = ACCUMULATED[trainer.name]
+    moments, rows = [], []
+    for batch_size, accumulate in ((4, 1), (2, 2)):
+        config = trainer.configure(
+            *overrides, f"train.batch_size={batch_size}", f"train.accumulate={accumulate}", "train.steps=1"
+        )
+        last = trainer.tiny.train_in(tmp_path / str(batch_size), config)
+        name = "exp_avg" if trainer.name == "train_sam2" else "momentum_buffer"
+        moments.append([state[name] for state in last["optimizer"]["state"].values()])
+        rows.append(last["metrics"][1])
+    assert len(moments[0]) >= num_parameters
+    for large, small in zip(*moments, strict=True):
+        atol = tolerance * max(1.0, 10 * large.abs().max().item()) if trainer.name == "train_sam2" else tolerance
+        torch.testing.assert_close(large, small, atol=atol, rtol=0 if trainer.name == "train_sam2" else 1e-4)
+    measured = [name for name in rows[0] if name.startswith("train/")]
+    assert len(measured) == 3  # loss, gradient norm, and IoU, pixel accuracy or hit rate
+    for name in measured:
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4, abs=1e-5), name
+
+
+def test_compile_is_a_switch(trainer, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda forward: compiled.append(forward) or forward)
+    states = [
+        trainer.tiny.train_in(tmp_path / value, trainer.configure("train.steps=1", f"train.compile={value}"))["model"]
+        for value in ("false", "true")
+    ]
+    assert len(compiled) == 1 and not differences(*states)  # the names of the weights too
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# numbers that are not finite
+
+
+def test_fp16_overflow_is_a_skipped_step_that_is_counted(trainer, tmp_path, monkeypatch):
+    use_scaler(monkeypatch, 1e36)
+    last = trainer.tiny.train_in(tmp_path / "run", trainer.configure("precision=fp16", "train.steps=2"))
+    assert (last["step"], last["num_skipped"], last["skipped_in_a_row"]) == (2, 2, 2)
+    assert [row["skipped_steps"] for row in last["metrics"] if "skipped_steps" in row] == [1, 2]
+    assert last["scaler"]["scale"] == pytest.approx(0.25e36) and last["optimizer"]["state"] == {}
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    parameters = [name for name in best["model"] if "running" not in name and "num_batches" not in name]
+    assert all(torch.equal(best["model"][name], last["model"][name]) for name in parameters)  # nothing moved
+
+
+def test_fp16_overflow_at_every_step_stops_the_run_and_a_resumed_one(trainer, tmp_path, monkeypatch):
+    """At the step at which an uninterrupted run stops: the count goes through last.pt."""
+    use_scaler(monkeypatch, 1e36)
+    monkeypatch.setattr("utils.loop.MAX_SKIPPED_IN_A_ROW", 3)
+    config = trainer.configure("precision=fp16", "train.steps=9", "train.save_every=1")
+    message = "overflowed at 3 steps in a row, the last is step 2: .*use precision=bf16 or precision=fp32"
+    resume_path = None
+    for name in ("run", "resumed"):
+        with pytest.raises(FloatingPointError, match=message):
+            trainer.tiny.train_in(tmp_path / name, config, resume_path)
+        resume_path = tmp_path / name / "last.pt"
+        last = read_last(tmp_path / name)
+        assert (last["step"], last["num_skipped"], last["skipped_in_a_row"]) == (2, 2, 2)
+
+
+def test_skipped_steps_that_are_not_in_a_row_go_on(trainer, tmp_path, monkeypatch):
+    trainer.replace_loss(monkeypatch, lambda loss, number: loss if number == 3 else with_infinite_slope(loss))
+    use_scaler(monkeypatch, 256.0)
+    monkeypatch.setattr("utils.loop.MAX_SKIPPED_IN_A_ROW", 3)
+    last = trainer.tiny.train_in(tmp_path / "run", trainer.configure("precision=fp16", "train.steps=5"))
+    assert (last["step"], last["num_skipped"], last["skipped_in_a_row"]) == (5, 4, 2)
+    assert last["optimizer"]["state"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_loss_that_is_not_finite_stops_before_backward(accumulate, trainer, tmp_path, monkeypatch):
+    backward_calls, real_backward = [], torch.Tensor.backward
+    last_forward = 2 * accumulate
+    names = trainer.replace_loss(monkeypatch, lambda loss, number: loss * (math.nan if number == last_forward else 1.0))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *args: backward_calls.append(1) or real_backward(*args))
+    config = trainer.configure("train.steps=3", "train.save_every=1", f"train.accumulate={accumulate}")
+    with pytest.raises(FloatingPointError, match="loss is nan at step 1, (pictures|pairs) ") as error:
+        trainer.tiny.train_in(tmp_path / "run", config)
+    shown = str(error.value).split(" at step 1, ")[1].split(" ", 1)[1].split(", ")
+    assert shown == names[-2:] and str(trainer.root) in shown[0]  # of the last forward's two samples
+    assert len(backward_calls) == last_forward - 1
+    last = read_last(tmp_path / "run")
+    assert last["step"] == 1 and all(values.isfinite().all() for values in last["model"].values())
+    assert "end" not in json.loads((tmp_path / "run" / "run.json").read_text())
+
+
+def test_gradient_that_is_not_finite_stops_before_the_update(trainer, tmp_path, monkeypatch):
+    names = trainer.replace_loss(monkeypatch, lambda loss, number: with_infinite_slope(loss))
+    config = trainer.configure("train.steps=3", "train.accumulate=2")
+    with pytest.raises(FloatingPointError, match="gradient norm is (nan|inf) at step 0, (pictures|pairs) ") as error:
+        trainer.tiny.train_in(tmp_path / "run", config)
+    assert len(names) == 4 and all(name in str(error.value) for name in names)  # of both forwards of the step
