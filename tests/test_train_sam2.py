@@ -25,7 +25,6 @@ from tiny_training import (
     list_training_items,
     make_dataset,
     make_runs_quick,
-    read_last,
     run_main,
     script_evaluation,
     tiny_overrides,
@@ -189,20 +188,6 @@ def test_best_checkpoint_loads_by_sam2s_own_function(overfitted, model, sam2, tm
     torch.save(state_dict, tmp_path / "model.torch")
     with pytest.raises(KeyError, match="model"):
         _load_checkpoint(loaded, str(tmp_path / "model.torch"))
-
-
-def test_only_a_better_one_replaces_the_best_checkpoint(root, tmp_path, quick, monkeypatch):
-    script_evaluation(monkeypatch, [0.5, 0.7, 0.6, 0.7, 0.9])
-    config = compose_config(
-        *tiny_overrides(root), "train.steps=4", "train.eval_every=1", "train.early_stop_evals=2", "prompts=point"
-    )
-    last = train_in(tmp_path / "run", config)
-    assert (last["step"], last["evaluated_step"]) == (3, 3)  # two evaluations without a rise: stopped before 0.9
-    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
-    assert (best["metrics"]["step"], best["metrics"]["val/iou_1_click"]) == (1, 0.7)
-    assert differences(best["model"], last["model"])  # the tutorial keeps the last alone
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert [record["metrics"][part]["step"] for part in ("start", "best", "last")] == [0, 1, 3]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,25 +362,6 @@ def test_features_of_the_last_picture_would_change_the_others(root, model, monke
     assert (losses - buggy_losses)[~is_last].abs().max() > 1e-3
 
 
-def test_accumulation_equals_a_larger_batch(root, tmp_path, quick, monkeypatch):
-    """2 x B=2 against B=4: Adam's first moment after one step is a tenth of the gradient."""
-    script_evaluation(monkeypatch)
-    moments, rows = [], []
-    for batch_size, accumulate in ((4, 1), (2, 2)):
-        config = compose_config(
-            *tiny_overrides(root), f"train.batch_size={batch_size}", f"train.accumulate={accumulate}", "train.steps=1",
-            "train.clip_norm=1e9", "train.objects_per_image=4",
-        )  # fmt: skip
-        last = train_in(tmp_path / str(batch_size), config)
-        moments.append([state["exp_avg"] for state in last["optimizer"]["state"].values()])
-        rows.append(last["metrics"][1])
-    assert len(moments[0]) > 100
-    for one, other in zip(*moments, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6 * max(1.0, 10 * one.abs().max().item()), rtol=0)
-    assert rows[0]["train/loss"] == pytest.approx(rows[1]["train/loss"], abs=1e-4)
-    assert rows[0]["train/grad_norm"] == pytest.approx(rows[1]["train/grad_norm"], rel=1e-4)
-
-
 def test_running_mean_is_bias_corrected_and_weighs_pictures_equally(root, tmp_path, quick, monkeypatch):
     """Step's loss: mean over pictures of the mean over their objects. The tutorial's mean starts at 0."""
     script_evaluation(monkeypatch)
@@ -443,57 +409,6 @@ def test_low_precision_runs_the_same_lines_on_a_cpu(precision, dtype, root, tmp_
     assert ("scale" in last["scaler"]) == (precision == "fp16")
 
 
-def test_fp16_overflow_is_a_skipped_step_that_is_counted(root, tmp_path, quick, monkeypatch):
-    script_evaluation(monkeypatch)
-    real_scaler = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **keys: real_scaler(*args, init_scale=1e30, **keys))
-    config = compose_config(*tiny_overrides(root), "precision=fp16", "train.steps=2", "prompts=point")
-    last = train_in(tmp_path / "run", config)
-    assert (last["step"], last["num_skipped"]) == (2, 2)
-    assert [row["skipped_steps"] for row in last["metrics"] if "skipped_steps" in row] == [1, 2]
-    assert last["scaler"]["scale"] == pytest.approx(0.25e30) and last["optimizer"]["state"] == {}
-    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
-    assert not differences(best["model"], last["model"])  # nothing moved
-
-
-def test_fp16_overflow_at_every_step_stops_the_run_and_a_resumed_one(root, tmp_path, quick, monkeypatch):
-    """At the step at which an uninterrupted run stops: the count goes through last.pt."""
-    script_evaluation(monkeypatch)
-    real_scaler = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **keys: real_scaler(*args, init_scale=1e30, **keys))
-    monkeypatch.setattr("utils.loop.MAX_SKIPPED_IN_A_ROW", 3)
-    overrides = ("precision=fp16", "train.steps=9", "train.save_every=1", "prompts=point")
-    config = compose_config(*tiny_overrides(root), *overrides)
-    message = "overflowed at 3 steps in a row, the last is step 2: .*use precision=bf16 or precision=fp32"
-    resume_path = None
-    for name in ("run", "resumed"):
-        with pytest.raises(FloatingPointError, match=message):
-            train_in(tmp_path / name, config, resume_path)
-        resume_path = tmp_path / name / "last.pt"
-        last = read_last(tmp_path / name)
-        assert (last["step"], last["num_skipped"], last["skipped_in_a_row"]) == (2, 2, 2)
-
-
-def test_skipped_steps_that_are_not_in_a_row_go_on(root, tmp_path, quick, monkeypatch):
-    script_evaluation(monkeypatch)
-    calls = []
-    real_loss = train_sam2.prompted_loss
-
-    def spoil(model, batch, *rest):
-        calls.append(1)
-        object_loss, object_iou = real_loss(model, batch, *rest)
-        if len(calls) != 3:  # a gradient that is not finite: sqrt at 0
-            object_loss = object_loss + (object_loss - object_loss.detach()).sqrt()
-        return object_loss, object_iou
-
-    monkeypatch.setattr(train_sam2, "prompted_loss", spoil)
-    monkeypatch.setattr("utils.loop.MAX_SKIPPED_IN_A_ROW", 3)
-    config = compose_config(*tiny_overrides(root), "precision=fp16", "train.steps=5", "prompts=point")
-    last = train_in(tmp_path / "run", config)
-    assert (last["step"], last["num_skipped"], last["skipped_in_a_row"]) == (5, 4, 2)
-    assert last["optimizer"]["state"]
-
-
 class ClippingFirst(torch.amp.GradScaler):
     """The tutorial's order: gradients are clipped while scaled by 65,536, and divided by it in step alone."""
 
@@ -529,49 +444,6 @@ def test_loss_of_fp16_logits_is_computed_in_fp32():
     probs = logits[0, 0].sigmoid()
     dice = 1 - (2 * (probs * masks[0].half()).sum() + 1) / (probs.sum() + masks[0].half().sum() + 1)
     assert dice.item() == 1  # it is 0.33
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_loss_that_is_not_finite_stops_before_backward(accumulate, root, tmp_path, quick, monkeypatch):
-    script_evaluation(monkeypatch)
-    names, backward_calls = [], []
-    real_loss, real_backward = train_sam2.prompted_loss, torch.Tensor.backward
-
-    def spoil(model, batch, *rest):
-        names.append(batch["names"])
-        object_loss, object_iou = real_loss(model, batch, *rest)
-        return object_loss * (math.nan if len(names) == 2 * accumulate else 1.0), object_iou
-
-    monkeypatch.setattr(train_sam2, "prompted_loss", spoil)
-    monkeypatch.setattr(torch.Tensor, "backward", lambda *args: backward_calls.append(1) or real_backward(*args))
-    config = compose_config(
-        *tiny_overrides(root), "train.steps=3", "train.save_every=1", f"train.accumulate={accumulate}", "prompts=point"
-    )
-    with pytest.raises(FloatingPointError, match="loss is nan at step 1, pictures ") as error:
-        train_in(tmp_path / "run", config)
-    assert all(name in str(error.value) for name in names[-1]) and str(root) in str(error.value)
-    assert len(backward_calls) == 2 * accumulate - 1
-    last = read_last(tmp_path / "run")
-    assert last["step"] == 1 and all(values.isfinite().all() for values in last["model"].values())
-    assert "end" not in json.loads((tmp_path / "run" / "run.json").read_text())
-
-
-def test_gradient_that_is_not_finite_stops_before_the_update(root, tmp_path, quick, monkeypatch):
-    """A finite loss can have such a gradient: sqrt at 0."""
-    script_evaluation(monkeypatch)
-    names = []
-    real_loss = train_sam2.prompted_loss
-
-    def spoil(model, batch, *rest):
-        names.extend(batch["names"])
-        object_loss, object_iou = real_loss(model, batch, *rest)
-        return object_loss + (object_loss - object_loss.detach()).sqrt(), object_iou
-
-    monkeypatch.setattr(train_sam2, "prompted_loss", spoil)
-    config = compose_config(*tiny_overrides(root), "train.steps=3", "train.accumulate=2", "prompts=point")
-    with pytest.raises(FloatingPointError, match="gradient norm is (nan|inf) at step 0, pictures ") as error:
-        train_in(tmp_path / "run", config)
-    assert len(names) == 4 and all(name in str(error.value) for name in names)  # of both forwards of the step
 
 
 # ---------------------------------------------------------------------------------------------------------------------

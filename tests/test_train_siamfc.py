@@ -32,13 +32,12 @@ from tiny_tracking import (
     script_evaluation,
     tiny_overrides,
     train_in,
-    use_backbone,
     write_data_root,
     write_davis,
     write_got10k,
     write_pictures,
 )
-from tiny_training import differences, read_last
+from tiny_training import differences
 
 import train_siamfc
 from train_siamfc import (
@@ -768,21 +767,6 @@ def first_momenta(root, run_dir, *overrides):
     return [state["momentum_buffer"] for state in last["optimizer"]["state"].values()], last["metrics"][1]
 
 
-def test_accumulation_equals_a_larger_batch(root, tmp_path, quick, monkeypatch):
-    """2 x B=2 against B=4, without batch norm."""
-    script_evaluation(monkeypatch)
-    use_backbone(monkeypatch, SmallBackbone)
-    (momenta, row), (others, other_row) = (
-        first_momenta(root, tmp_path / name, f"train.batch_size={batch_size}", f"train.accumulate={accumulate}")
-        for name, batch_size, accumulate in (("large", 4, 1), ("small", 2, 2))
-    )
-    assert len(momenta) == 2
-    for momentum, other in zip(momenta, others, strict=True):
-        torch.testing.assert_close(momentum, other, atol=1e-5, rtol=1e-4)
-    for name in ("train/loss", "train/grad_norm", "train/hit_rate"):
-        assert row[name] == pytest.approx(other_row[name], rel=1e-4), name
-
-
 def test_gradients_are_clipped_to_a_norm(root, tmp_path, quick, monkeypatch):
     script_evaluation(monkeypatch)
     buffers = {}
@@ -792,17 +776,6 @@ def test_gradients_are_clipped_to_a_norm(root, tmp_path, quick, monkeypatch):
         assert row["train/grad_norm"] == pytest.approx(buffers["null"].norm().item(), rel=1e-4)  # before it is clipped
     assert buffers["null"].norm() > 0.05 and torch.equal(buffers["null"], buffers["1e6"])
     torch.testing.assert_close(buffers["0.01"], buffers["null"] * 0.01 / buffers["null"].norm(), rtol=1e-3, atol=1e-7)
-
-
-def test_compile_is_a_switch(root, tmp_path, quick, monkeypatch):
-    script_evaluation(monkeypatch)
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda forward: compiled.append(forward) or forward)
-    for value in ("false", "true"):
-        train_in(tmp_path / value, compose_config(*tiny_overrides(root), "train.steps=1", f"train.compile={value}"))
-    assert len(compiled) == 1
-    states = [torch.load(tmp_path / value / "last.pt", weights_only=True)["model"] for value in ("false", "true")]
-    assert not differences(*states)  # the names of the weights too
 
 
 def test_running_means_are_bias_corrected(root, tmp_path, quick, monkeypatch):
@@ -853,76 +826,8 @@ def test_tracker_in_parity_validates_in_fp32(root, tmp_path, quick):
     assert train_in(tmp_path / "run", config)["step"] == 1
 
 
-def test_fp16_overflow_is_a_skipped_step_that_is_counted(root, tmp_path, quick, monkeypatch):
-    script_evaluation(monkeypatch)
-    real_scaler = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **keys: real_scaler(*args, init_scale=1e36, **keys))
-    config = compose_config(*tiny_overrides(root), "precision=fp16", "train.steps=2")
-    last = train_in(tmp_path / "run", config)
-    assert (last["step"], last["num_skipped"], last["skipped_in_a_row"]) == (2, 2, 2)
-    assert last["optimizer"]["state"] == {} and last["metrics"][-2]["skipped_steps"] == 2
-    monkeypatch.setattr("utils.loop.MAX_SKIPPED_IN_A_ROW", 2)
-    with pytest.raises(FloatingPointError, match="overflowed at 2 steps in a row, the last is step 1.*precision=bf16"):
-        train_in(tmp_path / "stopped", config)
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_loss_that_is_not_finite_stops_before_backward(accumulate, root, tmp_path, quick, monkeypatch):
-    script_evaluation(monkeypatch)
-    calls, backward_calls, names = [], [], []
-    real_loss, real_backward, real_collate = balanced_loss, torch.Tensor.backward, train_siamfc.collate
-
-    def spoil(*args):
-        calls.append(1)
-        return real_loss(*args) * (NAN if len(calls) == 2 * accumulate else 1.0)
-
-    def record_names(samples):
-        batch = real_collate(samples)
-        names.append(batch["names"])
-        return batch
-
-    monkeypatch.setattr(train_siamfc, "balanced_loss", spoil)
-    monkeypatch.setattr(train_siamfc, "collate", record_names)
-    monkeypatch.setattr(torch.Tensor, "backward", lambda *args: backward_calls.append(1) or real_backward(*args))
-    config = compose_config(
-        *tiny_overrides(root), "train.steps=3", "train.save_every=1", f"train.accumulate={accumulate}"
-    )
-    with pytest.raises(FloatingPointError, match="loss is nan at step 1, pairs ") as error:
-        train_in(tmp_path / "run", config)
-    shown = str(error.value).split("pairs ")[1].split(", ")
-    assert shown == names[2 * accumulate - 1] and str(root) in shown[0] and " with " in shown[0]
-    assert len(backward_calls) == 2 * accumulate - 1
-    last = read_last(tmp_path / "run")
-    assert last["step"] == 1 and "end" not in json.loads((tmp_path / "run" / "run.json").read_text())
-
-
-def test_gradient_that_is_not_finite_stops_before_the_update(root, tmp_path, quick, monkeypatch):
-    script_evaluation(monkeypatch)
-    real_loss = balanced_loss
-
-    def spoil(*args):
-        loss = real_loss(*args)
-        return loss + (loss - loss.detach()).sqrt()  # finite, with an infinite slope
-
-    monkeypatch.setattr(train_siamfc, "balanced_loss", spoil)
-    with pytest.raises(FloatingPointError, match="gradient norm is (nan|inf) at step 0, pairs .*jpg with "):
-        train_in(tmp_path / "run", compose_config(*tiny_overrides(root), "train.steps=3"))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # what counts as better
-
-
-def test_only_a_better_one_replaces_the_best_checkpoint(root, tmp_path, quick, monkeypatch):
-    script_evaluation(monkeypatch, [0.5, 0.7, 0.6, 0.7, 0.9])
-    config = compose_config(*tiny_overrides(root), "train.steps=4", "train.eval_every=1", "train.early_stop_evals=2")
-    last = train_in(tmp_path / "run", config)
-    assert (last["step"], last["evaluated_step"]) == (3, 3)  # two evaluations without a rise: stopped before 0.9
-    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
-    assert (best["metrics"]["step"], best["metrics"]["val/ao"]) == (1, 0.7)
-    assert differences(best["model"], last["model"])
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert [record["metrics"][part]["step"] for part in ("start", "best", "last")] == [0, 1, 3]
 
 
 def test_what_selects_the_best_is_a_setting(root, tmp_path, quick, monkeypatch):

@@ -30,7 +30,7 @@ from tiny_segmentation import (
     write_data_root,
     write_dataset,
 )
-from tiny_training import differences, read_last
+from tiny_training import differences
 
 import train_unet
 from train_unet import LossSettings, OptimSettings
@@ -252,21 +252,6 @@ def test_summary_prints_layers_costs_and_latency(tmp_path, root, monkeypatch, ca
 # what is trained, and when it counts as better
 
 
-def test_only_a_better_one_replaces_the_best_checkpoint(root, tmp_path, quick, monkeypatch):
-    script_evaluation(monkeypatch, [0.5, 0.7, 0.6, 0.7, 0.9])
-    config = compose_config(
-        *tiny_overrides(root), "train.steps=4", "train.eval_every=1", "train.early_stop_evals=2",
-        "train.test_at_end=false",
-    )  # fmt: skip
-    last = train_in(tmp_path / "run", config)
-    assert (last["step"], last["evaluated_step"]) == (3, 3)  # two evaluations without a rise: stopped before 0.9
-    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
-    assert (best["metrics"]["step"], best["metrics"]["val/mean_iou"]) == (1, 0.7)
-    assert differences(best["model"], last["model"])
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert [record["metrics"][part]["step"] for part in ("start", "best", "last")] == [0, 1, 3]
-
-
 @pytest.mark.parametrize(
     "name, optim",
     [(name, "optim=adamw") for name in ("unet", "unet_paper", "fcn", "segnet", "segnet_dsc", "vit_small", "deeplabv3")]
@@ -295,17 +280,6 @@ def test_every_parameter_of_every_network_moves(name, optim, root, tmp_path, qui
     assert not [name for name, values in before.items() if torch.equal(values, trained[name])]
 
 
-def test_compile_is_a_switch(root, tmp_path, quick, monkeypatch):
-    script_evaluation(monkeypatch)
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda forward: compiled.append(forward) or forward)
-    for value in ("false", "true"):
-        train_in(tmp_path / value, compose_config(*tiny_overrides(root), "train.steps=1", f"train.compile={value}"))
-    assert len(compiled) == 1
-    states = [torch.load(tmp_path / value / "last.pt", weights_only=True)["model"] for value in ("false", "true")]
-    assert not differences(*states)  # the names of the weights too
-
-
 def test_parameter_groups_decay_weights_alone():
     vit = train_unet.build_network(compose_config("model=vit_small")["model"], 3, 3)
     names = {id(parameter): name for name, parameter in vit.named_parameters()}
@@ -317,27 +291,6 @@ def test_parameter_groups_decay_weights_alone():
     assert found.keys() == set(names.values())
     assert found["patch_embedding.weight"] == found["blocks.0.query_key_value.weight"] == 0.2
     assert found["positions"] == found["input_norm.weight"] == found["blocks.0.query_key_value.bias"] == 0.0
-
-
-def test_accumulation_equals_a_larger_batch(root, tmp_path, quick, monkeypatch):
-    """2 x B=2 against B=4, without batch norm: SGD's momentum after one step is the gradient."""
-    script_evaluation(monkeypatch)
-    momenta, rows = [], []
-    overrides = [one for one in tiny_overrides(root) if not one.startswith("model")]
-    for batch_size, accumulate in ((4, 1), (2, 2)):
-        config = compose_config(
-            *overrides, "model=unet_paper", "model.base_channels=2", "model.dropout=0.0", "data.image_size=204",
-            f"train.batch_size={batch_size}", f"train.accumulate={accumulate}", "train.steps=1", "optim=sgd",
-            "train.clip_norm=null", "optim.weight_decay=0.0", "train.test_at_end=false", "loss=cross_entropy",
-        )  # fmt: skip
-        last = train_in(tmp_path / str(batch_size), config)
-        momenta.append([state["momentum_buffer"] for state in last["optimizer"]["state"].values()])
-        rows.append(last["metrics"][1])
-    assert len(momenta[0]) == 46
-    for one, other in zip(*momenta, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
-    for name in ("train/loss", "train/grad_norm", "train/pixel_accuracy"):
-        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4), name
 
 
 def test_running_mean_is_bias_corrected(root, tmp_path, quick, monkeypatch):
@@ -476,58 +429,6 @@ def test_low_precision_has_its_loss_in_fp32(precision, dtype, root, tmp_path, qu
     assert last["num_skipped"] < 3 and last["optimizer"]["state"]  # fp16's scale starts high
     assert all(values.dtype in (torch.float32, torch.int64) for values in last["model"].values())
     assert ("scale" in last["scaler"]) == (precision == "fp16")
-
-
-def test_fp16_overflow_is_a_skipped_step_that_is_counted(root, tmp_path, quick, monkeypatch):
-    script_evaluation(monkeypatch)
-    real_scaler = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **keys: real_scaler(*args, init_scale=1e30, **keys))
-    config = compose_config(*tiny_overrides(root), "precision=fp16", "train.steps=2")
-    last = train_in(tmp_path / "run", config)
-    assert (last["step"], last["num_skipped"]) == (2, 2) and last["optimizer"]["state"] == {}
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_loss_that_is_not_finite_stops_before_backward(accumulate, root, tmp_path, quick, monkeypatch):
-    script_evaluation(monkeypatch)
-    calls, backward_calls, names = [], [], []
-    real_loss, real_backward, real_collate = train_unet.weighted_loss, torch.Tensor.backward, train_unet.collate
-
-    def spoil(*args):
-        calls.append(1)
-        return real_loss(*args) * (math.nan if len(calls) == 2 * accumulate else 1.0)
-
-    def record_names(samples):
-        batch = real_collate(samples)
-        names.append(batch["names"])
-        return batch
-
-    monkeypatch.setattr(train_unet, "weighted_loss", spoil)
-    monkeypatch.setattr(train_unet, "collate", record_names)
-    monkeypatch.setattr(torch.Tensor, "backward", lambda *args: backward_calls.append(1) or real_backward(*args))
-    config = compose_config(
-        *tiny_overrides(root), "train.steps=3", "train.save_every=1", f"train.accumulate={accumulate}"
-    )
-    with pytest.raises(FloatingPointError, match="loss is nan at step 1, pictures ") as error:
-        train_in(tmp_path / "run", config)
-    shown = str(error.value).split("pictures ")[1].split(", ")
-    assert shown == names[2 * accumulate - 1] and str(root) in shown[0]
-    assert len(backward_calls) == 2 * accumulate - 1
-    last = read_last(tmp_path / "run")
-    assert last["step"] == 1 and "end" not in json.loads((tmp_path / "run" / "run.json").read_text())
-
-
-def test_gradient_that_is_not_finite_stops_before_the_update(root, tmp_path, quick, monkeypatch):
-    script_evaluation(monkeypatch)
-    real_loss = train_unet.weighted_loss
-
-    def spoil(*args):
-        loss = real_loss(*args)
-        return loss + (loss - loss.detach()).sqrt()  # finite, with an infinite slope
-
-    monkeypatch.setattr(train_unet, "weighted_loss", spoil)
-    with pytest.raises(FloatingPointError, match="gradient norm is (nan|inf) at step 0, pictures "):
-        train_in(tmp_path / "run", compose_config(*tiny_overrides(root), "train.steps=3"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
