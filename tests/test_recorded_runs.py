@@ -86,7 +86,12 @@ RECIPES = {
     ids=lambda argument: getattr(argument, "__name__", ""),
 )
 def test_recorded_run(script, write_dataset, tmp_path, one_thread):
-    """Elsewhere than where it was recorded, its numbers agree up to rounding, and two runs agree bit for bit."""
+    """Weights agree bit for bit where they were recorded, and in two runs elsewhere; numbers agree up to rounding.
+
+    For train_sam2.py that is all: at 51375af too, two runs of equal weights differ now and then in the last bits of
+    val/iou_3_clicks.
+    """
+    is_exact = script is not train_sam2
     root = write_dataset(tmp_path / "data")
     arguments = f"{COMMON} {RECIPES[script.__name__]}".replace("DATA", root.as_posix()).split()
     status, message = tiny.run_script(script, tmp_path / "run", *arguments)
@@ -97,6 +102,7 @@ def test_recorded_run(script, write_dataset, tmp_path, one_thread):
     check_numbers(recorded["numbers"], numbers, script.__name__)
     if describe_machine() != RECORDED["recorded on"]:
         tiny.run_script(script, tmp_path / "other", *arguments)
-        assert collect_results(tmp_path / "other") == (numbers, hashes)
+        other_numbers, other_hashes = collect_results(tmp_path / "other")
+        assert other_hashes == hashes and (other_numbers == numbers or not is_exact)
     skip_on_another_machine(RECORDED["recorded on"])
-    assert (numbers, hashes) == (recorded["numbers"], recorded["hashes"])
+    assert hashes == recorded["hashes"] and (numbers == recorded["numbers"] or not is_exact)
