@@ -138,13 +138,6 @@ def test_pictures_and_maps_in_one_folder(tmp_path):
         list_all("label_map", tmp_path, image_dir=".", label_dir=".")
 
 
-def test_two_pictures_of_one_name_are_refused(tmp_path):
-    write_label_maps(tmp_path, 1)
-    write_picture(tmp_path / "images" / "000.png")
-    with pytest.raises(ValueError, match=r"000\.jpg and .*000\.png have the same name"):
-        list_all("label_map", tmp_path)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # labpics
 
@@ -420,25 +413,6 @@ def test_a_seeded_fraction_depends_on_seed_and_names_only(tmp_path):
     assert len(val_names(first)) == 5
     assert val_names(first) == val_names(first) == val_names(second) == sorted(val_names(first))
     assert val_names(first) != val_names(first, split_seed=1)
-
-
-def test_a_new_picture_hardly_changes_the_split(tmp_path):
-    before = {item.name for item in split_items(**data_keys("label_map", write_label_maps(tmp_path, 40)))[1]}
-    after = {item.name for item in split_items(**data_keys("label_map", write_label_maps(tmp_path, 41)))[1]}
-    assert len(before) == len(after) == 4 and len(before - after) <= 1
-
-
-def test_fractions_at_the_ends(tmp_path):
-    root = write_label_maps(tmp_path, 3)
-    sizes = {
-        fraction: tuple(map(len, split_items(**data_keys("label_map", root, val_fraction=fraction))))
-        for fraction in (0, 0.01, 0.99, 1)
-    }
-    assert sizes == {0: (3, 0), 0.01: (2, 1), 0.99: (1, 2), 1: (0, 3)}  # in between, neither part is empty
-    with pytest.raises(ValueError, match="data.val_fraction is 1.5; must be in 0..1"):
-        list_all("label_map", root, val_fraction=1.5)
-    with pytest.raises(ValueError, match="only 000 to split; set data.val_fraction=0"):
-        list_all("label_map", write_label_maps(tmp_path / "one", 1))
 
 
 def test_list_files_make_the_split(tmp_path):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from utils import listing, run
+from utils import run
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.log import MetricsLog, finish_run, git_state, plot_curves, start_run
 
@@ -337,36 +337,3 @@ def test_curves_show_sparse_columns_and_survive_nan(tmp_path):
     plot_curves([], tmp_path / "none.png")
     assert cv2.imread(str(tmp_path / "none.png")) is not None
     assert not list(tmp_path.glob("*.tmp"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# folders, long lists
-
-
-def test_dataset_folder_is_there_or_named(tmp_path):
-    assert listing.dataset_folder(str(tmp_path)) == listing.dataset_folder(tmp_path) == tmp_path
-    for root in (3, None):
-        with pytest.raises(ValueError, match=f"data.root is {root}; must be a folder"):
-            listing.dataset_folder(root)
-    (tmp_path / "file").touch()
-    for name in ("gone", "file"):
-        with pytest.raises(FileNotFoundError, match=f"data.root .*{name} is not a folder .*DATA_ROOT"):
-            listing.dataset_folder(tmp_path / name)
-
-
-def test_long_lists_are_cut_and_say_so():
-    assert listing.first_few(["a", "b"], 2) == listing.first_few(["a", "b"], None) == ["a", "b"]
-    assert listing.first_few(list("abcd"), 2) == ["a", "b", "... and 2 more"]
-
-
-def test_validation_is_drawn_by_a_seeded_order_that_new_names_do_not_change():
-    names = {f"video_{number}" for number in range(20)}
-    drawn = listing.draw_split(names, 0.25, 0)[0]
-    assert len(drawn) == 5 and drawn < names and drawn != listing.draw_split(names, 0.25, 1)[0]
-    more = listing.draw_split(names | {"video_20"}, 0.25, 0)[0]
-    assert len(more & drawn) >= 4  # the new name may take the place of one
-    assert [len(listing.draw_split(names, share, 0)[0]) for share in (0, 0.001, 0.999, 1)] == [0, 1, 19, 20]
-    with pytest.raises(ValueError, match="data.val_fraction is 2; must be in 0..1"):
-        listing.draw_split(names, 2, 0)
-    with pytest.raises(ValueError, match="there is only alone to split"):
-        listing.draw_split({"alone"}, 0.5, 0)

@@ -175,17 +175,6 @@ def test_the_seeded_split_depends_on_names_alone(tmp_path):
     assert [names(split) for split in split_items(**data_keys("folders", moved))] == [names(split) for split in splits]
 
 
-@pytest.mark.parametrize(
-    "num_images, val_fraction, test_fraction, expected",
-    [(3, 0.1, 0.1, [1, 1, 1]), (30, 0.1667, 0.0, [25, 5, 0]), (5, 0.5, 0.5, [0, 2, 3]), (4, 0.0, 0.0, [4, 0, 0]),
-     (4, 1.0, 0.0, [0, 4, 0]), (6, 0.0, 1.0, [0, 0, 6]), (10, 0.8, 0.1, [1, 8, 1])],
-)  # fmt: skip
-def test_fractions(tmp_path, num_images, val_fraction, test_fraction, expected):
-    write_pairs(tmp_path, num_images)
-    splits = split_items(**data_keys("folders", tmp_path, val_fraction=val_fraction, test_fraction=test_fraction))
-    assert [len(split) for split in splits] == expected
-
-
 def test_list_files(tmp_path):
     root = write_pairs(tmp_path / "set", 9)
     (tmp_path / "train.txt").write_text("\ufeff# mine\n000\n\n001.jpg\r\nimages/002.jpg masks/002.png\n", "utf-8")
@@ -245,22 +234,6 @@ def test_pairs_in_subfolders_and_one_folder(tmp_path):
         "1",
         "2",
     ]
-
-
-def test_hidden_and_other_files_are_passed_over(tmp_path):
-    write_pairs(tmp_path, 4)
-    for stray in ("images/.hidden.jpg", "images/Thumbs.db", "masks/.DS_Store", "masks/polygons.json"):
-        (tmp_path / stray).write_text("stray")
-    write_picture(tmp_path / "images" / ".ipynb_checkpoints" / "000.jpg")
-    (tmp_path / "images" / "folder.png").mkdir()
-    assert names(list_all("folders", tmp_path)) == ["000", "001", "002", "003"]
-
-
-def test_the_same_name_with_two_suffixes_is_refused(tmp_path):
-    write_pairs(tmp_path, 4)
-    write_picture(tmp_path / "images" / "002.png")
-    with pytest.raises(ValueError, match=r"002.jpg and \S*002.png have the same name but for the suffix"):
-        list_all("folders", tmp_path)
 
 
 def test_split_folders(tmp_path):

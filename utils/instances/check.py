@@ -217,7 +217,7 @@ def _centers(layers: np.ndarray) -> np.ndarray:
         if flat.max() > flat.size:  # number large ids from 1, in the same order, so that a table can hold them
             flat = np.unique(np.append(flat, 0), return_inverse=True)[1][:-1]
         areas = np.bincount(flat)
-        values = np.flatnonzero(areas[1:]) + 1
+        ids_there = np.flatnonzero(areas[1:]) + 1
         sums_xy = np.stack([np.bincount(flat, xs), np.bincount(flat, ys)], 1)  # (largest id + 1, 2)
-        centers.append(sums_xy[values] / areas[values, None])
+        centers.append(sums_xy[ids_there] / areas[ids_there, None])
     return np.concatenate(centers)

@@ -69,7 +69,7 @@ def split_items(
     sorted names, which depends on nothing else.
 
     Args:
-        format: one of labpics, label_map, masks_per_file, coco, sa1b, davis.
+        format: a name in LISTERS.
         root: the dataset's folder, relative to where the user stands.
         on_bad: what to do with a picture that lacks its annotation, or the reverse: "stop" raises; with "skip" such an
             item is listed, and the dataset check leaves it out and counts it.
@@ -287,11 +287,11 @@ def object_ids(layers: np.ndarray) -> list[tuple[int, int, int]]:
         flat = ids[ids > 0]
         if flat.max(initial=0) <= ids.size:  # counting is much faster than sorting
             areas = np.bincount(flat)
-            values = np.flatnonzero(areas)
-            areas = areas[values]
+            ids_there = np.flatnonzero(areas)
+            areas = areas[ids_there]
         else:
-            values, areas = np.unique(flat, return_counts=True)
-        objects += [(layer, int(value), int(area)) for value, area in zip(values, areas, strict=True)]
+            ids_there, areas = np.unique(flat, return_counts=True)
+        objects += [(layer, int(object_id), int(area)) for object_id, area in zip(ids_there, areas, strict=True)]
     return objects
 
 

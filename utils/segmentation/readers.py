@@ -73,7 +73,7 @@ def split_items(
     depend on nothing else.
 
     Args:
-        format: one of oxford_pet, isbi, camvid, folders.
+        format: a name in LISTERS.
         root: the dataset's folder, relative to where the user stands.
         channels: 1 (grey) or 3 (RGB).
         num_classes: 2 to 254.

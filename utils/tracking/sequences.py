@@ -25,6 +25,7 @@ from utils.listing import dataset_folder, draw_split, list_folders, read_lines
 from utils.settings import check_keys
 from utils.tracking.frames import list_frames, natural_key, picture_names
 
+SPLIT_KEYS = ("train_sequences", "val_sequences", "val_fraction", "split_seed")  # of every format
 MANY_VIDEOS = 500  # from here on, listing shows its progress
 GROUNDTRUTH_NAMES = ("groundtruth_rect.txt", "groundtruth.txt", "groundtruth_rect.1.txt")
 # Frames that belong to an OTB sequence where its folder holds more: first and last number, as the benchmark says.
@@ -94,7 +95,8 @@ def split_sequences(format: str, root: str, index: str | None = None, **keys) ->
         format: a name in SEQUENCE_FORMATS.
         root: the dataset's folder, relative to where the user stands.
         index: a file (.npz) to keep the list in, for the next run; None: read all annotations each time.
-        keys: the other keys of that format's configs/tracking/data/*.yaml; the functions below explain them.
+        keys: the other keys of that format's configs/tracking/data/*.yaml: SPLIT_KEYS, and those that the functions
+            below explain.
     Returns:
         (train_sequences, val_sequences), each in natural order of the names.
     Raises:
@@ -109,13 +111,16 @@ def split_sequences(format: str, root: str, index: str | None = None, **keys) ->
         if key in keys and keys[key] not in allowed:
             raise ValueError(f"data.{key} is {keys[key]!r}; must be {allowed[0]} or {allowed[1]}")
     folder = dataset_folder(root)
-    split = functools.partial(SEQUENCE_FORMATS[format], folder)
-    check_keys(split, keys, "data")
+    split_keys = {key: value for key, value in keys.items() if key in SPLIT_KEYS}
+    format_keys = {key: value for key, value in keys.items() if key not in SPLIT_KEYS}
+    list_format = functools.partial(SEQUENCE_FORMATS[format], folder)
+    check_keys(functools.partial(_split, None, None), split_keys, "data")
+    check_keys(list_format, format_keys, "data", others=SPLIT_KEYS)
     asked = json.dumps({"format": format, "root": str(folder.resolve()), **keys}, sort_keys=True)
     if index is not None and Path(index).is_file():
         train_sequences, val_sequences = _read_index(Path(index), asked)
     else:
-        train_sequences, val_sequences = (_in_order(part) for part in split(**keys))
+        train_sequences, val_sequences = map(_in_order, _split(*list_format(**format_keys), **split_keys))
         if not train_sequences and not val_sequences:
             raise ValueError(f"data.root {root} holds no sequences in the layout {format!r} (see data/README.md)")
         if index is not None:
@@ -151,23 +156,24 @@ def choose_sequences(sequences: list[Sequence], names: list[str]) -> list[Sequen
     return chosen
 
 
-def split_got10k(
+# A function of each format: (root, its own keys) -> training and validation sequences; None for a part that the dataset
+# on disk does not have, so that `_split` divides the other.
+
+
+def list_got10k(
     root: Path,
     train_folder: str | None,
     val_folder: str | None,
     leave_out: list[str],
-    train_sequences: list[str] | str | None,
-    val_sequences: list[str] | str | None,
-    val_fraction: float,
-    split_seed: int,
     box_origin: int,
     on_bad: str,
-) -> tuple[list[Sequence], list[Sequence]]:
+) -> tuple[list[Sequence] | None, list[Sequence] | None]:
     """List GOT-10k: <root>/<train_folder>/<sequence>/{00000001.jpg, groundtruth.txt, cover.label, absence.label, ...}.
 
     A folder's list.txt says which sequences it has; without one all its folders do. With both folders given these are
-    the split (train_sequences then picks some of the first, such as the VOT challenge's list); else the one folder is
-    split. The test set, of which only the first boxes are public, is read the same way: val_folder test.
+    the split (train_sequences then picks some of the first, such as the VOT challenge's list); else train_folder is
+    split, or all of val_folder validates. The test set, of which only the first boxes are public, is read the same way:
+    val_folder test.
     """
 
     def list_folder(folder: str) -> list[Sequence]:
@@ -176,21 +182,12 @@ def split_got10k(
             names = list_path.read_text(encoding="utf-8-sig").split()
         else:
             names = [path.name for path in list_folders(root / folder)]
-        kept = [name for name in names if name not in set(leave_out)]
-        return _read_all(functools.partial(_read_got10k, root / folder, box_origin=box_origin), kept, on_bad)
+        names = [name for name in names if name not in set(leave_out)]
+        return _read_all(functools.partial(_read_got10k, root / folder, box_origin=box_origin), names, on_bad)
 
     if train_folder is None and val_folder is None:
         raise ValueError("data.train_folder and data.val_folder are both null; at least one must name a folder")
-    if train_folder is not None and val_folder is not None:
-        train, val = list_folder(train_folder), list_folder(val_folder)
-        if train_sequences is not None:
-            train, _ = _split(train, train_sequences, None, 0, split_seed)
-        if val_sequences is not None:
-            _, val = _split(val, None, val_sequences, 0, split_seed)
-        return train, val
-    if train_folder is None:
-        return _split(list_folder(val_folder), train_sequences, val_sequences, 1, split_seed)
-    return _split(list_folder(train_folder), train_sequences, val_sequences, val_fraction, split_seed)
+    return tuple(None if folder is None else list_folder(folder) for folder in (train_folder, val_folder))
 
 
 def _read_got10k(parent: Path, name: str, box_origin: int) -> list[Sequence]:
@@ -210,13 +207,13 @@ def _read_got10k(parent: Path, name: str, box_origin: int) -> list[Sequence]:
     frame_wh = None
     if (folder / "meta_info.ini").is_file():
         text = (folder / "meta_info.ini").read_text(encoding="utf-8", errors="replace")
-        found = re.search(r"^resolution: *\(([0-9]+), *([0-9]+)\)", text, re.MULTILINE)
-        frame_wh = (int(found[1]), int(found[2])) if found else None
+        resolution = re.search(r"^resolution: *\(([0-9]+), *([0-9]+)\)", text, re.MULTILINE)
+        frame_wh = (int(resolution[1]), int(resolution[2])) if resolution else None
     cover = labels["cover"] if "cover" in labels else None
     return [_make(name, name, folder, frame_names, boxes_xywh, box_origin, hidden, cover, frame_wh)]
 
 
-def split_imagenet_vid(
+def list_imagenet_vid(
     root: Path, train_folder: str | None, val_folder: str | None, on_bad: str
 ) -> tuple[list[Sequence], list[Sequence]]:
     """List ImageNet VID: <root>/Data/VID/train/<part>/<snippet>/000000.JPEG, <root>/Annotations/VID/..., .xml.
@@ -250,10 +247,10 @@ def _read_vid_snippet(annotation_dir: Path, frame_dir: Path, name: str) -> list[
         try:
             tree = ElementTree.parse(_existing(path))
             frame_wh = frame_wh or (int(tree.find("size/width").text), int(tree.find("size/height").text))
-            for found in tree.findall("object"):
-                track = int(found.find("trackid").text)
+            for annotation in tree.findall("object"):
+                track = int(annotation.find("trackid").text)
                 left, top, right, bottom = (
-                    float(found.find(f"bndbox/{side}").text) for side in ("xmin", "ymin", "xmax", "ymax")
+                    float(annotation.find(f"bndbox/{side}").text) for side in ("xmin", "ymin", "xmax", "ymax")
                 )
                 tracks.setdefault(track, {})[index] = [left, top, right - left + 1, bottom - top + 1]
         except (ElementTree.ParseError, AttributeError, TypeError) as error:
@@ -270,24 +267,14 @@ def _read_vid_snippet(annotation_dir: Path, frame_dir: Path, name: str) -> list[
     return sequences
 
 
-def split_davis(
-    root: Path,
-    image_dir: str,
-    annotation_dir: str,
-    train_sequences: list[str] | str | None,
-    val_sequences: list[str] | str | None,
-    val_fraction: float,
-    split_seed: int,
-    on_bad: str,
-) -> tuple[list[Sequence], list[Sequence]]:
+def list_davis(root: Path, image_dir: str, annotation_dir: str, on_bad: str) -> tuple[list[Sequence], None]:
     """List DAVIS: frames <root>/<image_dir>/<video>/*.jpg, masks <root>/<annotation_dir>/<video>/*.png.
 
     Boxes are those of the masks, tight. Each object of a video with several is a sequence <video>.<id>. Frames without
     a mask file (YouTube-VOS has them) have no box.
     """
     names = [path.name for path in list_folders(root / annotation_dir)]
-    sequences = _read_all(functools.partial(_read_davis, root / image_dir, root / annotation_dir), names, on_bad)
-    return _split(sequences, train_sequences, val_sequences, val_fraction, split_seed)
+    return _read_all(functools.partial(_read_davis, root / image_dir, root / annotation_dir), names, on_bad), None
 
 
 def _read_davis(image_dir: Path, annotation_dir: Path, name: str) -> list[Sequence]:
@@ -303,33 +290,24 @@ def _read_davis(image_dir: Path, annotation_dir: Path, name: str) -> list[Sequen
         ids = read_label_map(masks[Path(frame_name).stem])
         for object_id in np.unique(ids[ids > 0]).tolist():
             left, top, right, bottom = mask_to_box(ids == object_id)
-            of_object = boxes.setdefault(object_id, np.full((len(frame_names), 4), np.nan))
-            of_object[index] = left, top, right - left + 1, bottom - top + 1
+            object_boxes = boxes.setdefault(object_id, np.full((len(frame_names), 4), np.nan))
+            object_boxes[index] = left, top, right - left + 1, bottom - top + 1
     if not boxes:
         raise ValueError(f"the masks in {annotation_dir / name} are all empty; remove the folder, or draw the object")
     return [
-        _make(f"{name}.{object_id}" if len(boxes) > 1 else name, name, image_dir / name, frame_names, of_object, 0)
-        for object_id, of_object in sorted(boxes.items())
+        _make(f"{name}.{object_id}" if len(boxes) > 1 else name, name, image_dir / name, frame_names, object_boxes, 0)
+        for object_id, object_boxes in sorted(boxes.items())
     ]
 
 
-def split_otb(
-    root: Path,
-    train_sequences: list[str] | str | None,
-    val_sequences: list[str] | str | None,
-    val_fraction: float,
-    split_seed: int,
-    box_origin: int,
-    on_bad: str,
-) -> tuple[list[Sequence], list[Sequence]]:
+def list_otb(root: Path, box_origin: int, on_bad: str) -> tuple[list[Sequence], None]:
     """List OTB: <root>/<video>/img/0001.jpg, <root>/<video>/groundtruth_rect.txt; whatever videos there are.
 
     Several groundtruth files in a folder (Jogging, Skating2) are as many sequences, <video>.1 and <video>.2, as the
     GOT-10k toolkit names them; empty ones (Human4) do not count.
     """
     names = [path.name for path in list_folders(root)]
-    sequences = _read_all(functools.partial(_read_otb, root, box_origin=box_origin), names, on_bad)
-    return _split(sequences, train_sequences, val_sequences, val_fraction, split_seed)
+    return _read_all(functools.partial(_read_otb, root, box_origin=box_origin), names, on_bad), None
 
 
 def _read_otb(root: Path, name: str, box_origin: int) -> list[Sequence]:
@@ -341,29 +319,20 @@ def _read_otb(root: Path, name: str, box_origin: int) -> list[Sequence]:
     sequences = []
     for number, path in enumerate(paths, start=1):
         boxes_xywh = read_boxes(path, box_origin)
-        kept = frame_names
+        own_frames = frame_names
         if name.lower() in OTB_FRAME_RANGES and len(frame_names) > len(boxes_xywh):
             first, last = OTB_FRAME_RANGES[name.lower()]
             numbers = [int(Path(frame).stem) if Path(frame).stem.isdecimal() else -1 for frame in frame_names]
-            kept = tuple(frame_names[i] for i, number in enumerate(numbers) if first <= number <= last)
+            own_frames = tuple(frame_names[i] for i, number in enumerate(numbers) if first <= number <= last)
         sequence_name = f"{name}.{number}" if len(paths) > 1 else name
-        sequences.append(_make(sequence_name, name, frame_dir, kept, boxes_xywh, box_origin))
+        sequences.append(_make(sequence_name, name, frame_dir, own_frames, boxes_xywh, box_origin))
     return sequences
 
 
-def split_vot(
-    root: Path,
-    train_sequences: list[str] | str | None,
-    val_sequences: list[str] | str | None,
-    val_fraction: float,
-    split_seed: int,
-    box_origin: int,
-    on_bad: str,
-) -> tuple[list[Sequence], list[Sequence]]:
+def list_vot(root: Path, box_origin: int, on_bad: str) -> tuple[list[Sequence], None]:
     """List VOT: <root>/<video>/groundtruth.txt (4 numbers a line, or 8: corners), frames beside it or in color/."""
     names = [path.name for path in list_folders(root)]
-    sequences = _read_all(functools.partial(_read_vot, root, box_origin=box_origin), names, on_bad)
-    return _split(sequences, train_sequences, val_sequences, val_fraction, split_seed)
+    return _read_all(functools.partial(_read_vot, root, box_origin=box_origin), names, on_bad), None
 
 
 def _read_vot(root: Path, name: str, box_origin: int) -> list[Sequence]:
@@ -372,17 +341,9 @@ def _read_vot(root: Path, name: str, box_origin: int) -> list[Sequence]:
     return [_make(name, name, frame_dir, _frame_names(frame_dir), boxes_xywh, box_origin)]
 
 
-def split_folders(
-    root: Path,
-    frame_dir: str | None,
-    groundtruth: str | None,
-    train_sequences: list[str] | str | None,
-    val_sequences: list[str] | str | None,
-    val_fraction: float,
-    split_seed: int,
-    box_origin: int,
-    on_bad: str,
-) -> tuple[list[Sequence], list[Sequence]]:
+def list_own_folders(
+    root: Path, frame_dir: str | None, groundtruth: str | None, box_origin: int, on_bad: str
+) -> tuple[list[Sequence], None]:
     """List your own videos: <root>/<video>/<frame_dir>/*.jpg with <root>/<video>/<groundtruth>.
 
     Args:
@@ -392,7 +353,7 @@ def split_folders(
     """
     names = [path.name for path in list_folders(root)]
     read = functools.partial(_read_folder, root, frame_dir=frame_dir, groundtruth=groundtruth, box_origin=box_origin)
-    return _split(_read_all(read, names, on_bad), train_sequences, val_sequences, val_fraction, split_seed)
+    return _read_all(read, names, on_bad), None
 
 
 def _read_folder(
@@ -415,12 +376,12 @@ def _read_folder(
 
 
 SEQUENCE_FORMATS = {
-    "got10k": split_got10k,
-    "imagenet_vid": split_imagenet_vid,
-    "davis": split_davis,
-    "otb": split_otb,
-    "vot": split_vot,
-    "folders": split_folders,
+    "got10k": list_got10k,
+    "imagenet_vid": list_imagenet_vid,
+    "davis": list_davis,
+    "otb": list_otb,
+    "vot": list_vot,
+    "folders": list_own_folders,
 }
 
 
@@ -595,21 +556,21 @@ def _read_lines(path: Path) -> list[str]:
 
 def _read_box(path: str | Path, number: int, line: str) -> np.ndarray:
     try:
-        values = np.array([float(word) for word in re.split(r"[,;\s]+", line.strip(" \t,;"))])
+        numbers = np.array([float(word) for word in re.split(r"[,;\s]+", line.strip(" \t,;"))])
     except ValueError:
         raise ValueError(
             f"{path}, line {number}, is {line[:60]!r}; must be 4 numbers (x,y,width,height) or 8 (corners), "
             "or nan,nan,nan,nan for a frame without box"
         ) from None
-    if len(values) not in (4, 8):
+    if len(numbers) not in (4, 8):
         raise ValueError(
-            f"{path}, line {number}, has {len(values)} numbers; must be 4 (x,y,width,height) or 8 (corners)"
+            f"{path}, line {number}, has {len(numbers)} numbers; must be 4 (x,y,width,height) or 8 (corners)"
         )
-    if np.isinf(values).any():
+    if np.isinf(numbers).any():
         raise ValueError(f"{path}, line {number}, is {line[:60]!r}; infinity is no pixel")
-    if np.isnan(values).any():
+    if np.isnan(numbers).any():
         return np.full(4, np.nan)
-    return corners_to_boxes(values[None])[0] if len(values) == 8 else values
+    return corners_to_boxes(numbers[None])[0] if len(numbers) == 8 else numbers
 
 
 def corners_to_boxes(corners: np.ndarray) -> np.ndarray:
@@ -637,8 +598,8 @@ def write_boxes(path: str | Path, boxes_xywh: np.ndarray, box_origin: int, decim
     Args:
         boxes_xywh: float (N, 4), 0-based px; nan for a frame without box.
     """
-    values = file_coordinates(np.asarray(boxes_xywh, np.float64), box_origin)
-    lines = [",".join(f"{value:.{decimals}f}" for value in row) + "\n" for row in values]
+    in_file = file_coordinates(np.asarray(boxes_xywh, np.float64), box_origin)
+    lines = [",".join(f"{value:.{decimals}f}" for value in row) + "\n" for row in in_file]
     Path(path).write_text("".join(lines), encoding="utf-8", newline="")
 
 
@@ -702,9 +663,9 @@ def find_result(folder: str | Path, name: str) -> Path:
     for each in names:
         places = [folder / f"{each}.txt"]
         places += [folder / part / each / f"{each}_001.txt" for part in ("", "unsupervised", "baseline")]
-        found = next((path for path in places if path.is_file()), None)
-        if found is not None:
-            return found
+        result_path = next((path for path in places if path.is_file()), None)
+        if result_path is not None:
+            return result_path
     raise FileNotFoundError(f"{folder} has no result of {name}, such as {name}.txt or {name}/{name}_001.txt")
 
 
@@ -732,9 +693,10 @@ def read_result(folder: str | Path, name: str) -> np.ndarray:
 def _in_order(sequences: list[Sequence]) -> list[Sequence]:
     """Sort by name, in natural order; names must be unique."""
     sequences = sorted(sequences, key=lambda sequence: natural_key(sequence.name))
-    for one, other in zip(sequences, sequences[1:], strict=False):
-        if one.name == other.name:
-            raise ValueError(f"{one.frame_dir} and {other.frame_dir} are both sequences {one.name}; names are unique")
+    for before, sequence in zip(sequences, sequences[1:], strict=False):
+        if before.name == sequence.name:
+            dirs = f"{before.frame_dir} and {sequence.frame_dir}"
+            raise ValueError(f"{dirs} are both sequences {sequence.name}; names are unique")
     return sequences
 
 
@@ -744,26 +706,37 @@ def _plain_name(name: str) -> str:
 
 
 def _split(
-    sequences: list[Sequence],
-    train_names: list[str] | str | None,
-    val_names: list[str] | str | None,
-    val_fraction: float,
-    split_seed: int,
+    train: list[Sequence] | None,
+    val: list[Sequence] | None,
+    train_sequences: list[str] | str | None = None,
+    val_sequences: list[str] | str | None = None,
+    val_fraction: float = 0.0,
+    split_seed: int = 0,
 ) -> tuple[list[Sequence], list[Sequence]]:
-    """Split by names (with one list, the rest is the other part), else by a seeded fraction of the videos."""
-    if train_names is None and val_names is None:
-        val_videos, _ = draw_split({sequence.video for sequence in sequences}, val_fraction, split_seed)
-        train = [sequence for sequence in sequences if sequence.video not in val_videos]
-        return train, [sequence for sequence in sequences if sequence.video in val_videos]
-    train_set = _named(sequences, train_names, "train_sequences") if train_names is not None else None
-    val_set = _named(sequences, val_names, "val_sequences") if val_names is not None else None
-    if train_set is not None and val_set is not None and train_set & val_set:
-        raise ValueError(f"data.train_sequences and data.val_sequences both name {min(train_set & val_set)}")
-    names = {sequence.name for sequence in sequences}
-    train_set = names - val_set if train_set is None else train_set
-    val_set = names - train_set if val_set is None else val_set
-    train = [sequence for sequence in sequences if sequence.name in train_set]
-    return train, [sequence for sequence in sequences if sequence.name in val_set]
+    """Split what a dataset has on disk.
+
+    Args:
+        train, val: with both, these are the split, and names pick some of each. With train alone, names split it (with
+            names of one part, the rest is the other), else a seeded fraction of the videos. With val alone the same,
+            but without names all of it validates.
+    """
+    is_divided = train is not None and val is not None
+    if not is_divided:
+        val_fraction = val_fraction if val is None else 1.0
+        train = val = train if val is None else val
+    train_names = None if train_sequences is None else _named(train, train_sequences, "train_sequences")
+    val_names = None if val_sequences is None else _named(val, val_sequences, "val_sequences")
+    if not is_divided:
+        if train_names is None and val_names is None:
+            val_videos, _ = draw_split({sequence.video for sequence in train}, val_fraction, split_seed)
+            val_names = {sequence.name for sequence in train if sequence.video in val_videos}
+        elif train_names is not None and val_names is not None and train_names & val_names:
+            raise ValueError(f"data.train_sequences and data.val_sequences both name {min(train_names & val_names)}")
+        names = {sequence.name for sequence in train}
+        train_names = names - val_names if train_names is None else train_names
+        val_names = names - train_names if val_names is None else val_names
+    train = [sequence for sequence in train if train_names is None or sequence.name in train_names]
+    return train, [sequence for sequence in val if val_names is None or sequence.name in val_names]
 
 
 def _named(sequences: list[Sequence], names: list[str] | str, key: str) -> set[str]:
@@ -813,7 +786,7 @@ def _write_index(path: Path, asked: str, train_sequences: list[Sequence], val_se
     ]
     text = json.dumps({"asked": asked, "num_train": len(train_sequences), "sequences": described})
     names = "\n".join(name for sequence in sequences for name in sequence.frame_names)
-    covers = [np.zeros(len(one)) if one.cover is None else one.cover for one in sequences]
+    covers = [np.zeros(len(sequence)) if sequence.cover is None else sequence.cover for sequence in sequences]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
     with partial.open("wb") as file:
@@ -840,20 +813,20 @@ def _read_index(path: Path, asked: str) -> tuple[list[Sequence], list[Sequence]]
         raise ValueError(f"data.index {path} was made for other data keys; remove it, or name another file")
     frame_names = [sys.intern(name) for name in arrays["frame_names"].tobytes().decode().split("\n")]
     sequences, end = [], 0
-    for one in header["sequences"]:
-        start, end = end, end + one["num_frames"]
+    for entry in header["sequences"]:
+        start, end = end, end + entry["num_frames"]
         sequences.append(
             Sequence(
-                name=one["name"],
-                video=one["video"],
-                frame_dir=Path(one["frame_dir"]),
+                name=entry["name"],
+                video=entry["video"],
+                frame_dir=Path(entry["frame_dir"]),
                 frame_names=tuple(frame_names[start:end]),
                 boxes_xywh=arrays["boxes_xywh"][start:end],
                 visible=arrays["visible"][start:end],
-                num_annotated=one["num_annotated"],
-                box_origin=one["box_origin"],
-                cover=arrays["cover"][start:end] if one["has_cover"] else None,
-                frame_wh=tuple(one["frame_wh"]) if one["frame_wh"] else None,
+                num_annotated=entry["num_annotated"],
+                box_origin=entry["box_origin"],
+                cover=arrays["cover"][start:end] if entry["has_cover"] else None,
+                frame_wh=tuple(entry["frame_wh"]) if entry["frame_wh"] else None,
             )
         )
     return sequences[: header["num_train"]], sequences[header["num_train"] :]
