@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from utils import loop as loops
 from utils import run
-from utils.checkpoint import find_resume, load_checkpoint, resumed_config
+from utils.checkpoint import find_resume, load_checkpoint, resumed_config, stored_config
 from utils.images import id_colors, mask_to_box, read_image, write_image
 from utils.instances.check import check_data
 from utils.instances.readers import Item, object_ids, split_items
@@ -85,7 +85,6 @@ from utils.settings import (
     check_terms,
     check_value,
     describe_terms,
-    fill_defaults,
     of_length,
     one_line_errors,
     one_of,
@@ -900,7 +899,7 @@ def main(cfg) -> float:
         resume_path = None
         if config["resume"] is not None:
             resume_path = find_resume(config["resume"])
-            stored = fill_defaults(Config, load_checkpoint(resume_path)["config"])
+            stored = stored_config(Config, load_checkpoint(resume_path), resume_path, is_resumed=True)
             config = resumed_config(stored, config, list(hydra_config.overrides.task), RESUMABLE)
         return train(config, run_dir, resume_path)
 

@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 from utils import loop as loops
 from utils import run
-from utils.checkpoint import find_resume, load_checkpoint, resumed_config
+from utils.checkpoint import find_resume, load_checkpoint, resumed_config, stored_config
 from utils.images import read_image, write_image
 from utils.listing import first_few
 from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
@@ -65,7 +65,6 @@ from utils.settings import (
     between,
     check_keys,
     check_value,
-    fill_defaults,
     one_line_errors,
     one_of,
     read_settings,
@@ -736,7 +735,7 @@ def main(cfg) -> float:
         resume_path = None
         if config["resume"] is not None:
             resume_path = find_resume(config["resume"])
-            stored = fill_defaults(Config, load_checkpoint(resume_path)["config"])
+            stored = stored_config(Config, load_checkpoint(resume_path), resume_path, is_resumed=True)
             places = [
                 f"data.parts.{part}.{key}" for part in stored["data"].get("parts", {}) for key in ("root", "index")
             ]

@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 from utils import loop as loops
 from utils import run
-from utils.checkpoint import find_resume, load_checkpoint, resumed_config
+from utils.checkpoint import find_resume, load_checkpoint, resumed_config, stored_config
 from utils.dataset_check import CheckReport
 from utils.images import IGNORE_INDEX, list_images, output_names, overlay_label_map, write_image
 from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
@@ -70,7 +70,6 @@ from utils.settings import (
     check_modes,
     check_terms,
     describe_terms,
-    fill_defaults,
     of_length,
     one_line_errors,
     one_of,
@@ -651,9 +650,10 @@ def checkpoint_config(state: dict, current: dict, overrides: list[str]) -> dict:
     Raises:
         ValueError: for a checkpoint of another script, a key that has no effect, another model or other classes.
     """
-    name, mode, stored = current["checkpoint"], current["mode"], state.get("config")
+    name, mode = current["checkpoint"], current["mode"]
     if state.get("script") != "train_unet":
         raise ValueError(f"checkpoint {name} was not written by train_unet.py; give one of its best.pt")
+    stored = stored_config(Config, state, name, is_resumed=False)
     given = {override.split("=")[0].lstrip("+~").split("@")[0] for override in overrides}
     for key in sorted(given):
         if key.split(".")[0] in ("train", "optim", "loss", "resume", "check", "seed", "data_root"):
@@ -808,7 +808,7 @@ def main(cfg) -> float | None:
             resume_path = None
             if config["resume"] is not None:
                 resume_path = find_resume(config["resume"])
-                stored = fill_defaults(Config, load_checkpoint(resume_path)["config"])
+                stored = stored_config(Config, load_checkpoint(resume_path), resume_path, is_resumed=True)
                 config = resumed_config(stored, config, overrides, RESUMABLE)
             return train(config, run_dir, resume_path)
         state = None

@@ -4,8 +4,10 @@ import collections
 import os
 import pathlib
 import random
+import resource
 import signal
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from utils import checkpoint
-from utils.checkpoint import check_same_config, find_resume, load_checkpoint, save_checkpoint
+from utils.checkpoint import check_same_config, find_resume, load_checkpoint, save_checkpoint, stored_config
+from utils.loop import LoopState
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 
@@ -114,6 +117,21 @@ def test_a_save_that_fails_leaves_the_previous_file_and_nothing_else(tmp_path, m
         save_checkpoint(tmp_path / "last.pt", {"step": 2})
     assert os.listdir(tmp_path) == ["last.pt"]
     assert load_checkpoint(tmp_path / "last.pt") == {"step": 1}
+
+
+def test_a_full_disk_is_an_error_of_the_disk(tmp_path):
+    """PyTorch itself ends in a RuntimeError of its zip writer; the largest size of a file stands for the disk's."""
+    save_checkpoint(tmp_path / "last.pt", {"step": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large.*last.pt.tmp"):
+            save_checkpoint(tmp_path / "last.pt", {"model": torch.zeros(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert os.listdir(tmp_path) == ["last.pt"] and load_checkpoint(tmp_path / "last.pt") == {"step": 1}
 
 
 def run_in_child(function) -> int:
@@ -227,6 +245,89 @@ def test_loading_runs_no_code_from_the_file(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         load_checkpoint(tmp_path / "bad.pt")
     assert not (tmp_path / "made").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files of earlier commits
+
+
+@dataclass(frozen=True)
+class Section:
+    lr: float
+    schedule: str = "constant"
+
+
+@dataclass(frozen=True)
+class Config:
+    optim: Section
+    cache: str = "off"
+
+
+def older_config(**changes) -> dict:
+    return {
+        "optim": {"lr": 0.1, "schedule": "cosine", "nesterov": False, "step_every": 7, "step_factor": 0.5} | changes
+    }
+
+
+def test_keys_that_are_no_more_are_left_out_with_a_line_and_younger_ones_filled_in(capfd):
+    state = {"config": older_config()}
+    for is_resumed in (True, False):
+        config = stored_config(Config, state, "run/last.pt", is_resumed)
+        assert config == {"optim": {"lr": 0.1, "schedule": "cosine"}, "cache": "off"}
+        line = "left out, as they are no more: optim.nesterov=False, optim.step_every=7, optim.step_factor=0.5"
+        assert capfd.readouterr().out == f"run/last.pt is an earlier commit's; {line}\n"
+    assert state == {"config": older_config()}
+    assert stored_config(Config, {"config": config}, "run/last.pt", True) == config and capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"nesterov": True},
+            "^optim.nesterov is True in run/last.pt, and no key any more; only a run where it is False",
+        ),
+        ({"schedule": "step"}, "^optim.schedule is step in run/last.pt, which is no schedule any more"),
+    ],
+)
+def test_what_is_no_more_ends_a_resume_that_needs_it_and_no_prediction(change, message, capfd):
+    state = {"config": older_config(**change)}
+    with pytest.raises(ValueError, match=message):
+        stored_config(Config, state, "run/last.pt", is_resumed=True)
+    config = stored_config(Config, state, "run/best.pt", is_resumed=False)
+    assert config["optim"].keys() == {"lr", "schedule"} and config["optim"]["schedule"] != "step"
+    ((key, value),) = change.items()
+    assert f"optim.{key}={value}" in capfd.readouterr().out
+
+
+def test_a_pair_for_each_visit_is_what_is_done():
+    pairs = {"pairs": {"per_visit": 4, "max_gap": 10}}
+    with pytest.raises(ValueError, match="^pairs.per_visit is 4 in last.pt"):
+        stored_config(Config, {"config": older_config() | pairs}, "last.pt", is_resumed=True)
+    pairs["pairs"]["per_visit"] = 1
+    config = stored_config(Config, {"config": older_config() | pairs}, "last.pt", is_resumed=True)
+    assert config["pairs"] == {"max_gap": 10}
+
+
+def test_flat_weights_of_a_loss_become_terms_and_loose_fields_a_loop(tmp_path):
+    loss = {"cross_entropy": 0.5, "dice": 1.0, "focal": 0.0, "focal_gamma": 2.0, "class_weights": None}
+    loop = {"step": 3, "evaluated_step": 2, "bad_evals": 1, "num_skipped": 0, "skipped_in_a_row": 0}
+    loop |= {"start_metrics": {"step": 0, "val/ao": 0.1}, "best": {"step": 2, "val/ao": 0.2}}
+    state = {"format": 1, "model": {"w": 1}, "optimizer": {}, "config": {"train": {}, "loss": loss}, "git": None}
+    state |= loop | {"running": {"loss": 0.5, "iou": 0.25, "updates": 3}, "metrics": [{"step": 1, "lr": 0.1}]}
+    save_checkpoint(tmp_path / "last.pt", state)
+    loaded = load_checkpoint(tmp_path / "last.pt")
+    terms = {"cross_entropy": 0.5, "dice": 1.0, "focal": 0.0}
+    assert loaded["config"]["loss"] == {"terms": terms, "focal_gamma": 2.0, "class_weights": None}
+    running = {"train/loss": 0.5, "train/iou": 0.25, "updates": 3}
+    assert loaded["loop"] == loop | {"running": running, "rows": [{"step": 1, "lr": 0.1}]}
+    assert LoopState(**loaded["loop"]).step == 3
+    assert loaded["best_keys"] == ["format", "script", "config", "model", "git"] and loaded["script"] == "train_sam2"
+    save_checkpoint(tmp_path / "again.pt", loaded)
+    assert load_checkpoint(tmp_path / "again.pt") == loaded  # today's form stays as it is
+    for other in ({"model": {"w": 1}}, {"config": {"loss": {"dice": 1}}}, {"w": torch.ones(1).item()}):
+        save_checkpoint(tmp_path / "other.pt", other)
+        assert load_checkpoint(tmp_path / "other.pt") == other
 
 
 # ---------------------------------------------------------------------------------------------------------------------

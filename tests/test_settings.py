@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import pytest
+import tiny
 
+import infer_sam2
+import track
+import train_sam2
+import train_siamfc
+import train_unet
 from utils import settings
 from utils.settings import ALL_OTHERS, FINITE, SAME_SECTION, Rule, above, at_least, between, of_length, one_of
 
@@ -75,6 +81,9 @@ def test_unknown_and_missing_keys_are_named_with_their_section():
 # ranges, sections in sections
 
 
+SCRIPTS = [
+    (train_sam2, "train"), (infer_sam2, "infer"), (train_unet, "train"), (train_siamfc, "train"), (track, "track"),
+]  # fmt: skip
 BELOW_1 = Rule(lambda number: 0 <= number < 1, "0 or more and below 1")
 
 
@@ -175,6 +184,15 @@ def test_a_section_that_is_not_there_is_named():
         settings.read_settings(Config, {"seed": 1})
 
 
+def test_fields_that_were_added_later_are_filled_in_and_nothing_else():
+    stored = {"seed": 1, "data": {"scale": 0.5, "root": "x"}, "train": {"steps": 3}}
+    filled = settings.fill_defaults(Config, stored)
+    assert filled["cache"] == "off" and filled["data"] == {"scale": 0.5, "root": "x", "size": 8, "hflip": True}
+    assert filled["train"] == Ranges(steps=3).__dict__ and filled["seed"] == 1
+    assert stored == {"seed": 1, "data": {"scale": 0.5, "root": "x"}, "train": {"steps": 3}}
+    assert settings.fill_defaults(Config, filled) == filled
+
+
 def test_a_key_that_the_mode_has_no_use_for_is_refused():
     modes_of_key = {"input": ("track",), "results": ("benchmark", "evaluate")}
     for given, mode in (([], "track"), (["input"], "track"), (["results"], "benchmark"), (["results"], "evaluate")):
@@ -247,3 +265,17 @@ def test_what_a_user_can_mend_ends_in_one_line(error, caplog):
 def test_mistakes_of_ours_keep_their_traceback():
     with pytest.raises(KeyError), settings.one_line_errors("track"):
         raise KeyError("channels")
+
+
+@pytest.mark.parametrize("script, work", SCRIPTS)
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device", "x.png.tmp"), PermissionError(13, "Permission denied", "samples")]
+)
+def test_a_full_disk_or_a_refused_folder_is_one_line_in_every_script(error, script, work, tmp_path, monkeypatch, capfd):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(script, work, fail)
+    arguments = ["input=photo.png"] if work == "infer" else []
+    assert tiny.run_script(script, tmp_path / "run", *arguments) == (1, f"error: {error}")
+    assert "Traceback" not in "".join(capfd.readouterr())

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import tiny
 import tiny_tracking
 import torch
 from tiny import differences, read_last
@@ -76,6 +77,14 @@ def test_accumulation_equals_a_larger_batch(trainer, tmp_path, monkeypatch):
     assert len(measured) == 3  # loss, gradient norm, and IoU, pixel accuracy or hit rate
     for name in measured:
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4, abs=1e-5), name
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(trainer, tmp_path, capfd):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "samples").write_text("a file where the pictures of an evaluation go")
+    status, message = tiny.run_script(trainer.script, tmp_path / "run", *trainer.tiny.tiny_overrides(trainer.root))
+    assert status == 1 and message.startswith("error: [Errno ") and "samples" in message and "\n" not in message
+    assert "Traceback" not in "".join(capfd.readouterr())
 
 
 def test_compile_is_a_switch(trainer, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Save checkpoints atomically, load them safely, and resume from them."""
 
+import copy
 import os
 import pickle
 from collections import OrderedDict
@@ -8,18 +9,15 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-# What files of earlier commits have (see `upgrade_checkpoint`): by script, keys that are no more, with the value that
-# means what is done today; the weights of a loss that stood beside its other keys; the fields of a loop.
+from utils.settings import fill_defaults
+
+# What files of earlier commits have: keys that are no more, with the value that means what is done today; weights of a
+# loss that stand beside its other keys; the fields of a loop.
 ANY_VALUE = "any value"  # these keys had no effect but with optim.schedule=step
 REMOVED_KEYS = {
-    "train_sam2": {},
-    "train_unet": {"optim.nesterov": False, "optim.step_every": ANY_VALUE, "optim.step_factor": ANY_VALUE},
-    "train_siamfc": {"pairs.per_visit": 1},
-}
-LOSS_TERMS = {
-    "train_sam2": ("focal", "dice", "cross_entropy"),
-    "train_unet": ("cross_entropy", "soft_iou", "log_iou", "dice", "tversky", "focal"),
-}
+    "optim.nesterov": False, "optim.step_every": ANY_VALUE, "optim.step_factor": ANY_VALUE, "pairs.per_visit": 1,
+}  # fmt: skip
+LOSS_TERMS = ("focal", "dice", "cross_entropy", "soft_iou", "log_iou", "tversky")
 LOOSE_LOOP_FIELDS = ("step", "evaluated_step", "bad_evals", "num_skipped", "skipped_in_a_row", "start_metrics", "best")
 PLAIN_TYPES = (int, float, str, bool, type(None))  # exact types: numpy's float64 is a float, but not a plain one
 
@@ -33,6 +31,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
     Raises:
         ValueError: for a tensor with nan or infinity, naming it; nothing is written.
         TypeError: for another type, naming where it sits; nothing is written.
+        OSError: where the disk is full or refuses.
     """
     path = Path(path)
     _check_plain(state, "")
@@ -42,8 +41,10 @@ def save_checkpoint(path: Path, state: dict) -> None:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())  # the bytes must be on disk before the name points at them
-    except BaseException:  # a full disk or Ctrl-C: leave no half file behind
+    except BaseException as error:  # a full disk or Ctrl-C: leave no half file behind
         partial.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):  # which PyTorch hides
+            raise OSError(error.__context__.errno, error.__context__.strerror, str(partial)) from error
         raise
     os.replace(partial, path)
 
@@ -71,53 +72,62 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
         ) from error
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint {path} holds a {type(state).__name__}; must be a dict")
-    return upgrade_checkpoint(state, path)
+    return upgrade_checkpoint(state)
 
 
-def upgrade_checkpoint(state: dict, path: Path) -> dict:
+def upgrade_checkpoint(state: dict) -> dict:
     """Bring a file that an earlier commit's trainer wrote into today's form; any other stays as it is.
 
-    Keys of its config that are no more are left out, with a printed line; flat weights of a loss become `loss.terms`;
-    the loose fields of a loop become `loop`, see LoopState of utils/loop.py.
-
-    Args:
-        path: of the file, for messages.
-    Raises:
-        ValueError: for a run to be resumed whose config has a key that is no more, of another value than the one that
-            means what is done today.
+    Flat weights of a loss become `loss.terms`; the loose fields of a loop become `loop`, see LoopState of
+    utils/loop.py. Which keys its config has is for `stored_config`.
     """
     config = state.get("config")
     if not isinstance(config, dict) or "train" not in config:  # an official file, or weights alone
         return state
-    script = state["script"] if "script" in state else "train_sam2"  # whose files did not say so
-    if script not in REMOVED_KEYS:
-        return state
-    config = {name: dict(section) if isinstance(section, dict) else section for name, section in config.items()}
-    dropped = []
-    for key, default in REMOVED_KEYS[script].items():
-        section, name = key.split(".")
-        if name not in config[section]:
-            continue
-        value = config[section].pop(name)
-        if default not in (ANY_VALUE, value) and "optimizer" in state:
-            raise ValueError(
-                f"{key} is {value} in {path}, and no key any more; only a run where it is {default} goes on"
-            )
-        dropped.append(f"{key}={value}")
-    if script == "train_unet" and config["optim"]["schedule"] == "step" and "optimizer" in state:
-        raise ValueError(f"optim.schedule is step in {path}, which is no schedule any more; start a new run")
-    if dropped:
-        print(f"{path} is an earlier commit's; left out, as they are no keys any more: {', '.join(dropped)}")
-    if script in LOSS_TERMS and "terms" not in config["loss"]:
-        terms = {name: config["loss"].pop(name) for name in LOSS_TERMS[script]}
-        config["loss"] = {"terms": terms} | config["loss"]
-    state = state | {"script": script, "config": config}
+    if "loss" in config and "terms" not in config["loss"]:
+        terms = {name: weight for name, weight in config["loss"].items() if name in LOSS_TERMS}
+        others = {name: value for name, value in config["loss"].items() if name not in LOSS_TERMS}
+        config = config | {"loss": {"terms": terms} | others}
+    state = {"script": "train_sam2"} | state | {"config": config}  # train_sam2's files did not say so
     if "optimizer" in state and "loop" not in state:
         running = {name if name == "updates" else f"train/{name}": mean for name, mean in state["running"].items()}
         loop = {name: state[name] for name in LOOSE_LOOP_FIELDS}
         best_keys = [key for key in ("format", "script", "config", "class_weights", "model", "git") if key in state]
         state |= {"loop": loop | {"running": running, "rows": state["metrics"]}, "best_keys": best_keys}
     return state
+
+
+def stored_config(cls: type, state: dict, path: str | Path, is_resumed: bool) -> dict:
+    """Read the config of a checkpoint in today's form.
+
+    Keys that are no more are left out, with a printed line; younger ones get the default that means "as before".
+
+    Args:
+        cls: the script's Config.
+        state: from `load_checkpoint`.
+        path: of its file, for messages.
+        is_resumed: whether its training goes on, for which those keys matter; its network can be used in any case.
+    Raises:
+        ValueError: for a run to be resumed that has a key, or a schedule, that is no more, and needs it.
+    """
+    config, stored_values, left_out = copy.deepcopy(state["config"]), _flatten(state["config"]), []
+    if stored_values.get("optim.schedule") == "step":
+        if is_resumed:
+            raise ValueError(f"optim.schedule is step in {path}, which is no schedule any more; start a new run")
+        config["optim"]["schedule"] = "constant"
+        left_out.append("optim.schedule=step")
+    for key, default in REMOVED_KEYS.items():
+        if key in stored_values:
+            section, name = key.split(".")
+            value = config[section].pop(name)
+            if is_resumed and default not in (ANY_VALUE, value):
+                raise ValueError(
+                    f"{key} is {value} in {path}, and no key any more; only a run where it is {default} goes on"
+                )
+            left_out.append(f"{key}={value}")
+    if left_out:
+        print(f"{path} is an earlier commit's; left out, as they are no more: {', '.join(left_out)}")
+    return fill_defaults(cls, config)
 
 
 def find_resume(path: Path) -> Path:

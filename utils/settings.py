@@ -122,8 +122,11 @@ def fill_defaults(cls: type, section: dict) -> dict:
     kinds = typing.get_type_hints(cls, include_extras=True)
     filled = dict(section)
     for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(kinds[field.name]) and isinstance(filled.get(field.name), dict):
-            filled[field.name] = fill_defaults(kinds[field.name], filled[field.name])
+        kind = kinds[field.name]
+        if SAME_SECTION in _marks(kind):
+            filled = fill_defaults(typing.get_args(kind)[0], filled)
+        elif dataclasses.is_dataclass(kind) and isinstance(filled.get(field.name), dict):
+            filled[field.name] = fill_defaults(kind, filled[field.name])
         elif field.name not in filled and field.default is not dataclasses.MISSING:
             filled[field.name] = field.default
     return filled

@@ -85,7 +85,7 @@ def split_items(
     if format not in LISTERS:
         raise ValueError(f"data.format is {format!r}; must be one of {', '.join(LISTERS)}")
     list_format = functools.partial(LISTERS[format], listing.dataset_folder(root))
-    check_keys(list_format, keys, "data", others=("train_list", "val_list", "val_fraction", "split_seed"))
+    check_keys(list_format, keys, "data", others=("train_list", "val_list", "val_fraction", "split_seed", "on_bad"))
     train_items, val_items = list_format(**keys)
     paths = [(item.image_path, item.annotation_path) for item in [*train_items, *(val_items or [])]]
     listing.stop_at_missing(paths, on_bad)
