@@ -193,3 +193,22 @@ def test_speed_leaves_evaluations_out_and_counts_the_wait_for_data():
     steps_per_s, wait_share = window.read(step=12)
     assert 2 / 0.4 < steps_per_s < 2 / 0.1 and 0.3 < wait_share <= 1
     assert window.first_step == 12 and window.waited_s == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a dataset that changed before a run is resumed
+
+
+def test_new_samples_change_no_split_of_a_resumed_run(capsys):
+    """They moved a training picture into the test set, and best and last were compared on 3 and 6 pictures."""
+    stored = {"train": ["a", "b"], "val": ["c"], "test": ["d"]}
+    now = {"train": ["new", "b", "c"], "val": ["d", "newer"], "test": ["a"], "other": ["x"]}
+    kept = loops.keep_splits(stored, now, str)
+    assert kept == {"train": ["b", "a"], "val": ["c"], "test": ["d"], "other": ["x"]}
+    assert capsys.readouterr().out == "resumed with the samples that the run had; left out 2 new: new, newer\n"
+    assert loops.keep_splits({}, now, str) == now  # an older file
+
+
+def test_samples_that_are_gone_stop_a_resumed_run():
+    with pytest.raises(ValueError, match="^2 of the 3 samples of the run to resume are not in .*: train b, val c; put"):
+        loops.keep_splits({"train": ["a", "b"], "val": ["c"]}, {"train": ["a"], "val": ["e"]}, str)

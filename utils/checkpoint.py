@@ -19,6 +19,9 @@ REMOVED_KEYS = {
 }  # fmt: skip
 LOSS_TERMS = ("focal", "dice", "cross_entropy", "soft_iou", "log_iou", "tversky")
 LOOSE_LOOP_FIELDS = ("step", "evaluated_step", "bad_evals", "num_skipped", "skipped_in_a_row", "start_metrics", "best")
+# What other programs wrap weights in: entries of the file, and prefixes of DistributedDataParallel, torch.compile, ...
+WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "net", "weights")
+PREFIXES = ("module.", "_orig_mod.", "sam2_model.", "model.", "sam2.")
 PLAIN_TYPES = (int, float, str, bool, type(None))  # exact types: numpy's float64 is a float, but not a plain one
 
 
@@ -73,6 +76,63 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint {path} holds a {type(state).__name__}; must be a dict")
     return upgrade_checkpoint(state)
+
+
+def find_weights(state: dict, path: str | Path) -> dict[str, torch.Tensor]:
+    """Find the weights in a file of this toolkit or of others, which differ in wrappers alone: each is named.
+
+    Args:
+        state: from `load_checkpoint`: weights alone, or below "model", "state_dict", ..., with or without a prefix that
+            wrapped networks give to all their names, such as "module.".
+        path: of its file, for messages.
+    Raises:
+        ValueError: where there are none, or where one is nan or infinite, which is named.
+    """
+    wrapper = next((name for name in WRAPPERS if isinstance(state.get(name), dict)), None)
+    weights = state if wrapper is None else state[wrapper]
+    weights = {name: values for name, values in weights.items() if isinstance(values, torch.Tensor)}
+    if not weights:
+        raise ValueError(f"checkpoint {path} holds no weights; its entries are {', '.join(map(str, list(state)[:8]))}")
+    taken_off = [] if wrapper in (None, "model") else [f"the entry {wrapper}"]
+    while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in weights)), None):
+        weights = {name[len(prefix) :]: values for name, values in weights.items()}
+        taken_off.append(f"the prefix {prefix}")
+    if taken_off:
+        print(f"checkpoint {path}: weights without {' and '.join(taken_off)}")
+    for name, values in weights.items():
+        if not torch.isfinite(values).all():
+            raise ValueError(f"checkpoint {path} has nan or infinity in {name}: its training diverged; give another")
+    return weights
+
+
+def check_script(state: dict, path: str | Path, script: str) -> None:
+    """Raise a ValueError for a file that another script wrote, or none of this toolkit.
+
+    Args:
+        state: from `load_checkpoint`.
+        path: of its file, for messages.
+        script: such as "train_unet".
+    """
+    if not isinstance(state.get("config"), dict) or "model" not in state:
+        raise ValueError(f"checkpoint {path} was not written by {script}.py: it has no config; give one of its files")
+    writer = state.get("script", "another program")
+    if writer != script:
+        raise ValueError(f"checkpoint {path} was not written by {script}.py, but by {writer}")
+
+
+def load_run(resume_path: Path, script: str) -> dict:
+    """Read the last.pt of a run to continue.
+
+    Raises:
+        ValueError: for a file that another script wrote, or that holds no state of a training.
+    """
+    state = load_checkpoint(resume_path)
+    check_script(state, resume_path, script)
+    if missing := [name for name in ("optimizer", "scaler", "torch_rng", "loop") if name not in state]:
+        raise ValueError(
+            f"resume is {resume_path}, which has no {missing[0]}; give the last.pt of a run of {script}.py"
+        )
+    return state
 
 
 def upgrade_checkpoint(state: dict) -> dict:

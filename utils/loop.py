@@ -6,7 +6,7 @@ The loops themselves stand in the scripts. Nothing here calls back into them.
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,10 +15,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.listing import first_few
 from utils.log import git_state
 from utils.run import choose_num_workers
 
 RUNNING_MEAN_DECAY = 0.99
+MAX_LISTED = 5
 MAX_SKIPPED_IN_A_ROW = 50  # steps whose fp16 gradients overflowed, each at half the scale of the one before
 
 
@@ -101,6 +103,34 @@ def resume_run(
     save_checkpoint(run_dir / "best.pt", best)
     print(f"resumed from {resume_path} at step {loop.step}")
     return loop
+
+
+def keep_splits(stored: dict[str, list[str]], splits: dict[str, list], name_of: Callable[[object], str]) -> dict:
+    """Give a resumed run the samples that it had, each in the split that it had, whatever came to the dataset since.
+
+    Args:
+        stored: {split: names} from last.pt; a split that is not in it stays as it is (an older file has none).
+        splits: {split: what is there now}.
+        name_of: the name of one of them, which no other has.
+    Returns:
+        {split: those with the stored names, in the order of now}.
+    Raises:
+        ValueError: for names that are in none of the splits any more.
+    """
+    split_of = {name: split for split, names in stored.items() for name in names}
+    present = {name_of(sample): sample for split in stored for sample in splits[split]}
+    if gone := [f"{split} {name}" for name, split in split_of.items() if name not in present]:
+        raise ValueError(
+            f"{len(gone)} of the {len(split_of)} samples of the run to resume are not in the dataset, or not usable, "
+            f"any more: {', '.join(first_few(gone, MAX_LISTED))}; put them back, or start a new run"
+        )
+    if new := [name for name in present if name not in split_of]:
+        listed = ", ".join(first_few(new, MAX_LISTED))
+        print(f"resumed with the samples that the run had; left out {len(new)} new: {listed}")
+    kept = {
+        split: [s for name, s in present.items() if name in split_of and split_of[name] == split] for split in stored
+    }
+    return splits | kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------
