@@ -75,7 +75,9 @@ class Picture(NamedTuple):
 
 
 def list_images(path: Path) -> list[Path]:
-    """List the pictures of a folder, sorted, or the one picture given; a link to nothing is one, which is not readable.
+    """List the pictures of a folder, sorted, or the one picture given; a link to nothing is one that is not readable.
+
+    Folders in the folder are not entered; a printed line counts them.
 
     Raises:
         FileNotFoundError, ValueError: where there is no such path, or no picture in the folder.
@@ -89,8 +91,13 @@ def list_images(path: Path) -> list[Path]:
         for file in path.iterdir()
         if not file.is_dir() and file.suffix.lower() in PICTURE_SUFFIXES and not file.name.startswith(".")
     )
+    num_folders = sum(folder.is_dir() and not folder.name.startswith(".") for folder in path.iterdir())
+    passed_over = f"; its {num_folders} folders are not entered: give one of them as input" if num_folders else ""
     if not image_paths:
-        raise ValueError(f"input {path} has no pictures ({', '.join(PICTURE_SUFFIXES)}); give a folder that has some")
+        remedy = passed_over or "; give a folder that has some"
+        raise ValueError(f"input {path} has no pictures ({', '.join(PICTURE_SUFFIXES)}){remedy}")
+    if passed_over:
+        print(f"input {path} has {len(image_paths)} pictures{passed_over}")
     return image_paths
 
 
