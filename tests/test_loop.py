@@ -195,6 +195,15 @@ def test_speed_leaves_evaluations_out_and_counts_the_wait_for_data():
     assert window.first_step == 12 and window.waited_s == 0
 
 
+def test_equal_scores_are_told_apart_by_their_loss():
+    """With one class in validation the first perfect score stayed best.pt for ever."""
+    loop, is_best = LoopState(), []
+    for score, loss in ((0.5, 0.1), (1.0, 0.9), (1.0, 0.3), (1.0, 0.4), (1.0, 0.3)):
+        is_best.append(loop.take({"val/mean_iou": score, "val/loss": loss}, "val/mean_iou"))
+    assert is_best == [True, True, True, False, False] and loop.bad_evals == 2
+    assert LoopState(best={"val/ao": 1.0}).take({"val/ao": 1.0}, "val/ao") is False  # nothing to tell them apart by
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # a dataset that changed before a run is resumed
 

@@ -45,11 +45,16 @@ class LoopState:
     rows: list[dict[str, int | float]] = field(default_factory=list)  # of the metrics log
 
     def take(self, metrics: dict[str, float], select_by: str) -> bool:
-        """Take over what an evaluation measured at this step, and tell whether it is the best so far."""
+        """Take over what an evaluation measured at this step, and tell whether it is the best so far.
+
+        Of two that are equal, as perfect scores are, the one with the lower val/loss is better, where it is measured.
+        """
         self.evaluated_step = self.step
         metrics = {"step": self.step, **metrics}
         self.start_metrics = self.start_metrics or metrics
         is_best = not self.best or metrics[select_by] > self.best[select_by]
+        if not is_best and metrics[select_by] == self.best[select_by] and "val/loss" in metrics:
+            is_best = metrics["val/loss"] < self.best["val/loss"]
         self.bad_evals = 0 if is_best else self.bad_evals + 1
         self.best = metrics if is_best else self.best
         return is_best
