@@ -60,14 +60,11 @@ def test_padded_network_sees_a_picture_that_fits_at_once():
 )
 def test_blended_tiles_are_exact_where_a_network_looks_at_no_neighbours(hw, tile, overlap):
     """The weights of all tiles add up to 1 on every pixel, at the borders too."""
-    if overlap >= min(tile):
-        overlap = 4
     torch.manual_seed(0)
     model = torch.nn.Conv2d(3, 2, 1)
     image = torch.rand(3, *hw)
-    torch.testing.assert_close(
-        predict_tiled(model, image, 0, tile, overlap), model(image[None])[0], atol=1e-6, rtol=1e-5
-    )
+    logits = predict_tiled(model, image, 0, tile, overlap)
+    torch.testing.assert_close(logits, model(image[None])[0], atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()
