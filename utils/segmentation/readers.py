@@ -98,8 +98,6 @@ def split_items(
         raise ValueError(f"data.format is {format!r}; must be one of {', '.join(LISTERS)}")
     if channels not in (1, 3):
         raise ValueError(f"data.channels is {channels!r}; must be 1 (grey) or 3 (colour; alpha is dropped)")
-    if on_bad not in ("stop", "skip"):
-        raise ValueError(f"data.on_bad is {on_bad!r}; must be stop or skip")
     coding = mask_coding(num_classes, class_names, class_values, ignore_values, nearest_value)
     item = functools.partial(Item, channels=channels, coding=coding)
     list_format = functools.partial(LISTERS[format], listing.dataset_folder(root), item)
