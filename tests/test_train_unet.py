@@ -397,16 +397,16 @@ def test_warmup_rises_and_the_floor_holds(name):
 
 def test_sample_is_a_function_of_seed_and_index(root):
     overrides = [*tiny_overrides(root), "data.rotation=20", "data.elastic_px=2", "data.scale=[0.6,1.2]"]
-    one, other = (tiny_segmentation.make_dataset(compose_config(*overrides)) for _ in range(2))
+    dataset, again = (tiny_segmentation.make_dataset(compose_config(*overrides)) for _ in range(2))
     torch.manual_seed(5)  # torch's own stream, and what was read before, have no say
-    assert not differences(one[7], [other[index] for index in (9, 7)][1])
+    assert not differences(dataset[7], [again[index] for index in (9, 7)][1])
     other_seed = tiny_segmentation.make_dataset(compose_config(*overrides, "seed=1"))
-    assert [one[index]["name"] for index in range(10)] != [other_seed[index]["name"] for index in range(10)]
+    assert [dataset[index]["name"] for index in range(10)] != [other_seed[index]["name"] for index in range(10)]
     state = torch.get_rng_state()
-    one[3]
+    dataset[3]
     assert torch.equal(torch.get_rng_state(), state)
-    same_item = [index for index in range(10) if one[index]["name"] == one[0]["name"]]
-    assert len(same_item) == 2 and differences(one[same_item[0]]["image"], one[same_item[1]]["image"])
+    same_item = [index for index in range(10) if dataset[index]["name"] == dataset[0]["name"]]
+    assert len(same_item) == 2 and differences(dataset[same_item[0]]["image"], dataset[same_item[1]]["image"])
 
 
 def test_border_weights_are_high_between_objects_of_class_1():

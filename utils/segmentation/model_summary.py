@@ -56,8 +56,8 @@ def summarize(model: nn.Module, image_size_hw: tuple[int, int], in_channels: int
     input_shape = (1, in_channels, *image_size_hw)
     rows, num_values = [], []
     counter = FlopCounterMode(display=False)
-    own_flops = []  # of each call of a module that has ended
-    unassigned = []  # of each call that runs: the flops before it that are no ended call's
+    own_flops = []  # one for each call of a module that has ended
+    unassigned = []  # one for each call that runs: the flops before it that no ended call has
 
     def start(module, inputs):
         unassigned.append(counter.get_total_flops() - sum(own_flops))

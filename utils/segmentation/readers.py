@@ -46,7 +46,7 @@ class Item:
     mask_path: Path
     channels: int  # 1 or 3, of the picture as the network gets it
     coding: MaskCoding
-    page: int | None = None  # of both files, if they are TIFF stacks
+    page: int | None = None  # the page in both files, if they are TIFF stacks
 
 
 # ---------------------------------------------------------------------------------------------------------------------

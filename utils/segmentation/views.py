@@ -109,7 +109,7 @@ def training_view(
     reach = max(height * cos + width * sin - height, width * cos + height * sin - width, 0) / 2
     reach = math.ceil(reach + 2 * np.abs(vectors_px).max())
 
-    cuts, grown_hw = [], []  # of each axis: the picture's pixels, and how many pixels they become
+    cuts, grown_hw = [], []  # for each axis: the picture's pixels, and how many pixels they become
     for axis in (0, 1):
         size = image.shape[axis]
         window = max(1, round(scale * (size if framing.fit == "resize" else out_hw[axis])))
