@@ -33,7 +33,6 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before th
 
 import functools
 import os
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -50,10 +49,18 @@ from tqdm import tqdm
 from utils import loop as loops
 from utils import run
 from utils import settings as sections
-from utils.checkpoint import find_resume, load_checkpoint, resumed_config, stored_config
+from utils.checkpoint import (
+    check_script,
+    find_resume,
+    find_weights,
+    load_checkpoint,
+    load_run,
+    resumed_config,
+    stored_config,
+)
 from utils.dataset_check import CheckReport
-from utils.images import IGNORE_INDEX, list_images, output_names, overlay_label_map, write_image
-from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
+from utils.images import IGNORE_INDEX, list_pictures, overlay_label_map, write_image
+from utils.log import MetricsLog, drawing, finish_run, plot_curves, start_run, values_of_step
 from utils.samples.write import write_samples
 from utils.segmentation import losses, metrics, model_summary, prediction, reports, views
 from utils.segmentation.check import check_data, count_class_pixels
@@ -309,8 +316,10 @@ def evaluate(
         pred = logits.argmax(0)  # (H, W)
         matrix += metrics.confusion_matrix(pred, target, len(names)).cpu().numpy()
         if number < picture_images:
-            picture = reports.draw_sample(image, pred.cpu().numpy(), class_map, names)
-            write_image(samples_dir / f"{item.name.replace('/', '_')}.png", picture)  # stems repeat across folders
+            path = samples_dir / f"{item.name.replace('/', '_')}.png"  # stems repeat across folders
+            with drawing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_image(path, reports.draw_sample(image, pred.cpu().numpy(), class_map, names))
     measured = metrics.segmentation_metrics(matrix)
     values = {f"{split}/{name}": measured[name] for name in reports.REPORTED}
     values |= {f"{split}/soft_iou": float(np.mean(soft_ious)), f"{split}/loss": float(np.mean(loss_values))}
@@ -434,7 +443,10 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
 
     # data: list, check, leave out what cannot be used; a check lists pairs that lack a file with all other faults
     splits = list_splits(reader_keys | ({"on_bad": "skip"} if settings.check else {}))
+    stored = loops.stored_splits(resume_path)
+    splits = loops.keep_splits(stored, splits)
     splits, counts, report = check_data(splits, reader_keys["on_bad"], run_dir, list_all=settings.check)
+    splits = loops.keep_splits(stored, splits)  # what the run had is usable still
     if settings.check:
         return float("nan")
     train_items, val_items, test_items = splits["train"], splits["val"][: train_settings.eval_images], splits["test"]
@@ -467,7 +479,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     loop = loops.resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else loops.LoopState()
     log = MetricsLog(run_dir, loop.rows)
     description = {"script": "train_unet", "config": config, "class_weights": loss_settings.class_weights}
-    save = functools.partial(loops.save_run, run_dir, loop, model, optimizer, scaler, description)
+    names = loops.split_names(splits)
+    save = functools.partial(loops.save_run, run_dir, loop, model, optimizer, scaler, description, names)
     if is_resumed:
         save(is_best=False)  # from now on this folder can be resumed too
 
@@ -484,7 +497,6 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         is_last = loop.step >= train_settings.steps
         if (loop.step % train_settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
             samples_dir = run_dir / "samples" / f"step_{loop.step:06d}"
-            samples_dir.mkdir(parents=True, exist_ok=True)
             with window.paused():  # speed is that of training alone
                 values, matrix = evaluate(
                     predictor, val_items, "val", loss_settings, samples_dir, train_settings.picture_images
@@ -570,8 +582,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     print(f"best checkpoint: step {loop.best['step']}, chosen on {loop.best['val/num_images']} validation images")
     shown_dir, example = os.path.relpath(run_dir), os.path.relpath((test_items or val_items)[0].image_path)
     print(f"\nWritten to {shown_dir}. Next, predict a picture with it:")
-    checkpoint = shlex.quote(f"checkpoint={shown_dir}/best.pt")
-    print(f"  python train_unet.py mode=predict {checkpoint} {shlex.quote(f'input={example}')}")
+    command = sections.show_command("train_unet.py mode=predict", checkpoint=f"{shown_dir}/best.pt", input=example)
+    print(f"  {command}")
     return loop.best[train_settings.select_by]
 
 
@@ -593,7 +605,7 @@ def load_network(config: dict, state: dict | None, device: torch.device) -> torc
     model = build_network(config["model"], config["data"]["channels"], config["data"]["num_classes"])
     try:
         if state is not None:
-            model.load_state_dict(state["model"])
+            model.load_state_dict(find_weights(state, config["checkpoint"]))
     except RuntimeError as error:  # names each weight that is missing or has another shape
         raise ValueError(
             f"checkpoint {config['checkpoint']} does not hold the weights of its model {config['model']['name']}: "
@@ -618,8 +630,7 @@ def checkpoint_config(state: dict, current: dict, overrides: list[str]) -> dict:
         ValueError: for a checkpoint of another script, a key that has no effect, another model or other classes.
     """
     name, mode = current["checkpoint"], current["mode"]
-    if state.get("script") != "train_unet":
-        raise ValueError(f"checkpoint {name} was not written by train_unet.py; give one of its best.pt")
+    check_script(state, name, "train_unet")
     stored = stored_config(Config, state, name, is_resumed=False)
     given = {override.split("=")[0].lstrip("+~").split("@")[0] for override in overrides}
     for key in sorted(given):
@@ -670,9 +681,8 @@ def evaluate_checkpoint(config: dict, state: dict, run_dir: Path) -> float:
     items, loss_settings = splits[split], replace(settings.loss, class_weights=state["class_weights"])
     start_run(run_dir, config, counts)
     write_splits(splits, run_dir / "splits")
-    samples_dir = run_dir / "samples"
-    samples_dir.mkdir()
-    values, matrix = evaluate(predictor, items, split, loss_settings, samples_dir, settings.train.picture_images)
+    num_pictured = settings.train.picture_images
+    values, matrix = evaluate(predictor, items, split, loss_settings, run_dir / "samples", num_pictured)
     class_names, majority = items[0].coding.class_names, reports.majority_metrics(matrix.sum(1), split)
     finish_run(run_dir, {"last": values, "majority": majority})
     np.savetxt(run_dir / "confusion.csv", matrix, "%d", ",", header=",".join(class_names), comments="")
@@ -695,19 +705,19 @@ def predict(config: dict, state: dict, run_dir: Path) -> list[str]:
     settings = read_settings(Config, config)
     reader_keys = settings.data.reader_keys
     class_names = tuple(name_classes(reader_keys["num_classes"], reader_keys["class_names"]))
-    image_paths, is_folder = list_images(Path(settings.input)), Path(settings.input).is_dir()
+    pictures = list_pictures(Path(settings.input))
     predictor = load_predictor(config, state)
-    start_run(run_dir, config, {"images": len(image_paths)})
+    start_run(run_dir, config, {"images": len(pictures)})
 
     failures, num_px = [], np.zeros(len(class_names), np.int64)
-    names = output_names(image_paths)
-    for name, path in zip(names, tqdm(image_paths, desc="predict", disable=not is_folder), strict=True):
+    for picture in tqdm(pictures, desc="predict", disable=len(pictures) == 1):
+        name = picture.name
         try:
-            image = read_picture(path, reader_keys["channels"])  # uint8 (H, W, channels)
-        except (ValueError, FileNotFoundError) as error:
-            if not is_folder:
+            image = read_picture(picture.path, reader_keys["channels"], picture.page)  # uint8 (H, W, channels)
+        except (ValueError, OSError) as error:
+            if len(pictures) == 1:
                 raise
-            failures.append(f"{path}: {error}")
+            failures.append(f"{picture}: {error}")
             continue
         logits = predictor.predict(image)
         pred = logits.argmax(0).to(torch.uint8).cpu().numpy()  # (H, W)
@@ -717,7 +727,7 @@ def predict(config: dict, state: dict, run_dir: Path) -> list[str]:
         write_image(run_dir / f"{name}_overlay.png", overlay_label_map(image_rgb, reports.class_ids(pred, class_names)))
         if settings.probabilities:
             np.save(run_dir / f"{name}_probabilities.npy", logits.softmax(0).half().cpu().numpy())
-    num_done = len(image_paths) - len(failures)
+    num_done = len(pictures) - len(failures)
     finish_run(run_dir, {"last": {"num_images": num_done, "num_failed": len(failures)}})
     shares = ", ".join(
         f"{index} {name} {share:.1%}"
@@ -766,7 +776,7 @@ def main(cfg) -> float | None:
             resume_path = None
             if config["resume"] is not None:
                 resume_path = find_resume(config["resume"])
-                stored = stored_config(Config, load_checkpoint(resume_path), resume_path, is_resumed=True)
+                stored = stored_config(Config, load_run(resume_path, "train_unet"), resume_path, is_resumed=True)
                 config = resumed_config(stored, config, overrides, RESUMABLE)
             return train(config, run_dir, resume_path)
         state = None
@@ -783,5 +793,5 @@ def main(cfg) -> float | None:
 
 
 if __name__ == "__main__":
-    sections.stop_at_moved_files("unet", sys.argv[1:])
+    sections.read_command_line("unet")
     main()

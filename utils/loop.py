@@ -6,7 +6,7 @@ The loops themselves stand in the scripts. Nothing here calls back into them.
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -67,16 +67,20 @@ def save_run(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     description: dict,
+    splits: dict[str, list[str]],
     is_best: bool,
 ) -> None:
     """Write last.pt, then best.pt where these weights are the best: `resume_run` mends what a kill between them leaves.
 
     Args:
         description: what both files hold beside the weights, plain types: {"script": ..., "config": ..., ...}.
+        splits: names of the samples of each split, for last.pt; see `keep_splits`.
     """
     best = {"format": 1, **description, "model": model.state_dict(), "git": git_state()}
     state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "torch_rng": torch.get_rng_state()}
-    save_checkpoint(run_dir / "last.pt", best | state | {"loop": asdict(loop), "best_keys": list(best)})
+    save_checkpoint(
+        run_dir / "last.pt", best | state | {"loop": asdict(loop), "splits": splits, "best_keys": list(best)}
+    )
     if is_best:
         save_checkpoint(run_dir / "best.pt", best | {"metrics": loop.best})
 
@@ -110,20 +114,30 @@ def resume_run(
     return loop
 
 
-def keep_splits(stored: dict[str, list[str]], splits: dict[str, list], name_of: Callable[[object], str]) -> dict:
+def stored_splits(resume_path: Path | None) -> dict[str, list[str]]:
+    """Read the names of the samples of each split that a run to resume has; none for a new run and an older file."""
+    state = {} if resume_path is None else load_checkpoint(resume_path)
+    return state["splits"] if "splits" in state else {}
+
+
+def split_names(splits: dict[str, list]) -> dict[str, list[str]]:
+    """Name the samples of each split, for last.pt."""
+    return {split: [sample.name for sample in samples] for split, samples in splits.items()}
+
+
+def keep_splits(stored: dict[str, list[str]], splits: dict[str, list]) -> dict[str, list]:
     """Give a resumed run the samples that it had, each in the split that it had, whatever came to the dataset since.
 
     Args:
         stored: {split: names} from last.pt; a split that is not in it stays as it is (an older file has none).
-        splits: {split: what is there now}.
-        name_of: the name of one of them, which no other has.
+        splits: {split: samples that are there now}, each with a `name` that no other has.
     Returns:
         {split: those with the stored names, in the order of now}.
     Raises:
         ValueError: for names that are in none of the splits any more.
     """
     split_of = {name: split for split, names in stored.items() for name in names}
-    present = {name_of(sample): sample for split in stored for sample in splits[split]}
+    present = {sample.name: sample for split in stored for sample in splits[split]}
     if gone := [f"{split} {name}" for name, split in split_of.items() if name not in present]:
         raise ValueError(
             f"{len(gone)} of the {len(split_of)} samples of the run to resume are not in the dataset, or not usable, "

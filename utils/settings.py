@@ -299,13 +299,13 @@ def quote_path(argument: str) -> str:
     return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
 
 
-def show_command(script: str, **paths: str | Path) -> str:
-    """Write a command that a user can paste into a shell: show_command("track.py", input="IMG (2).mp4")."""
+def show_command(start: str, **paths: str | Path) -> str:
+    """Write a command to paste into a shell: show_command("train_unet.py mode=predict", input="IMG (2).jpg")."""
     words = []
     for key, path in paths.items():
         is_taken_as_it_is = quote_path(f"{key}={path}") != f"{key}={path}"
         words.append(f"{key}={path if is_taken_as_it_is else QuotedString(str(path), Quote.single).with_quotes()}")
-    return shlex.join(["python", script, *words])
+    return f"python {start} {shlex.join(words)}"
 
 
 def stop_at_moved_files(task: str, arguments: list[str]) -> None:

@@ -68,8 +68,8 @@ def check_item(item: Item) -> ItemReport:
     orig_hw = bits = is_grey = None
     is_color, class_pixels, num_ignored = False, np.zeros(num_classes, np.int64), 0
     try:
-        path, page = item.image_path, item.page
-        image = read_image_unscaled(path) if page is None else readers.read_page(path, page)
+        path = item.image_path
+        image = read_image_unscaled(path, item.page)
         orig_hw, bits = image.shape[:2], 8 * image.itemsize
         is_grey = image.ndim == 2 or bool((image[..., 1:] == image[..., :1]).all())
         if is_grey and item.channels == 3:

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from utils import listing
-from utils.images import IGNORE_INDEX, read_image, read_label_map
+from utils.images import IGNORE_INDEX, count_pages, read_image, read_label_map
 from utils.settings import check_keys
 
 UNKNOWN = 254  # in class maps under way: a value of the file that the YAML gives no class
@@ -145,10 +144,10 @@ def list_isbi(root: Path, item) -> tuple[list[Item], None, None]:
     """
     volume_path, labels_path = root / "train-volume.tif", root / "train-labels.tif"
     if volume_path.is_file() or labels_path.is_file():
-        num_pages = _num_pages(volume_path)
-        if num_pages != _num_pages(labels_path):
+        num_pages, num_label_pages = count_pages(volume_path), count_pages(labels_path)
+        if num_pages != num_label_pages:
             raise ValueError(
-                f"{volume_path} has {num_pages} pages, but {labels_path} has {_num_pages(labels_path)}; copy both again"
+                f"{volume_path} has {num_pages} pages, but {labels_path} has {num_label_pages}; copy both again"
             )
         return [item(str(page), volume_path, labels_path, page=page) for page in range(num_pages)], None, None
     image_dir, mask_dir = root / "train" / "image", root / "train" / "label"
@@ -288,24 +287,6 @@ def suggest_pairing(image_paths: list[Path], mask_paths: list[Path]) -> str:
     return f"in configs/unet/data/folders.yaml set {lines}, which pairs {num_paired}"
 
 
-def _num_pages(path: Path) -> int:
-    with _open_page(path, 0) as stack:
-        return getattr(stack, "n_frames", 1)
-
-
-@contextlib.contextmanager
-def _open_page(path: Path, page: int):
-    """Open a TIFF stack at a page, from 0."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; see data/README.md for the layout, or change data.root")
-    try:
-        with Image.open(path) as stack:
-            stack.seek(page)
-            yield stack
-    except (OSError, EOFError, SyntaxError) as error:
-        raise ValueError(f"{path}, page {page}, cannot be decoded ({error}); copy the file again") from error
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # which value is which class
 
@@ -428,19 +409,13 @@ def read_picture(path: Path, channels: int, page: int | None = None) -> np.ndarr
 
     Args:
         channels: 1 or 3.
-        page: of a TIFF stack, 0-based.
+        page: of a file of several, 0-based.
     Returns:
         uint8 (H, W, channels).
     Raises:
         FileNotFoundError, ValueError: with the path and the reason.
     """
-    if page is None:
-        image = read_image(path)
-    else:
-        values = read_page(path, page)
-        if values.dtype == np.uint16:
-            values = np.rint(values * np.float32(255 / 65535)).astype(np.uint8)
-        image = np.repeat(values[..., None], 3, 2)
+    image = read_image(path, page)
     return image if channels == 3 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
 
 
@@ -492,7 +467,7 @@ def _read_mask_values(item: Item) -> tuple[np.ndarray, bool]:
     """Return a mask's values as stored, int32 (H, W), and whether they are colours."""
     path, coding = item.mask_path, item.coding
     if item.page is not None:
-        return read_page(path, item.page).astype(np.int32), False
+        return read_label_map(path, item.page), False
     if path.is_file() and path.open("rb").read(2) == b"\xff\xd8":
         if not coding.nearest_value:
             raise ValueError(
@@ -513,17 +488,6 @@ def _read_mask_values(item: Item) -> tuple[np.ndarray, bool]:
             if np.ptp(image_rgb, 2).any():
                 return _pack(image_rgb), True
         raise
-
-
-def read_page(path: Path, page: int) -> np.ndarray:
-    """Read one page of a TIFF stack: uint8 or uint16 (H, W), grey."""
-    with _open_page(path, page) as stack:
-        values = np.array(stack.convert("L") if stack.mode == "1" else stack)
-    if values.ndim != 2 or values.dtype not in (np.uint8, np.uint16):
-        raise ValueError(
-            f"{path}, page {page}, has shape {values.shape} and dtype {values.dtype}; must be grey of 8 or 16 bits"
-        )
-    return values
 
 
 def _pack(image_rgb: np.ndarray) -> np.ndarray:
