@@ -67,7 +67,7 @@ def test_last_pt_is_plain_and_best_pt_has_no_optimizer(tmp_path):
     best, last = load_checkpoint(tmp_path / "best.pt"), load_checkpoint(tmp_path / "last.pt")
     assert best.keys() == {"format", "script", "config", "class_weights", "model", "git", "metrics"}
     assert best["metrics"] == {"step": 1, "val/iou": 0.5} and best["class_weights"] == [1.0, 2.0]
-    assert last.keys() - best.keys() == {"optimizer", "scaler", "torch_rng", "loop", "best_keys"}
+    assert last.keys() - best.keys() == {"optimizer", "scaler", "torch_rng", "loop", "splits", "best_keys"}
 
 
 @pytest.mark.parametrize("is_killed_between", [False, True])
