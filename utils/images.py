@@ -242,9 +242,16 @@ def read_orientation(path: str | Path) -> int:
     """Read how a file's rows and columns lie: 1 as they are shown, 2 to 8 as in EXIF; 1 where there is no such tag."""
     try:
         with Image.open(path) as picture:
-            return picture.getexif().get(EXIF_ORIENTATION, 1)
+            return _exif_orientation(picture, np.fromfile(path, np.uint8) if picture.format == "PNG" else None)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return 1
+
+
+def _exif_orientation(picture: Image.Image, data: np.ndarray | None) -> int:
+    """Return the orientation tag, 1 to 8; of a PNG's bytes only where they have one: Pillow decodes it to look."""
+    if picture.format == "PNG" and b"eXIf" not in data.tobytes():
+        return 1
+    return picture.getexif().get(EXIF_ORIENTATION, 1)
 
 
 def read_frame_wh(path: Path) -> tuple[int, int] | None:
@@ -335,8 +342,8 @@ def _read_numbers(path: str | Path, page: int | None, what: str) -> np.ndarray:
     with _open_with_pillow(path, data) as picture:
         if picture.mode in ("P", "1") or kind == "GIF":  # OpenCV would turn them into colours
             picture.seek(page)
-            return _turn(np.array(picture).astype(np.uint8), picture.getexif().get(EXIF_ORIENTATION, 1))
-        orientation = picture.getexif().get(EXIF_ORIENTATION, 1)
+            return _turn(np.array(picture).astype(np.uint8), _exif_orientation(picture, data))
+        orientation = _exif_orientation(picture, data)
     numbers = _decode(path, data, cv2.IMREAD_UNCHANGED)  # (H, W) or (H, W, C) in OpenCV's channel order
     if numbers is None:
         raise ValueError(_damaged(path, kind))
