@@ -19,9 +19,9 @@ from omegaconf import OmegaConf
 from options import read_option
 from pycocotools import mask as coco_mask
 
-from infer_sam2 import choose_model, infer, list_images, main, output_names
+from infer_sam2 import choose_model, infer, main
 from utils.checkpoint import save_checkpoint
-from utils.images import overlay_label_map, read_image, write_image
+from utils.images import list_images, output_names, overlay_label_map, read_image, write_image
 from utils.instances.readers import read_sa1b
 from utils.sam2.fast_decoder import decode_fast
 from utils.sam2.model import build_sam2, decode
@@ -130,7 +130,9 @@ def test_prompts_give_the_masks_of_the_official_predictor(folder, tmp_path, pred
     overrides = [f"{key}={value}".replace(" ", "") for key, value in arguments.items() if value]
     overrides += ["mask=region.png"] if "mask" in prompt else []
     asked = []  # the masks cannot tell: where the single mask is unstable the decoder itself returns one of the three
-    monkeypatch.setattr("infer_sam2.decode", lambda *args, **kwargs: asked.append(kwargs) or decode(*args, **kwargs))
+    monkeypatch.setattr(
+        "utils.sam2.model.decode", lambda *args, **kwargs: asked.append(kwargs) or decode(*args, **kwargs)
+    )
     records, labels, _ = run(folder, tmp_path / "run", "input=photo.png", "mode=prompts", *overrides)
 
     mask_input = None
@@ -422,10 +424,10 @@ def test_best_checkpoint_of_training_predicts_the_same_in_an_untouched_sam2(fold
             "points= is given but mode is automatic, which does not use it: leave it out, or take mode=prompts",
         ),
         (["region=region.png"], "region= is given but mode is automatic.*leave it out, or take mode=region"),
-        (["automatic.points_per_side=0"], "points_per_side is 0; must be at least 1"),
-        (["automatic.points_per_batch=0"], "automatic.points_per_batch is 0; must be at least 1"),
-        (["automatic.points_per_batch=-3"], "automatic.points_per_batch is -3; must be at least 1"),
-        (["automatic.crop_n_points_downscale_factor=0"], "crop_n_points_downscale_factor is 0; must be at least 1"),
+        (["automatic.points_per_side=0"], "points_per_side is 0; must be 1 or more"),
+        (["automatic.points_per_batch=0"], "automatic.points_per_batch is 0; must be 1 or more"),
+        (["automatic.points_per_batch=-3"], "automatic.points_per_batch is -3; must be 1 or more"),
+        (["automatic.crop_n_points_downscale_factor=0"], "crop_n_points_downscale_factor is 0; must be 1 or more"),
         (["automatic.stability_score_offset=-1"], "automatic.stability_score_offset is -1; must be 0 or more"),
         (["fast_decoder=maybe"], "fast_decoder is 'maybe'; must be true or false"),
         (["mode=region"], "mode=region needs region="),

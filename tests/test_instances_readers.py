@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 from utils.dataset_check import check_items, keep_usable
 from utils.images import read_image, write_image, write_label_map
-from utils.instances.check import check_item, count, mask_statistics, plot_statistics, report_lines
+from utils.instances.check import check_item, count, measure_objects, plot_statistics, report_lines
 from utils.instances.readers import object_ids, read_item, split_items
 from utils.settings import check_keys
 
@@ -675,14 +675,15 @@ def test_statistics_equal_numbers_counted_by_hand(tmp_path):
     ids = np.ones((8, 10), np.uint8)
     write_png(tmp_path / "labels" / "001.png", ids)
     report = check_items(list_all("label_map", tmp_path), check_item)
-    statistics = mask_statistics(report)
-    assert statistics["masks_per_image"] == {"min": 1, "max": 2, "mean": 1.5, "median": 1.5}
-    assert statistics["area_share"]["p50"] == pytest.approx(20 / 80)
-    centers = np.array([[0.25, 0.25], [0.8, 6.5 / 8], [0.5, 0.5]])
-    measured = statistics["centers"]
-    assert [measured["mean_x"], measured["mean_y"]] == pytest.approx(centers.mean(0))
-    assert [measured["std_x"], measured["std_y"]] == pytest.approx(centers.std(0))
-    assert measured["in_middle"] == pytest.approx(1 / 3)
+    per_image, area_share, centers = measure_objects(report)
+    assert per_image.tolist() == [2, 1] and area_share == pytest.approx([20 / 80, 12 / 80, 1])
+    assert centers == pytest.approx(np.array([[0.25, 0.25], [0.8, 6.5 / 8], [0.5, 0.5]]))
+    assert report_lines(report)[2:5] == [
+        "masks per image: 1 to 2, mean 1.5, median 2",
+        "mask area, share of the image: 16.000% / 25.000% / 92.500% (5th, 50th, 95th percentile)",
+        "object centres: mean (0.52, 0.52), spread (0.22, 0.23) of (width, height); 33% in the middle ninth "
+        "(11% if even)",
+    ]
     plot_statistics(report, tmp_path / "statistics.png")
     assert read_image(tmp_path / "statistics.png").std() > 10
 
@@ -691,7 +692,8 @@ def test_statistics_of_nothing(tmp_path):
     write_label_maps(tmp_path, 1)
     (tmp_path / "images" / "000.jpg").write_bytes(b"")
     report = check_items(list_all("label_map", tmp_path, val_fraction=0), check_item)
-    assert mask_statistics(report) == {} and report_lines(report)[0].startswith("checked 1 images: 0 usable, 1 bad")
+    lines = report_lines(report)
+    assert lines[0].startswith("checked 1 images: 0 usable, 1 bad") and "masks per image" not in "".join(lines)
     plot_statistics(report, tmp_path / "statistics.png")
     assert (tmp_path / "statistics.png").is_file()
 

@@ -31,7 +31,7 @@ import infer_sam2
 import train_sam2
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.images import read_image, write_image
-from utils.sam2 import embedding_cache
+from utils.sam2 import embedding_cache, mask_generation
 from utils.sam2 import model as sam2_model
 from utils.sam2.embedding_cache import (
     FOOTER_BYTES,
@@ -86,8 +86,8 @@ def num_encoded(monkeypatch):
     """Grows by one entry for each picture that goes through the image encoder, with or without a cache."""
     calls = []
     for name in ("encode_frozen", "encode"):
-        real = getattr(embedding_cache, name)
-        monkeypatch.setattr(embedding_cache, name, lambda *args, real=real: calls.extend(args[1]) or real(*args))
+        real = getattr(sam2_model, name)
+        monkeypatch.setattr(sam2_model, name, lambda *args, real=real: calls.extend(args[1]) or real(*args))
     return calls
 
 
@@ -392,7 +392,7 @@ def test_samples_of_both_ways_differ_in_the_picture_alone(root, cache_dir, monke
     cached.entries = plan.entries
     expected = [plain[index] for index in range(12)]
     monkeypatch.setattr(train_sam2, "read_image", lambda path: pytest.fail("a picture was read"))
-    monkeypatch.setattr(train_sam2, "preprocess", lambda *args: pytest.fail("a picture was prepared"))
+    monkeypatch.setattr(sam2_model, "preprocess", lambda *args: pytest.fail("a picture was prepared"))
     for index, sample in enumerate(expected):
         from_entry = cached[index]
         assert sample.pop("picture").shape == (1, 3, 64, 64)
@@ -547,10 +547,10 @@ def test_free_disk_is_checked_before_anything_is_written(root, tmp_path, quick, 
     "overrides, message",
     [
         (["cache=true"], "cache is True; must be auto, off, or a folder"),
-        (["cache=''"], "cache is ''; must be auto, off, or a folder"),
+        (["cache=''"], "cache is ; must be auto, off, or a folder"),
         (["cache=3"], "cache is 3; must be text or true or false"),
         (["cache=null"], "cache is None; must be text or true or false"),
-        (["cache_precision=bf16"], "cache_precision is 'bf16'; must be fp16 or fp32"),
+        (["cache_precision=bf16"], "cache_precision is bf16; must be fp16 or fp32"),
     ],
 )
 def test_values_that_make_no_sense_are_named_before_any_data_is_read(overrides, message, tmp_path):
@@ -606,7 +606,7 @@ def infer(run_dir, *overrides):
 def test_inference_encodes_each_picture_once(root, tmp_path, monkeypatch, capfd):
     calls = []
     real = sam2_model.encode_frozen
-    monkeypatch.setattr(embedding_cache, "encode_frozen", lambda *args: calls.extend(args[1]) or real(*args))
+    monkeypatch.setattr(sam2_model, "encode_frozen", lambda *args: calls.extend(args[1]) or real(*args))
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in ("001", "002"):
@@ -637,7 +637,7 @@ def test_automatic_mode_has_no_cache(root, tmp_path, capfd, monkeypatch):
     def go_on(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(infer_sam2, "generate_masks", go_on)
+    monkeypatch.setattr(mask_generation, "generate_masks", go_on)
     common = (f"input={root / 'images' / '002.png'}",)
     with pytest.raises(ValueError, match="cache is .*, but mode=automatic encodes crops of pictures, too"):
         infer(tmp_path / "folder", *common, f"cache={tmp_path / 'cache'}")

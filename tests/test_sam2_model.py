@@ -177,13 +177,13 @@ def tiny(request):
 
 def predict_ours(tiny, point_coords, point_labels, mask_inputs, multimask_output):
     model, image_rgb, embeddings, _ = tiny
-    points = scale_points(np.array(point_coords, np.float32), image_rgb.shape[:2], model.image_size)
+    points = scale_points(torch.tensor(point_coords), image_rgb.shape[:2], model.image_size)
     with torch.no_grad():
         return decode(
             model,
             embeddings,
             torch.tensor([0]),
-            torch.from_numpy(points)[None],
+            points[None],
             torch.tensor([point_labels], dtype=torch.int32),
             mask_inputs,
             multimask_output,
@@ -325,15 +325,10 @@ def test_preprocess_and_scale_points_are_sam2s_own_transforms(height, width, ima
     mirrored = preprocess(image_rgb[:, ::-1], image_size)  # negative strides, as after a flip
     torch.testing.assert_close(mirrored, transforms(image_rgb[:, ::-1].copy()), atol=1e-6, rtol=0)
 
-    points = np.array([[[0, 0], [width - 1, height - 1]], [[width / 2, height / 3], [5, 7]]], np.float32)
-    expected = transforms.transform_coords(torch.from_numpy(points), normalize=True, orig_hw=(height, width))
-    scaled = scale_points(points, (height, width), image_size)
-    assert isinstance(scaled, np.ndarray) and scaled.shape == points.shape
-    np.testing.assert_allclose(scaled, expected.numpy(), rtol=1e-5)
-    tensor = scale_points(torch.from_numpy(points), (height, width), image_size)
-    torch.testing.assert_close(tensor, expected)
-    np.testing.assert_array_equal(points[0, 0], [0, 0])  # left as it was
-    np.testing.assert_array_equal(points[1, 1], [5, 7])
+    points = torch.tensor([[[0.0, 0.0], [width - 1, height - 1]], [[width / 2, height / 3], [5, 7]]])
+    expected = transforms.transform_coords(points, normalize=True, orig_hw=(height, width))
+    torch.testing.assert_close(scale_points(points, (height, width), image_size), expected)
+    assert points[0, 0].tolist() == [0, 0] and points[1, 1].tolist() == [5, 7]  # left as they were
 
 
 def test_half_precision_logits_are_upscaled_in_fp32():
@@ -719,9 +714,9 @@ def test_exactly_the_named_parts_are_trainable(request, fixture, trainable, pref
         for name, _ in model.named_parameters()
         if any(name.split(".")[: len(prefix.split("."))] == prefix.split(".") for prefix in prefixes)
     ]
-    assert [name for name, _ in parameters] == expected and expected
+    assert list(parameters) == expected and expected
     assert [name for name, p in model.named_parameters() if p.requires_grad] == expected
-    assert all(p is dict(model.named_parameters())[name] for name, p in parameters)
+    assert all(p is dict(model.named_parameters())[name] for name, p in parameters.items())
     if "mask_decoder" in trainable:  # the popular tutorial never trains these
         for prefix in NOT_IN_THE_TUTORIAL:
             assert any(name.startswith(prefix) for name in expected)
@@ -730,7 +725,7 @@ def test_exactly_the_named_parts_are_trainable(request, fixture, trainable, pref
 
 @pytest.mark.parametrize("num_last", [1, 2, 3])
 def test_the_last_blocks_of_both_trunks(nano, small_tiny, num_last):
-    chosen = {name for name, _ in freeze_except(nano, [{"trunk_last_n": num_last}])}
+    chosen = freeze_except(nano, [{"trunk_last_n": num_last}]).keys()
     places = [(stage, block) for stage, count in enumerate((2, 2, 3, 1)) for block in range(count)][-num_last:]
     layers = ("norm", "conv1", "conv2")
     expected = {
@@ -742,7 +737,7 @@ def test_the_last_blocks_of_both_trunks(nano, small_tiny, num_last):
     assert chosen == expected
     nano.requires_grad_(True)
 
-    chosen = {name.split(".")[3] for name, _ in freeze_except(small_tiny, [{"trunk_last_n": num_last}, "neck"])}
+    chosen = {name.split(".")[3] for name in freeze_except(small_tiny, [{"trunk_last_n": num_last}, "neck"])}
     blocks = {number for number in chosen if number.isdigit() and int(number) >= 4}  # necks count from 0 to 3
     assert blocks == {str(number) for number in range(12 - num_last, 12)}
     trunk = [name for name, p in small_tiny.named_parameters() if p.requires_grad and ".trunk." in name]
@@ -787,17 +782,16 @@ def test_every_trainable_parameter_moves_and_every_frozen_one_stays(nano):
             outputs = decode(nano, embeddings, index, point_coords, point_labels, masks, multimask_output)
             loss = loss + sum((part + 0.1).square().sum() for part in outputs)
         loss.backward()
-        return {name for name, p in trainable if p.grad is None or not p.grad.any()}
+        return {name for name, p in trainable.items() if p.grad is None or not p.grad.any()}
 
     # attention does not change with a bias of all its keys, so those biases have no gradient but rounding noise
-    may_stay = {name for name, _ in trainable if name.endswith("k_proj.bias")}
+    may_stay = {name for name in trainable if name.endswith("k_proj.bias")}
     nano.train()
     try:
         assert backward(encode(nano, images)) <= may_stay
-        torch.optim.SGD([p for _, p in trainable], lr=1e-2).step()
-        names = {name for name, _ in trainable}
+        torch.optim.SGD(trainable.values(), lr=1e-2).step()
         for name, value in nano.state_dict().items():
-            assert name in may_stay or torch.equal(value, state[name]) != (name in names), name
+            assert name in may_stay or torch.equal(value, state[name]) != (name in trainable), name
         with torch.no_grad():
             tutorials = encode(nano, images)
         untrained = backward(tutorials)

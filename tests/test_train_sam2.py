@@ -38,6 +38,7 @@ from train_sam2 import LossSettings, PromptSettings, collate, evaluate, mask_pre
 from utils.images import read_image, write_image, write_label_map
 from utils.instances.readers import Item, read_ids, read_item
 from utils.run import seed_everything
+from utils.sam2 import embedding_cache
 from utils.sam2 import model as sam2_model
 from utils.sam2.fast_decoder import decode_fast
 from utils.sam2.model import Embeddings, build_sam2, preprocess, scale_points
@@ -239,7 +240,7 @@ def test_trainable_parameters_move_and_frozen_ones_do_not(trainable, prefixes, r
 def test_encoding_without_gradient_would_leave_three_parts_untrained(root, tmp_path, quick, monkeypatch):
     """The tutorial's way: the predictor's set_image runs conv_s0, conv_s1 and no_mem_embed under no_grad."""
     script_evaluation(monkeypatch)
-    monkeypatch.setattr(train_sam2, "embed", torch.no_grad()(train_sam2.embed))
+    monkeypatch.setattr(embedding_cache, "embed", torch.no_grad()(embedding_cache.embed))
     _, still = train_parts(root, tmp_path / "run", "[mask_decoder]")
     untrained = {name for name in still if name.startswith(("sam_mask_decoder.", "no_mem_embed"))}
     convolutions = {f"sam_mask_decoder.conv_s{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")}
@@ -275,8 +276,8 @@ def test_loss_tutorial_trains_one_of_four_mask_tokens(root, tmp_path, quick, mon
 def test_groups_of_parameters(model):
     """No decay on biases, norms and embeddings; the encoder has its own rate."""
     optim = train_sam2.OptimSettings(1e-3, 0.1, [0.9, 0.999], 0.2, 0, 0.1)
-    named = list(model.named_parameters())
-    names = {id(parameter): name for name, parameter in named}
+    named = dict(model.named_parameters())
+    names = {id(parameter): name for name, parameter in named.items()}
     found = {}
     for group in train_sam2.parameter_groups(named, optim):
         for parameter in group["params"]:
@@ -301,13 +302,13 @@ def test_one_group_would_shrink_norms_and_embeddings(model):
     """The tutorial's AdamW decays every parameter: here without any gradient."""
     optim = train_sam2.OptimSettings(1e-2, 1.0, [0.9, 0.999], 0.5, 0, 1.0)
     shrunk = []
-    for make_groups in (train_sam2.parameter_groups, lambda named, optim: [{"params": [p for _, p in named]}]):
-        named = [(name, torch.nn.Parameter(p.detach().clone())) for name, p in model.named_parameters()]
-        for _, parameter in named:
+    for make_groups in (train_sam2.parameter_groups, lambda named, optim: [{"params": named.values()}]):
+        named = {name: torch.nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
+        for parameter in named.values():
             parameter.grad = torch.zeros_like(parameter)
         torch.optim.AdamW(make_groups(named, optim), lr=optim.lr, weight_decay=optim.weight_decay).step()
         before = dict(model.named_parameters())
-        shrunk.append({name for name, parameter in named if not torch.equal(parameter, before[name])})
+        shrunk.append({name for name, parameter in named.items() if not torch.equal(parameter, before[name])})
     ours, theirs = shrunk
     assert "sam_mask_decoder.conv_s0.weight" in ours
     wrongly = theirs - ours
@@ -349,13 +350,13 @@ def test_features_of_the_last_picture_would_change_the_others(root, model, monke
     """The tutorial's batch script decodes all pictures with the last one's high-resolution features."""
     batch, prompts = make_batch(root, range(3), "prompts=point")
     losses, _ = compute_gradients(model, [batch], prompts)
-    real_embed = train_sam2.embed
+    real_embed = embedding_cache.embed
 
     def encode_as_tutorial(model, images):
         image_embeddings, features = real_embed(model, images)
         return Embeddings(image_embeddings, [level[-1:].expand_as(level) for level in features])
 
-    monkeypatch.setattr(train_sam2, "embed", encode_as_tutorial)
+    monkeypatch.setattr(embedding_cache, "embed", encode_as_tutorial)
     buggy_losses, _ = compute_gradients(model, [batch], prompts)
     is_last = batch["image_index"] == 2
     torch.testing.assert_close(losses[is_last], buggy_losses[is_last], atol=1e-4, rtol=0)
@@ -392,14 +393,14 @@ def test_running_mean_is_bias_corrected_and_weighs_pictures_equally(root, tmp_pa
 @pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_low_precision_runs_the_same_lines_on_a_cpu(precision, dtype, root, tmp_path, quick, monkeypatch):
     dtypes = []
-    real_decode = train_sam2.decode
+    real_decode = sam2_model.decode
 
     def record(*arguments, **keywords):
         outputs = real_decode(*arguments, **keywords)
         dtypes.append(outputs[0].dtype)
         return outputs
 
-    monkeypatch.setattr(train_sam2, "decode", record)
+    monkeypatch.setattr(sam2_model, "decode", record)
     config = compose_config(*tiny_overrides(root), f"precision={precision}", "train.steps=2")
     last = train_in(tmp_path / "run", config)
     assert set(dtypes) == {dtype}
@@ -535,7 +536,7 @@ def test_picture_is_resized_once_and_lies_as_in_evaluation(root, tmp_path):
     assert (preprocess(letter_boxed, 64) - picture).abs().mean() > 0.1
     assert int(322 * (1024 / 322)) == 1023
 
-    point = np.array([[134.5, 77.5]], np.float32)  # the object's middle
+    point = torch.tensor([[134.5, 77.5]])  # the object's middle
     x, y = scale_points(point, (90, 160), 64)[0]  # as evaluate and infer_sam2.py bring it to the frame
     assert sample["masks"][0, int(y), int(x)]
     x, y = point[0] * ratio
@@ -595,7 +596,7 @@ def record_rounds(root, model, monkeypatch, sample_index, *overrides):
     """Decode calls of one object: number of points, prompt so far, mask prompt, and whether gradients reach it."""
     batch, prompts = make_batch(root, [sample_index], "train.objects_per_image=1", *overrides)
     rounds = []
-    real_decode = train_sam2.decode
+    real_decode = sam2_model.decode
 
     def record(model, embeddings, image_index, point_coords, point_labels, mask_inputs, multimask_output):
         outputs = real_decode(model, embeddings, image_index, point_coords, point_labels, mask_inputs, multimask_output)
@@ -613,7 +614,7 @@ def record_rounds(root, model, monkeypatch, sample_index, *overrides):
         return outputs
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_sam2, "decode", record)
+        patch.setattr(sam2_model, "decode", record)
         prompted_loss(model, batch, prompts, SAM_LOSS, 16)
     return rounds, batch
 

@@ -16,6 +16,7 @@ from tiny import without_timing as without_timing
 import train_sam2
 from utils.images import write_image, write_label_map
 from utils.instances.readers import Item, object_ids, split_items
+from utils.settings import read_settings
 
 COLORS = np.array([(230, 60, 60), (60, 220, 60), (70, 90, 240), (120, 120, 120)], np.uint8)  # of ids 1, 2, 3, 4
 
@@ -140,7 +141,6 @@ def make_dataset(config: dict, items: list[Item] | None = None) -> train_sam2.Pr
         config["seed"],
         config["model"]["image_size"],
         config["train"]["objects_per_image"],
-        config["data"]["min_area_px"],
-        train_sam2.Augmentation(**{key: config["data"][key] for key in ("hflip", "color_jitter")}),
+        read_settings(train_sam2.DataSettings, config["data"], "data"),
         train_sam2.PromptSettings(**config["prompts"]),
     )

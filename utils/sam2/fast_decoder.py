@@ -76,13 +76,10 @@ def decode_fast(
                 pixel_pe,
             )
         )
-    low_res_masks, iou_predictions, object_score_logits = map(torch.cat, zip(*parts, strict=True))
+    outputs = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
     if not torch.equal(order, torch.arange(len(order), device=order.device)):
-        places = order.argsort()
-        low_res_masks = low_res_masks.index_select(0, places)
-        iou_predictions = iou_predictions.index_select(0, places)
-        object_score_logits = object_score_logits.index_select(0, places)
-
+        outputs = [output.index_select(0, order.argsort()) for output in outputs]
+    low_res_masks, iou_predictions, object_score_logits = outputs
     if multimask_output:
         low_res_masks, iou_predictions = low_res_masks[:, 1:], iou_predictions[:, 1:]
     elif decoder.dynamic_multimask_via_stability and not decoder.training:

@@ -11,7 +11,7 @@ import torch
 from utils.images import mask_to_box
 
 BOX_NOISE = 0.1  # share of the box's side (SAM paper, appendix A)
-BOX_NOISE_MAX_PX = 20.0  # in the 1024 x 1024 px input; callers scale it to their frame
+BOX_NOISE_MAX_PX = 20.0  # in the 1024 x 1024 px input
 
 
 def random_point(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -28,22 +28,22 @@ def random_point(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.array([x, y], np.float32)
 
 
-def noised_box(mask: np.ndarray, rng: np.random.Generator, max_noise_xy: tuple[float, float]) -> np.ndarray:
-    """Draw a user's box: each side moved uniformly by up to 10 % of the box's side, at most `max_noise_xy`.
+def noised_box(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw a user's box: each side moved uniformly by up to 10 % of the box's side, at most 20 px of 1024.
 
     Args:
-        mask: bool (H, W), not empty.
+        mask: bool (H, W) of the whole picture, not empty.
         rng: the sample's own generator.
-        max_noise_xy: largest shift along x and y, pixels of the mask's frame (20 px of a 1024 px input, scaled).
     Returns:
         float32 (4,), x1, y1, x2, y2, inside the picture.
     Source: SAM paper, appendix A; SAM 2's training (uniform rather than Gaussian noise).
     """
     x1, y1, x2, y2 = box = mask_to_box(mask)
-    limit_x = min((x2 - x1) * BOX_NOISE, max_noise_xy[0])  # none for one pixel, whose corners would change places
-    limit_y = min((y2 - y1) * BOX_NOISE, max_noise_xy[1])
-    box = box + rng.uniform(-1, 1, 4) * [limit_x, limit_y, limit_x, limit_y]
     height, width = mask.shape
+    # none for one pixel, whose corners would change places
+    limit_x = min((x2 - x1) * BOX_NOISE, BOX_NOISE_MAX_PX * width / 1024)
+    limit_y = min((y2 - y1) * BOX_NOISE, BOX_NOISE_MAX_PX * height / 1024)
+    box = box + rng.uniform(-1, 1, 4) * [limit_x, limit_y, limit_x, limit_y]
     return box.clip(0, [width - 1, height - 1, width - 1, height - 1]).astype(np.float32)
 
 
