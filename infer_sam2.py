@@ -53,6 +53,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from utils import images
+from utils import settings as sections
 from utils.checkpoint import load_checkpoint
 from utils.log import finish_run, start_run
 from utils.run import autocast, choose_device, choose_precision, now_s, sample_rng
@@ -60,17 +61,7 @@ from utils.sam2 import embedding_cache, mask_generation
 from utils.sam2 import model as models
 from utils.sam2.embedding_cache import CachePlan
 from utils.sam2.mask_generation import AutomaticSettings, GeneratedMasks
-from utils.settings import (
-    SAME_SECTION,
-    CommonSettings,
-    at_least,
-    check_modes,
-    check_value,
-    one_line_errors,
-    one_of,
-    read_settings,
-    stop_at_moved_files,
-)
+from utils.settings import SAME_SECTION, CommonSettings, at_least, check_value, one_of, read_settings
 
 log = logging.getLogger("infer_sam2")
 REPOSITORY = Path(__file__).resolve().parent
@@ -201,7 +192,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
 def check_mode(settings: Config) -> None:
     """Refuse a mode without its input, and input that the mode would not use."""
     given = [key for key in MODES_OF_KEY if getattr(settings, key)]
-    check_modes(given, MODES_OF_KEY, settings.mode)
+    sections.check_modes(given, MODES_OF_KEY, settings.mode)
     if settings.mode == "region" and not given:
         raise ValueError("mode=region needs region=<mask file of the picture's size>")
     if settings.mode == "prompts" and not given:
@@ -477,7 +468,7 @@ def write_results(
 @hydra.main(version_base="1.3", config_path="configs/sam2", config_name="infer_sam2")
 def main(cfg: DictConfig) -> None:
     """Read the config, segment, and end with one line on what went wrong and status 1, if anything did."""
-    with one_line_errors("infer_sam2"):
+    with sections.one_line_errors("infer_sam2"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         failures = infer(config, Path(HydraConfig.get().runtime.output_dir))
     if failures:
@@ -485,5 +476,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    stop_at_moved_files("sam2", sys.argv[1:])
+    sections.stop_at_moved_files("sam2", sys.argv[1:])
     main()

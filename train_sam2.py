@@ -45,6 +45,7 @@ from tqdm import tqdm
 
 from utils import loop as loops
 from utils import run
+from utils import settings as sections
 from utils.checkpoint import find_resume, load_checkpoint, resumed_config, stored_config
 from utils.images import id_colors, mask_to_box, read_image, write_image
 from utils.instances.check import check_data
@@ -55,24 +56,7 @@ from utils.sam2 import model as models
 from utils.sam2.metrics import mask_iou
 from utils.sam2.model import Embeddings, FrozenMaps
 from utils.samples.write import write_samples
-from utils.settings import (
-    ALL_OTHERS,
-    SAME_SECTION,
-    CommonSettings,
-    Rule,
-    above,
-    at_least,
-    between,
-    check_keys,
-    check_terms,
-    check_value,
-    describe_terms,
-    of_length,
-    one_line_errors,
-    one_of,
-    read_settings,
-    stop_at_moved_files,
-)
+from utils.settings import SAME_SECTION, CommonSettings, above, at_least, check_keys, check_value, one_of, read_settings
 
 TERMS = {  # of a mask's shape, summed in this order: logits and truth (O, M, s, s) -> (O, M)
     "focal": lambda logits, truth, knobs: losses.focal_loss(logits, truth),
@@ -90,7 +74,7 @@ class TrainSettings:
     batch_size: Annotated[int, at_least(1)]  # images per forward
     accumulate: Annotated[int, at_least(1)]  # forwards per step
     objects_per_image: Annotated[int, at_least(1)]
-    trainable: Annotated[list, Rule(bool, "a list of parts")]  # names of parts, and {trunk_last_n: k}
+    trainable: Annotated[list, sections.Rule(bool, "a list of parts")]  # names of parts, and {trunk_last_n: k}
     loss_size: Annotated[int | None, at_least(1)]  # px; None: image_size / 4
     clip_norm: Annotated[float, above(0)]
     channels_last: bool
@@ -100,7 +84,7 @@ class TrainSettings:
     save_every: Annotated[int, at_least(1)]  # steps
     eval_images: Annotated[int | None, at_least(1)]
     eval_clicks: Annotated[
-        list[int], Rule(lambda counts: 1 in counts and min(counts) >= 1, "a list of counts with 1 in it")
+        list[int], sections.Rule(lambda counts: 1 in counts and min(counts) >= 1, "a list of counts with 1 in it")
     ]
     select_by: str  # a name of metric_names
     early_stop_evals: Annotated[int | None, at_least(1)]
@@ -124,14 +108,14 @@ class DataSettings:
 
     min_area_px: int  # in training and validation
     augmentation: Annotated[Augmentation, SAME_SECTION]
-    reader_keys: Annotated[dict, ALL_OTHERS]
+    reader_keys: Annotated[dict, sections.ALL_OTHERS]
 
 
 @dataclass(frozen=True)
 class PromptSettings:
     """How a user is simulated (`prompts:`, configs/sam2/prompts/*.yaml)."""
 
-    box_share: Annotated[float, between(0, 1)]  # share of the objects; the others start with one point
+    box_share: Annotated[float, sections.between(0, 1)]  # share of the objects; the others start with one point
     repeat_objects: bool  # prompt objects again, anew, where a picture has fewer than objects_per_image
     min_corrections: int  # further clicks, drawn per object from this range
     max_corrections: int
@@ -159,7 +143,7 @@ class LossSettings:
     masks: Annotated[str, one_of("best", "first")]
 
     def __post_init__(self):
-        check_terms(self.terms, TERMS)
+        sections.check_terms(self.terms, TERMS)
 
 
 @dataclass(frozen=True)
@@ -168,7 +152,7 @@ class OptimSettings:
 
     lr: float  # highest
     encoder_lr_factor: float  # factor of the image encoder's parameters
-    betas: Annotated[list[float], of_length(2, "two numbers")]
+    betas: Annotated[list[float], sections.of_length(2, "two numbers")]
     weight_decay: float  # 0 for biases, norms and embeddings
     warmup_steps: int
     min_lr_factor: float  # the rate at the last step, as a share of lr
@@ -728,7 +712,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     num_trainable, num_all = sum(p.numel() for p in trainable.values()), sum(p.numel() for p in model.parameters())
     print(
         f"{settings.model['name']}: {num_trainable:,} parameters trained, {num_all - num_trainable:,} frozen; "
-        f"{device}, {precision}; loss: {describe_terms(settings.loss.terms)}"
+        f"{device}, {precision}; loss: {sections.describe_terms(settings.loss.terms)}"
     )
     optimizer = torch.optim.AdamW(
         parameter_groups(trainable, optim_settings), lr=optim_settings.lr, betas=tuple(optim_settings.betas)
@@ -863,7 +847,7 @@ RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data.root", "dat
 @hydra.main(version_base="1.3", config_path="configs/sam2", config_name="train_sam2")
 def main(cfg) -> float:
     """Read the config, train, and end with one line on what went wrong and status 1, if anything did."""
-    with one_line_errors("train_sam2"):
+    with sections.one_line_errors("train_sam2"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         hydra_config = HydraConfig.get()
         run_dir = Path(hydra_config.runtime.output_dir)
@@ -876,5 +860,5 @@ def main(cfg) -> float:
 
 
 if __name__ == "__main__":
-    stop_at_moved_files("sam2", sys.argv[1:])
+    sections.stop_at_moved_files("sam2", sys.argv[1:])
     main()
