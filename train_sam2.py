@@ -29,6 +29,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before th
 import functools
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -545,7 +546,8 @@ def evaluate(
         num_objects += len(objects)
         with run.autocast(model.device, precision):
             embeddings = embedding_cache.embed(model, read_picture(item.image_path, False, model.image_size, entries))
-        pictured = []  # (prompt point, predicted mask) of this picture's objects
+        is_pictured = samples_dir is not None and number < picture_images
+        pictured = []  # (click, predicted mask, true mask) of this picture's objects, if it is drawn
         chunk_size = max(1, min(64, 2**26 // (orig_hw[0] * orig_hw[1])))  # bounds the full-size logits
         for start in range(0, len(objects), chunk_size):
             masks = np.stack([layers[layer] == object_id for layer, object_id in objects[start : start + chunk_size]])
@@ -573,18 +575,17 @@ def evaluate(
                     measured[click_names[clicks.index(count)]].append(mask_iou(best_masks, truth))
                 if count == 1:
                     measured[oracle_name].append(mask_iou(pred_masks, truth[:, None]).amax(1))
-                    pictured += list(zip(points, pred_mask, strict=True))
-        if samples_dir is not None and number < picture_images:
-            truth_masks = [layers[layer] == object_id for layer, object_id in objects]
-            image_rgb = read_image(item.image_path)
-            picture = draw_sample(image_rgb, [p for p, _ in pictured], [m for _, m in pictured], truth_masks)
+                if count == 1 and is_pictured:
+                    pictured += zip(points, pred_mask, masks, strict=True)
+        if is_pictured:
+            picture = draw_sample(read_image(item.image_path), *zip(*pictured, strict=True))
             write_image(samples_dir / f"{item.name.replace('/', '_')}.png", picture)  # stems repeat across folders
     means = {name: torch.cat(chunks).mean().item() for name, chunks in measured.items()}
     return means | {"val/num_images": len(items), "val/num_objects": num_objects}
 
 
 def draw_sample(
-    image_rgb: np.ndarray, points: list[np.ndarray], pred_masks: list[np.ndarray], masks: list[np.ndarray]
+    image_rgb: np.ndarray, points: Sequence[np.ndarray], pred_masks: Sequence[np.ndarray], masks: Sequence[np.ndarray]
 ) -> np.ndarray:
     """Draw clicks, predicted masks and true masks side by side, one colour per object: uint8, 384 px a side each."""
     panels = [image_rgb]

@@ -158,16 +158,9 @@ def tiny(request):
 def predict_ours(tiny, point_coords, point_labels, mask_inputs, multimask_output):
     model, image_rgb, embeddings, _ = tiny
     points = models.scale_points(torch.tensor(point_coords), image_rgb.shape[:2], model.image_size)
+    labels = torch.tensor([point_labels], dtype=torch.int32)
     with torch.no_grad():
-        return models.decode(
-            model,
-            embeddings,
-            torch.tensor([0]),
-            points[None],
-            torch.tensor([point_labels], dtype=torch.int32),
-            mask_inputs,
-            multimask_output,
-        )
+        return models.decode(model, embeddings, torch.tensor([0]), points[None], labels, mask_inputs, multimask_output)
 
 
 POINTS, BOX = [[40.5, 61.0], [200.0, 150.0], [329.0, 0.0]], [30.0, 20.0, 250.0, 180.5]

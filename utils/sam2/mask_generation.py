@@ -336,13 +336,10 @@ def _measure_chunk(low_res_masks: torch.Tensor, full_hw: tuple[int, int], offset
     num_inner = (logits > offset).sum((1, 2))
     num_outer = (logits > -offset).sum((1, 2))
     mask = logits > 0
-    edges = []
-    for is_used in (mask.any(1), mask.any(2)):  # columns (K, W), rows (K, H)
-        used = is_used.to(torch.uint8)
-        first = used.argmax(1)
-        last = used.shape[1] - 1 - used.flip(1).argmax(1)
-        edges.append(torch.stack([first, torch.where(is_used.any(1), last, 0)], dim=1))
-    boxes_xyxy = torch.stack([edges[0][:, 0], edges[1][:, 0], edges[0][:, 1], edges[1][:, 1]], dim=1)
+    axes = mask.any(1).to(torch.uint8), mask.any(2).to(torch.uint8)  # columns (K, W) and rows (K, H) that are used
+    first = [used.argmax(1) for used in axes]
+    last = [used.shape[1] - 1 - used.flip(1).argmax(1) for used in axes]
+    boxes_xyxy = torch.stack([*first, *last], dim=1) * axes[0].amax(1, keepdim=True)  # zeros for an empty mask
     stability = num_inner.float() / num_outer.clamp(min=1)
     return torch.cat([stability[:, None], boxes_xyxy], dim=1)
 

@@ -67,9 +67,8 @@ def random_correction_points(
     region = torch.where(region.any(1, keepdim=True), region, ~masks.flatten(1))
     region = torch.where(region.any(1, keepdim=True), region, True)
     counts = region.cumsum(1)  # (O, H*W), how many region pixels up to and with this one
-    rank = (uniform.to(counts.device) * counts[:, -1]).long().clamp(
-        max=counts[:, -1] - 1
-    ) + 1  # (O,) in 1..number of pixels
+    num_pixels = counts[:, -1]  # (O,), of the region
+    rank = (uniform.to(counts.device) * num_pixels).long().clamp(max=num_pixels - 1) + 1  # (O,) in 1..num_pixels
     flat_index = torch.searchsorted(counts, rank[:, None]).squeeze(1)  # first pixel with that count
     point_coords = torch.stack([flat_index % width, flat_index // width], dim=1).float()
     is_positive = masks.flatten(1).gather(1, flat_index[:, None])  # missed pixels are foreground by definition
@@ -86,11 +85,10 @@ def center_point(mask: np.ndarray, pred_mask: np.ndarray) -> tuple[np.ndarray, i
         (x, y) float32 (2,) in the mask's frame, and its label: 1 where foreground was missed, 0 where overpainted.
     Source: RITM (Sofiiuk et al. 2021); SAM 2's `sample_one_point_from_error_center`.
     """
-    depths = [
+    missed_depth, overpainted_depth = (
         cv2.distanceTransform(np.pad(region, 1).astype(np.uint8), cv2.DIST_L2, 0)[1:-1, 1:-1]
         for region in (mask & ~pred_mask, pred_mask & ~mask)
-    ]
-    missed_depth, overpainted_depth = depths
+    )
     label = int(missed_depth.max() > overpainted_depth.max())
     depth = missed_depth if label else overpainted_depth
     y, x = np.unravel_index(depth.argmax(), depth.shape)
