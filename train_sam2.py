@@ -526,15 +526,12 @@ def evaluate(
     Args:
         min_area_px: smaller objects are left out.
         clicks: numbers of clicks to report, such as [1, 2, 3, 5, 9].
-        samples_dir: a folder that is made for pictures (image with prompts, prediction, truth) of the first
-            `picture_images` items; None: no pictures.
+        samples_dir: where to put pictures (image with prompts, prediction, truth) of the first `picture_images` items.
         entries: as for `read_picture`.
     Returns:
         {"val/iou_1_click": mean over objects, ...} for `metric_names`, and "val/num_images", "val/num_objects".
     """
     model.eval()
-    if samples_dir is not None:
-        samples_dir.mkdir(parents=True, exist_ok=True)
     names = metric_names(clicks)
     *click_names, oracle_name, box_name = names
     measured: dict[str, list[torch.Tensor]] = {name: [] for name in names}  # (O,) of each chunk of objects
@@ -689,11 +686,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     generate, root = reader_keys.pop("generate", None), reader_keys["root"]
     if generate is not None:
         root = reader_keys["root"] = str(write_samples(generate, root))
-    on_bad = reader_keys["on_bad"]
-    if settings.check:
-        reader_keys["on_bad"] = "skip"  # so that pairs that lack a file are listed with all other faults
     check_keys(split_items, reader_keys, "data")
-    splits = split_items(**reader_keys)
+    on_bad = reader_keys["on_bad"]  # check=true lists pairs that lack a file with all other faults
+    splits = split_items(**reader_keys | {"on_bad": "skip" if settings.check else on_bad})
     (train_items, val_items), counts = check_data(splits, min_area_px, on_bad, run_dir, list_all=settings.check)
     if settings.check:
         return float("nan")
@@ -755,6 +750,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         # 1. evaluate and save
         is_last = loop.step >= train_settings.steps
         if (loop.step % train_settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
+            samples_dir = run_dir / "samples" / f"step_{loop.step:06d}"
+            samples_dir.mkdir(parents=True, exist_ok=True)
             with window.paused():  # speed is that of training alone
                 metrics = evaluate(
                     model,
@@ -762,7 +759,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
                     min_area_px,
                     train_settings.eval_clicks,
                     precision,
-                    run_dir / "samples" / f"step_{loop.step:06d}",
+                    samples_dir,
                     train_settings.picture_images,
                     entries,
                 )

@@ -13,7 +13,7 @@ import pytest
 import tiny_training as tiny
 import torch
 import yaml
-from tiny import changed_config, compose_config
+from tiny import changed_config, compose_config, crash_at_step
 
 import infer_sam2
 import train_sam2
@@ -211,14 +211,10 @@ def test_hash_is_of_the_weights_that_were_used():
         before = embedding_cache.hash_weights(model, False)
         values.data.view(-1)[-1] += 1e-3
         assert embedding_cache.hash_weights(model, False) != before, name
-    model = model.to(memory_format=torch.channels_last)
-    assert embedding_cache.hash_weights(model, False) == embedding_cache.hash_weights(build_and_copy(model), False)
-
-
-def build_and_copy(model):
     other = build_tiny()
     other.load_state_dict(model.state_dict())
-    return other
+    model = model.to(memory_format=torch.channels_last)
+    assert embedding_cache.hash_weights(model, False) == embedding_cache.hash_weights(other, False)
 
 
 DAMAGES = {  # content and that of another entry -> content
@@ -430,16 +426,8 @@ def test_resumed_run_equals_the_uninterrupted_one(root, cache_dir, tmp_path, qui
     steps = ("train.steps=3", "train.eval_every=2", "train.save_every=1", f"cache={cache_dir}", "prompts=mixed")
     config = tiny_config(root, *steps)
     whole = tiny.train_in(tmp_path / "whole", config)
-    real_loss, calls = train_sam2.prompted_loss, []
-
-    def crash(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real_loss(*args)
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_sam2, "prompted_loss", crash)
+        crash_at_step(patch, 1)
         tiny.train_in(tmp_path / "killed", config)
     status, _ = tiny.run_main(
         monkeypatch, capfd, tmp_path / "resumed", f"resume={tmp_path / 'killed'}", f"cache={tmp_path / 'moved'}",
@@ -572,10 +560,7 @@ def infer(run_dir, *overrides):
     return {path.stem: json.loads(path.read_text()) for path in run_dir.glob("0*.json")}, failures
 
 
-def test_inference_encodes_each_picture_once(root, tmp_path, monkeypatch, capfd):
-    calls = []
-    real = models.encode_frozen
-    monkeypatch.setattr(models, "encode_frozen", lambda *args: calls.extend(args[1]) or real(*args))
+def test_inference_encodes_each_picture_once(root, tmp_path, num_encoded, capfd):
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in ("001", "002"):
@@ -584,16 +569,17 @@ def test_inference_encodes_each_picture_once(root, tmp_path, monkeypatch, capfd)
     (folder / "000.png").write_bytes(b"no picture")
     common = (f"input={folder}", "mode=prompts", "points=[[20,20,1]]")
     expected, _ = infer(tmp_path / "off", *common)
+    num_encoded.clear()
     cache = (f"cache={tmp_path / 'cache'}", "cache_precision=fp32")
     first, failures = infer(tmp_path / "first", *common, *cache)
     assert len(failures) == 1 and "000.png" in failures[0]
-    assert len(list((tmp_path / "cache").glob("*/*.emb"))) == 2 and calls
+    assert len(list((tmp_path / "cache").glob("*/*.emb"))) == 2 and num_encoded
     assert "to encode (" in capfd.readouterr().out
-    calls.clear()
+    num_encoded.clear()
     second, failures = infer(tmp_path / "second", *common, *cache)
-    assert calls == [] and len(failures) == 1
+    assert num_encoded == [] and len(failures) == 1
     other, _ = infer(tmp_path / "other", f"input={folder}", "mode=prompts", "boxes=[[5,5,40,40]]", *cache)
-    assert calls == [] and other != second
+    assert num_encoded == [] and other != second
     assert first == second == expected and sorted(expected) == ["001", "002", "003"]
 
 
