@@ -34,7 +34,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before th
 import functools
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -49,33 +49,18 @@ from tqdm import tqdm
 
 from utils import loop as loops
 from utils import run
+from utils import settings as sections
 from utils.checkpoint import find_resume, load_checkpoint, resumed_config, stored_config
 from utils.dataset_check import CheckReport
 from utils.images import IGNORE_INDEX, list_images, output_names, overlay_label_map, write_image
 from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
 from utils.samples.write import write_samples
 from utils.segmentation import losses, metrics, model_summary, prediction, reports, views
-from utils.segmentation.check import check_data, class_frequencies, count_class_pixels
+from utils.segmentation.check import check_data, count_class_pixels
 from utils.segmentation.readers import Item, name_classes, read_item, read_picture, split_items
 from utils.segmentation.segmenters import FCN, DeepLabV3, SegNet, ViTSegmenter
 from utils.segmentation.unet import PAPER_MARGIN, UNet, UNetPaper
-from utils.settings import (
-    ALL_OTHERS,
-    SAME_SECTION,
-    CommonSettings,
-    Rule,
-    above,
-    at_least,
-    check_keys,
-    check_modes,
-    check_terms,
-    describe_terms,
-    of_length,
-    one_line_errors,
-    one_of,
-    read_settings,
-    stop_at_moved_files,
-)
+from utils.settings import SAME_SECTION, CommonSettings, above, at_least, check_keys, one_of, read_settings
 
 NETWORKS = {
     "unet_paper": UNetPaper,
@@ -93,7 +78,7 @@ TERMS = {  # summed in this order; inputs: logits (B, C, H, W), targets (B, H, W
     "dice": lambda inputs, pixel_weight, knobs: losses.dice_loss(*inputs),
     "tversky": lambda inputs, pixel_weight, knobs: losses.tversky_loss(*inputs, knobs.tversky_alpha),
 }
-AUTO_OR_LIST = Rule(lambda value: not isinstance(value, str) or value == "auto", "auto, or a list")
+AUTO_OR_LIST = sections.Rule(lambda value: not isinstance(value, str) or value == "auto", "auto, or a list")
 LATENCY_REPEATS = 30
 MODES_OF_KEY = {
     "checkpoint": ("evaluate", "predict", "summary"), "input": ("predict",), "resume": ("train",),
@@ -126,7 +111,7 @@ class DataSettings:
 
     framing: Annotated[views.Framing, SAME_SECTION]
     augmentation: Annotated[views.Augmentation, SAME_SECTION]
-    reader_keys: Annotated[dict, ALL_OTHERS]
+    reader_keys: Annotated[dict, sections.ALL_OTHERS]
 
 
 @dataclass(frozen=True)
@@ -136,13 +121,13 @@ class LossSettings:
     terms: dict  # {a name in TERMS: its weight}
     tversky_alpha: float
     focal_gamma: float
-    # one a class; auto: from the frequencies in the training set
+    # one a class; auto: from the frequencies in the training set, see `weigh_classes`
     class_weights: Annotated[list[float] | str | None, AUTO_OR_LIST]
     border_weight: Annotated[float, at_least(0)]  # w0 of the paper's weight map; 0: none
     border_sigma: Annotated[float, above(0)]  # px
 
     def __post_init__(self):
-        check_terms(self.terms, TERMS)
+        sections.check_terms(self.terms, TERMS)
 
 
 @dataclass(frozen=True)
@@ -151,7 +136,7 @@ class OptimSettings:
 
     name: Annotated[str, one_of("adamw", "adam", "sgd")]
     lr: Annotated[float, above(0)]  # highest
-    betas: Annotated[list[float], of_length(2, "two numbers")]  # adam, adamw
+    betas: Annotated[list[float], sections.of_length(2, "two numbers")]  # adam, adamw
     momentum: float  # sgd
     weight_decay: float  # 0 for biases, norms and embeddings
     schedule: Annotated[str, one_of("constant", "cosine", "poly")]
@@ -188,43 +173,34 @@ class Config:
 # disk -> tensors
 
 
-def border_weights(
-    class_map: np.ndarray, loss_settings: LossSettings, class_weights: list[float] | None
-) -> torch.Tensor | None:
+def border_weights(class_map: np.ndarray, loss_settings: LossSettings) -> torch.Tensor | None:
     """Compute the weight of each pixel: its class's, and the paper's more in narrow gaps between objects of class 1.
 
     Args:
         class_map: uint8 (H, W); the connected parts of class 1 are the objects.
-        class_weights: one a class; None: 1.
+        loss_settings: from `weigh_classes`.
     Returns:
         float32 (H, W); None without border_weight.
     """
     if loss_settings.border_weight == 0:
         return None
     weight_of_class = np.ones(256, np.float32)
-    if class_weights is not None:
-        weight_of_class[: len(class_weights)] = class_weights
+    if loss_settings.class_weights is not None:
+        weight_of_class[: len(loss_settings.class_weights)] = loss_settings.class_weights
     _, instances = cv2.connectedComponents((class_map == 1).astype(np.uint8), connectivity=4)
-    w0, sigma = loss_settings.border_weight, loss_settings.border_sigma
-    extra = losses.border_weight_map(instances, w0, sigma, class_weights=(0.0, 0.0))
+    extra = losses.border_weight_map(instances, loss_settings.border_weight, loss_settings.border_sigma)
     return torch.from_numpy(weight_of_class[class_map] + extra)
 
 
+@dataclass(frozen=True)
 class AugmentedPairs(Dataset):
     """Training samples: a picture and its class map, varied alike. A sample is a function of (seed, sample_index)."""
 
-    def __init__(
-        self,
-        items: list[Item],
-        seed: int,
-        framing: views.Framing,
-        augmentation: views.Augmentation,
-        margin: int,
-        loss_settings: LossSettings,
-        class_weights: list[float] | None,
-    ):
-        self.items, self.seed, self.framing, self.augmentation = items, seed, framing, augmentation
-        self.margin, self.loss_settings, self.class_weights = margin, loss_settings, class_weights
+    items: list[Item]
+    seed: int
+    data_settings: DataSettings
+    margin: int  # px of the network's input that its output lacks on each side
+    loss_settings: LossSettings  # from `weigh_classes`
 
     def __getitem__(self, sample_index: int) -> dict:
         """Read a pair and vary it.
@@ -236,8 +212,9 @@ class AugmentedPairs(Dataset):
         item_number = run.shuffled_item(self.seed, sample_index, len(self.items))
         item = self.items[item_number]
         rng = run.sample_rng(self.seed, sample_index)
-        image, target = views.training_view(*read_item(item), self.framing, self.augmentation, self.margin, rng)
-        pixel_weight = border_weights(target.numpy(), self.loss_settings, self.class_weights)
+        framing, augmentation = self.data_settings.framing, self.data_settings.augmentation
+        image, target = views.training_view(*read_item(item), framing, augmentation, self.margin, rng)
+        pixel_weight = border_weights(target.numpy(), self.loss_settings)
         return {"image": image, "target": target, "pixel_weight": pixel_weight, "name": str(item.image_path)}
 
 
@@ -259,7 +236,6 @@ def weighted_loss(
     logits: torch.Tensor,
     targets: torch.Tensor,
     loss_settings: LossSettings,
-    class_weights: list[float] | None,
     pixel_weight: torch.Tensor | None,
 ) -> torch.Tensor:
     """Sum the terms of the loss, each times its weight, in fp32.
@@ -267,10 +243,12 @@ def weighted_loss(
     Args:
         logits: (B, C, H, W), any float type.
         targets: (B, H, W) classes, 255 where nothing counts.
-        class_weights: one a class, or None.
+        loss_settings: from `weigh_classes`.
         pixel_weight: float32 (B, H, W), which holds the class weights too, or None.
     """
-    class_weight = None if class_weights is None else torch.tensor(class_weights, device=logits.device)
+    class_weight = loss_settings.class_weights
+    if class_weight is not None:
+        class_weight = torch.tensor(class_weight, device=logits.device)
     total = torch.zeros((), device=logits.device)
     for name, term in TERMS.items():
         if weight := loss_settings.terms.get(name, 0):
@@ -304,7 +282,6 @@ def evaluate(
     items: list[Item],
     split: str,
     loss_settings: LossSettings,
-    class_weights: list[float] | None,
     samples_dir: Path | None,
     picture_images: int,
 ) -> tuple[dict[str, float], np.ndarray]:
@@ -312,8 +289,8 @@ def evaluate(
 
     Args:
         split: the metrics' prefix: val or test.
-        class_weights: one a class, or None: 1.
-        samples_dir: where to put pictures (image, prediction, truth) of the first `picture_images` items.
+        loss_settings: from `weigh_classes`.
+        samples_dir: where to put pictures (image, prediction, truth) of the first `picture_images` items, if any.
     Returns:
         {"val/mean_iou": float, ...}, val/iou_<class> for the classes that occur; the confusion matrix, int64 (C, C),
         rows are the truth.
@@ -325,15 +302,13 @@ def evaluate(
         image, class_map = read_item(item)
         logits = predictor.predict(image)  # (C, H, W)
         target = torch.from_numpy(class_map).to(predictor.device)  # (H, W)
-        pixel_weight = border_weights(class_map, loss_settings, class_weights)
-        if pixel_weight is not None:
-            pixel_weight = pixel_weight.to(predictor.device)[None]
-        loss = weighted_loss(logits[None], target[None], loss_settings, class_weights, pixel_weight)
-        loss_values.append(loss.item())
+        pixel_weight = border_weights(class_map, loss_settings)  # (H, W) or None
+        pixel_weight = None if pixel_weight is None else pixel_weight[None]
+        loss_values.append(weighted_loss(logits[None], target[None], loss_settings, pixel_weight).item())
         soft_ious.append(metrics.soft_iou(logits.softmax(0)[None], target[None].long()).item())
         pred = logits.argmax(0)  # (H, W)
         matrix += metrics.confusion_matrix(pred, target, len(names)).cpu().numpy()
-        if samples_dir is not None and number < picture_images:
+        if number < picture_images:
             picture = reports.draw_sample(image, pred.cpu().numpy(), class_map, names)
             write_image(samples_dir / f"{item.name.replace('/', '_')}.png", picture)  # stems repeat across folders
     measured = metrics.segmentation_metrics(matrix)
@@ -392,25 +367,25 @@ def write_splits(splits: dict[str, list[Item]], splits_dir: Path) -> None:
         (splits_dir / f"{split}.txt").write_text("".join(f"{item.name}\n" for item in items), encoding="utf-8")
 
 
-def choose_class_weights(
-    class_weights: list[float] | str | None, items: list[Item], report: CheckReport
-) -> list[float] | None:
-    """Turn `loss.class_weights` into one weight for each class.
+def weigh_classes(loss_settings: LossSettings, items: list[Item], report: CheckReport) -> LossSettings:
+    """Put one weight for each class in the place of class_weights "auto": every class the same total weight.
 
     Args:
-        class_weights: a list, None, or "auto": every class the same total weight in the training pictures.
         items: the training pictures.
+    Returns:
+        the settings with class_weights a list, one a class, or None: 1.
     Raises:
         ValueError: for a list that has not one weight, 0 or more, for each class.
     """
-    num_classes = len(items[0].coding.class_names)
+    class_weights, num_classes = loss_settings.class_weights, len(items[0].coding.class_names)
     if class_weights == "auto":
-        return losses.balanced_class_weights(class_frequencies(report, items)).tolist()
+        class_pixels = count_class_pixels(report, items)
+        class_weights = losses.balanced_class_weights(class_pixels / class_pixels.sum()).tolist()
     if class_weights is not None and (len(class_weights) != num_classes or min(class_weights) < 0):
         raise ValueError(
             f"loss.class_weights is {class_weights}; must be {num_classes} numbers, one for each class, 0 or more"
         )
-    return class_weights
+    return replace(loss_settings, class_weights=class_weights)
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
@@ -431,6 +406,16 @@ def build_optimizer(model: torch.nn.Module, optim: OptimSettings) -> torch.optim
     return optimizer(groups, lr=optim.lr, betas=tuple(optim.betas))
 
 
+def build_predictor(
+    settings: Config, model: torch.nn.Module, device: torch.device, precision: str
+) -> prediction.Predictor:
+    """Make what predicts pictures of any size with a network on the device; precision: fp32, bf16 or fp16."""
+    framing, margin = settings.data.framing, output_margin(settings.model)
+    channels = settings.data.reader_keys["channels"]
+    tile_hw = prediction.choose_tile(settings.tiles, model, framing, margin, channels, device)
+    return prediction.Predictor(model, framing, margin, tile_hw, settings.tiles.overlap, device, precision)
+
+
 def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     """Train as configured and return the best value of `train.select_by`.
 
@@ -440,21 +425,16 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         resume_path: the last.pt to continue from, or None.
     """
     settings = read_settings(Config, config)
-    common, train_settings, loss_settings = settings.common, settings.train, settings.loss
-    framing, reader_keys, margin = settings.data.framing, dict(settings.data.reader_keys), output_margin(settings.model)
+    common, train_settings, reader_keys = settings.common, settings.train, settings.data.reader_keys
     device = run.choose_device(common.device)
     precision = run.choose_precision(common.precision, device)
     run.seed_everything(common.seed)
-    channels, num_classes = reader_keys["channels"], reader_keys["num_classes"]
     is_new = resume_path is None and not settings.check  # other weights than a checkpoint's may be asked for
-    model = build_network(settings.model, channels, num_classes, is_new)  # a bad key ends here
+    model = build_network(settings.model, reader_keys["channels"], reader_keys["num_classes"], is_new)
 
-    # data: list, check, leave out what cannot be used
-    on_bad = reader_keys["on_bad"]
-    if settings.check:
-        reader_keys["on_bad"] = "skip"  # so that pairs that lack a file are listed with all other faults
-    splits = list_splits(reader_keys)
-    splits, counts, report = check_data(splits, on_bad, run_dir, list_all=settings.check)
+    # data: list, check, leave out what cannot be used; a check lists pairs that lack a file with all other faults
+    splits = list_splits(reader_keys | ({"on_bad": "skip"} if settings.check else {}))
+    splits, counts, report = check_data(splits, reader_keys["on_bad"], run_dir, list_all=settings.check)
     if settings.check:
         return float("nan")
     train_items, val_items, test_items = splits["train"], splits["val"][: train_settings.eval_images], splits["test"]
@@ -463,7 +443,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     if not val_items:
         raise ValueError(f"data.root {reader_keys['root']} has no validation picture: see data.val_fraction")
     class_names = val_items[0].coding.class_names
-    class_weights = choose_class_weights(loss_settings.class_weights, train_items or val_items, report)
+    loss_settings = weigh_classes(settings.loss, train_items or val_items, report)
 
     majority = reports.majority_metrics(count_class_pixels(report, val_items), "val")
     start_run(run_dir, config, counts)
@@ -473,11 +453,10 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     model = model.to(device)
     if train_settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    tile_hw = prediction.choose_tile(settings.tiles, model, framing, margin, reader_keys["channels"], device)
-    predictor = prediction.Predictor(model, framing, margin, tile_hw, settings.tiles.overlap, device, precision)
+    predictor = build_predictor(settings, model, device, precision)
     print(
         f"{settings.model['name']}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{len(class_names)} classes; {device}, {precision}; loss: {describe_terms(loss_settings.terms)}"
+        f"{len(class_names)} classes; {device}, {precision}; loss: {sections.describe_terms(loss_settings.terms)}"
     )
     optimizer = build_optimizer(model, settings.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -487,23 +466,16 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     is_resumed = resume_path is not None
     loop = loops.resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else loops.LoopState()
     log = MetricsLog(run_dir, loop.rows)
-    description = {"script": "train_unet", "config": config, "class_weights": class_weights}
+    description = {"script": "train_unet", "config": config, "class_weights": loss_settings.class_weights}
     save = functools.partial(loops.save_run, run_dir, loop, model, optimizer, scaler, description)
     if is_resumed:
         save(is_best=False)  # from now on this folder can be resumed too
 
-    dataset = AugmentedPairs(
-        train_items, common.seed, framing, settings.data.augmentation, margin, loss_settings, class_weights
-    )
+    dataset = AugmentedPairs(train_items, common.seed, settings.data, output_margin(settings.model), loss_settings)
     images_per_step = train_settings.batch_size * train_settings.accumulate
+    first_sample, stop = loop.step * images_per_step, train_settings.steps * images_per_step
     batches = loops.load_batches(
-        dataset,
-        collate,
-        loop.step * images_per_step,
-        train_settings.steps * images_per_step,
-        train_settings.batch_size,
-        common.num_workers,
-        device,
+        dataset, collate, first_sample, stop, train_settings.batch_size, common.num_workers, device
     )
     progress = tqdm(total=train_settings.steps, initial=loop.step, desc="train", disable=None)
     window = loops.SpeedWindow(loop.step)
@@ -515,13 +487,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             samples_dir.mkdir(parents=True, exist_ok=True)
             with window.paused():  # speed is that of training alone
                 values, matrix = evaluate(
-                    predictor,
-                    val_items,
-                    "val",
-                    loss_settings,
-                    class_weights,
-                    samples_dir,
-                    train_settings.picture_images,
+                    predictor, val_items, "val", loss_settings, samples_dir, train_settings.picture_images
                 )
                 shown = "  ".join(f"{name} {values[f'val/{name}']:.3f}" for name in reports.REPORTED)
                 tqdm.write(f"step {loop.step}: {shown}")
@@ -557,7 +523,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             # 3. forward
             with run.autocast(device, precision):
                 logits = model(images)  # (B, C, h', w')
-            micro_loss = weighted_loss(logits, targets, loss_settings, class_weights, batch["pixel_weight"])
+            micro_loss = weighted_loss(logits, targets, loss_settings, batch["pixel_weight"])
             micro_loss = micro_loss / train_settings.accumulate
             step_loss += loops.check_finite(micro_loss.item(), loop.step, f"pictures {', '.join(batch['names'])}")
             is_right, valid = logits.argmax(1) == targets, targets != IGNORE_INDEX  # (B, h', w')
@@ -594,7 +560,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     test: dict[str, float] = {}
     if train_settings.test_at_end and test_items:
         model.load_state_dict(load_checkpoint(run_dir / "best.pt")["model"])
-        test, matrix = evaluate(predictor, test_items, "test", loss_settings, class_weights, None, 0)
+        test, matrix = evaluate(predictor, test_items, "test", loss_settings, None, 0)
         print("\n" + "\n".join(reports.class_lines(matrix, class_names, "test")))
     finish_run(
         run_dir, {"start": loop.start_metrics, "best": loop.best, "last": last, "test": test, "majority": majority}
@@ -618,15 +584,16 @@ RESUMABLE = (
 # a finished network: evaluate, predict, summary
 
 
-def load_network(config: dict, state: dict, device: torch.device) -> torch.nn.Module:
-    """Rebuild the network of a checkpoint, in evaluation mode.
+def load_network(config: dict, state: dict | None, device: torch.device) -> torch.nn.Module:
+    """Rebuild the network of a checkpoint, in evaluation mode; without a checkpoint, its weights are random.
 
     Raises:
         ValueError: where the weights are not those of the model that the checkpoint's config names.
     """
     model = build_network(config["model"], config["data"]["channels"], config["data"]["num_classes"])
     try:
-        model.load_state_dict(state["model"])
+        if state is not None:
+            model.load_state_dict(state["model"])
     except RuntimeError as error:  # names each weight that is missing or has another shape
         raise ValueError(
             f"checkpoint {config['checkpoint']} does not hold the weights of its model {config['model']['name']}: "
@@ -679,13 +646,9 @@ def checkpoint_config(state: dict, current: dict, overrides: list[str]) -> dict:
 def load_predictor(config: dict, state: dict) -> prediction.Predictor:
     """Rebuild the network of a checkpoint, and how it predicts pictures; arguments as those of `predict`."""
     settings = read_settings(Config, config)
-    framing, margin = settings.data.framing, output_margin(settings.model)
     device = run.choose_device(settings.common.device)
     precision = run.choose_precision(settings.common.precision, device)
-    model = load_network(config, state, device)
-    channels = settings.data.reader_keys["channels"]
-    tile_hw = prediction.choose_tile(settings.tiles, model, framing, margin, channels, device)
-    return prediction.Predictor(model, framing, margin, tile_hw, settings.tiles.overlap, device, precision)
+    return build_predictor(settings, load_network(config, state, device), device, precision)
 
 
 def evaluate_checkpoint(config: dict, state: dict, run_dir: Path) -> float:
@@ -704,13 +667,12 @@ def evaluate_checkpoint(config: dict, state: dict, run_dir: Path) -> float:
     if not splits[split]:
         raise ValueError(f"data.root {reader_keys['root']} has no picture in its {split} split")
     splits, counts, _ = check_data({split: splits[split]}, reader_keys["on_bad"], run_dir, list_all=False)
-    items = splits[split]
+    items, loss_settings = splits[split], replace(settings.loss, class_weights=state["class_weights"])
     start_run(run_dir, config, counts)
     write_splits(splits, run_dir / "splits")
     samples_dir = run_dir / "samples"
     samples_dir.mkdir()
-    class_weights, picture_images = state["class_weights"], settings.train.picture_images
-    values, matrix = evaluate(predictor, items, split, settings.loss, class_weights, samples_dir, picture_images)
+    values, matrix = evaluate(predictor, items, split, loss_settings, samples_dir, settings.train.picture_images)
     class_names, majority = items[0].coding.class_names, reports.majority_metrics(matrix.sum(1), split)
     finish_run(run_dir, {"last": values, "majority": majority})
     np.savetxt(run_dir / "confusion.csv", matrix, "%d", ",", header=",".join(class_names), comments="")
@@ -776,21 +738,17 @@ def print_summary(config: dict, state: dict | None) -> None:
     settings = read_settings(Config, config)
     device = run.choose_device(settings.common.device)
     precision = run.choose_precision(settings.common.precision, device)
-    framing, reader_keys = settings.data.framing, settings.data.reader_keys
-    channels = reader_keys["channels"]
-    if state is None:
-        model = build_network(settings.model, channels, reader_keys["num_classes"]).to(device).eval()
-    else:
-        model = load_network(config, state, device)
-    print(model_summary.format_summary(model_summary.summarize(model, framing.input_hw, channels)))
-    latency = model_summary.measure_latency(model, framing.input_hw, channels, device, precision, LATENCY_REPEATS)
-    print(f"latency on {device}, {precision}: p50 {latency.p50_ms:.1f} ms, p95 {latency.p95_ms:.1f} ms")
+    input_hw, channels = settings.data.framing.input_hw, settings.data.reader_keys["channels"]
+    model = load_network(config, state, device)
+    print(model_summary.format_summary(model_summary.summarize(model, input_hw, channels)))
+    p50_ms, p95_ms = model_summary.measure_latency(model, input_hw, channels, device, precision, LATENCY_REPEATS)
+    print(f"latency on {device}, {precision}: p50 {p50_ms:.1f} ms, p95 {p95_ms:.1f} ms")
 
 
 def check_mode(settings: Config) -> None:
     """Refuse a mode without its input, and input that the mode would not use."""
     keys = {"checkpoint": settings.checkpoint, "input": settings.input, "resume": settings.common.resume}
-    check_modes([key for key, value in keys.items() if value is not None], MODES_OF_KEY, settings.mode)
+    sections.check_modes([key for key, value in keys.items() if value is not None], MODES_OF_KEY, settings.mode)
     for key, what in (("checkpoint", "best.pt"), ("input", "a picture or a folder")):
         if keys[key] is None and settings.mode in MODES_OF_KEY[key] and settings.mode != "summary":
             raise ValueError(f"mode={settings.mode} needs {key}=<{what}>")
@@ -799,7 +757,7 @@ def check_mode(settings: Config) -> None:
 @hydra.main(version_base="1.3", config_path="configs/unet", config_name="train_unet")
 def main(cfg) -> float | None:
     """Read the config, do what `mode` says, and end with one line on what went wrong and status 1, if anything did."""
-    with one_line_errors("train_unet"):
+    with sections.one_line_errors("train_unet"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         check_mode(read_settings(Config, config))
         hydra_config = HydraConfig.get()
@@ -825,5 +783,5 @@ def main(cfg) -> float | None:
 
 
 if __name__ == "__main__":
-    stop_at_moved_files("unet", sys.argv[1:])
+    sections.stop_at_moved_files("unet", sys.argv[1:])
     main()

@@ -31,23 +31,44 @@ def data_config(name: str, root) -> dict:
     return config | {"root": str(root)}
 
 
+DRAWN = {  # what a generator and a number draw, and the shapes and types of it
+    "scene": (
+        lambda rng, index: draw_scene(rng, 128, read_photographs()),
+        [((128, 128, 3), np.uint8), ((128, 128), np.int32)],
+    ),
+    "glassware": (
+        lambda rng, index: draw_glassware(rng, 120, 160),
+        [((120, 160, 3), np.uint8), ((120, 160), np.uint8), ((120, 160), np.uint8)],
+    ),
+    "pet": (
+        lambda rng, index: draw_pet(rng, index % 2 == 0, 96, 120),
+        [((96, 120, 3), np.uint8), ((96, 120), np.uint8)],
+    ),
+    "moving shapes": (
+        lambda rng, index: draw_moving_shapes(rng, 14, 160, 200),
+        [((14, 160, 200, 3), np.uint8), ((14, 4), np.float64), ((14,), np.int64)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_what_is_drawn_is_a_function_of_its_generator(name):
+    draw, expected = DRAWN[name]
+    pictures = set()
+    for index in range(4):
+        first, again = ([np.asarray(part) for part in draw(np.random.default_rng([5, index]), index)] for _ in range(2))
+        assert [(part.shape, part.dtype) for part in first] == expected
+        assert all(map(np.array_equal, first, again))
+        pictures.add(first[0].tobytes())
+    assert len(pictures) == 4
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # scenes
 
 
-def scene(index: int, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
-    return draw_scene(np.random.default_rng([5, index]), size, read_photographs())
-
-
-def test_a_scene_is_a_function_of_its_generator():
-    for index in range(6):
-        image_rgb, ids = scene(index)
-        again_rgb, again_ids = scene(index)
-        assert np.array_equal(image_rgb, again_rgb) and np.array_equal(ids, again_ids)
-        assert image_rgb.shape == (128, 128, 3) and image_rgb.dtype == np.uint8
-        assert ids.shape == (128, 128) and ids.dtype == np.int32 and ids.min() >= 0
-    assert len({scene(index)[0].tobytes() for index in range(6)}) == 6
-    assert scene(0, 96)[0].shape == (96, 96, 3)
+def scene(index: int) -> tuple[np.ndarray, np.ndarray]:
+    return draw_scene(np.random.default_rng([5, index]), 128, read_photographs())
 
 
 def test_textures_come_from_the_photographs_of_scikit_image():
@@ -55,10 +76,8 @@ def test_textures_come_from_the_photographs_of_scikit_image():
     assert len(photographs) == 12
     assert all(photograph.shape[2] == 3 and photograph.dtype == np.uint8 for photograph in photographs)
     assert np.array_equal(photographs[0], skimage.data.astronaut())
-    assert any(
-        not np.array_equal(scene(index)[0], draw_scene(np.random.default_rng([5, index]), 128, [])[0])
-        for index in range(4)
-    )
+    without = [draw_scene(np.random.default_rng([5, index]), 128, [])[0] for index in range(4)]
+    assert not all(np.array_equal(scene(index)[0], image_rgb) for index, image_rgb in enumerate(without))
 
 
 def test_without_scikit_image_one_line_says_what_to_install(monkeypatch):
@@ -119,8 +138,7 @@ def filled_by(strokes, mask) -> bool:
     return False
 
 
-def test_crowds_differ_from_their_ground(monkeypatch):
-    monkeypatch.setattr(scenes, "finish_picture", lambda rng, image: image)
+def test_crowds_differ_from_their_ground():
     for index in range(12):
         image, ids = scenes._draw_crowd(np.random.default_rng(index), 128)
         objects = object_ids(ids[None])
@@ -150,16 +168,9 @@ def test_most_instances_are_one_piece():
 
 
 def test_glassware_has_nested_vessels_and_materials():
-    num_vessels, num_materials = 0, 0
+    num_vessels = num_materials = 0
     for index in range(12):
-        rng = np.random.default_rng([7, index])
-        image_rgb, vessel_ids, material_ids = draw_glassware(rng, 120, 160)
-        again = draw_glassware(np.random.default_rng([7, index]), 120, 160)
-        assert all(map(np.array_equal, again, (image_rgb, vessel_ids, material_ids)))
-        assert image_rgb.shape == (120, 160, 3) and image_rgb.dtype == np.uint8
-        assert (
-            vessel_ids.shape == material_ids.shape == (120, 160) and vessel_ids.dtype == material_ids.dtype == np.uint8
-        )
+        _, vessel_ids, material_ids = draw_glassware(np.random.default_rng([7, index]), 120, 160)
         vessels, materials = set(np.unique(vessel_ids)) - {0}, set(np.unique(material_ids)) - {0}
         assert not vessels & materials and all(object_id > 15 for object_id in vessels | materials)
         for material in materials:  # inside one vessel, whose id is there too
@@ -172,21 +183,18 @@ def test_glassware_has_nested_vessels_and_materials():
 @pytest.fixture(scope="module")
 def glassware(tmp_path_factory):
     """The sample, written once: its folder."""
+    folder = tmp_path_factory.mktemp("generated") / "glassware"
     with pytest.MonkeyPatch.context() as patch:
-        root = tmp_path_factory.mktemp("repository")
-        patch.setattr(write, "REPOSITORY", root)
         patch.setattr(glassware_sample, "NUM_GLASSWARE", {"Train": 6, "Test": 2})
-        return write_samples("glassware", "data/generated_glassware")
+        glassware_sample.write_glassware(folder)
+    return folder
 
 
 def test_glassware_lies_in_the_layout_of_labpics(glassware):
     names = {path.relative_to(glassware).as_posix() for path in glassware.rglob("*") if path.is_file()}
-    expected = set()
-    for split, count in (("Train", 6), ("Test", 2)):
-        for index in range(count):
-            expected.add(f"Simple/{split}/Image/Glass_{index:03d}.jpg")
-            expected.add(f"Simple/{split}/Instance/Glass_{index:03d}.png")
-    assert names == expected
+    stems = [f"Train/{{}}/Glass_{index:03d}" for index in range(6)] + ["Test/{}/Glass_000", "Test/{}/Glass_001"]
+    parts = (("Image", "jpg"), ("Instance", "png"))
+    assert names == {f"Simple/{stem.format(part)}.{suffix}" for stem in stems for part, suffix in parts}
     sizes = set()
     for index in range(6):
         image = cv2.imread(str(glassware / f"Simple/Train/Image/Glass_{index:03d}.jpg"), cv2.IMREAD_UNCHANGED)
@@ -242,17 +250,21 @@ def contents(folder) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_samples_are_written_once_the_same_everywhere(repository, glassware, monkeypatch, capsys):
+@pytest.mark.parametrize("kind, num_files", [("glassware", 10), ("pets", 2 * 3 + 3)])
+def test_samples_are_written_once_the_same_everywhere(kind, num_files, repository, monkeypatch, capsys):
+    monkeypatch.setattr(pets_sample, "NUM_PETS", {"trainval": 2, "test": 1})
     monkeypatch.chdir("/")  # not where the user stands
-    folder = write_samples("glassware", "data/mine")
-    assert folder == repository / "data" / "mine" and str(folder) in capsys.readouterr().out
-    written, elsewhere = contents(folder), contents(glassware)
-    assert len(written) == 10 and all(elsewhere[name] == data for name, data in written.items())
-    (folder / "Simple" / "Train" / "Image" / "Glass_000.jpg").write_bytes(b"changed by the user")
-    assert write_samples("glassware", "data/mine") == folder
-    assert capsys.readouterr().out == ""
-    assert (folder / "Simple" / "Train" / "Image" / "Glass_000.jpg").read_bytes() == b"changed by the user"
-    assert [path.name for path in folder.parent.iterdir()] == ["mine"]
+    folder = write_samples(kind, "data/mine")
+    assert folder == repository / "data" / "mine"
+    assert f"writing generated {kind} to {folder}" in capsys.readouterr().out
+    written = contents(folder)
+    assert len(written) == num_files and contents(write_samples(kind, "data/again")) == written
+    changed = folder / next(iter(written))
+    changed.write_bytes(b"changed by the user")
+    capsys.readouterr()
+    assert write_samples(kind, "data/mine") == folder and capsys.readouterr().out == ""
+    assert changed.read_bytes() == b"changed by the user"
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["again", "mine"]
 
 
 def test_a_killed_write_leaves_no_dataset_and_the_next_is_whole(repository, monkeypatch):
@@ -312,15 +324,6 @@ def pets(tmp_path_factory):
     return folder
 
 
-def test_a_pet_is_a_function_of_its_generator():
-    for index in range(4):
-        image_rgb, trimap = draw_pet(np.random.default_rng([5, index]), index % 2 == 0, 96, 120)
-        again_rgb, again = draw_pet(np.random.default_rng([5, index]), index % 2 == 0, 96, 120)
-        assert np.array_equal(image_rgb, again_rgb) and np.array_equal(trimap, again)
-        assert image_rgb.shape == (96, 120, 3) and trimap.shape == (96, 120)
-        assert image_rgb.dtype == trimap.dtype == np.uint8 and set(np.unique(trimap)) == {1, 2, 3}
-
-
 def test_the_border_separates_pet_and_background():
     shares = np.zeros(4)
     for index in range(40):
@@ -375,40 +378,15 @@ def test_pets_are_read_by_the_default_config(pets):
         assert np.abs(image.astype(int) - drawn_rgb).mean() < 12  # JPEG
 
 
-def test_pets_are_written_once(repository, monkeypatch, capsys):
-    monkeypatch.setattr(pets_sample, "NUM_PETS", {"trainval": 2, "test": 1})
-    folder = write_samples("pets", "data/generated_pets")
-    assert folder == repository / "data" / "generated_pets" and "writing generated pets" in capsys.readouterr().out
-    first = contents(folder)
-    assert len(first) == 2 * 3 + 3
-    write_samples("pets", "data/generated_pets")
-    assert capsys.readouterr().out == ""
-    assert contents(write_samples("pets", "data/again")) == first
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # moving shapes
 
 
-def moving(index: int):
-    return draw_moving_shapes(np.random.default_rng([6, index]), 14, 160, 200)
-
-
-def test_moving_shapes_are_a_function_of_their_generator():
-    frames, boxes_xywh, cover = moving(0)
-    again, again_boxes, again_cover = moving(0)
-    assert all(np.array_equal(frame, other) for frame, other in zip(frames, again, strict=True))
-    assert np.array_equal(boxes_xywh, again_boxes) and np.array_equal(cover, again_cover)
-    assert len(frames) == 14 and frames[0].shape == (160, 200, 3) and frames[0].dtype == np.uint8
-    assert boxes_xywh.shape == (14, 4) and boxes_xywh.dtype == np.float64 and cover.dtype == np.int64
-    assert not np.array_equal(moving(1)[0][0], frames[0])
-
-
 def test_the_box_goes_where_the_shape_goes():
     """The first frame's patch is found again near the later boxes, better than anywhere else nearby."""
-    found_near = []
+    is_near = []
     for index in range(6):
-        frames, boxes_xywh, cover = moving(index)
+        frames, boxes_xywh, cover = draw_moving_shapes(np.random.default_rng([6, index]), 14, 160, 200)
         assert (boxes_xywh[:, :2] >= 0).all() and (boxes_xywh[:, :2] + boxes_xywh[:, 2:] <= [200, 160]).all()
         assert boxes_xywh[:, 2:].min() > 16 and cover.min() >= 0 and cover.max() == 8
         x, y, w, h = boxes_xywh[0].astype(int)
@@ -421,8 +399,8 @@ def test_the_box_goes_where_the_shape_goes():
             window = frames[t][top : y + h + 25, left : x + w + 25]
             match = cv2.matchTemplate(window, patch, cv2.TM_CCOEFF_NORMED)
             best_y, best_x = np.unravel_index(match.argmax(), match.shape)
-            found_near.append(np.hypot(left + best_x - x, top + best_y - y) < 4)
-    assert len(found_near) >= 8 and np.mean(found_near) > 0.85
+            is_near.append(np.hypot(left + best_x - x, top + best_y - y) < 4)
+    assert len(is_near) >= 8 and np.mean(is_near) > 0.85
 
 
 def test_cover_is_what_is_seen_of_the_shape(monkeypatch):

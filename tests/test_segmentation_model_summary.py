@@ -58,18 +58,11 @@ def test_layers_in_closed_form():
         ("Dropout", "", (1, 3, 7), 0, 0),
     ]
     assert [row.name for row in summary.rows] == list("0123456")
+    assert summarize(model[0], (9, 11), 4).rows[0].name == "(model)"
     assert summary.multiply_adds == sum(row.multiply_adds for row in summary.rows)
     assert summary.parameters - summary.trainable_parameters == 121 * 7
     values = 150 + 150 + 363 + 363 + 21  # the ReLU works in place, and dropout does nothing here
     assert summary.activation_megabytes == 4 * values / 1e6
-
-
-def test_the_series_example_of_a_separable_layer():
-    """At 128 x 128, 16 to 32 channels: 75.5 M multiply-adds become 10.75 M."""
-    plain = summarize(nn.Conv2d(16, 32, 3, padding=1, bias=False), (128, 128), 16)
-    separable = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.Conv2d(16, 32, 1, bias=False))
-    assert plain.multiply_adds == 4608 * 128 * 128 and plain.rows[0].name == "(model)"
-    assert summarize(separable, (128, 128), 16).multiply_adds == 656 * 128 * 128
 
 
 def test_attention_counts():
@@ -83,16 +76,11 @@ def test_attention_counts():
     assert summary.rows[-1].parameters == model.positions.numel()
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        UNet(3, 2, 4, 3, "bilinear"),
-        FCN(3, 2, 4, 8, 0.5),
-        SegNet(3, 2, 4, True),
-        ViTSegmenter(3, 2, 32, 8, 16, 2, 2, 0.1),
-    ],
-    ids=lambda model: type(model).__name__,
-)
+MODELS = [UNet(3, 2, 4, 3, "bilinear"), FCN(3, 2, 4, 8, 0.5), SegNet(3, 2, 4, True)]
+MODELS.append(ViTSegmenter(3, 2, 32, 8, 16, 2, 2, 0.1))
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: type(model).__name__)
 def test_rows_add_up_and_the_model_stays_as_it_is(model):
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -104,11 +92,6 @@ def test_rows_add_up_and_the_model_stays_as_it_is(model):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     kinds = [row.kind for row in summary.rows]
     assert kinds.count("Unpool") == (4 if isinstance(model, SegNet) else 0)  # one layer, four calls, four rows
-
-
-def test_a_wrong_size_is_said():
-    with pytest.raises(ValueError, match="nearest are 508 and 524"):
-        summarize(UNetPaper(1, 2, 2), (512, 512), 1)
 
 
 def test_format():
@@ -123,7 +106,7 @@ def test_format():
 
 
 class Sleeper(nn.Module):
-    """Takes 5 ms, and each tenth time 40 ms; keeps the dtype of a product and whether it was in training mode."""
+    """Takes 5 ms, and each tenth time 40 ms; keeps the shape of its input and the dtype of a product."""
 
     def __init__(self):
         super().__init__()
@@ -131,29 +114,24 @@ class Sleeper(nn.Module):
         self.calls = []
 
     def forward(self, images):
-        self.calls.append(
-            (self.training, tuple(images.shape), self.layer(images).dtype, torch.is_inference_mode_enabled())
-        )
+        self.calls.append((tuple(images.shape), self.layer(images).dtype, torch.is_inference_mode_enabled()))
         time.sleep(0.04 if len(self.calls) % 10 == 0 else 0.005)
         return images
 
 
 def test_latency():
     model = Sleeper()
-    latency = measure_latency(model, (8, 6), 3, CPU, "bf16", repeats=20)
-    assert latency.repeats == 20 and len(model.calls) == 23  # three to warm up
-    assert set(model.calls) == {(False, (1, 3, 8, 6), torch.bfloat16, True)}
-    assert 5 <= latency.p50_ms < 40 <= latency.p95_ms
-    assert model.training
-    measure_latency(model.eval(), (8, 6), 3, CPU, "fp32", repeats=1)
-    assert not model.training and model.calls[-1][2] == torch.float32
-    with pytest.raises(ValueError, match="latency repeats is 0"):
-        measure_latency(model, (8, 6), 3, CPU, "fp32", repeats=0)
+    p50_ms, p95_ms = measure_latency(model, (8, 6), 3, CPU, "bf16", repeats=20)
+    assert len(model.calls) == 23  # three to warm up
+    assert set(model.calls) == {((1, 3, 8, 6), torch.bfloat16, True)}
+    assert 5 <= p50_ms < 40 <= p95_ms
+    measure_latency(model, (8, 6), 3, CPU, "fp32", repeats=1)
+    assert model.calls[-1][1] == torch.float32
 
 
 @pytest.mark.gpu
 def test_latency_on_a_gpu_waits_for_the_work():
-    model = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1) for _ in range(20)))
-    small = measure_latency(model, (64, 64), 64, torch.device("cuda"), "fp32", repeats=20)
-    large = measure_latency(model, (1024, 1024), 64, torch.device("cuda"), "fp32", repeats=20)
-    assert large.p50_ms > 4 * small.p50_ms
+    model = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1) for _ in range(20))).cuda()
+    small_ms, _ = measure_latency(model, (64, 64), 64, torch.device("cuda"), "fp32", repeats=20)
+    large_ms, _ = measure_latency(model, (1024, 1024), 64, torch.device("cuda"), "fp32", repeats=20)
+    assert large_ms > 4 * small_ms

@@ -39,11 +39,6 @@ def test_tiles_of_the_unpadded_network_are_seamless(hw, tile_hw, paper_net):
     assert (tiled - whole).abs().max() < 1e-5 < whole.std() / 100
     at_once = predict_tiled(paper_net, image, 92, (1004, 1004), 0)
     assert (at_once - whole).abs().max() < 1e-5
-    # what would not do: tiles that advance by 8, half of what four poolings need
-    shifted = np.pad(image.numpy(), ((0, 0), (92, 92 + 300), (92, 92 + 300)), mode="reflect")[:, 8:, :]
-    shifted = paper_net(torch.from_numpy(shifted)[None, :, :204, :204])[0]
-    rows, columns = min(20, hw[0] - 8), min(20, hw[1])
-    assert (shifted[:, :rows, :columns] - whole[:, 8 : 8 + rows, :columns]).abs().max() > 1e-4
 
 
 @torch.no_grad()
@@ -60,14 +55,11 @@ def test_padded_network_sees_a_picture_that_fits_at_once():
 )
 def test_blended_tiles_are_exact_where_a_network_looks_at_no_neighbours(hw, tile, overlap):
     """The weights of all tiles add up to 1 on every pixel, at the borders too."""
-    if overlap >= min(tile):
-        overlap = 4
     torch.manual_seed(0)
     model = torch.nn.Conv2d(3, 2, 1)
     image = torch.rand(3, *hw)
-    torch.testing.assert_close(
-        predict_tiled(model, image, 0, tile, overlap), model(image[None])[0], atol=1e-6, rtol=1e-5
-    )
+    logits = predict_tiled(model, image, 0, tile, overlap)
+    torch.testing.assert_close(logits, model(image[None])[0], atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()

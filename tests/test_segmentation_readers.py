@@ -26,8 +26,9 @@ def data_keys(name: str, root: Path, **changes) -> dict:
     return {**keys, "root": str(root), **changes}
 
 
-def list_all(name: str, root: Path, **changes):
-    return sorted(sum(split_items(**data_keys(name, root, **changes)), []), key=lambda item: item.name)
+def list_all(root: Path, **changes):
+    """The items of a folders dataset, which are all trained on, by name."""
+    return split_items(**data_keys("folders", root, val_fraction=0.0, test_fraction=0.0, **changes))[0]
 
 
 def write_picture(path: Path, height: int = 8, width: int = 10) -> None:
@@ -35,16 +36,20 @@ def write_picture(path: Path, height: int = 8, width: int = 10) -> None:
     write_image(path, np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def write_png(path: Path, values: np.ndarray) -> None:
+def write_mask(path: Path, values: np.ndarray, palette: list[int] | None = None, **options) -> None:
+    """Write a mask; with a palette [r, g, b, ...] values are its indices."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(values).save(path)
+    picture = Image.fromarray(values)
+    if palette is not None:
+        picture.putpalette(palette)
+    picture.save(path, **options)
 
 
 def write_pairs(root: Path, num_images: int = 10, values=(0, 1)) -> Path:
     """A folders dataset of pictures 8 x 10, whose masks hold these values in vertical bands."""
     for index in range(num_images):
         write_picture(root / "images" / f"{index:03d}.jpg")
-        write_png(root / "masks" / f"{index:03d}.png", bands(values))
+        write_mask(root / "masks" / f"{index:03d}.png", bands(values))
     return root
 
 
@@ -66,10 +71,8 @@ def test_values_become_classes_as_a_plain_loop_says(tmp_path):
     coding = {3: 0, 700: 1, 65535: 2, 41: 1}
     values = rng.choice([3, 700, 65535, 41, 9], (8, 10)).astype(np.uint16)
     write_picture(tmp_path / "images" / "a.jpg")
-    (tmp_path / "masks").mkdir()
-    cv2.imwrite(str(tmp_path / "masks" / "a.png"), values)
-    keys = {"num_classes": 3, "class_values": coding, "ignore_values": [9], "val_fraction": 0.0, "test_fraction": 0.0}
-    (item,) = list_all("folders", tmp_path, **keys)
+    write_mask(tmp_path / "masks" / "a.png", values)
+    (item,) = list_all(tmp_path, num_classes=3, class_values=coding, ignore_values=[9])
     image, class_map = read_item(item)
     expected = [[coding[value] if value in coding else 255 for value in row] for row in values.tolist()]
     assert image.shape == (8, 10, 3) and image.dtype == class_map.dtype == np.uint8
@@ -78,12 +81,12 @@ def test_values_become_classes_as_a_plain_loop_says(tmp_path):
 
 def test_values_of_32_bits_are_not_taken_for_the_largest_of_16(tmp_path):
     write_picture(tmp_path / "images" / "a.jpg")
-    write_png(tmp_path / "masks" / "a.tif", bands((0, 65535, 70000), np.int32))
-    keys = {"class_values": {0: 0, 65535: 1}, "val_fraction": 0.0, "test_fraction": 0.0}
-    (item,) = list_all("folders", tmp_path, **keys)
+    write_mask(tmp_path / "masks" / "a.tif", bands((0, 65535, 70000), np.int32))
+    keys = {"class_values": {0: 0, 65535: 1}}
+    (item,) = list_all(tmp_path, **keys)
     with pytest.raises(ValueError, match=r"a.tif has values that are no class: 70000 \(30.00% of its pixels\)"):
         read_item(item)
-    (item,) = list_all("folders", tmp_path, **keys, nearest_value=True)
+    (item,) = list_all(tmp_path, **keys, nearest_value=True)
     assert np.array_equal(read_item(item)[1], bands((0, 1, 1)))
 
 
@@ -94,27 +97,22 @@ COLOR_CODING = {"0,0,0": 0, "128,0,0": 1, "0, 128, 0": 2}
 @pytest.mark.parametrize("kind", ["rgb", "rgba", "palette", "tiff"])
 def test_colors_become_classes(tmp_path, kind):
     index = np.random.default_rng(2).integers(0, 4, (8, 10))
-    picture = Image.fromarray(np.uint8(COLORS)[index])
+    values, palette = np.uint8(COLORS)[index], None
     if kind == "palette":  # the colour counts, not the index: reversed here
-        picture = Image.fromarray((3 - index).astype(np.uint8), "P")
-        picture.putpalette(np.uint8(COLORS[::-1]).ravel().tolist())
+        values, palette = (3 - index).astype(np.uint8), np.uint8(COLORS[::-1]).ravel().tolist()
+    if kind == "rgba":
+        values = np.dstack([values, np.full((8, 10), 255, np.uint8)])
     write_picture(tmp_path / "images" / "a.png")
-    (tmp_path / "masks").mkdir()
-    picture = picture.convert("RGBA") if kind == "rgba" else picture
-    picture.save(tmp_path / "masks" / ("a.tif" if kind == "tiff" else "a.png"))
-    changes = {"num_classes": 3, "class_values": COLOR_CODING, "ignore_values": ["255,255,255"]}
-    (item,) = list_all("folders", tmp_path, **changes, val_fraction=0.0, test_fraction=0.0)
+    write_mask(tmp_path / "masks" / ("a.tif" if kind == "tiff" else "a.png"), values, palette)
+    (item,) = list_all(tmp_path, num_classes=3, class_values=COLOR_CODING, ignore_values=["255,255,255"])
     assert np.array_equal(read_item(item)[1], np.uint8([0, 1, 2, 255])[index])
 
 
 def test_the_index_of_a_palette_is_the_class(tmp_path):
     index = np.random.default_rng(3).integers(0, 3, (8, 10)).astype(np.uint8)
-    picture = Image.fromarray(index, "P")
-    picture.putpalette([200, 10, 10, 0, 0, 0, 90, 90, 90])
     write_picture(tmp_path / "images" / "a.png")
-    (tmp_path / "masks").mkdir()
-    picture.save(tmp_path / "masks" / "a.png")
-    (item,) = list_all("folders", tmp_path, num_classes=3, val_fraction=0.0, test_fraction=0.0)
+    write_mask(tmp_path / "masks" / "a.png", index, palette=[200, 10, 10, 0, 0, 0, 90, 90, 90])
+    (item,) = list_all(tmp_path, num_classes=3)
     assert np.array_equal(read_item(item)[1], index)
 
 
@@ -124,17 +122,15 @@ def test_a_compressed_mask_is_taken_as_the_nearest_values(tmp_path, colored):
     cv2.circle(truth, (30, 34), 20, 1, -1)
     values = np.uint8([[0, 0, 0], [250, 40, 40]])[truth] if colored else truth * 255
     write_picture(tmp_path / "images" / "a.png", 64, 64)
-    (tmp_path / "masks").mkdir()
-    Image.fromarray(values).save(tmp_path / "masks" / "a.jpg", quality=75)
+    write_mask(tmp_path / "masks" / "a.jpg", values, quality=75)
     coding = {"0,0,0": 0, "250,40,40": 1} if colored else {0: 0, 255: 1}
-    changes = {"class_values": coding, "val_fraction": 0.0, "test_fraction": 0.0}
-    (item,) = list_all("folders", tmp_path, **changes, nearest_value=True)
+    (item,) = list_all(tmp_path, class_values=coding, nearest_value=True)
     stored = np.asarray(Image.open(tmp_path / "masks" / "a.jpg")).astype(int).reshape(64, 64, -1)
     listed = np.array([[0, 0, 0], [250, 40, 40]] if colored else [[0], [255]])
     expected = [[int(np.argmin([((p - v) ** 2).sum() for v in listed])) for p in row] for row in stored]
     assert np.array_equal(read_item(item)[1], expected)
     assert (np.array(expected) == truth).mean() > (0.95 if colored else 0.99)
-    (item,) = list_all("folders", tmp_path, **changes)
+    (item,) = list_all(tmp_path, class_values=coding)
     with pytest.raises(ValueError, match=r"a\.jpg is a JPEG.*nearest_value: true"):
         read_item(item)
 
@@ -153,8 +149,8 @@ def test_pictures_of_every_depth_and_kind_in_one_and_three_channels(tmp_path):
     for name, (stored, as_rgb, as_grey) in files.items():
         cv2.imwrite(str(tmp_path / name), stored)
         assert np.array_equal(read_picture(tmp_path / name, 3), as_rgb), name
-        one = read_picture(tmp_path / name, 1)
-        assert one.shape == (6, 7, 1) and np.abs(one[..., 0].astype(int) - as_grey).max() <= 1, name
+        image = read_picture(tmp_path / name, 1)
+        assert image.shape == (6, 7, 1) and np.abs(image[..., 0].astype(int) - as_grey).max() <= 1, name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,10 +195,9 @@ def test_what_no_list_names_needs_no_mask(tmp_path):
     write_pairs(tmp_path, 4)
     write_picture(tmp_path / "images" / "without.jpg")
     (tmp_path / "all.txt").write_text("\n".join(f"{index:03d}" for index in range(4)))
-    changes = {"val_fraction": 0.0, "test_fraction": 0.0}
-    assert len(list_all("folders", tmp_path, train_list=str(tmp_path / "all.txt"), **changes)) == 4
+    assert len(list_all(tmp_path, train_list=str(tmp_path / "all.txt"))) == 4
     with pytest.raises(FileNotFoundError, match=r"1 of 5 pairs lack a file; image \S*without.jpg has no mask \S*.png"):
-        list_all("folders", tmp_path)
+        list_all(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,28 +207,22 @@ def test_what_no_list_names_needs_no_mask(tmp_path):
 def test_pairs_in_subfolders_and_one_folder(tmp_path):
     for name in ("a/001", "a/002", "b/001"):
         write_picture(tmp_path / "one" / "images" / f"{name}.JPEG")
-        write_png(tmp_path / "one" / "masks" / f"{name}.png", bands((0, 1)))
-    items = list_all("folders", tmp_path / "one")
-    assert [(item.name, item.mask_path.parent.name) for item in items] == [
-        ("a/001", "a"),
-        ("a/002", "a"),
-        ("b/001", "b"),
-    ]
+        write_mask(tmp_path / "one" / "masks" / f"{name}.png", bands((0, 1)))
+    items = list_all(tmp_path / "one")
+    assert names(items) == ["a/001", "a/002", "b/001"]
+    assert [item.mask_path.parent.name for item in items] == ["a", "a", "b"]
     for name in ("1", "10", "[3]"):  # a prefix of another, and what a glob pattern would read (milesial #156)
         write_picture(tmp_path / "two" / f"{name}.png")
-        write_png(tmp_path / "two" / f"mask_{name}_x.png", bands((0, 1)))
-    items = list_all("folders", tmp_path / "two", image_dir=".", mask_dir=".", mask_start="mask_", mask_ending="_x")
+        write_mask(tmp_path / "two" / f"mask_{name}_x.png", bands((0, 1)))
+    items = list_all(tmp_path / "two", image_dir=".", mask_dir=".", mask_start="mask_", mask_ending="_x")
     assert [item.mask_path.name for item in items] == ["mask_1_x.png", "mask_10_x.png", "mask_[3]_x.png"]
     assert [item.image_path.name for item in items] == ["1.png", "10.png", "[3].png"]
     with pytest.raises(ValueError, match="set data.mask_ending"):
-        list_all("folders", tmp_path / "two", image_dir=".", mask_dir=".")
+        list_all(tmp_path / "two", image_dir=".", mask_dir=".")
     for name in ("1", "2"):  # masks in a folder below the pictures
         write_picture(tmp_path / "three" / f"{name}.png")
-        write_png(tmp_path / "three" / "masks" / f"{name}.png", bands((0, 1)))
-    assert names(list_all("folders", tmp_path / "three", image_dir=".", val_fraction=0.5, test_fraction=0.5)) == [
-        "1",
-        "2",
-    ]
+        write_mask(tmp_path / "three" / "masks" / f"{name}.png", bands((0, 1)))
+    assert names(list_all(tmp_path / "three", image_dir=".")) == ["1", "2"]
 
 
 def test_split_folders(tmp_path):
@@ -310,7 +299,7 @@ def test_class_names():
 def write_pets(root: Path, names_by_list: dict[str, list[str]], unlisted=()) -> Path:
     for name in sum(names_by_list.values(), []) + list(unlisted):
         write_picture(root / "images" / f"{name}.jpg")
-        write_png(root / "annotations" / "trimaps" / f"{name}.png", bands((1, 3, 2)))
+        write_mask(root / "annotations" / "trimaps" / f"{name}.png", bands((1, 3, 2)))
     for list_name, listed in names_by_list.items():
         text = "".join(f"{name} 1 1 1\n" for name in listed)
         (root / "annotations" / f"{list_name}.txt").write_text(text)
@@ -344,17 +333,16 @@ def test_isbi_as_stacks_and_as_folders(tmp_path):
         pages = [Image.fromarray(page) for page in pages]
         pages[0].save(tmp_path / "stacks" / f"{name}.tif", save_all=True, append_images=pages[1:])
     for index in range(30):
-        write_png(tmp_path / "folders" / "train" / "image" / f"{index}.png", images[index])
-        write_png(tmp_path / "folders" / "train" / "label" / f"{index}.png", labels[index])
+        write_mask(tmp_path / "folders" / "train" / "image" / f"{index}.png", images[index])
+        write_mask(tmp_path / "folders" / "train" / "label" / f"{index}.png", labels[index])
     of_stacks = split_items(**data_keys("isbi", tmp_path / "stacks"))
     of_folders = split_items(**data_keys("isbi", tmp_path / "folders"))
     assert [len(split) for split in of_stacks] == [25, 5, 0]
     assert [names(split) for split in of_stacks] == [names(split) for split in of_folders]
-    for one, other in zip(sum(of_stacks, []), sum(of_folders, []), strict=True):
-        image, class_map = read_item(one)
-        assert image.shape == (12, 9, 1) and np.array_equal(image[..., 0], images[int(one.name)])
-        assert np.array_equal(class_map, labels[int(one.name)] // 255)
-        assert all(np.array_equal(a, b) for a, b in zip(read_item(other), (image, class_map), strict=True))
+    for item in sum(of_stacks + of_folders, []):
+        image, class_map = read_item(item)
+        assert image.shape == (12, 9, 1) and np.array_equal(image[..., 0], images[int(item.name)])
+        assert np.array_equal(class_map, labels[int(item.name)] // 255)
     (tmp_path / "stacks" / "train-labels.tif").unlink()
     with pytest.raises(FileNotFoundError, match="no file .*train-labels.tif"):
         split_items(**data_keys("isbi", tmp_path / "stacks"))
@@ -372,7 +360,7 @@ def test_camvid_reads_the_lists_as_published_and_as_cut(tmp_path, prefix):
         for index in range(2):
             image, mask = f"{split}/{split}_{index}.png", f"{split}annot/{split}_{index}.png"
             write_picture(tmp_path / image)
-            write_png(tmp_path / mask, bands((0, 10, 11)))
+            write_mask(tmp_path / mask, bands((0, 10, 11)))
             lines.append(f"{prefix}{image} {prefix}{mask}")
         (tmp_path / f"{split}.txt").write_text("\n".join(lines))
     splits = split_items(**data_keys("camvid", tmp_path))
@@ -414,7 +402,7 @@ def test_every_recipe_is_tested(recipe_keys):
 def test_recipe_cells(tmp_path, recipe_keys):
     for index in range(10):
         write_picture(tmp_path / "cells" / f"{index:03d}.tif")
-        write_png(tmp_path / "cells" / f"{index:03d}_mask.png", bands((0, 255)))
+        write_mask(tmp_path / "cells" / f"{index:03d}_mask.png", bands((0, 255)))
     splits = split_items(**recipe_keys("cells"))
     assert [len(split) for split in splits] == [8, 1, 1]
     image, class_map = read_item(splits[0][0])
@@ -425,7 +413,7 @@ def test_recipe_colored(tmp_path, recipe_keys):
     for index in range(10):
         write_picture(tmp_path / "colored" / "images" / f"{index}.jpg")
         colors = [(64, 0, 128), (255, 255, 255), (0, 0, 0), (128, 64, 128)]
-        write_png(tmp_path / "colored" / "masks" / f"{index}.png", bands(colors))
+        write_mask(tmp_path / "colored" / "masks" / f"{index}.png", bands(colors))
     assert np.array_equal(read_item(split_items(**recipe_keys("colored"))[0][0])[1], bands((2, 255, 0, 1)))
 
 
@@ -433,13 +421,11 @@ def test_recipe_voc_equals_torchvision(tmp_path, recipe_keys):
     root = tmp_path / "VOCdevkit" / "VOC2012"
     rng = np.random.default_rng(6)
     palette = rng.integers(0, 256, 768).tolist()
-    (root / "SegmentationClass").mkdir(parents=True)
     for index in range(7):
         write_picture(root / "JPEGImages" / f"2007_{index:06d}.jpg")
-        picture = Image.fromarray(rng.choice(np.uint8([*range(21), 255]), (8, 10)), "P")
-        picture.putpalette(palette)
+        index_map = rng.choice(np.uint8([*range(21), 255]), (8, 10))
         if index < 5:  # most pictures have no mask
-            picture.save(root / "SegmentationClass" / f"2007_{index:06d}.png")
+            write_mask(root / "SegmentationClass" / f"2007_{index:06d}.png", index_map, palette)
     (root / "ImageSets" / "Segmentation").mkdir(parents=True)
     (root / "ImageSets" / "Segmentation" / "train.txt").write_text("2007_000000\n2007_000002\n2007_000003\n")
     (root / "ImageSets" / "Segmentation" / "val.txt").write_text("2007_000001\n2007_000004\n")
@@ -457,7 +443,7 @@ def test_recipe_coco_stuff(tmp_path, recipe_keys):
     for split, num_images in (("train2017", 3), ("val2017", 2)):
         for index in range(num_images):
             write_picture(tmp_path / "coco" / split / f"{index:012d}.jpg")
-            write_png(tmp_path / "coco" / "stuffthingmaps" / split / f"{index:012d}.png", bands((0, 181, 255)))
+            write_mask(tmp_path / "coco" / "stuffthingmaps" / split / f"{index:012d}.png", bands((0, 181, 255)))
     splits = split_items(**recipe_keys("coco_stuff"))
     assert [len(split) for split in splits] == [3, 2, 0]
     assert np.array_equal(read_item(splits[0][0])[1], bands((0, 181, IGNORE_INDEX)))
@@ -470,9 +456,9 @@ def test_recipe_cityscapes_equals_torchvision(tmp_path, recipe_keys):
             stem = f"{city}_{index:06d}_000019"
             write_picture(root / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png", 4, 40)
             ids = np.tile(np.arange(40, dtype=np.uint8) % 34, (4, 1))
-            write_png(root / "gtFine" / split / city / f"{stem}_gtFine_labelIds.png", ids)
-            write_png(root / "gtFine" / split / city / f"{stem}_gtFine_instanceIds.png", ids)
-            write_png(root / "gtFine" / split / city / f"{stem}_gtFine_color.png", np.stack([ids] * 3, 2))
+            write_mask(root / "gtFine" / split / city / f"{stem}_gtFine_labelIds.png", ids)
+            write_mask(root / "gtFine" / split / city / f"{stem}_gtFine_instanceIds.png", ids)
+            write_mask(root / "gtFine" / split / city / f"{stem}_gtFine_color.png", np.stack([ids] * 3, 2))
             (root / "gtFine" / split / city / f"{stem}_gtFine_polygons.json").write_text("{}")
     train_items, val_items, test_items = split_items(**recipe_keys("cityscapes"))
     assert not test_items
@@ -480,10 +466,10 @@ def test_recipe_cityscapes_equals_torchvision(tmp_path, recipe_keys):
         theirs = torchvision.datasets.Cityscapes(root, split, "fine", "semantic")
         assert [str(item.image_path) for item in items] == sorted(theirs.images)
         assert [str(item.mask_path) for item in items] == sorted(target for (target,) in theirs.targets)
-        train_ids = np.array([one.train_id for one in theirs.classes if one.id >= 0], np.uint8)
+        train_ids = np.array([label.train_id for label in theirs.classes if label.id >= 0], np.uint8)
         for item in items:
             assert np.array_equal(read_item(item)[1], train_ids[np.asarray(Image.open(item.mask_path))])
-    names_of_trained = [one.name for one in theirs.classes if 0 <= one.train_id < 19]
+    names_of_trained = [label.name for label in theirs.classes if 0 <= label.train_id < 19]
     assert list(train_items[0].coding.class_names) == names_of_trained
 
 

@@ -1,6 +1,7 @@
 """Views of a picture and its class map: against Pillow and naive loops; both are varied alike."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_picture_and_classes_are_varied_alike(name, fit, margin):
     yy, xx = np.mgrid[:64, :80]
     class_map = ((xx // 20) + 4 * (yy // 32)).astype(np.uint8)  # 8 blocks, each its own class
     image = (class_map * 30)[..., None]
-    augmentation = Augmentation(**(PLAIN.__dict__ | AUGMENTED[name]))
+    augmentation = replace(PLAIN, **AUGMENTED[name])
     framing = Framing(252 if margin else [48, 64], fit)
     shares, seen = [], set()
     for sample_index in range(6):
@@ -81,14 +82,13 @@ def test_views_differ_as_augmentation_says():
     framing = Framing([40, 56], "resize")
     flips = set()
     for sample_index in range(12):
-        augmentation = Augmentation(**(PLAIN.__dict__ | {"hflip": True}))
-        view, target = training_view(image, class_map, framing, augmentation, 0, sample_rng(0, sample_index))
+        rng = sample_rng(0, sample_index)
+        view, target = training_view(image, class_map, framing, replace(PLAIN, hflip=True), 0, rng)
         is_plain, is_flipped = (target.numpy() == class_map).all(), (target.numpy() == class_map[:, ::-1]).all()
         assert is_plain or is_flipped
         flips.add(bool(is_flipped))
     assert flips == {False, True}
-    jitter = Augmentation(**(PLAIN.__dict__ | {"color_jitter": 0.3}))
-    view, target = training_view(image, class_map, framing, jitter, 0, sample_rng(0, 1))
+    view, target = training_view(image, class_map, framing, replace(PLAIN, color_jitter=0.3), 0, sample_rng(0, 1))
     assert (view.permute(1, 2, 0).numpy() != image).mean() > 0.5 and (target.numpy() == class_map).all()
 
 
@@ -96,10 +96,8 @@ def test_rotation_turns_by_the_angle_drawn():
     """A bright dot on a dark ground: where it lands is where a rotation about the centre takes it."""
     image = np.zeros((65, 65, 1), np.uint8)
     image[32 - 1 : 32 + 2, 52 - 1 : 52 + 2] = 255  # 20 px right of the centre
-    augmentation = Augmentation(**(PLAIN.__dict__ | {"rotation": 90.0}))
-    angles = []
+    framing, augmentation, angles = Framing(65, "crop"), replace(PLAIN, rotation=90.0), []
     for sample_index in range(20):
-        framing = Framing(65, "crop")
         view, _ = training_view(image, image[..., 0], framing, augmentation, 0, sample_rng(0, sample_index))
         yy, xx = np.mgrid[-32:33, -32:33]
         view = torch.where(torch.from_numpy(np.hypot(yy, xx) < 26), view, 0)  # beyond, there may be its mirror image
@@ -111,7 +109,7 @@ def test_rotation_turns_by_the_angle_drawn():
     assert min(angles) < -40 and max(angles) > 40 and max(map(abs, angles)) < 91
 
 
-def test_elastic_displacement_is_the_papers():
+def test_elastic_displacement_is_the_papers(monkeypatch):
     """3 x 3 vectors of standard deviation 10 px, met exactly at the nodes, smooth and bicubic between them."""
     vectors = np.random.default_rng(0).standard_normal((2, 3, 3)) * 10
     field = views.elastic_displacement(vectors, (41, 61)).numpy()
@@ -123,11 +121,8 @@ def test_elastic_displacement_is_the_papers():
     image = np.zeros((64, 64, 1), np.uint8)
     drawn = []
     real = views.elastic_displacement
-    try:
-        views.elastic_displacement = lambda vectors_px, hw: drawn.append(vectors_px) or real(vectors_px, hw)
-        for sample_index in range(100):
-            augmentation = Augmentation(**(PLAIN.__dict__ | {"elastic_px": 10.0}))
-            training_view(image, image[..., 0], Framing(16, "crop"), augmentation, 0, sample_rng(0, sample_index))
-    finally:
-        views.elastic_displacement = real
+    monkeypatch.setattr(views, "elastic_displacement", lambda vectors, hw: drawn.append(vectors) or real(vectors, hw))
+    augmentation = replace(PLAIN, elastic_px=10.0)
+    for sample_index in range(100):
+        training_view(image, image[..., 0], Framing(16, "crop"), augmentation, 0, sample_rng(0, sample_index))
     assert np.std(drawn) == pytest.approx(10, rel=0.05) and np.shape(drawn) == (100, 2, 3, 3)

@@ -49,12 +49,7 @@ def write_data_root(data_root: Path) -> Path:
     """Write a few pictures as data=oxford_pet, isbi and camvid read them, each in a folder of its own."""
     rng = np.random.default_rng(1)
     pets, isbi, camvid = data_root / "oxford-iiit-pet", data_root / "ISBI2012" / "membrane", data_root / "CamVid"
-    for folder in (
-        pets / "images",
-        pets / "annotations" / "trimaps",
-        isbi / "train" / "image",
-        isbi / "train" / "label",
-    ):
+    for folder in (pets / "images", pets / "annotations/trimaps", isbi / "train/image", isbi / "train/label"):
         folder.mkdir(parents=True)
     lists = {"trainval": [], "test": []}
     for number in range(6):
@@ -110,8 +105,8 @@ def script_evaluation(monkeypatch, values: list[float] | None = None) -> None:
     values = itertools.repeat(0.5) if values is None else iter(values)
 
     def evaluate(predictor, items, split, *rest):
-        found = dict.fromkeys((f"{split}/{name}" for name in reports.REPORTED), next(values))
-        return found | {f"{split}/num_images": len(items)}, np.diag([5, 3, 2])
+        measured = dict.fromkeys((f"{split}/{name}" for name in reports.REPORTED), next(values))
+        return measured | {f"{split}/num_images": len(items)}, np.diag([5, 3, 2])
 
     monkeypatch.setattr(train_unet, "evaluate", evaluate)
 
@@ -119,8 +114,6 @@ def script_evaluation(monkeypatch, values: list[float] | None = None) -> None:
 def make_dataset(config: dict) -> train_unet.AugmentedPairs:
     """The training set of a config, as train makes it."""
     settings = train_unet.read_settings(train_unet.Config, config)
-    data = settings.data
-    items = train_unet.list_splits(data.reader_keys)["train"]
+    items = train_unet.list_splits(settings.data.reader_keys)["train"]
     margin = train_unet.output_margin(config["model"])
-    seed, loss_settings = config["seed"], settings.loss
-    return train_unet.AugmentedPairs(items, seed, data.framing, data.augmentation, margin, loss_settings, None)
+    return train_unet.AugmentedPairs(items, config["seed"], settings.data, margin, settings.loss)

@@ -1,5 +1,7 @@
 """Textures, outlines and shapes that the generated datasets are drawn with."""
 
+from collections.abc import Callable
+
 import cv2
 import numpy as np
 
@@ -89,11 +91,27 @@ def random_outline(rng: np.random.Generator, center_xy: tuple[float, float], rad
     return points @ rotation.T * radius + np.asarray(center_xy)
 
 
-def fill_outline(size: int, outline: np.ndarray) -> np.ndarray:
-    """Fill an outline: bool (size, size)."""
-    mask = np.zeros((size, size), np.uint8)
-    cv2.fillPoly(mask, [np.round(outline).astype(np.int32)], 1)
+def draw_points(hw: tuple[int, int], points: np.ndarray, thickness: int = 0, closed: bool = True) -> np.ndarray:
+    """Draw a line through points (K, 2) (x, y) px, or fill their outline, with thickness 0: bool (H, W)."""
+    mask = np.zeros(hw, np.uint8)
+    points = [np.round(points).astype(np.int32)]
+    if thickness == 0:
+        cv2.fillPoly(mask, points, 1)
+    else:
+        cv2.polylines(mask, points, closed, 1, thickness)
     return mask.astype(bool)
+
+
+def fill_random_outline(
+    rng: np.random.Generator, size: int, center_xy: tuple[float, float], radius: float, kind: int
+) -> np.ndarray:
+    """Draw one shape, filled: bool (size, size). Kinds: as `random_outline`."""
+    return draw_points((size, size), random_outline(rng, center_xy, radius, kind))
+
+
+def find_rim(mask: np.ndarray) -> np.ndarray:
+    """Return the pixels of a mask, bool (H, W), beside one that is not in it; the frame's edge is no rim."""
+    return mask & ~cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
 
 
 def random_shape(rng: np.random.Generator, size: int, radius: float) -> np.ndarray:
@@ -101,24 +119,19 @@ def random_shape(rng: np.random.Generator, size: int, radius: float) -> np.ndarr
     center = rng.uniform(0.02 * size, 0.98 * size, 2)
     kind = int(rng.choice(8, p=[0.2, 0.26, 0.12, 0.14, 0.06, 0.08, 0.08, 0.06]))
     if kind < 5:
-        return fill_outline(size, random_outline(rng, center, radius, kind))
-    mask = np.zeros((size, size), np.uint8)
+        return fill_random_outline(rng, size, center, radius, kind)
     thickness = max(2, int(round(radius * rng.uniform(0.08, 0.3))))
     if kind == 5:  # bent stroke
         steps = np.cumsum(rng.normal(0, 0.45, (12, 1)), 0) + rng.uniform(0, 2 * np.pi)
         path = np.cumsum(np.concatenate([np.cos(steps), np.sin(steps)], 1) * radius * 0.4, 0)
-        path = path - path.mean(0) + center
-        cv2.polylines(mask, [np.round(path).astype(np.int32)], False, 1, thickness)
-    elif kind == 6:  # ring
-        outline = np.round(random_outline(rng, center, radius, int(rng.integers(2)))).astype(np.int32)
-        cv2.polylines(mask, [outline], True, 1, thickness)
-    else:  # two shapes grown together
-        for _ in range(2):
-            shifted = center + rng.normal(0, 0.6, 2) * radius
-            mask |= fill_outline(size, random_outline(rng, shifted, radius * 0.7, int(rng.integers(4)))).astype(
-                np.uint8
-            )
-    return mask.astype(bool)
+        return draw_points((size, size), path - path.mean(0) + center, thickness, closed=False)
+    if kind == 6:  # ring
+        return draw_points((size, size), random_outline(rng, center, radius, int(rng.integers(2))), thickness)
+    mask = np.zeros((size, size), bool)
+    for _ in range(2):  # two shapes grown together
+        shifted = center + rng.normal(0, 0.6, 2) * radius
+        mask |= fill_random_outline(rng, size, shifted, radius * 0.7, int(rng.integers(4)))
+    return mask
 
 
 def paint_shape(
@@ -145,8 +158,7 @@ def paint_shape(
     texture = texture * shade[..., None].astype(np.float32)
     picture[window][inside] = texture[inside]
     if edge:
-        padded = np.pad(inside.astype(np.uint8), 1)
-        rim = inside & ~cv2.erode(padded, np.ones((3, 3), np.uint8))[1:-1, 1:-1].astype(bool)
+        rim = find_rim(np.pad(inside, 1))[1:-1, 1:-1]
         picture[window][rim] = picture[window][rim] * rng.uniform(0.2, 1.6) + rng.uniform(-30, 60)
 
 
@@ -162,6 +174,31 @@ def finish_picture(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
         picture = np.repeat(picture.mean(2, keepdims=True), 3, 2)
     if rng.random() < 0.6:
         picture = picture + rng.standard_normal((size, size, 1), np.float32) * np.float32(rng.uniform(1, 14))
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def draw_ground(
+    rng: np.random.Generator, hw: tuple[int, int], choose_color: Callable, edge_range: tuple[float, float]
+) -> tuple[np.ndarray, int]:
+    """Draw a wall and, in front of it, a table or a floor, a texture each.
+
+    Args:
+        choose_color: rng -> colour float32 (3,) in 0..255.
+        edge_range: where the edge between them may lie, as shares of the height.
+    Returns:
+        float32 (H, W, 3) in about 0..255; the first row below the edge.
+    """
+    height, width = hw
+    picture = draw_texture(rng, max(hw), choose_color(rng))[:height, :width].copy()
+    edge_y = int(height * rng.uniform(*edge_range))
+    picture[edge_y:] = draw_texture(rng, max(hw), choose_color(rng))[: height - edge_y, :width]
+    return picture, edge_y
+
+
+def finish_soft(rng: np.random.Generator, picture: np.ndarray, most_blur: float) -> np.ndarray:
+    """Give a float picture (H, W, 3) a good camera: slight blur and grain. Returns uint8 of the same shape."""
+    picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.4, most_blur))
+    picture = picture + rng.standard_normal((*picture.shape[:2], 1), np.float32) * np.float32(rng.uniform(1, 6))
     return np.clip(picture, 0, 255).astype(np.uint8)
 
 

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from utils.images import write_image
-from utils.samples.drawing import draw_texture, random_color
+from utils.samples.drawing import draw_ground, draw_points, draw_texture, finish_soft, random_color
 
 NUM_GLASSWARE = {"Train": 40, "Test": 16}
 
@@ -20,10 +20,7 @@ def draw_glassware(rng: np.random.Generator, height: int, width: int) -> tuple[n
         image_rgb uint8 (H, W, 3); vessel_ids and material_ids uint8 (H, W): 0 is none, ids start above 15. A vessel's
         ids cover its materials too, as in LabPics.
     """
-    size = max(height, width)
-    picture = draw_texture(rng, size, random_color(rng))[:height, :width].copy()
-    table_y = int(height * rng.uniform(0.6, 0.85))
-    picture[table_y:] = draw_texture(rng, size, random_color(rng))[: height - table_y, :width]
+    picture, table_y = draw_ground(rng, (height, width), random_color, (0.6, 0.85))
     vessel_ids, material_ids = np.zeros((height, width), np.uint8), np.zeros((height, width), np.uint8)
     ids = rng.permutation(np.arange(16, 256))  # no two objects of a picture share one
     num_vessels = int(rng.integers(1, 4))
@@ -34,18 +31,16 @@ def draw_glassware(rng: np.random.Generator, height: int, width: int) -> tuple[n
         center_x = width * (slots[index] + rng.uniform(0.4, 0.6)) / num_vessels
         bottom_y = min(height - 3, table_y + rng.uniform(0.02, 0.15) * height)
         outline = _vessel_outline(rng, center_x, bottom_y, wide, tall)
-        mask = np.zeros((height, width), np.uint8)
-        cv2.fillPoly(mask, [np.round(outline).astype(np.int32)], 1)
-        vessel = mask.astype(bool) & (vessel_ids == 0)
+        mask = draw_points((height, width), outline)
+        vessel = mask & (vessel_ids == 0)
         if vessel.sum() < 100:
             continue
         vessel_ids[vessel] = ids[2 * index]
-        inner = cv2.erode(mask, np.ones((3, 3), np.uint8), iterations=max(1, size // 128)).astype(bool) & vessel
+        wall_px = max(1, max(height, width) // 128)
+        inner = cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8), iterations=wall_px).astype(bool) & vessel
         _draw_materials(rng, picture, material_ids, inner, bottom_y, tall, ids[20 + 3 * index : 23 + 3 * index])
         _draw_glass(rng, picture, vessel, outline)
-    picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.4, 1.0))
-    picture = picture + rng.standard_normal((height, width, 1), np.float32) * np.float32(rng.uniform(1, 6))
-    return np.clip(picture, 0, 255).astype(np.uint8), vessel_ids, material_ids
+    return finish_soft(rng, picture, 1.0), vessel_ids, material_ids
 
 
 def _vessel_outline(rng: np.random.Generator, center_x: float, bottom_y: float, wide: float, tall: float) -> np.ndarray:
@@ -100,14 +95,11 @@ def _draw_glass(rng: np.random.Generator, picture: np.ndarray, vessel: np.ndarra
     """Lay glass over a vessel, in place: a faint tint, rims that catch light, a highlight along one side."""
     tint, strength = rng.uniform(170, 255), rng.uniform(0.06, 0.2)
     picture[vessel] = (1 - strength) * picture[vessel] + strength * tint
-    rim = np.zeros(vessel.shape, np.uint8)
-    cv2.polylines(rim, [np.round(outline).astype(np.int32)], True, 1, max(1, vessel.shape[0] // 120))
-    on_rim = (rim > 0) & vessel
+    on_rim = draw_points(vessel.shape, outline, max(1, vessel.shape[0] // 120)) & vessel
     picture[on_rim] = 0.4 * picture[on_rim] + 0.6 * rng.choice([30, 120, 245])
-    highlight = np.zeros(vessel.shape, np.uint8)
     shifted = 0.72 * (outline[2:20] - outline.mean(0)) + outline.mean(0)
-    cv2.polylines(highlight, [np.round(shifted).astype(np.int32)], False, 1, max(1, vessel.shape[0] // 90))
-    picture[(highlight > 0) & vessel] = picture[(highlight > 0) & vessel] * 0.5 + 125
+    highlight = draw_points(vessel.shape, shifted, max(1, vessel.shape[0] // 90), closed=False) & vessel
+    picture[highlight] = picture[highlight] * 0.5 + 125
 
 
 def write_glassware(folder: Path) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.images import write_image
-from utils.samples.drawing import draw_texture, fill_outline, paint_shape, random_color, random_outline, random_shape
+from utils.samples import drawing
+from utils.samples.drawing import draw_texture, paint_shape, random_color
 
 SPRITE_SIZE = 160  # px, of a shape's picture before it is scaled into a frame
 SPRITE_RADIUS = 48.0
@@ -37,7 +38,7 @@ def draw_moving_shapes(
     ground = draw_texture(rng, side + 2 * margin, random_color(rng))
     for _ in range(int(rng.integers(5, 14))):
         radius = side * rng.uniform(0.03, 0.16)
-        paint_shape(rng, ground, random_shape(rng, len(ground), radius), random_color(rng), rng.random() < 0.3)
+        paint_shape(rng, ground, drawing.random_shape(rng, len(ground), radius), random_color(rng), rng.random() < 0.3)
     ground = cv2.GaussianBlur(ground.astype(np.float32), (0, 0), rng.uniform(0.4, 1.2))
 
     color, outline = random_color(rng), _sprite_outline(rng)
@@ -83,7 +84,7 @@ def _wave(rng: np.random.Generator, num_frames: int, min_period: float, max_peri
 def _sprite_outline(rng: np.random.Generator) -> np.ndarray:
     """Draw an outline in the middle of a sprite, not too thin: float (K, 2) px."""
     while True:
-        outline = random_outline(rng, (SPRITE_SIZE / 2, SPRITE_SIZE / 2), SPRITE_RADIUS, int(rng.integers(5)))
+        outline = drawing.random_outline(rng, (SPRITE_SIZE / 2, SPRITE_SIZE / 2), SPRITE_RADIUS, int(rng.integers(5)))
         extent = np.ptp(outline, 0)
         if extent.min() > 0.65 * extent.max():
             return outline
@@ -92,16 +93,14 @@ def _sprite_outline(rng: np.random.Generator) -> np.ndarray:
 def _draw_sprite(rng: np.random.Generator, color: np.ndarray, outline: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Draw a shape with parts: colours float32 (S, S, 3), alpha float32 (S, S) in 0..1."""
     colors = draw_texture(rng, SPRITE_SIZE, color).astype(np.float32)
-    mask = fill_outline(SPRITE_SIZE, outline)
+    mask = drawing.draw_points((SPRITE_SIZE, SPRITE_SIZE), outline)
     for _ in range(int(rng.integers(1, 4))):
         center = rng.normal(SPRITE_SIZE / 2, 0.35 * SPRITE_RADIUS, 2)
-        part = fill_outline(
-            SPRITE_SIZE, random_outline(rng, center, SPRITE_RADIUS * rng.uniform(0.2, 0.5), int(rng.integers(5)))
-        )
-        if (part & mask).any():
-            paint_shape(rng, colors, part & mask, random_color(rng), rng.random() < 0.3)
-    rim = mask & ~cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
-    colors[rim] *= rng.uniform(0.3, 1.0)
+        radius = SPRITE_RADIUS * rng.uniform(0.2, 0.5)
+        part = mask & drawing.fill_random_outline(rng, SPRITE_SIZE, center, radius, int(rng.integers(5)))
+        if part.any():
+            paint_shape(rng, colors, part, random_color(rng), rng.random() < 0.3)
+    colors[drawing.find_rim(mask)] *= rng.uniform(0.3, 1.0)
     return colors, cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 1.0)
 
 

@@ -6,7 +6,8 @@ import cv2
 import numpy as np
 
 from utils.images import write_image
-from utils.samples.drawing import draw_texture, fill_outline, paint_shape, random_hue, random_outline, smooth_noise
+from utils.samples import drawing
+from utils.samples.drawing import random_hue, smooth_noise
 
 FUR_COLORS = np.float32(
     [[48, 44, 42], [226, 220, 212], [132, 132, 136], [200, 126, 62], [118, 78, 48], [222, 190, 150]]
@@ -25,9 +26,7 @@ def draw_pet(rng: np.random.Generator, is_cat: bool, height: int, width: int) ->
         image_rgb uint8 (H, W, 3); trimap uint8 (H, W): 1 pet, 2 background, 3 the border between them.
     """
     size = max(height, width)
-    picture = draw_texture(rng, size, random_hue(rng))[:height, :width].copy()
-    floor_y = int(height * rng.uniform(0.5, 0.9))
-    picture[floor_y:] = draw_texture(rng, size, random_hue(rng))[: height - floor_y, :width]
+    picture, _ = drawing.draw_ground(rng, (height, width), random_hue, (0.5, 0.9))
     for _ in range(int(rng.integers(0, 5))):
         _draw_object(rng, picture, size)
 
@@ -35,35 +34,28 @@ def draw_pet(rng: np.random.Generator, is_cat: bool, height: int, width: int) ->
     pet = np.zeros((height, width), bool)
     fur, shades = _fur(rng, size)[:height, :width], rng.uniform(0.75, 1.1, len(body) + len(head))
     for (points, thickness), shade in zip(body + head, shades, strict=True):
-        part = np.zeros((height, width), np.uint8)
-        if thickness == 0:
-            cv2.fillPoly(part, [points], 1)
-        else:
-            cv2.polylines(part, [points], False, 1, thickness)
-        pet |= part > 0
-        picture[part > 0] = fur[part > 0] * shade
+        part = drawing.draw_points((height, width), points, thickness, closed=False)
+        pet |= part
+        picture[part] = fur[part] * shade
     _draw_face(rng, picture, head[0][0], is_cat)
     if rng.random() < 0.2:
         pet &= ~_draw_object(rng, picture, size)  # in front of the pet
 
-    picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.4, 0.9))
-    picture = picture + rng.standard_normal((height, width, 1), np.float32) * np.float32(rng.uniform(1, 6))
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (7, 7))
     trimap = np.full((height, width), 2, np.uint8)
     trimap[cv2.dilate(pet.astype(np.uint8), disc) > 0] = 3
     trimap[cv2.erode(pet.astype(np.uint8), disc) > 0] = 1
-    return np.clip(picture, 0, 255).astype(np.uint8), trimap
+    return drawing.finish_soft(rng, picture, 0.9), trimap
 
 
 def _draw_object(rng: np.random.Generator, picture: np.ndarray, size: int) -> np.ndarray:
     """Draw a shape that is no pet, in place; return its mask, bool (H, W)."""
     height, width = picture.shape[:2]
     radius = size * rng.uniform(0.04, 0.16)
-    mask = fill_outline(size, random_outline(rng, rng.uniform(0, size, 2), radius, int(rng.integers(5))))[
-        :height, :width
-    ]
+    mask = drawing.fill_random_outline(rng, size, rng.uniform(0, size, 2), radius, int(rng.integers(5)))
+    mask = mask[:height, :width]
     if mask.any():
-        paint_shape(rng, picture, mask, random_hue(rng), rng.random() < 0.4)
+        drawing.paint_shape(rng, picture, mask, random_hue(rng), rng.random() < 0.4)
     return mask
 
 
@@ -120,13 +112,8 @@ def _pet_outlines(rng: np.random.Generator, is_cat: bool, height: int, width: in
     center_xy = np.array([width, height]) * rng.uniform(0.4, 0.6, 2)
 
     def place(parts: list) -> list:
-        return [
-            (
-                np.round(points @ rotation.T * mirror * unit_px + center_xy).astype(np.int32),
-                int(np.ceil(thickness * unit_px)),
-            )
-            for points, thickness in parts
-        ]
+        places = [np.round(points @ rotation.T * mirror * unit_px + center_xy).astype(np.int32) for points, _ in parts]
+        return [(points, int(np.ceil(part[1] * unit_px))) for points, part in zip(places, parts, strict=True)]
 
     return place(body), place(head)
 
@@ -155,9 +142,8 @@ def write_pets(folder: Path) -> None:
     for split, num_pictures in NUM_PETS.items():
         for index in range(num_pictures):
             is_cat = index % 2 == 0
-            name = (
-                f"{'Drawn_cat' if is_cat else 'drawn_dog'}_{index + (NUM_PETS['trainval'] if split == 'test' else 0)}"
-            )
+            number = index + (NUM_PETS["trainval"] if split == "test" else 0)
+            name = f"{'Drawn_cat' if is_cat else 'drawn_dog'}_{number}"
             height, width = [(128, 160), (160, 128), (144, 144)][index % 3]
             rng = np.random.default_rng([2 if split == "test" else 1, index])
             image_rgb, trimap = draw_pet(rng, is_cat, height, width)

@@ -12,16 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.images import read_image, write_image, write_label_map
-from utils.samples.drawing import (
-    draw_texture,
-    fill_outline,
-    finish_picture,
-    paint_shape,
-    random_color,
-    random_outline,
-    random_shape,
-    smooth_noise,
-)
+from utils.samples import drawing
+from utils.samples.drawing import paint_shape, random_color, smooth_noise
 
 SCENE_SIZE = 256  # px
 
@@ -41,17 +33,17 @@ def draw_scene(rng: np.random.Generator, size: int, photographs: list[np.ndarray
     kind = rng.choice(["objects", "clutter", "regions", "crowd"], p=[0.25, 0.2, 0.25, 0.3])
     if kind == "crowd":
         picture, ids = _draw_crowd(rng, size)
-        return finish_picture(rng, picture), ids
+        return drawing.finish_picture(rng, picture), ids
     if kind == "regions":
         picture, ids = _draw_regions(rng, size, photographs)
     else:
-        picture, ids = draw_texture(rng, size, random_color(rng), photographs), np.zeros((size, size), np.int32)
+        picture, ids = drawing.draw_texture(rng, size, random_color(rng), photographs), np.zeros((size, size), np.int32)
     next_id = int(ids.max()) + 1
     num_objects = int(rng.integers(*{"objects": (2, 9), "clutter": (8, 28), "regions": (0, 5)}[kind]))
     low, high = (0.025, 0.13) if kind == "clutter" else (0.08, 0.34)
     for _ in range(num_objects):
         radius = size * np.exp(rng.uniform(np.log(low), np.log(high)))
-        mask = random_shape(rng, size, radius)
+        mask = drawing.random_shape(rng, size, radius)
         if not mask.any():
             continue
         color = random_color(rng)
@@ -62,15 +54,13 @@ def draw_scene(rng: np.random.Generator, size: int, photographs: list[np.ndarray
         next_id += 1
         if rng.random() < 0.25:  # a part: a smaller shape that lies on the object, an instance of its own
             y, x = np.argwhere(mask)[rng.integers(mask.sum())]
-            part = (
-                fill_outline(size, random_outline(rng, (x, y), radius * rng.uniform(0.25, 0.6), int(rng.integers(4))))
-                & mask
-            )
+            part_radius = radius * rng.uniform(0.25, 0.6)
+            part = mask & drawing.fill_random_outline(rng, size, (x, y), part_radius, int(rng.integers(4)))
             if part.sum() > 12:
                 paint_shape(rng, picture, part, random_color(rng), rng.random() < 0.3, photographs)
                 ids[part] = next_id
                 next_id += 1
-    return finish_picture(rng, picture), ids
+    return drawing.finish_picture(rng, picture), ids
 
 
 def _cast_shadow(rng: np.random.Generator, picture: np.ndarray, mask: np.ndarray, radius: float) -> None:
@@ -130,7 +120,7 @@ def _draw_crowd(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.nda
         if clusters is not None:
             center = clusters[rng.integers(len(clusters))] + rng.normal(0, size * 0.14, 2)
         own_radius = radius * np.exp(rng.normal(0, 0.22))
-        mask = fill_outline(size, random_outline(rng, center, own_radius, int(rng.choice(kinds))))
+        mask = drawing.fill_random_outline(rng, size, center, own_radius, int(rng.choice(kinds)))
         area = mask.sum()
         if area < 8 or (mask & (ids > 0)).sum() > overlap_allowed * area:
             continue
@@ -143,8 +133,7 @@ def _draw_crowd(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.nda
         level -= rng.choice([0, 0.35]) * distance.astype(np.float32)  # some fade towards their rim
         picture[ys, xs] = ground + (color - ground) * level[:, None]
         if outlined:
-            rim = mask & ~cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
-            picture[rim] *= 0.6
+            picture[drawing.find_rim(mask)] *= 0.6
         ids[mask] = index
     return picture.astype(np.float32), ids
 

@@ -11,35 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from utils import dataset_check
-from utils.dataset_check import (
-    MAX_LISTED,
-    PICTURE_REMEDIES,
-    CheckReport,
-    ItemReport,
-    check_items,
-    finding_lines,
-    summary_lines,
-)
+from utils.dataset_check import MAX_LISTED, CheckReport, ItemReport
 from utils.images import IGNORE_INDEX, read_image_unscaled, remark_on_values
-from utils.segmentation.readers import (
-    BLURRED,
-    UNKNOWN,
-    Item,
-    MaskCoding,
-    check_same_size,
-    decode_mask,
-    describe_unknown,
-    read_page,
-    unpack_colors,
-    yaml_value,
-)
+from utils.segmentation import readers
+from utils.segmentation.readers import Item, MaskCoding, yaml_value
 
 REMEDIES = {  # kind of remark -> what to do about it
     "all pixels ignored": "left out of training; remove the pair, or see ignore_values in the data YAML",
     "a single class": "usable; if there should be more, see class_values in the data YAML",
     "grey for three channels": "repeated to three channels; if all pictures are grey, set channels: 1 in the data YAML",
     "colour for one channel": "turned to grey; to train on the colours, set channels: 3 in the data YAML",
-} | PICTURE_REMEDIES
+} | dataset_check.PICTURE_REMEDIES
 
 
 @dataclass(frozen=True)
@@ -69,18 +51,14 @@ def check_data(
     Raises:
         ValueError: for faulty files where on_bad is "stop"; for fewer than two classes.
     """
-    report = check_items([item for items in splits.values() for item in items], check_item)
+    report = dataset_check.check_items([item for items in splits.values() for item in items], check_item)
     print("\n".join(report_lines(report, None if list_all else MAX_LISTED)))
     plot_statistics(report, run_dir / "dataset.png")
     splits = {split: keep_usable(items, report, on_bad) for split, items in splits.items()}
     num_images = ", ".join(f"{split} {len(items)}" for split, items in splits.items())
     print(f"images: {num_images}; statistics in {run_dir / 'dataset.png'}")
-    return splits, count(report) | {f"{split}_images": len(items) for split, items in splits.items()}, report
-
-
-def count(report: CheckReport) -> dict[str, int]:
-    """Count items, for a run's record."""
-    return report.counts | {"num_all_ignored": len(report.empty)}
+    counts = report.counts | {"num_all_ignored": len(report.empty)}
+    return splits, counts | {f"{split}_images": len(items) for split, items in splits.items()}, report
 
 
 def check_item(item: Item) -> ItemReport:
@@ -90,26 +68,36 @@ def check_item(item: Item) -> ItemReport:
     orig_hw = bits = is_grey = None
     is_color, class_pixels, num_ignored = False, np.zeros(num_classes, np.int64), 0
     try:
-        image = read_image_unscaled(item.image_path) if item.page is None else read_page(item.image_path, item.page)
+        path, page = item.image_path, item.page
+        image = read_image_unscaled(path) if page is None else readers.read_page(path, page)
         orig_hw, bits = image.shape[:2], 8 * image.itemsize
         is_grey = image.ndim == 2 or bool((image[..., 1:] == image[..., :1]).all())
-        remarks += _remark_on_picture(item, image, is_grey)
+        if is_grey and item.channels == 3:
+            remarks.append(("grey for three channels", str(path)))
+        if not is_grey and item.channels == 1:
+            remarks.append(("colour for one channel", str(path)))
+        if remark := remark_on_values(image):
+            remarks.append((remark[0], f"{path}: {remark[1]}"))
     except (OSError, ValueError) as error:
         faults.append(str(error))
     try:
-        class_map, values, is_color = decode_mask(item)
+        class_map, values, is_color = readers.decode_mask(item)
         pixels = np.bincount(class_map.ravel(), minlength=IGNORE_INDEX + 1)
         known = tuple(value for value, class_index in item.coding.classes if pixels[class_index])
         if orig_hw is not None:
-            check_same_size(item, orig_hw, class_map.shape)
-        if pixels[UNKNOWN]:
-            fault, unknown = describe_unknown(item, class_map, values, is_color)
+            readers.check_same_size(item, orig_hw, class_map.shape)
+        if pixels[readers.UNKNOWN]:
+            fault, unknown = readers.describe_unknown(item, class_map, values, is_color)
             faults.append(fault)
     except (OSError, ValueError) as error:
         faults.append(str(error))
     if not faults:
         class_pixels, num_ignored = pixels[:num_classes], int(pixels[IGNORE_INDEX])
-        remarks += _remark_on_classes(item, class_pixels)
+        present = np.flatnonzero(class_pixels)
+        if not len(present):
+            remarks.append(("all pixels ignored", str(item.mask_path)))
+        if len(present) == 1:
+            remarks.append(("a single class", f"{item.mask_path}: {item.coding.class_names[present[0]]}"))
     content = Classes(item.coding, is_grey, class_pixels, num_ignored, known, tuple(unknown.items()), is_color)
     is_usable = bool(class_pixels.any())
     return ItemReport(item.name, tuple(faults), tuple(remarks), orig_hw, bits, is_usable, content)
@@ -129,25 +117,19 @@ def keep_usable(items: list[Item], report: CheckReport, on_bad: str) -> list[Ite
     return usable_items
 
 
-def class_frequencies(report: CheckReport, items: list[Item]) -> np.ndarray:
-    """Return each class's share of the pixels of some of the checked items, such as those of the training split.
+def count_class_pixels(report: CheckReport, items: list[Item]) -> np.ndarray:
+    """Count the pixels of each class in some of the checked items, such as those of the training split.
 
     Returns:
-        float64 (num_classes,), sums to 1; ignored pixels do not count.
+        int64 (num_classes,); ignored pixels do not count.
     """
-    class_pixels = count_class_pixels(report, items)
-    return class_pixels / class_pixels.sum()
-
-
-def count_class_pixels(report: CheckReport, items: list[Item]) -> np.ndarray:
-    """Count the pixels of each class in some of the checked items: int64 (num_classes,)."""
     names = {item.name for item in items}
     return sum(item.content.class_pixels for item in report.usable if item.name in names)
 
 
 def present_classes(report: CheckReport) -> list[int]:
     """List the classes that occur."""
-    return np.flatnonzero(sum(item.content.class_pixels for item in report.usable)).tolist() if report.usable else []
+    return np.flatnonzero(sum(item.content.class_pixels for item in report.usable)).tolist()
 
 
 def suggestions(report: CheckReport) -> list[str]:
@@ -159,7 +141,7 @@ def suggestions(report: CheckReport) -> list[str]:
         if unknown:
             known = {value for mask in masks for value in mask.known}
             lines.append(f"to mend: {suggest_coding(coding, known, unknown, is_color)}")
-    present, names = present_classes(report), coding.class_names if coding else ()
+    present, names = present_classes(report), coding.class_names
     absent = [f"{index} ({names[index]})" for index in range(len(names)) if index not in present]
     if report.usable and len(present) < 2:
         num_ignored = sum(item.content.num_ignored for item in report.usable)
@@ -190,12 +172,11 @@ def suggest_coding(coding: MaskCoding, known: set[int], unknown: set[int], is_co
     num_classes = len(coding.class_names)
     ignored = [value for value, class_index in coding.classes if class_index == IGNORE_INDEX]
     is_new = is_color != coding.is_color  # the other kind of mask: nothing of what is given holds
-    if (
-        is_color and (np.ptp(unpack_colors(np.array(sorted(unknown))), 1) == 0).all()
-    ):  # grey, where colours are expected
+    is_grey = not np.ptp(readers.unpack_colors(np.array(sorted(unknown))), 1).any()
+    if is_color and is_grey:  # where colours are expected
         is_color, is_new = False, True
         known, unknown = {value & 255 for value in known}, {value & 255 for value in unknown}
-    if len(unknown) > BLURRED:
+    if len(unknown) > readers.BLURRED:
         return (
             f"{len(unknown)} values are more than there are classes, so the mask has been compressed, smoothed or "
             "resized: export it again with nearest-neighbour resizing, or, with the true values in class_values, take "
@@ -238,7 +219,7 @@ def report_lines(report: CheckReport, max_listed: int | None = MAX_LISTED) -> li
     """
     greys = [item.content.is_grey for item in report.items if item.content.is_grey is not None]
     colors = f"; {sum(greys)} grey, {len(greys) - sum(greys)} colour"
-    lines = summary_lines(report, "with all pixels ignored", colors)
+    lines = dataset_check.summary_lines(report, "with all pixels ignored", colors)
     if report.usable:
         names, class_pixels, num_images = _measure_classes(report)
         num_ignored = sum(item.content.num_ignored for item in report.usable + report.empty)
@@ -250,15 +231,14 @@ def report_lines(report: CheckReport, max_listed: int | None = MAX_LISTED) -> li
         ]
         if num_ignored:
             lines.append(f"ignored: {num_ignored / (num_ignored + class_pixels.sum()):.3%} of the pixels")
-    return lines + finding_lines(report, REMEDIES, max_listed, suggestions(report))
+    return lines + dataset_check.finding_lines(report, REMEDIES, max_listed, suggestions(report))
 
 
 def plot_statistics(report: CheckReport, path: str | Path) -> None:
     """Draw the usable items' classes as one picture: share of the pixels, and images that have the class."""
     from matplotlib.figure import Figure  # slow to import, and needed here only
 
-    coding = _coding(report)
-    figure = Figure(figsize=(12, 1.5 + 0.25 * len(coding.class_names if coding else ())), layout="constrained")
+    figure = Figure(figsize=(12, 1.5 + 0.25 * len(_coding(report).class_names)), layout="constrained")
     share_axes, image_axes = figure.subplots(1, 2, sharey=True)
     figure.suptitle(f"{len(report.usable)} images")
     share_axes.set(title="share of the pixels", xlim=(0, 1))
@@ -271,32 +251,12 @@ def plot_statistics(report: CheckReport, path: str | Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _coding(report: CheckReport) -> MaskCoding | None:
-    """Return the mask coding, which all items share; None without items."""
-    return report.items[0].content.coding if report.items else None
+def _coding(report: CheckReport) -> MaskCoding:
+    """Return the mask coding, which all items share."""
+    return report.items[0].content.coding
 
 
 def _measure_classes(report: CheckReport) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
     """Return of each class the name, its pixels (num_classes,), and the images that have it (num_classes,)."""
     pixels = np.stack([item.content.class_pixels for item in report.usable])  # (I, num_classes)
     return _coding(report).class_names, pixels.sum(0), (pixels > 0).sum(0)
-
-
-def _remark_on_picture(item: Item, image: np.ndarray, is_grey: bool) -> list[tuple[str, str]]:
-    remarks = []
-    if is_grey and item.channels == 3:
-        remarks.append(("grey for three channels", str(item.image_path)))
-    if not is_grey and item.channels == 1:
-        remarks.append(("colour for one channel", str(item.image_path)))
-    if remark := remark_on_values(image):
-        remarks.append((remark[0], f"{item.image_path}: {remark[1]}"))
-    return remarks
-
-
-def _remark_on_classes(item: Item, class_pixels: np.ndarray) -> list[tuple[str, str]]:
-    present = np.flatnonzero(class_pixels)
-    if len(present) > 1:
-        return []
-    if not len(present):
-        return [("all pixels ignored", str(item.mask_path))]
-    return [("a single class", f"{item.mask_path}: {item.coding.class_names[present[0]]}")]

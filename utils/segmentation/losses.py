@@ -4,7 +4,6 @@ They take `logits` (B, C, H, W) and `target` int (B, H, W) and return one scalar
 """
 
 import math
-from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -224,19 +223,16 @@ def cell_boxes(instances: np.ndarray) -> list[tuple[int, int, int, int, int]]:
     return [(*map(int, (*first[:, i], *last[:, i])), int(ids[i])) for i in range(len(ids))]
 
 
-def border_weight_map(
-    instances: np.ndarray, w0: float = 10.0, sigma: float = 5.0, class_weights: Sequence[float] = (1.0, 1.0)
-) -> np.ndarray:
-    """Compute the U-Net paper's pixel weights, which are high in the narrow gaps between cells.
+def border_weight_map(instances: np.ndarray, w0: float = 10.0, sigma: float = 5.0) -> np.ndarray:
+    """Compute what the U-Net paper adds to the classes' weights in the narrow gaps between cells.
 
-    w = w_c + w0 exp(-(d1 + d2)^2 / (2 sigma^2)) on the background, d1 and d2 the distances to the nearest and to the
-    second nearest cell; w = w_c inside cells. Cells that touch have no gap: leave a pixel of background between them.
+    w0 exp(-(d1 + d2)^2 / (2 sigma^2)) on the background, d1 and d2 the distances to the nearest and to the second
+    nearest cell; 0 inside cells. Cells that touch have no gap: leave a pixel of background between them.
 
     Args:
         instances: int (H, W), ids of the cells, 0 is background. For a binary mask, its connected components.
         w0: the greatest weight that is added.
         sigma: width of the gaps that count, pixels.
-        class_weights: w_c of background and of cells; (0, 0) gives the second summand alone.
     Returns:
         float32 (H, W), within 1e-6 w0 of the formula.
     Source: Ronneberger et al. 2015, equation 2, with their w0 and sigma; nothing is added inside cells, as in the
@@ -250,7 +246,5 @@ def border_weight_map(
         distance = cv2.distanceTransform(outside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
         np.minimum(second[window], np.maximum(nearest[window], distance), out=second[window])
         np.minimum(nearest[window], distance, out=nearest[window])
-    background = instances == 0
     gap = np.square(nearest + second)  # inf with fewer than two cells near
-    weights = np.where(background, class_weights[0], class_weights[1])
-    return (weights + np.where(background, w0 * np.exp(-gap / (2 * sigma**2)), 0)).astype(np.float32)
+    return np.where(instances == 0, w0 * np.exp(-gap / (2 * sigma**2)), 0).astype(np.float32)

@@ -44,23 +44,6 @@ class ModelSummary:
     parameter_megabytes: float
 
 
-@dataclass(frozen=True)
-class Latency:
-    """Milliseconds that one picture takes, forward only."""
-
-    p50_ms: float
-    p95_ms: float
-    repeats: int
-
-
-@dataclass
-class _Call:
-    """A module that is running: flops counted before it, and flops of the modules inside it."""
-
-    flops_before: int
-    flops_inside: int = 0
-
-
 def summarize(model: nn.Module, image_size_hw: tuple[int, int], in_channels: int) -> ModelSummary:
     """Count what one picture of a given size costs, layer by layer, without computing anything.
 
@@ -71,25 +54,23 @@ def summarize(model: nn.Module, image_size_hw: tuple[int, int], in_channels: int
         ValueError: for a size that the model does not take.
     """
     input_shape = (1, in_channels, *image_size_hw)
-    rows, running, num_values = [], [], []
+    rows, num_values = [], []
     counter = FlopCounterMode(display=False)
+    own_flops = []  # one for each call of a module that has ended
+    unassigned = []  # one for each call that runs: the flops before it that no ended call has
 
     def start(module, inputs):
-        running.append(_Call(counter.get_total_flops()))
+        unassigned.append(counter.get_total_flops() - sum(own_flops))
 
     def finish(module, inputs, outputs):
-        call = running.pop()
-        flops = counter.get_total_flops() - call.flops_before
-        if running:
-            running[-1].flops_inside += flops
-        own_flops = flops - call.flops_inside
+        own_flops.append(counter.get_total_flops() - sum(own_flops) - unassigned.pop())
         own_parameters = sum(parameter.numel() for parameter in module.parameters(recurse=False))
         is_leaf = next(module.children(), None) is None
-        if is_leaf or own_flops or own_parameters:  # attention, for one, is done by the block itself
+        if is_leaf or own_flops[-1] or own_parameters:  # attention, for one, is done by the block itself
             output = outputs[0] if isinstance(outputs, tuple) else outputs  # pooling may give indices too
             num_values.append(0 if output is inputs[0] else output.numel())  # in-place layers make nothing new
             name, kind, shape = names[module] or "(model)", type(module).__name__, tuple(output.shape)
-            rows.append(LayerRow(name, kind, _kernel(module), shape, own_parameters, own_flops // 2))
+            rows.append(LayerRow(name, kind, _kernel(module), shape, own_parameters, own_flops[-1] // 2))
 
     meta_model = copy.deepcopy(model).to("meta").eval()
     names = {module: name for name, module in meta_model.named_modules()}
@@ -125,8 +106,8 @@ def format_summary(summary: ModelSummary) -> str:
     header = ("layer", "kind", "kernel", "output shape", "parameters", "multiply-adds")
     table = [header]
     for row in summary.rows:
-        shape = " x ".join(str(size) for size in row.output_shape)
-        table.append((row.name, row.kind, row.kernel, shape, _count(row.parameters), _count(row.multiply_adds)))
+        counts = [f"{number:,}" if number else "-" for number in (row.parameters, row.multiply_adds)]
+        table.append((row.name, row.kind, row.kernel, " x ".join(map(str, row.output_shape)), *counts))
     widths = [max(len(line[column]) for line in table) for column in range(len(header))]
     lines = []
     for line in table:
@@ -136,17 +117,13 @@ def format_summary(summary: ModelSummary) -> str:
     rule = "-" * max(len(line) for line in lines)
     lines.insert(1, rule)
     totals = [
-        f"input {' x '.join(str(size) for size in summary.input_shape)}",
+        f"input {' x '.join(map(str, summary.input_shape))}",
         f"parameters {summary.parameters:,} ({summary.trainable_parameters:,} trainable)",
         f"multiply-adds {summary.multiply_adds:,} ({summary.multiply_adds / 1e9:.3g} G)",
         f"fp32 megabytes: input {summary.input_megabytes:.2f}, activations {summary.activation_megabytes:.2f}, "
         f"parameters {summary.parameter_megabytes:.2f}",
     ]
     return "\n".join([*lines, rule, *totals])
-
-
-def _count(number: int) -> str:
-    return f"{number:,}" if number else "-"
 
 
 def measure_latency(
@@ -156,21 +133,19 @@ def measure_latency(
     device: torch.device,
     precision: str,
     repeats: int,
-) -> Latency:
-    """Measure how long one picture takes from tensor to logits, after warming up.
+) -> tuple[float, float]:
+    """Measure how long one picture takes from tensor to logits, forward only, after warming up.
 
     Args:
-        model: moved to the device; its training mode is put back afterwards.
+        model: on the device, in evaluation mode.
         image_size_hw: (H, W) of the picture, pixels.
         precision: "fp32", "bf16" or "fp16", as `utils.run.choose_precision` returns it.
         repeats: timed passes, 1 or more; p95 means little below 20.
+    Returns:
+        p50 and p95, milliseconds.
     Raises:
-        ValueError: for no repeats, and for a size that the model does not take.
+        ValueError: for a size that the model does not take.
     """
-    if repeats < 1:
-        raise ValueError(f"latency repeats is {repeats}; must be 1 or more")
-    was_training = model.training
-    model.to(device).eval()
     images = torch.rand(1, in_channels, *image_size_hw, generator=torch.Generator().manual_seed(0)).to(device)
     times_ms = []
     with torch.inference_mode(), autocast(device, precision):
@@ -180,6 +155,4 @@ def measure_latency(
             elapsed_s = now_s(device) - start_s
             if attempt >= max(3, repeats // 10):  # the first passes choose algorithms and fill caches
                 times_ms.append(1000 * elapsed_s)
-    model.train(was_training)
-    p50_ms, p95_ms = np.percentile(times_ms, [50, 95])
-    return Latency(float(p50_ms), float(p95_ms), repeats)
+    return tuple(np.percentile(times_ms, [50, 95]).tolist())

@@ -92,7 +92,7 @@ def predict_tiled(
             if logits_sum is None:
                 logits_sum = torch.zeros((len(tile_logits), height, width), device=image.device)
             y, x = slice(max(top, 0), top + weight.shape[0]), slice(max(left, 0), left + weight.shape[1])
-            inside_y = slice(y.start - top, min(height, y.stop) - top)  # of the tile's output: what lies in the picture
+            inside_y = slice(y.start - top, min(height, y.stop) - top)  # what of the tile lies in the picture
             inside_x = slice(x.start - left, min(width, x.stop) - left)
             logits_sum[:, y, x] += (tile_logits * weight)[:, inside_y, inside_x]
             weight_sum[y, x] += weight[inside_y, inside_x]

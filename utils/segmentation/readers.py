@@ -6,6 +6,7 @@ two folders of pictures and masks.
 that neither train nor count. Which value (or colour) of a mask file is which class stands in the YAML.
 """
 
+import contextlib
 import functools
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -45,7 +46,7 @@ class Item:
     mask_path: Path
     channels: int  # 1 or 3, of the picture as the network gets it
     coding: MaskCoding
-    page: int | None = None  # of both files, if they are TIFF stacks
+    page: int | None = None  # the page in both files, if they are TIFF stacks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,8 +98,6 @@ def split_items(
         raise ValueError(f"data.format is {format!r}; must be one of {', '.join(LISTERS)}")
     if channels not in (1, 3):
         raise ValueError(f"data.channels is {channels!r}; must be 1 (grey) or 3 (colour; alpha is dropped)")
-    if on_bad not in ("stop", "skip"):
-        raise ValueError(f"data.on_bad is {on_bad!r}; must be stop or skip")
     coding = mask_coding(num_classes, class_names, class_values, ignore_values, nearest_value)
     item = functools.partial(Item, channels=channels, coding=coding)
     list_format = functools.partial(LISTERS[format], listing.dataset_folder(root), item)
@@ -205,6 +204,17 @@ def list_two_folders(
     folder and list is a seeded fraction of training.
     """
     affixes = (image_start, image_ending), (mask_start, mask_ending)
+
+    def list_folder(folder: str = "") -> list[Item]:
+        dirs = [root / parent.replace(SPLIT_FIELD, folder) for parent in (image_dir, mask_dir)]
+        if dirs[0] == dirs[1] and affixes[0] == affixes[1]:
+            raise ValueError(
+                f"data.image_dir and data.mask_dir are both {dirs[0]}: set data.mask_ending, such as _mask for "
+                "001.png and 001_mask.png, or keep the masks in a folder of their own"
+            )
+        pairs = listing.pair_files(*dirs, *affixes, with_subfolders=True)
+        return [item(f"{folder}/{name}" if folder else name, *paths) for name, *paths in pairs]
+
     lists = {"train_list": train_list, "val_list": val_list, "test_list": test_list}
     folders = {"train_folder": train_folder, "val_folder": val_folder, "test_folder": test_folder}
     given_lists = {key: value for key, value in lists.items() if value is not None}
@@ -217,35 +227,19 @@ def list_two_folders(
                 f"data.image_dir is {image_dir}: with {SPLIT_FIELD} in it, data.train_folder must be given, and "
                 f"train_list, val_list, test_list be null; they are {train_folder} and {given_lists or 'null'}"
             )
-        splits = [None, None, None]
-        for index, folder in enumerate(folders.values()):
-            if folder is not None:
-                dirs = [root / parent.replace(SPLIT_FIELD, folder) for parent in (image_dir, mask_dir)]
-                splits[index] = [item(f"{folder}/{name}", *paths) for name, *paths in _pair_folders(*dirs, affixes)]
-        return tuple(splits)
+        return tuple(None if folder is None else list_folder(folder) for folder in folders.values())
     if given_folders:
         key, value = next(iter(given_folders.items()))
         raise ValueError(
             f"data.{key} is {value}, but data.image_dir {image_dir} and data.mask_dir {mask_dir} have no {SPLIT_FIELD} "
             f"for it to stand in, as in images/{SPLIT_FIELD} and masks/{SPLIT_FIELD}"
         )
-    items = {pair.name: item(*pair) for pair in _pair_folders(root / image_dir, root / mask_dir, affixes)}
+    items = {listed.name: listed for listed in list_folder()}
     names = [None if path is None else listing.read_list(path, set(items), affixes[0]) for path in lists.values()]
     if train_list is None:
-        listed = {name for part in names if part is not None for name in part}
-        names[0] = [name for name in items if name not in listed]
+        elsewhere = {name for part in names if part is not None for name in part}
+        names[0] = [name for name in items if name not in elsewhere]
     return tuple(None if part is None else [items[name] for name in part] for part in names)
-
-
-def _pair_folders(
-    image_dir: Path, mask_dir: Path, affixes: tuple[tuple[str, str], tuple[str, str]]
-) -> list[listing.Pair]:
-    if image_dir == mask_dir and affixes[0] == affixes[1]:
-        raise ValueError(
-            f"data.image_dir and data.mask_dir are both {image_dir}: set data.mask_ending, such as _mask for "
-            "001.png and 001_mask.png, or keep the masks in a folder of their own"
-        )
-    return listing.pair_files(image_dir, mask_dir, *affixes, with_subfolders=True)
 
 
 LISTERS = {"oxford_pet": list_oxford_pet, "isbi": list_isbi, "camvid": list_camvid, "folders": list_two_folders}
@@ -295,13 +289,21 @@ def suggest_pairing(image_paths: list[Path], mask_paths: list[Path]) -> str:
 
 
 def _num_pages(path: Path) -> int:
+    with _open_page(path, 0) as stack:
+        return getattr(stack, "n_frames", 1)
+
+
+@contextlib.contextmanager
+def _open_page(path: Path, page: int):
+    """Open a TIFF stack at a page, from 0."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; see data/README.md for the layout, or change data.root")
     try:
         with Image.open(path) as stack:
-            return getattr(stack, "n_frames", 1)
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be decoded as a TIFF stack ({error}); copy it again") from error
+            stack.seek(page)
+            yield stack
+    except (OSError, EOFError, SyntaxError) as error:
+        raise ValueError(f"{path}, page {page}, cannot be decoded ({error}); copy the file again") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -382,8 +384,8 @@ def _parse_value(key: str, value: object) -> tuple[int, bool]:
 
 @functools.lru_cache(maxsize=4)
 def _class_table(coding: MaskCoding) -> np.ndarray:
-    """Return the class of every value, uint8, UNKNOWN where there is none."""
-    table = np.full(2**24 if coding.is_color else MAX_VALUE + 1, UNKNOWN, np.uint8)
+    """Return the class of every value, uint8, UNKNOWN where there is none, as for all values above MAX_VALUE."""
+    table = np.full(2**24 if coding.is_color else MAX_VALUE + 2, UNKNOWN, np.uint8)
     for value, class_index in coding.classes:
         table[value] = class_index
     return table
@@ -418,7 +420,7 @@ def check_same_size(item: Item, image_hw: tuple[int, int], mask_hw: tuple[int, i
         )
 
 
-def read_picture(path: str | Path, channels: int, page: int | None = None) -> np.ndarray:
+def read_picture(path: Path, channels: int, page: int | None = None) -> np.ndarray:
     """Read a picture as a network gets it: grey or RGB, 8 bits.
 
     A grey file is repeated for 3 channels, and a colour file becomes its luminance for 1. EXIF rotation, alpha,
@@ -471,7 +473,6 @@ def decode_mask(item: Item) -> tuple[np.ndarray, np.ndarray, bool]:
         return np.full(values.shape, UNKNOWN, np.uint8), values, is_color
     table = _class_table(coding)
     class_map = table[np.minimum(values, len(table) - 1)]
-    class_map[values >= len(table)] = UNKNOWN
     if coding.nearest_value:
         is_unknown = class_map == UNKNOWN
         class_map[is_unknown] = _nearest_classes(coding, values[is_unknown])
@@ -481,13 +482,10 @@ def decode_mask(item: Item) -> tuple[np.ndarray, np.ndarray, bool]:
 def _nearest_classes(coding: MaskCoding, values: np.ndarray) -> np.ndarray:
     """Return the class of the nearest listed value, uint8 (N,), for values (N,)."""
     different, index = np.unique(values, return_inverse=True)
-    listed = np.array([value for value, _ in coding.classes])
-    classes = np.array([class_index for _, class_index in coding.classes], np.uint8)
-    if coding.is_color:
-        distance = np.linalg.norm(unpack_colors(different)[:, None] - unpack_colors(listed)[None].astype(float), axis=2)
-    else:
-        distance = np.abs(different[:, None] - listed[None])
-    return classes[distance.argmin(1)][index]
+    listed, classes = np.array(coding.classes).T
+    points, listed_points = (unpack_colors(n) if coding.is_color else n[:, None] for n in (different, listed))
+    distance = np.linalg.norm(points[:, None] - listed_points[None].astype(float), axis=2)  # (N different, M listed)
+    return classes.astype(np.uint8)[distance.argmin(1)][index]
 
 
 def _read_mask_values(item: Item) -> tuple[np.ndarray, bool]:
@@ -510,28 +508,17 @@ def _read_mask_values(item: Item) -> tuple[np.ndarray, bool]:
     try:
         return read_label_map(path), False
     except ValueError:
-        if not _is_colored(path):
-            raise
-        return _pack(read_image(path)), True
+        with contextlib.suppress(ValueError):
+            image_rgb = read_image(path)
+            if np.ptp(image_rgb, 2).any():
+                return _pack(image_rgb), True
+        raise
 
 
-def _is_colored(path: Path) -> bool:
-    try:
-        return bool((np.ptp(read_image(path), 2) > 0).any())
-    except ValueError:
-        return False
-
-
-def read_page(path: str | Path, page: int) -> np.ndarray:
+def read_page(path: Path, page: int) -> np.ndarray:
     """Read one page of a TIFF stack: uint8 or uint16 (H, W), grey."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        with Image.open(path) as stack:
-            stack.seek(page)
-            values = np.array(stack.convert("L") if stack.mode == "1" else stack)
-    except (OSError, EOFError, SyntaxError) as error:
-        raise ValueError(f"{path}, page {page}, cannot be decoded ({error}); copy the file again") from error
+    with _open_page(path, page) as stack:
+        values = np.array(stack.convert("L") if stack.mode == "1" else stack)
     if values.ndim != 2 or values.dtype not in (np.uint8, np.uint16):
         raise ValueError(
             f"{path}, page {page}, has shape {values.shape} and dtype {values.dtype}; must be grey of 8 or 16 bits"

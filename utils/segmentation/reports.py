@@ -9,7 +9,7 @@ from utils.images import id_colors, overlay_label_map
 from utils.segmentation.metrics import segmentation_metrics
 
 REPORTED = ("mean_iou", "pixel_accuracy", "dice", "weighted_iou")  # what best.pt can be chosen by
-ONE_CLASS_SHARE = 0.995  # of all predictions; above it a network is taken to answer with one class whatever it sees
+ONE_CLASS_SHARE = 0.995  # above this share of all pixels a network is taken to answer with one class whatever it sees
 
 
 def class_ids(class_map: np.ndarray, names: tuple[str, ...]) -> np.ndarray:

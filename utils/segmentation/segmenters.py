@@ -4,6 +4,8 @@ All take images float (B, in_channels, H, W) in 0..1, of any size and without fu
 (B, num_classes, H, W).
 """
 
+import itertools
+from collections.abc import Callable
 from typing import Annotated
 
 import torch
@@ -11,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import get_model
 
-from utils.settings import check_value, one_of
+from utils.segmentation.unet import Count, DroppedShare
+from utils.settings import one_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # FCN
@@ -34,18 +37,15 @@ class FCN(nn.Module):
         arXiv:1411.4038.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, base_channels: int, head_channels: int, dropout: float):
+    def __init__(
+        self, in_channels: int, num_classes: int, base_channels: Count, head_channels: Count, dropout: DroppedShare
+    ):
         super().__init__()
-        _check_whole_numbers({"base_channels": base_channels, "head_channels": head_channels})
-        _check_dropout(dropout)
-        levels, channels = [], in_channels
+        self.levels, channels = nn.ModuleList(), in_channels
         for factor, num_convs in ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3)):
-            layers = []
-            for _ in range(num_convs):
-                layers += _conv(channels, factor * base_channels, 3)
-                channels = factor * base_channels
-            levels.append(nn.Sequential(*layers, nn.MaxPool2d(2)))
-        self.levels = nn.ModuleList(levels)
+            convs = _conv_chain(_conv, [channels] + num_convs * [factor * base_channels])
+            self.levels.append(convs.append(nn.MaxPool2d(2)))
+            channels = factor * base_channels
         self.head = nn.Sequential(
             *_conv(channels, head_channels, 7),
             nn.Dropout(dropout),
@@ -101,25 +101,17 @@ class SegNet(nn.Module):
         series, Towards Data Science 2023.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, base_channels: int, separable: bool):
+    def __init__(self, in_channels: int, num_classes: int, base_channels: Count, separable: bool):
         super().__init__()
-        _check_whole_numbers({"base_channels": base_channels})
-        check_value(separable, bool, "model.separable")
         conv = _separable_conv if separable else _conv
         widths = [in_channels, base_channels, 2 * base_channels, 4 * base_channels, 8 * base_channels]
         num_convs = [2, 2, 3, 3]
         encoder, decoder = [], []
         for level in range(4):
             shallow, deep = widths[level], widths[level + 1]
-            layers = conv(shallow, deep, 3)
-            for _ in range(num_convs[level] - 1):
-                layers += conv(deep, deep, 3)
-            encoder.append(nn.Sequential(*layers))
-            layers = []
-            for _ in range(num_convs[level] - 1):
-                layers += conv(deep, deep, 3)
-            layers += conv(deep, shallow if level > 0 else num_classes, 3)
-            decoder.append(nn.Sequential(*layers))
+            channels = [shallow] + num_convs[level] * [deep]
+            encoder.append(_conv_chain(conv, channels))
+            decoder.append(_conv_chain(conv, channels[:0:-1] + [shallow if level > 0 else num_classes]))
         del decoder[0][-1]  # the last ReLU
         self.input_norm = nn.BatchNorm2d(in_channels)
         self.encoder = nn.ModuleList(encoder)
@@ -180,19 +172,14 @@ class ViTSegmenter(nn.Module):
         self,
         in_channels: int,
         num_classes: int,
-        image_size: int,
-        patch_size: int,
-        dim: int,
-        num_blocks: int,
-        num_heads: int,
-        dropout: float,
+        image_size: Count,
+        patch_size: Count,
+        dim: Count,
+        num_blocks: Count,
+        num_heads: Count,
+        dropout: DroppedShare,
     ):
         super().__init__()
-        _check_whole_numbers(
-            {"image_size": image_size, "patch_size": patch_size, "dim": dim, "num_blocks": num_blocks}
-            | {"num_heads": num_heads}
-        )
-        _check_dropout(dropout)
         if image_size % patch_size:
             raise ValueError(f"model.image_size is {image_size}; must be a multiple of model.patch_size ({patch_size})")
         if dim % num_heads:
@@ -295,21 +282,13 @@ def _conv(channels_in: int, channels_out: int, kernel_size: int) -> list[nn.Modu
     ]
 
 
+def _conv_chain(conv: Callable[[int, int, int], list[nn.Module]], channels: list[int]) -> nn.Sequential:
+    """Chain 3x3 convolutions, each from one of the channels to the next."""
+    return nn.Sequential(*(layer for pair in itertools.pairwise(channels) for layer in conv(*pair, 3)))
+
+
 def _separable_conv(channels_in: int, channels_out: int, kernel_size: int) -> list[nn.Module]:
     within_channels = nn.Conv2d(
         channels_in, channels_in, kernel_size, padding=kernel_size // 2, groups=channels_in, bias=False
     )
     return [within_channels, *_conv(channels_in, channels_out, 1)]
-
-
-def _check_whole_numbers(values: dict) -> None:
-    for name, value in values.items():
-        check_value(value, int, f"model.{name}")
-        if value < 1:
-            raise ValueError(f"model.{name} is {value}; must be 1 or more")
-
-
-def _check_dropout(dropout: float) -> None:
-    check_value(dropout, float, "model.dropout")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"model.dropout is {dropout}; must be 0 or more and below 1")

@@ -5,13 +5,17 @@ loses PAPER_MARGIN pixels on every side; prediction by overlapping tiles uses th
 """
 
 import math
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.settings import check_value
+from utils.settings import Rule, at_least, one_of
 
+# Annotations of settings: values of a config are checked against them.
+Count = Annotated[int, at_least(1)]
+DroppedShare = Annotated[float, Rule(lambda share: 0 <= share < 1, "0 or more and below 1")]
 PAPER_MARGIN = 92  # pixels of context that UNetPaper uses up on each side: 18 unpadded 3x3 convolutions at 5 scales
 
 
@@ -19,32 +23,24 @@ PAPER_MARGIN = 92  # pixels of context that UNetPaper uses up on each side: 18 u
 # sizes of the unpadded network
 
 
-def is_paper_input_size(input_size: int) -> bool:
-    """Say whether UNetPaper takes a side of this many pixels: 16k + 60 with k >= 8, so 188, 204, 220, ...
-
-    Other sides meet a 2x2 pooling of odd size, or nothing is left at the end.
-    """
-    return input_size >= 188 and (input_size - 60) % 16 == 0
-
-
 def nearest_paper_input_sizes(input_size: int) -> list[int]:
-    """Find the sides nearest to input_size that UNetPaper takes: itself, or one below and one above (from 188)."""
-    below = 60 + (input_size - 60) // 16 * 16
-    return sorted({max(188, below), max(188, below if below == input_size else below + 16)})
+    """Find the sides nearest to input_size that UNetPaper takes: itself, or one below and one above (from 188).
 
-
-def paper_output_size(input_size: int) -> int:
-    """Compute the side of UNetPaper's output: 2 * PAPER_MARGIN pixels less than its input.
-
-    Raises:
-        ValueError: for a side that the network does not take.
+    It takes 16 k + 60 px with k >= 8, so 188, 204, 220, ... Other sides meet a 2x2 pooling of odd size, or nothing is
+    left at the end.
     """
-    if not is_paper_input_size(input_size):
-        nearest = " and ".join(str(size) for size in nearest_paper_input_sizes(input_size))
-        raise ValueError(
-            f"the input of unet_paper has a side of {input_size} px; must be 16k + 60, k >= 8: nearest are {nearest}"
-        )
-    return input_size - 2 * PAPER_MARGIN
+    below, above = 60 + (input_size - 60) // 16 * 16, 60 - (60 - input_size) // 16 * 16
+    return sorted({max(188, below), max(188, above)})
+
+
+def check_paper_sides(name: str, size: object, sides: tuple[int, int]) -> None:
+    """Raise a ValueError, "<name> is <size>; ...", for sides, px, of which UNetPaper does not take both."""
+    for side in sides:
+        if side < 188 or (side - 60) % 16:
+            nearest = " and ".join(map(str, nearest_paper_input_sizes(side)))
+            raise ValueError(
+                f"{name} is {size}; a side must be 16 k + 60 with k >= 8 for unet_paper: nearest are {nearest}"
+            )
 
 
 def paper_input_size(output_size: int) -> int:
@@ -53,7 +49,7 @@ def paper_input_size(output_size: int) -> int:
     Args:
         output_size: pixels wanted, such as a tile's side; outputs are 4, 20, 36, ..., 388, ...
     """
-    return max(188, 60 + math.ceil((output_size + 2 * PAPER_MARGIN - 60) / 16) * 16)
+    return nearest_paper_input_sizes(output_size + 2 * PAPER_MARGIN)[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,12 +70,8 @@ class UNetPaper(nn.Module):
         arXiv:1505.04597. The text says dropout but no share: 0.5 is the released network's.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, base_channels: int = 64, dropout: float = 0.5):
+    def __init__(self, in_channels: int, num_classes: int, base_channels: Count = 64, dropout: DroppedShare = 0.5):
         super().__init__()
-        _check_whole_numbers({"base_channels": base_channels})
-        check_value(dropout, float, "model.dropout")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"model.dropout is {dropout}; must be 0 or more and below 1")
         widths = [base_channels * 2**level for level in range(5)]  # 64, 128, 256, 512, 1024
         self.encoder = nn.ModuleList(
             _double_conv_unpadded(channels_in, channels_out)
@@ -93,8 +85,8 @@ class UNetPaper(nn.Module):
         self.apply(_init_as_in_paper)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        for side in images.shape[-2:]:
-            paper_output_size(side)  # raises for sides that do not fit
+        input_hw = tuple(images.shape[-2:])
+        check_paper_sides("the input", input_hw, input_hw)
         skips = []
         features = images  # (B, in_channels, 572, 572), the paper's sizes
         for level in range(5):
@@ -155,11 +147,15 @@ class UNet(nn.Module):
     Source: Ronneberger et al., arXiv:1505.04597, with the padding and batch norm that came into use since.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, base_channels: int, depth: int, up: str):
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        base_channels: Count,
+        depth: Count,
+        up: Annotated[str, one_of("transposed", "bilinear")],
+    ):
         super().__init__()
-        _check_whole_numbers({"base_channels": base_channels, "depth": depth})
-        if up not in ("transposed", "bilinear"):
-            raise ValueError(f"model.up is {up}; must be transposed or bilinear")
         self.depth = depth
         widths = [base_channels * 2**level for level in range(depth + 1)]
         if up == "transposed":
@@ -204,10 +200,3 @@ def _double_conv(channels_in: int, channels_between: int, channels_out: int) -> 
         nn.BatchNorm2d(channels_out),
         nn.ReLU(inplace=True),
     )
-
-
-def _check_whole_numbers(values: dict) -> None:
-    for name, value in values.items():
-        check_value(value, int, f"model.{name}")
-        if value < 1:
-            raise ValueError(f"model.{name} is {value}; must be 1 or more")

@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from utils.images import IGNORE_INDEX
-from utils.segmentation.unet import is_paper_input_size, nearest_paper_input_sizes
+from utils.segmentation.unet import check_paper_sides
 from utils.settings import Rule, at_least, between, one_of
 
 RANGE = Rule(lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1], "[lowest, highest], above 0")
@@ -51,12 +51,8 @@ def check_size(name: str, size: int | list[int], margin: int) -> None:
     """Raise a ValueError for a size that no network, or not the unpadded one (margin above 0), can take."""
     if not isinstance(size, int) and len(size) != 2 or min(side_hw(size)) < 1:
         raise ValueError(f"{name} is {size}; must be a number of pixels, or [height, width]")
-    for side in side_hw(size):
-        if margin > 0 and not is_paper_input_size(side):
-            nearest = " and ".join(str(near) for near in nearest_paper_input_sizes(side))
-            raise ValueError(
-                f"{name} is {size}; a side must be 16 k + 60 with k >= 8 for unet_paper: nearest are {nearest}"
-            )
+    if margin > 0:
+        check_paper_sides(name, size, side_hw(size))
 
 
 def mirrored_index(start: int, length: int, size: int) -> np.ndarray:
@@ -113,7 +109,7 @@ def training_view(
     reach = max(height * cos + width * sin - height, width * cos + height * sin - width, 0) / 2
     reach = math.ceil(reach + 2 * np.abs(vectors_px).max())
 
-    cuts, grown_hw = [], []  # of each axis: the picture's pixels, and how many pixels they become
+    cuts, grown_hw = [], []  # for each axis: the picture's pixels, and how many pixels they become
     for axis in (0, 1):
         size = image.shape[axis]
         window = max(1, round(scale * (size if framing.fit == "resize" else out_hw[axis])))
@@ -140,11 +136,9 @@ def training_view(
         displacement = (displacement * 2 / torch.tensor([grown_w, grown_h])[:, None, None]).permute(1, 2, 0)[None]
         picture = transforms.elastic(picture, displacement)
         classes = transforms.elastic(classes, displacement, fill=IGNORE_INDEX)
-        picture, classes = [one[..., reach : grown_h - reach, reach : grown_w - reach] for one in (picture, classes)]
-    for is_used, flip in (
-        (augmentation.hflip, transforms.horizontal_flip),
-        (augmentation.vflip, transforms.vertical_flip),
-    ):
+        picture, classes = [view[..., reach : grown_h - reach, reach : grown_w - reach] for view in (picture, classes)]
+    flips = (augmentation.hflip, transforms.horizontal_flip), (augmentation.vflip, transforms.vertical_flip)
+    for is_used, flip in flips:
         if rng.random() < 0.5 and is_used:
             picture, classes = flip(picture), flip(classes)
     for adjust in (transforms.adjust_brightness, transforms.adjust_contrast, transforms.adjust_saturation):
