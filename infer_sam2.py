@@ -52,53 +52,16 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from utils import images
+from utils import settings as sections
 from utils.checkpoint import load_checkpoint
-from utils.images import (
-    list_images,
-    output_names,
-    overlay_label_map,
-    read_image,
-    read_label_map,
-    write_image,
-    write_label_map,
-)
 from utils.log import finish_run, start_run
 from utils.run import autocast, choose_device, choose_precision, now_s, sample_rng
-from utils.sam2.embedding_cache import (
-    CachePlan,
-    check_cache_settings,
-    embed,
-    fill_entry,
-    plan_cache,
-    read_entry,
-)
-from utils.sam2.mask_generation import (
-    AutomaticSettings,
-    GeneratedMasks,
-    annotate_mask,
-    generate_masks,
-    measure_full_size,
-    sample_points_in_mask,
-    stitch_masks,
-)
-from utils.sam2.model import (
-    build_sam2,
-    decode,
-    preprocess,
-    recognise_weights,
-    scale_points,
-)
-from utils.settings import (
-    SAME_SECTION,
-    CommonSettings,
-    at_least,
-    check_modes,
-    check_value,
-    one_line_errors,
-    one_of,
-    read_settings,
-    stop_at_moved_files,
-)
+from utils.sam2 import embedding_cache, mask_generation
+from utils.sam2 import model as models
+from utils.sam2.embedding_cache import CachePlan
+from utils.sam2.mask_generation import AutomaticSettings, GeneratedMasks
+from utils.settings import SAME_SECTION, CommonSettings, at_least, check_value, one_of, read_settings
 
 log = logging.getLogger("infer_sam2")
 REPOSITORY = Path(__file__).resolve().parent
@@ -127,8 +90,8 @@ class Config:
     mask: str | None  # mode=prompts: mask file of the picture's size, of one object
     prompts_file: str | None  # mode=prompts: json file (see the top of infer_sam2.py)
     max_overlap: float  # a mask of which a larger share is taken by better ones is left out of the label map, 0..1
-    cache: str | bool  # off (false is what YAML makes of it), auto, or a folder: see utils/sam2/embedding_cache.py
-    cache_precision: str  # fp16 or fp32
+    cache: embedding_cache.Setting  # off (false is what YAML makes of it), auto, or a folder
+    cache_precision: embedding_cache.Precision
     fast_decoder: bool  # the same masks up to rounding, sooner: see utils/sam2/fast_decoder.py
 
 
@@ -154,12 +117,11 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     """
     settings = read_settings(Config, config)
     check_mode(settings)
-    check_cache_settings(settings.cache, settings.cache_precision)
-    image_paths = list_images(Path(settings.input))
+    image_paths = images.list_images(Path(settings.input))
     objects_of = read_prompts(settings, image_paths) if settings.mode == "prompts" else {}
     if settings.mode == "prompts":
         image_paths = [path for path in image_paths if path.name in objects_of]
-    region = read_label_map(settings.region) > 0 if settings.mode == "region" else None  # (H, W)
+    region = images.read_label_map(settings.region) > 0 if settings.mode == "region" else None  # (H, W)
 
     device = choose_device(settings.common.device)
     precision = choose_precision(settings.common.precision, device)
@@ -167,20 +129,22 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     changed = {key: value for key, value in settings.automatic.items() if value is not None}
     automatic = read_settings(AutomaticSettings, model_config.get("automatic", {}) | changed, "automatic")
     check_value(model_config["image_size"], int, "model.image_size")
-    model = build_sam2(**model_config, device=device, fast_decoder=settings.fast_decoder)
+    model = models.build_sam2(**model_config, device=device, fast_decoder=settings.fast_decoder)
     pictures = [(path, False) for path in image_paths]  # none is mirrored
     obstacle = "mode=automatic encodes crops of pictures, too" if settings.mode == "automatic" else None
-    plan = plan_cache(model, settings.cache, settings.cache_precision, precision, True, pictures, obstacle)
+    plan = embedding_cache.plan_cache(
+        model, settings.cache, settings.cache_precision, precision, True, pictures, obstacle
+    )
     start_run(run_dir, config | {"model": model_config, "automatic": asdict(automatic)}, {"images": len(image_paths)})
 
-    is_folder, names = Path(settings.input).is_dir(), output_names(image_paths)
+    is_folder, names = Path(settings.input).is_dir(), images.output_names(image_paths)
     failures, num_done, num_masks = [], 0, 0
     with (run_dir / "summary.csv").open("w", encoding="utf-8", newline="") as summary_file:
         summary = csv.writer(summary_file)
         summary.writerow(["name", "masks", "objects", "encode_ms", "ms_per_prompt"])
         for image_index, path in enumerate(tqdm(image_paths, desc="segment", unit="image", disable=not is_folder)):
             try:
-                image_rgb = read_image(path)  # uint8 (H, W, 3)
+                image_rgb = images.read_image(path)  # uint8 (H, W, 3)
                 orig_hw = image_rgb.shape[:2]
                 if settings.mode == "region":
                     objects = objects_in_region(
@@ -195,10 +159,10 @@ def infer(config: dict, run_dir: Path) -> list[str]:
                 continue
             with torch.inference_mode(), autocast(device, precision):
                 if settings.mode == "automatic":
-                    generated = generate_masks(model, image_rgb, automatic)
+                    generated = mask_generation.generate_masks(model, image_rgb, automatic)
                 else:
                     generated = segment_objects(model, image_rgb, objects, automatic, plan, path)
-            label_map, ids = stitch_masks(
+            label_map, ids = mask_generation.stitch_masks(
                 [annotation["segmentation"] for annotation in generated.annotations],
                 [annotation["predicted_iou"] for annotation in generated.annotations],
                 orig_hw,
@@ -228,7 +192,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
 def check_mode(settings: Config) -> None:
     """Refuse a mode without its input, and input that the mode would not use."""
     given = [key for key in MODES_OF_KEY if getattr(settings, key)]
-    check_modes(given, MODES_OF_KEY, settings.mode)
+    sections.check_modes(given, MODES_OF_KEY, settings.mode)
     if settings.mode == "region" and not given:
         raise ValueError("mode=region needs region=<mask file of the picture's size>")
     if settings.mode == "prompts" and not given:
@@ -261,7 +225,7 @@ def choose_model(checkpoint: str | None, image_size: int | None, model: dict | N
                     f"checkpoint {checkpoint} is of model {chosen['name']}, not {model['name']}; leave out model="
                 )
         elif model is None:
-            name = recognise_weights(state["model"]) if isinstance(state.get("model"), dict) else None
+            name = models.recognise_weights(state["model"]) if isinstance(state.get("model"), dict) else None
             if name is None:
                 raise ValueError(f"checkpoint {checkpoint} is of no SAM 2 model that this toolkit knows")
             chosen = read_model_config(name)
@@ -349,7 +313,7 @@ def parse_object(prompt: dict, orig_hw: tuple[int, int]) -> ObjectPrompt:
         point_labels.append(int(point[2]))
     mask = None
     if prompt.get("mask"):
-        mask = read_label_map(prompt["mask"]) > 0
+        mask = images.read_label_map(prompt["mask"]) > 0
         check_mask(mask, orig_hw, f"mask {prompt['mask']}")
         if not point_coords:  # SAM 2 is trained with one "no point" beside a mask
             point_coords, point_labels = [[0, 0]], [-1]
@@ -382,7 +346,7 @@ def objects_in_region(
 ) -> list[ObjectPrompt]:
     """Draw points at random in a region, (H, W) bool of the picture's size; each is the prompt of an object."""
     check_mask(region, orig_hw, "the region mask")
-    points = sample_points_in_mask(region, num_points, rng)  # (N, 2)
+    points = mask_generation.sample_points_in_mask(region, num_points, rng)  # (N, 2)
     return [ObjectPrompt(point[None], np.ones(1, np.int32), None) for point in points]
 
 
@@ -406,10 +370,13 @@ def segment_objects(
     """
     orig_hw = image_rgb.shape[:2]
     start = now_s(model.device)
-    if plan is not None and (path, False) in plan.missing:  # then read: the first run rounds as all others do
-        fill_entry(model, plan, (path, False), image_rgb)
-    pictures = preprocess(image_rgb, model.image_size)[None] if plan is None else read_entry(plan.entries[path, False])
-    embeddings = embed(model, pictures)
+    if plan is None:
+        picture = models.preprocess(image_rgb, model.image_size)[None]
+    else:
+        if (path, False) in plan.missing:  # then read: the first run rounds as all others do
+            embedding_cache.fill_entry(model, plan, (path, False), image_rgb)
+        picture = embedding_cache.read_entry(plan.entries[path, False])
+    embeddings = embedding_cache.embed(model, picture)
     encoded = now_s(model.device)
     groups = {}  # one decode call holds objects with as many points, and all or none with a mask
     for index, prompt in enumerate(objects):
@@ -421,21 +388,21 @@ def segment_objects(
         point_coords = torch.from_numpy(np.stack([objects[i].point_coords for i in batch]))  # (O, P, 2)
         point_labels = torch.from_numpy(np.stack([objects[i].point_labels for i in batch]))  # (O, P)
         masks = [objects[i].mask for i in batch if objects[i].mask is not None]
-        low_res_masks, iou_predictions, _ = decode(
+        low_res_masks, iou_predictions, _ = models.decode(
             model,
             embeddings,
             image_index=torch.zeros(len(batch), dtype=torch.long, device=model.device),
-            point_coords=scale_points(point_coords.to(model.device), orig_hw, model.image_size),
+            point_coords=models.scale_points(point_coords.to(model.device), orig_hw, model.image_size),
             point_labels=point_labels.to(model.device),
             mask_inputs=mask_logits(masks, model) if masks else None,
             multimask_output=point_labels.shape[1] == 1 and not masks,
         )  # (O, M, h, w), (O, M)
         predicted_ious, best = iou_predictions.float().max(1)
         best_masks = low_res_masks[torch.arange(len(batch)), best].float()  # (O, h, w)
-        stability_scores, _ = measure_full_size(best_masks, orig_hw, automatic.stability_score_offset)
+        stability_scores, _ = mask_generation.measure_full_size(best_masks, orig_hw, automatic.stability_score_offset)
         for k, index in enumerate(batch):
             is_click = np.isin(objects[index].point_labels, (0, 1))
-            annotations[index] = annotate_mask(
+            annotations[index] = mask_generation.annotate_mask(
                 best_masks[k].cpu().numpy(),
                 predicted_ious[k].item(),
                 stability_scores[k].item(),
@@ -453,17 +420,11 @@ def segment_objects(
 def mask_logits(masks: list[np.ndarray], model: torch.nn.Module) -> torch.Tensor:
     """Turn masks (H, W) into the decoder's mask prompts, (O, 1, S/4, S/4): their averages, from -10 to 10."""
     side = model.image_size // 4
-    logits = [
-        F.interpolate(
-            torch.from_numpy(mask)[None, None].float() * 2 * MASK_LOGIT - MASK_LOGIT,
-            (side, side),
-            mode="bilinear",
-            align_corners=False,
-            antialias=True,
-        )
-        for mask in masks
-    ]
-    return torch.cat(logits).to(model.device)
+    small_logits = []
+    for mask in masks:
+        logits = torch.from_numpy(mask)[None, None].float() * 2 * MASK_LOGIT - MASK_LOGIT  # (1, 1, H, W)
+        small_logits.append(F.interpolate(logits, (side, side), mode="bilinear", align_corners=False, antialias=True))
+    return torch.cat(small_logits).to(model.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -485,8 +446,8 @@ def write_results(
     Args:
         label_map, ids: from `stitch_masks`; masks without an id get the numbers that follow.
     """
-    write_label_map(run_dir / f"{name}_labels.png", label_map)
-    write_image(run_dir / f"{name}_overlay.png", overlay_label_map(image_rgb, label_map))
+    images.write_label_map(run_dir / f"{name}_labels.png", label_map)
+    images.write_image(run_dir / f"{name}_overlay.png", images.overlay_label_map(image_rgb, label_map))
     numbers = ids.copy()
     numbers[ids == 0] = np.arange(ids.max(initial=0) + 1, len(ids) + 1)
     record = {
@@ -507,7 +468,7 @@ def write_results(
 @hydra.main(version_base="1.3", config_path="configs/sam2", config_name="infer_sam2")
 def main(cfg: DictConfig) -> None:
     """Read the config, segment, and end with one line on what went wrong and status 1, if anything did."""
-    with one_line_errors("infer_sam2"):
+    with sections.one_line_errors("infer_sam2"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         failures = infer(config, Path(HydraConfig.get().runtime.output_dir))
     if failures:
@@ -515,5 +476,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    stop_at_moved_files("sam2", sys.argv[1:])
+    sections.stop_at_moved_files("sam2", sys.argv[1:])
     main()

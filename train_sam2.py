@@ -29,6 +29,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before th
 import functools
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -45,52 +46,18 @@ from tqdm import tqdm
 
 from utils import loop as loops
 from utils import run
+from utils import settings as sections
 from utils.checkpoint import find_resume, load_checkpoint, resumed_config, stored_config
 from utils.images import id_colors, mask_to_box, read_image, write_image
 from utils.instances.check import check_data
 from utils.instances.readers import Item, object_ids, split_items
 from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
-from utils.sam2 import losses
-from utils.sam2.embedding_cache import (
-    HIGH_RES_CONVS,
-    check_cache_settings,
-    embed,
-    fill_cache,
-    join_pictures,
-    plan_cache,
-    read_entry,
-)
+from utils.sam2 import embedding_cache, losses, prompts
+from utils.sam2 import model as models
 from utils.sam2.metrics import mask_iou
-from utils.sam2.model import (
-    Embeddings,
-    FrozenMaps,
-    build_sam2,
-    decode,
-    freeze_except,
-    preprocess,
-    scale_points,
-    upscale_masks,
-)
-from utils.sam2.prompts import BOX_NOISE_MAX_PX, center_point, noised_box, random_correction_points, random_point
+from utils.sam2.model import Embeddings, FrozenMaps
 from utils.samples.write import write_samples
-from utils.settings import (
-    ALL_OTHERS,
-    SAME_SECTION,
-    CommonSettings,
-    Rule,
-    above,
-    at_least,
-    between,
-    check_keys,
-    check_terms,
-    check_value,
-    describe_terms,
-    of_length,
-    one_line_errors,
-    one_of,
-    read_settings,
-    stop_at_moved_files,
-)
+from utils.settings import SAME_SECTION, CommonSettings, above, at_least, check_keys, check_value, one_of, read_settings
 
 TERMS = {  # of a mask's shape, summed in this order: logits and truth (O, M, s, s) -> (O, M)
     "focal": lambda logits, truth, knobs: losses.focal_loss(logits, truth),
@@ -108,7 +75,7 @@ class TrainSettings:
     batch_size: Annotated[int, at_least(1)]  # images per forward
     accumulate: Annotated[int, at_least(1)]  # forwards per step
     objects_per_image: Annotated[int, at_least(1)]
-    trainable: Annotated[list, Rule(bool, "a list of parts")]  # names of parts, and {trunk_last_n: k}
+    trainable: Annotated[list, sections.Rule(bool, "a list of parts")]  # names of parts, and {trunk_last_n: k}
     loss_size: Annotated[int | None, at_least(1)]  # px; None: image_size / 4
     clip_norm: Annotated[float, above(0)]
     channels_last: bool
@@ -118,7 +85,7 @@ class TrainSettings:
     save_every: Annotated[int, at_least(1)]  # steps
     eval_images: Annotated[int | None, at_least(1)]
     eval_clicks: Annotated[
-        list[int], Rule(lambda counts: 1 in counts and min(counts) >= 1, "a list of counts with 1 in it")
+        list[int], sections.Rule(lambda counts: 1 in counts and min(counts) >= 1, "a list of counts with 1 in it")
     ]
     select_by: str  # a name of metric_names
     early_stop_evals: Annotated[int | None, at_least(1)]
@@ -142,14 +109,14 @@ class DataSettings:
 
     min_area_px: int  # in training and validation
     augmentation: Annotated[Augmentation, SAME_SECTION]
-    reader_keys: Annotated[dict, ALL_OTHERS]
+    reader_keys: Annotated[dict, sections.ALL_OTHERS]
 
 
 @dataclass(frozen=True)
 class PromptSettings:
     """How a user is simulated (`prompts:`, configs/sam2/prompts/*.yaml)."""
 
-    box_share: Annotated[float, between(0, 1)]  # share of the objects; the others start with one point
+    box_share: Annotated[float, sections.between(0, 1)]  # share of the objects; the others start with one point
     repeat_objects: bool  # prompt objects again, anew, where a picture has fewer than objects_per_image
     min_corrections: int  # further clicks, drawn per object from this range
     max_corrections: int
@@ -177,7 +144,7 @@ class LossSettings:
     masks: Annotated[str, one_of("best", "first")]
 
     def __post_init__(self):
-        check_terms(self.terms, TERMS)
+        sections.check_terms(self.terms, TERMS)
 
 
 @dataclass(frozen=True)
@@ -186,7 +153,7 @@ class OptimSettings:
 
     lr: float  # highest
     encoder_lr_factor: float  # factor of the image encoder's parameters
-    betas: Annotated[list[float], of_length(2, "two numbers")]
+    betas: Annotated[list[float], sections.of_length(2, "two numbers")]
     weight_decay: float  # 0 for biases, norms and embeddings
     warmup_steps: int
     min_lr_factor: float  # the rate at the last step, as a share of lr
@@ -204,13 +171,12 @@ class Config:
     loss: LossSettings
     optim: OptimSettings
     train: TrainSettings
-    cache: str | bool = "off"  # see plan_cache; YAML makes false of off
-    cache_precision: str = "fp16"  # fp16 or fp32
+    cache: embedding_cache.Setting = "off"  # YAML makes false of off
+    cache_precision: embedding_cache.Precision = "fp16"
     fast_decoder: bool = False
 
     def __post_init__(self):
-        check_cache_settings(self.cache, self.cache_precision)
-        check_keys(functools.partial(build_sam2, device="cpu"), self.model, "model")
+        check_keys(functools.partial(models.build_sam2, device="cpu"), self.model, "model")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,10 +206,10 @@ def read_picture(
         float (1, 3, S, S), or FrozenMaps of one picture: what `join_pictures` and `embed` take.
     """
     if entries is not None:
-        return read_entry(entries[image_path, is_mirrored])
+        return embedding_cache.read_entry(entries[image_path, is_mirrored])
     image_rgb = read_image(image_path)  # (H, W, 3)
     image_rgb = image_rgb[:, ::-1] if is_mirrored else image_rgb
-    return preprocess(jitter(image_rgb, color_jitter, rng) if color_jitter > 0 else image_rgb, image_size)[None]
+    return models.preprocess(jitter(image_rgb, color_jitter, rng) if color_jitter > 0 else image_rgb, image_size)[None]
 
 
 def jitter(image_rgb: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
@@ -266,14 +232,13 @@ class PromptedMasks(Dataset):
         seed: int,
         image_size: int,
         objects_per_image: int,
-        min_area_px: int,
-        augmentation: Augmentation,
+        data_settings: DataSettings,
         prompt_settings: PromptSettings,
         entries: dict[tuple[Path, bool], Path] | None = None,  # see read_picture
     ):
         self.items, self.seed, self.image_size, self.entries = items, seed, image_size, entries
-        self.objects_per_image, self.min_area_px = objects_per_image, min_area_px
-        self.augmentation, self.prompt_settings = augmentation, prompt_settings
+        self.objects_per_image, self.min_area_px = objects_per_image, data_settings.min_area_px
+        self.augmentation, self.prompt_settings = data_settings.augmentation, prompt_settings
 
     def __getitem__(self, sample_index: int) -> dict:
         """Read a picture and draw its prompts: N objects, S = image_size, R correction rounds, all in the S x S frame.
@@ -302,19 +267,18 @@ class PromptedMasks(Dataset):
         rows = ((np.arange(side) + 0.5) * height / side).astype(np.int64)  # nearest pixel of the original
         columns = ((np.arange(side) + 0.5) * width / side).astype(np.int64)
         small_layers = layers[:, rows[:, None], columns]  # (L, S, S)
-        max_noise_xy = (BOX_NOISE_MAX_PX * width / 1024, BOX_NOISE_MAX_PX * height / 1024)  # px of this picture
 
         masks, point_coords, point_labels = [], [], []
         for place, number in enumerate(chosen):
             layer, object_id = objects[number]
             mask = layers[layer] == object_id  # (H, W)
-            point = random_point(mask, rng)
+            point = prompts.random_point(mask, rng)
             small_mask = small_layers[layer] == object_id  # (S, S)
             if not small_mask.any():  # thinner than a pixel of the S x S frame: keep the one under the point
                 small_mask[int(point[1] * side / height), int(point[0] * side / width)] = True
             masks.append(small_mask)
             if place < num_boxes:
-                point_coords.append(noised_box(mask, rng, max_noise_xy).reshape(2, 2))
+                point_coords.append(prompts.noised_box(mask, rng).reshape(2, 2))
                 point_labels.append([2, 3])
             else:
                 point_coords.append([point, (0, 0)])
@@ -330,6 +294,7 @@ class PromptedMasks(Dataset):
             is_click[np.arange(num_objects), last_round] = False
         if mask_only_rounds > 1:
             is_click[np.arange(num_objects), rng.integers(0, last_round)] = False
+        point_coords = torch.from_numpy(np.array(point_coords, np.float32).reshape(-1, 2, 2))  # px of the picture
         point_labels = np.array(point_labels, np.int32).reshape(-1, 2)
         truth_click_share = self.prompt_settings.truth_click_share
         return {
@@ -337,9 +302,7 @@ class PromptedMasks(Dataset):
                 item.image_path, is_mirrored, side, self.entries, self.augmentation.color_jitter, rng
             ),
             "masks": torch.from_numpy(np.array(masks, bool).reshape(-1, side, side)),
-            "point_coords": torch.from_numpy(
-                scale_points(np.array(point_coords, np.float32).reshape(-1, 2, 2), (height, width), side)
-            ),
+            "point_coords": models.scale_points(point_coords, (height, width), side),
             "point_labels": torch.from_numpy(point_labels),
             "num_points": torch.from_numpy((point_labels != -1).sum(1)),
             "num_rounds": torch.from_numpy(1 + corrections + mask_only_rounds),
@@ -352,11 +315,9 @@ class PromptedMasks(Dataset):
 
 def collate(samples: list[dict]) -> dict:
     """Join samples: pictures in one axis B, objects of all pictures in one axis O with `image_index` (O,)."""
-    batch = {"pictures": join_pictures([sample["picture"] for sample in samples])}
-    for key in (
-        "masks", "point_coords", "point_labels", "num_points", "num_rounds", "is_click", "is_truth_click", "uniform",
-    ):  # fmt: skip
-        batch[key] = torch.cat([sample[key] for sample in samples])
+    of_objects = [key for key in samples[0] if key not in ("picture", "name")]
+    batch = {key: torch.cat([sample[key] for sample in samples]) for key in of_objects}
+    batch["pictures"] = embedding_cache.join_pictures([sample["picture"] for sample in samples])
     counts = torch.tensor([len(sample["masks"]) for sample in samples])
     batch["image_index"] = torch.arange(len(samples)).repeat_interleave(counts)  # (O,)
     batch["object_weight"] = (1 / counts.float())[batch["image_index"]] / len(samples)  # mean over images of means
@@ -398,7 +359,7 @@ def click_similarity(
         clicked = features[image_index, :, cell_y, cell_x].float()  # (O, C)
         everywhere = features.index_select(0, image_index).float()  # (O, C, h, w)
         similarity = torch.einsum("oc,ochw->ohw", clicked, everywhere) / clicked.shape[1] ** 0.5
-        logits = logits + upscale_masks(similarity[:, None], (image_size // 4, image_size // 4))
+        logits = logits + models.upscale_masks(similarity[:, None], (image_size // 4, image_size // 4))
     return logits
 
 
@@ -422,7 +383,7 @@ def mask_prediction_loss(
     """
     logits = low_res_masks.float()
     if logits.shape[-1] != masks.shape[-1]:
-        logits = upscale_masks(logits, masks.shape[-2:])
+        logits = models.upscale_masks(logits, masks.shape[-2:])
     if loss_settings.masks == "first":
         logits, iou_predictions = logits[:, :1], iou_predictions[:, :1]
     truth = masks[:, None].float().expand_as(logits)  # (O, M, s, s)
@@ -444,7 +405,7 @@ def prompted_loss(
     Returns:
         loss (O,): mean over the object's rounds; iou (O,): of the mask of highest predicted IoU, mean over rounds.
     """
-    embeddings = embed(model, batch["pictures"])
+    embeddings = embedding_cache.embed(model, batch["pictures"])
     masks = batch["masks"]  # (O, S, S)
     truth = losses.shrink_masks(masks, loss_size)  # (O, s, s)
     num_objects, num_rounds = len(masks), batch["num_rounds"].cpu()
@@ -453,20 +414,20 @@ def prompted_loss(
     point_labels = torch.nn.functional.pad(batch["point_labels"], (0, num_corrections), value=-1)  # (O, 2 + R)
     num_points = batch["num_points"].cpu().clone()  # (O,)
     mask_inputs = masks.new_zeros((num_objects, 1, model.image_size // 4, model.image_size // 4), dtype=torch.float32)
-    total_loss = mask_inputs.new_zeros(num_objects)
-    total_iou = mask_inputs.new_zeros(num_objects)
-    extra_loss = mask_inputs.new_zeros(num_objects)
+    total_loss, total_iou, extra_loss = mask_inputs.new_zeros(3, num_objects)
     if loss_settings.click_similarity > 0:
         clicked = (num_points == 1).nonzero().squeeze(1).to(masks.device)  # not the boxes
         logits = click_similarity(embeddings, batch["image_index"][clicked], point_coords[clicked, 0], model.image_size)
-        similarity_loss = mask_shape_loss(upscale_masks(logits, truth.shape[-2:]), truth[clicked, None], loss_settings)
+        similarity_loss = mask_shape_loss(
+            models.upscale_masks(logits, truth.shape[-2:]), truth[clicked, None], loss_settings
+        )
         extra_loss = extra_loss.index_add(0, clicked, loss_settings.click_similarity * similarity_loss.squeeze(1))
 
     for round_number in range(int(num_rounds.max())):
         # objects with the same number of points go through the decoder together: padding points would move the logits
         for count in num_points[num_rounds > round_number].unique().tolist():
             chosen = ((num_points == count) & (num_rounds > round_number)).nonzero().squeeze(1).to(masks.device)
-            low_res_masks, iou_predictions, object_score_logits = decode(
+            low_res_masks, iou_predictions, object_score_logits = models.decode(
                 model,
                 embeddings,
                 batch["image_index"][chosen],
@@ -491,9 +452,11 @@ def prompted_loss(
         if len(chosen) == 0:
             continue
         with torch.no_grad():
-            pred_masks = upscale_masks(mask_inputs[chosen], masks.shape[-2:]).squeeze(1) > 0  # (O', S, S)
+            pred_masks = models.upscale_masks(mask_inputs[chosen], masks.shape[-2:]).squeeze(1) > 0  # (O', S, S)
             pred_masks &= ~batch["is_truth_click"][chosen, round_number, None, None]  # as if nothing had been found
-            coords, labels = random_correction_points(masks[chosen], pred_masks, batch["uniform"][chosen, round_number])
+            coords, labels = prompts.random_correction_points(
+                masks[chosen], pred_masks, batch["uniform"][chosen, round_number]
+            )
             place = num_points[clicking].to(masks.device)
             point_coords[chosen, place] = coords.squeeze(1)
             point_labels[chosen, place] = labels.squeeze(1)
@@ -531,14 +494,14 @@ def predict_masks(
     Returns:
         low_res_masks (O, M, S/4, S/4) logits, iou_predictions (O, M), masks bool (O, M, H, W).
     """
-    coords = scale_points(torch.from_numpy(point_coords), orig_hw, model.image_size).to(model.device)
+    coords = models.scale_points(torch.from_numpy(point_coords), orig_hw, model.image_size).to(model.device)
     labels = torch.from_numpy(point_labels).to(model.device)
     image_index = torch.zeros(len(coords), dtype=torch.long, device=model.device)
     with run.autocast(model.device, precision):
-        low_res_masks, iou_predictions, _ = decode(
+        low_res_masks, iou_predictions, _ = models.decode(
             model, embeddings, image_index, coords, labels, mask_inputs, multimask_output=coords.shape[1] == 1
         )
-    return low_res_masks, iou_predictions, upscale_masks(low_res_masks, orig_hw) > 0
+    return low_res_masks, iou_predictions, models.upscale_masks(low_res_masks, orig_hw) > 0
 
 
 def metric_names(clicks: list[int]) -> list[str]:
@@ -579,8 +542,9 @@ def evaluate(
         objects = kept_objects(layers, min_area_px)
         num_objects += len(objects)
         with run.autocast(model.device, precision):
-            embeddings = embed(model, read_picture(item.image_path, False, model.image_size, entries))
-        pictured = []  # (prompt point, predicted mask) of this picture's objects
+            embeddings = embedding_cache.embed(model, read_picture(item.image_path, False, model.image_size, entries))
+        is_pictured = samples_dir is not None and number < picture_images
+        pictured = []  # (click, predicted mask, true mask) of this picture's objects, if it is drawn
         chunk_size = max(1, min(64, 2**26 // (orig_hw[0] * orig_hw[1])))  # bounds the full-size logits
         for start in range(0, len(objects), chunk_size):
             masks = np.stack([layers[layer] == object_id for layer, object_id in objects[start : start + chunk_size]])
@@ -594,7 +558,7 @@ def evaluate(
             point_labels = np.zeros((len(masks), 0), np.int32)
             pred_mask, mask_inputs = np.zeros_like(masks), None
             for count in range(1, max(clicks) + 1):
-                points, labels = zip(*map(center_point, masks, pred_mask), strict=True)
+                points, labels = zip(*map(prompts.center_point, masks, pred_mask), strict=True)
                 point_coords = np.concatenate([point_coords, np.stack(points)[:, None]], 1)
                 point_labels = np.concatenate([point_labels, np.array(labels, np.int32)[:, None]], 1)
                 low_res_masks, iou_predictions, pred_masks = predict_masks(
@@ -608,18 +572,17 @@ def evaluate(
                     measured[click_names[clicks.index(count)]].append(mask_iou(best_masks, truth))
                 if count == 1:
                     measured[oracle_name].append(mask_iou(pred_masks, truth[:, None]).amax(1))
-                    pictured += list(zip(points, pred_mask, strict=True))
-        if samples_dir is not None and number < picture_images:
-            truth_masks = [layers[layer] == object_id for layer, object_id in objects]
-            image_rgb = read_image(item.image_path)
-            picture = draw_sample(image_rgb, [p for p, _ in pictured], [m for _, m in pictured], truth_masks)
+                if count == 1 and is_pictured:
+                    pictured += zip(points, pred_mask, masks, strict=True)
+        if is_pictured:
+            picture = draw_sample(read_image(item.image_path), *zip(*pictured, strict=True))
             write_image(samples_dir / f"{item.name.replace('/', '_')}.png", picture)  # stems repeat across folders
     means = {name: torch.cat(chunks).mean().item() for name, chunks in measured.items()}
     return means | {"val/num_images": len(items), "val/num_objects": num_objects}
 
 
 def draw_sample(
-    image_rgb: np.ndarray, points: list[np.ndarray], pred_masks: list[np.ndarray], masks: list[np.ndarray]
+    image_rgb: np.ndarray, points: Sequence[np.ndarray], pred_masks: Sequence[np.ndarray], masks: Sequence[np.ndarray]
 ) -> np.ndarray:
     """Draw clicks, predicted masks and true masks side by side, one colour per object: uint8, 384 px a side each."""
     panels = [image_rgb]
@@ -645,7 +608,7 @@ def draw_sample(
 
 def cache_embeddings(
     model: torch.nn.Module,
-    trainable: list[tuple[str, torch.nn.Parameter]],
+    trainable: dict[str, torch.nn.Parameter],
     precision: str,
     train_items: list[Item],
     val_items: list[Item],
@@ -654,33 +617,37 @@ def cache_embeddings(
     """Let a frozen encoder see each picture of a run once, for this run and all later ones.
 
     Args:
-        settings: cache, cache_precision and the augmentation are used.
+        settings: cache, cache_precision, the augmentation and train.steps are used: without steps, no picture of
+            train_items is.
     Returns:
         the entries that `read_picture` takes, or None: no cache.
     Raises:
         ValueError: where a cache is asked for and cannot be, and as `fill_cache`.
     """
-    names, obstacle, augmentation = [name for name, _ in trainable], None, settings.data.augmentation
-    if trained := [name for name in names if name.startswith("image_encoder.")]:
+    obstacle, augmentation = None, settings.data.augmentation
+    if trained := [name for name in trainable if name.startswith("image_encoder.")]:
         obstacle = (
             f"train.trainable has parts of the image encoder ({trained[0]}, ...), so embeddings change at every step"
         )
     elif augmentation.color_jitter > 0:
         obstacle = f"data.color_jitter is {augmentation.color_jitter}, so no picture is seen twice as it was"
-    is_projected = not any(name.startswith(HIGH_RES_CONVS) for name in names)
-    pictures = [(item.image_path, flip) for item in train_items for flip in (False, True)[: 1 + augmentation.hflip]]
+    is_projected = not any(name.startswith(embedding_cache.HIGH_RES_CONVS) for name in trainable)
+    used_items = train_items if settings.train.steps > 0 else []
+    pictures = [(item.image_path, flip) for item in used_items for flip in (False, True)[: 1 + augmentation.hflip]]
     pictures += [(item.image_path, False) for item in val_items]
-    plan = plan_cache(model, settings.cache, settings.cache_precision, precision, is_projected, pictures, obstacle)
+    plan = embedding_cache.plan_cache(
+        model, settings.cache, settings.cache_precision, precision, is_projected, pictures, obstacle
+    )
     if plan is None:
         return None
-    fill_cache(model, plan)
+    embedding_cache.fill_cache(model, plan)
     return plan.entries
 
 
-def parameter_groups(trainable: list[tuple[str, torch.nn.Parameter]], optim: OptimSettings) -> list[dict]:
+def parameter_groups(trainable: dict[str, torch.nn.Parameter], optim: OptimSettings) -> list[dict]:
     """Group parameters by learning-rate factor (encoder or not) and weight decay (not of biases, norms, embeddings)."""
     groups = {}
-    for name, parameter in trainable:
+    for name, parameter in trainable.items():
         lr_factor = optim.encoder_lr_factor if name.startswith("image_encoder.") else 1.0
         is_embedding = "embed" in name or "_token" in name
         weight_decay = 0.0 if parameter.ndim <= 1 or is_embedding else optim.weight_decay
@@ -718,35 +685,30 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     # data: list, check, leave out what cannot be used
     generate, root = reader_keys.pop("generate", None), reader_keys["root"]
     if generate is not None:
-        reader_keys["root"] = str(write_samples(generate, root))
-    on_bad = reader_keys["on_bad"]
-    if settings.check:
-        reader_keys["on_bad"] = "skip"  # so that pairs that lack a file are listed with all other faults
+        root = reader_keys["root"] = str(write_samples(generate, root))
     check_keys(split_items, reader_keys, "data")
-    splits = split_items(**reader_keys)
+    on_bad = reader_keys["on_bad"]  # check=true lists pairs that lack a file with all other faults
+    splits = split_items(**reader_keys | {"on_bad": "skip" if settings.check else on_bad})
     (train_items, val_items), counts = check_data(splits, min_area_px, on_bad, run_dir, list_all=settings.check)
     if settings.check:
         return float("nan")
     val_items = val_items[: train_settings.eval_images]
     if train_settings.steps > 0 and not train_items:
-        raise ValueError(f"data.root {reader_keys['root']} has no training picture with objects")
+        raise ValueError(f"data.root {root} has no training picture with objects")
     if not val_items:
-        raise ValueError(
-            f"data.root {reader_keys['root']} has no validation picture with objects: see data.val_fraction"
-        )
-
+        raise ValueError(f"data.root {root} has no validation picture with objects: see data.val_fraction")
     start_run(run_dir, config, counts)
 
     # model and optimizer
     weights = {} if resume_path is None else {"checkpoint": str(resume_path)}  # the file it started from may be gone
-    model = build_sam2(**settings.model | weights, device=device, fast_decoder=settings.fast_decoder)
-    trainable = freeze_except(model, train_settings.trainable)
+    model = models.build_sam2(**settings.model | weights, device=device, fast_decoder=settings.fast_decoder)
+    trainable = models.freeze_except(model, train_settings.trainable)
     if train_settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    num_trainable, num_all = sum(p.numel() for _, p in trainable), sum(p.numel() for p in model.parameters())
+    num_trainable, num_all = sum(p.numel() for p in trainable.values()), sum(p.numel() for p in model.parameters())
     print(
         f"{settings.model['name']}: {num_trainable:,} parameters trained, {num_all - num_trainable:,} frozen; "
-        f"{device}, {precision}; loss: {describe_terms(settings.loss.terms)}"
+        f"{device}, {precision}; loss: {sections.describe_terms(settings.loss.terms)}"
     )
     optimizer = torch.optim.AdamW(
         parameter_groups(trainable, optim_settings), lr=optim_settings.lr, betas=tuple(optim_settings.betas)
@@ -757,8 +719,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     loss_size = train_settings.loss_size or model.image_size // 4
 
     # embeddings of a frozen encoder, from disk
-    used_items = train_items if train_settings.steps > 0 else []
-    entries = cache_embeddings(model, trainable, precision, used_items, val_items, settings)
+    entries = cache_embeddings(model, trainable, precision, train_items, val_items, settings)
 
     is_resumed = resume_path is not None
     loop = loops.resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else loops.LoopState()
@@ -769,15 +730,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     if is_resumed:
         save(is_best=False)  # from now on this folder can be resumed too
 
+    objects_per_image = train_settings.objects_per_image
     dataset = PromptedMasks(
-        train_items,
-        common.seed,
-        model.image_size,
-        train_settings.objects_per_image,
-        min_area_px,
-        settings.data.augmentation,
-        settings.prompts,
-        entries,
+        train_items, common.seed, model.image_size, objects_per_image, settings.data, settings.prompts, entries
     )
     images_per_step = train_settings.batch_size * train_settings.accumulate
     batches = loops.load_batches(
@@ -850,9 +805,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             # 4. backward and clip
             scaler.scale(micro_loss).backward()
         samples = f"pictures {', '.join(step_names)}"
-        grad_norm = loops.clip_gradients(
-            [p for _, p in trainable], train_settings.clip_norm, optimizer, scaler, loop, samples
-        )
+        grad_norm = loops.clip_gradients(trainable.values(), train_settings.clip_norm, optimizer, scaler, loop, samples)
 
         # 5. update (the scaler leaves out a step whose fp16 gradients overflowed)
         scaler.step(optimizer)
@@ -866,9 +819,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         if loop.step % train_settings.log_every == 0 or loop.step == train_settings.steps:
             steps_per_s, wait_share = window.read(loop.step)
             images_per_s = steps_per_s * images_per_step
-            values = {"train/grad_norm": grad_norm, "lr": lr, "skipped_steps": loop.num_skipped}
+            update = {"train/grad_norm": grad_norm, "lr": lr, "skipped_steps": loop.num_skipped}
             speed = {"images_per_s": images_per_s, "data_wait_share": wait_share}
-            log.log(loop.step, means | values | speed)
+            log.log(loop.step, means | update | speed)
             progress.set_postfix_str(
                 f"loss {means['train/loss']:.3f}, iou {means['train/iou']:.3f}, {images_per_s:.1f} images/s, "
                 f"waits for data {wait_share:.0%}"
@@ -892,7 +845,7 @@ RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data.root", "dat
 @hydra.main(version_base="1.3", config_path="configs/sam2", config_name="train_sam2")
 def main(cfg) -> float:
     """Read the config, train, and end with one line on what went wrong and status 1, if anything did."""
-    with one_line_errors("train_sam2"):
+    with sections.one_line_errors("train_sam2"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         hydra_config = HydraConfig.get()
         run_dir = Path(hydra_config.runtime.output_dir)
@@ -905,5 +858,5 @@ def main(cfg) -> float:
 
 
 if __name__ == "__main__":
-    stop_at_moved_files("sam2", sys.argv[1:])
+    sections.stop_at_moved_files("sam2", sys.argv[1:])
     main()

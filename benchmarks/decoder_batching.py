@@ -108,14 +108,14 @@ def main() -> None:
         )
 
 
-def compare_gradients(trainable: list, ours, plain) -> float:
+def compare_gradients(trainable: dict, ours, plain) -> float:
     """Run both and compare the gradients they leave: the norm of the difference, as a share of the plain one's norm. A
     parameter that got none counts as zero.
     """
     gradients = []
     for step in (plain, ours):
         step()
-        gradients.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for _, p in trainable])
+        gradients.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trainable.values()])
     norm = torch.stack([gradient.norm() for gradient in gradients[0]]).norm()
     apart = torch.stack([(ours - plain).norm() for ours, plain in zip(*gradients, strict=True)]).norm()
     return (apart / norm).item()

@@ -36,6 +36,7 @@ import torch
 from benchmarks.measure import CPU, has_peak_memory, read_config, read_peak_memory, reset_peak_memory
 from train_sam2 import (
     Augmentation,
+    DataSettings,
     LossSettings,
     OptimSettings,
     PromptedMasks,
@@ -80,7 +81,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict:
     trainable = freeze_except(model, ["prompt_encoder", "mask_decoder"])
     optimizer = torch.optim.AdamW(parameter_groups(trainable, optim), lr=optim.lr)
     items = write_pictures(folder / "data", side)
-    augmentation = Augmentation(hflip=False, color_jitter=0.0)
+    data_settings = DataSettings(1, Augmentation(hflip=False, color_jitter=0.0), {})
 
     pictures = [(item.image_path, False) for item in items]
     cache_dir, stored = str(folder / "cache"), arguments.cache_precision
@@ -90,7 +91,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict:
     fill_s = (time.perf_counter() - start) / NUM_PICTURES
     plan = plan_cache(model, cache_dir, stored, "fp32", False, pictures, None)
     assert not plan.missing
-    dataset = PromptedMasks(items, 0, side, NUM_OBJECTS, 1, augmentation, prompts, plan.entries)
+    dataset = PromptedMasks(items, 0, side, NUM_OBJECTS, data_settings, prompts, plan.entries)
     predictor = make_predictor(model)
 
     def step_ours(sample_index: int) -> None:
@@ -98,7 +99,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict:
         batch = collate([dataset[sample_index]])
         object_loss, _ = prompted_loss(model, batch, prompts, loss, side // 4)
         (object_loss * batch["object_weight"]).sum().backward()
-        torch.nn.utils.clip_grad_norm_([parameter for _, parameter in trainable], CLIP_NORM)
+        torch.nn.utils.clip_grad_norm_(trainable.values(), CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

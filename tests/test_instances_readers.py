@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 from utils.dataset_check import check_items, keep_usable
 from utils.images import read_image, write_image, write_label_map
-from utils.instances.check import check_item, count, mask_statistics, plot_statistics, report_lines
+from utils.instances.check import check_item, count, measure_objects, plot_statistics, report_lines
 from utils.instances.readers import object_ids, read_item, split_items
 from utils.settings import check_keys
 
@@ -116,12 +116,8 @@ def test_odd_suffixes_and_stray_files(tmp_path):
         (tmp_path / stray).write_text("stray")
     (tmp_path / "images" / "older.jpg").mkdir()
     items = list_all("label_map", tmp_path)
-    assert [(item.name, item.annotation_path.name) for item in items] == [
-        ("a", "a.png"),
-        ("b", "b.png"),
-        ("c.v2", "c.v2.tif"),
-        ("d", "d.PNG"),
-    ]
+    label_names = {item.name: item.annotation_path.name for item in items}
+    assert label_names == {"a": "a.png", "b": "b.png", "c.v2": "c.v2.tif", "d": "d.PNG"}
     assert all(object_ids(read_item(item)[1]) == [(0, 1, 80)] for item in items)
 
 
@@ -130,10 +126,8 @@ def test_pictures_and_maps_in_one_folder(tmp_path):
         write_picture(tmp_path / f"{stem}.png")
         write_png(tmp_path / f"{stem}_masks.png", np.ones((8, 10), np.uint8))
     items = list_all("label_map", tmp_path, image_dir=".", label_dir=".", label_ending="_masks")
-    assert [(item.image_path.name, item.annotation_path.name) for item in items] == [
-        ("001.png", "001_masks.png"),
-        ("002.png", "002_masks.png"),
-    ]
+    label_names = {item.image_path.name: item.annotation_path.name for item in items}
+    assert label_names == {"001.png": "001_masks.png", "002.png": "002_masks.png"}
     with pytest.raises(ValueError, match="set data.label_ending"):
         list_all("label_map", tmp_path, image_dir=".", label_dir=".")
 
@@ -269,6 +263,13 @@ def rle_of(mask: np.ndarray, is_compressed: bool) -> dict:
     return {"size": list(mask.shape), "counts": counts}
 
 
+def write_sa1b(path: Path, masks: list[np.ndarray]) -> None:
+    """Write the annotations of a picture, with ids from 40 on."""
+    height, width = masks[0].shape
+    annotations = [{"id": 40 + index, "segmentation": rle_of(mask, True)} for index, mask in enumerate(masks)]
+    path.write_text(json.dumps({"image": {"height": height, "width": width}, "annotations": annotations}))
+
+
 def test_masks_per_file_keeps_overlapping_masks_whole(tmp_path):
     masks = overlapping_masks(30, 24, 32)
     write_picture(tmp_path / "x" / "images" / "picture.png", 24, 32)
@@ -363,15 +364,11 @@ def test_coco_names_the_broken_annotation(tmp_path, segmentation, reason):
 
 def test_json_that_is_not_coco_is_named(tmp_path):
     write_picture(tmp_path / "pictures" / "one.jpg")
-    (tmp_path / "instances.json").write_text('{"image": {}}')
-    with pytest.raises(ValueError, match=r"instances\.json: no 'annotations' in"):
-        list_all("coco", tmp_path, **COCO)
-    (tmp_path / "instances.json").write_text('{"image": ')
-    with pytest.raises(ValueError, match=r"instances\.json is not valid json"):
-        list_all("coco", tmp_path, **COCO)
-    (tmp_path / "instances.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"instances\.json holds a json list"):
-        list_all("coco", tmp_path, **COCO)
+    texts = {'{"image": {}}': ": no 'annotations' in", '{"image": ': " is not valid json", "[1]": " holds a json list"}
+    for text, reason in texts.items():
+        (tmp_path / "instances.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"instances\.json{reason}"):
+            list_all("coco", tmp_path, **COCO)
 
 
 def test_a_picture_listed_twice_is_refused(tmp_path):
@@ -387,12 +384,8 @@ def test_sa1b_reads_the_json_beside_the_picture(tmp_path, folders):
     masks = overlapping_masks(25, 24, 32)
     image_dir, annotation_dir = folders
     write_picture(tmp_path / image_dir / "sa_1.jpg", 24, 32)
-    content = {
-        "image": {"file_name": "sa_1.jpg", "height": 24, "width": 32},
-        "annotations": [{"id": 1, "segmentation": rle_of(mask, True)} for mask in masks],
-    }
     (tmp_path / annotation_dir).mkdir(exist_ok=True)
-    (tmp_path / annotation_dir / "sa_1.json").write_text(json.dumps(content))
+    write_sa1b(tmp_path / annotation_dir / "sa_1.json", masks)
     (item,) = list_all("sa1b", tmp_path, val_fraction=0, image_dir=image_dir, annotation_dir=annotation_dir)
     assert_layers_hold(read_item(item)[1], masks)
 
@@ -454,10 +447,8 @@ def test_davis_never_divides_a_sequence(tmp_path):
     (tmp_path / "val.txt").write_text("/JPEGImages/480p/b/00000.jpg /Annotations/480p/b/00000.png\n")  # DAVIS 2016
     lists = {"train_list": str(tmp_path / "train.txt"), "val_list": str(tmp_path / "val.txt")}
     train_items, val_items = split_items(**data_keys("davis", tmp_path, **lists))
-    assert {item.group for item in train_items} == {"a", "c"} and [item.name for item in val_items] == [
-        "b/00000",
-        "b/00002",
-    ]
+    assert {item.group for item in train_items} == {"a", "c"}
+    assert [item.name for item in val_items] == ["b/00000", "b/00002"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -466,20 +457,19 @@ def test_davis_never_divides_a_sequence(tmp_path):
 
 def test_keys_formats_and_roots_that_are_wrong(tmp_path):
     keys = data_keys("label_map", write_label_maps(tmp_path))
-    with pytest.raises(ValueError, match="unknown key data.lable_dir; must be among data.image_dir"):
-        split_items(**keys, lable_dir="labels")
+    for change, error, message in [
+        ({"lable_dir": "labels"}, ValueError, "unknown key data.lable_dir; must be among data.image_dir"),
+        ({"root": 3}, ValueError, "data.root is 3; must be a folder"),
+        ({"format": "cocoo"}, ValueError, "data.format is 'cocoo'; must be one of labpics, label_map"),
+        ({"root": "nowhere"}, FileNotFoundError, "data.root nowhere is not a folder .*DATA_ROOT"),
+        ({"on_bad": "ignore"}, ValueError, "data.on_bad is 'ignore'; must be stop or skip"),
+    ]:
+        with pytest.raises(error, match=message):
+            split_items(**keys | change)
     with pytest.raises(ValueError, match="the config lacks data.split_seed"):
         check_keys(split_items, {key: value for key, value in keys.items() if key != "split_seed"}, "data")
     whole = split_items(**keys)  # a key of the format that is not given is that of the layout
     assert split_items(**{key: value for key, value in keys.items() if key != "label_dir"}) == whole
-    with pytest.raises(ValueError, match="data.root is 3; must be a folder"):
-        split_items(**{**keys, "root": 3})
-    with pytest.raises(ValueError, match="data.format is 'cocoo'; must be one of labpics, label_map"):
-        split_items(**{**keys, "format": "cocoo"})
-    with pytest.raises(FileNotFoundError, match="data.root nowhere is not a folder .*DATA_ROOT"):
-        split_items(**{**keys, "root": "nowhere"})
-    with pytest.raises(ValueError, match="data.on_bad is 'ignore'; must be stop or skip"):
-        split_items(**{**keys, "on_bad": "ignore"})
     for folder in ("images", "labels"):
         shutil.rmtree(tmp_path / folder)
         (tmp_path / folder).mkdir()
@@ -493,45 +483,29 @@ def test_root_is_relative_to_where_the_user_stands(tmp_path, monkeypatch):
     assert len(list_all("label_map", Path("mine"))) == 4
 
 
-def remove_one_of_a_pair(name: str, root: Path) -> tuple[dict, Path, Path]:
-    """Write two items in a layout and remove the second's annotation: (changed keys, image path, annotation path)."""
-    ids = np.ones((8, 10), np.uint8)
-    if name == "label_map":
-        write_label_maps(root, 2)
-        image_path, gone = root / "images" / "001.jpg", root / "labels" / "001.png"
-    elif name == "labpics":
-        for stem in ("a", "b"):
-            write_labpics(root, ids, ids * 0, stem=stem)
-        image_path, gone = (root / "Simple" / "Train" / part for part in ("Image/b.jpg", "Instance/b.png"))
-        gone.unlink()
-        return LABPICS, image_path, gone
-    elif name == "masks_per_file":
-        for stem in ("a", "b"):
-            write_picture(root / stem / "images" / f"{stem}.png")
-            write_png(root / stem / "masks" / "0.png", ids)
-        image_path, gone = root / "b" / "images" / "b.png", root / "b" / "masks"
-        shutil.rmtree(gone)
-        return {}, image_path, gone
-    elif name == "sa1b":
-        for stem in ("a", "b"):
-            write_picture(root / f"{stem}.jpg")
-            content = {"image": {"height": 8, "width": 10}, "annotations": [{"segmentation": rle_of(ids > 0, True)}]}
-            (root / f"{stem}.json").write_text(json.dumps(content))
-        image_path, gone = root / "b.jpg", root / "b.json"
-    else:
-        for stem in ("a", "b"):
-            write_picture(root / "JPEGImages" / "480p" / stem / "00000.jpg")
-            write_png(root / "Annotations" / "480p" / stem / "00000.png", ids)
-        image_path, gone = root / "JPEGImages" / "480p" / "b" / "00000.jpg", root / "Annotations" / "480p" / "b"
-        shutil.rmtree(gone)
-        return {}, image_path, gone
-    gone.unlink()
-    return {}, image_path, gone
+PATHS = {  # of a picture and its annotation in each layout
+    "label_map": ("images/{}.jpg", "labels/{}.png"),
+    "labpics": ("Simple/Train/Image/{}.jpg", "Simple/Train/Instance/{}.png"),
+    "masks_per_file": ("{0}/images/{0}.png", "{0}/masks/0.png"),
+    "sa1b": ("{}.jpg", "{}.json"),
+    "davis": ("JPEGImages/480p/{}/00000.jpg", "Annotations/480p/{}/00000.png"),
+}
 
 
-@pytest.mark.parametrize("name", ["label_map", "labpics", "masks_per_file", "sa1b", "davis"])
+@pytest.mark.parametrize("name", PATHS)
 def test_a_picture_without_annotation_stops_or_is_left_out_and_counted(tmp_path, name):
-    changes, image_path, gone = remove_one_of_a_pair(name, tmp_path)
+    for stem in ("a", "b"):
+        image_path, annotation_path = (tmp_path / path.format(stem) for path in PATHS[name])
+        write_picture(image_path)
+        if name == "sa1b":
+            write_sa1b(annotation_path, [np.ones((8, 10), bool)])
+        else:
+            write_png(annotation_path, np.ones((8, 10, 3), np.uint8))
+    gone = annotation_path.parent if name in ("masks_per_file", "davis") else annotation_path
+    annotation_path.unlink()
+    if gone.is_dir():
+        gone.rmdir()
+    changes = LABPICS if name == "labpics" else {}
     pattern = f"1 of 2 pairs lack a file; image {image_path} has no annotation {gone}"
     with pytest.raises(FileNotFoundError, match=re.escape(pattern)):
         list_all(name, tmp_path, **changes)
@@ -648,9 +622,7 @@ def test_empty_masks_are_named(tmp_path, name):
         changes, expected = COCO, "annotation 101"
     else:
         write_picture(tmp_path / "x.jpg", 24, 32)
-        annotations = [{"id": 40 + index, "segmentation": rle_of(mask, True)} for index, mask in enumerate(masks)]
-        content = {"image": {"height": 24, "width": 32}, "annotations": annotations}
-        (tmp_path / "x.json").write_text(json.dumps(content))
+        write_sa1b(tmp_path / "x.json", masks)
         expected = "annotation 41"
     report = check_items(list_all(name, tmp_path, **changes), check_item)
     (what,) = [what for item in report.items for kind, what in item.remarks if kind == "empty masks"]
@@ -675,14 +647,15 @@ def test_statistics_equal_numbers_counted_by_hand(tmp_path):
     ids = np.ones((8, 10), np.uint8)
     write_png(tmp_path / "labels" / "001.png", ids)
     report = check_items(list_all("label_map", tmp_path), check_item)
-    statistics = mask_statistics(report)
-    assert statistics["masks_per_image"] == {"min": 1, "max": 2, "mean": 1.5, "median": 1.5}
-    assert statistics["area_share"]["p50"] == pytest.approx(20 / 80)
-    centers = np.array([[0.25, 0.25], [0.8, 6.5 / 8], [0.5, 0.5]])
-    measured = statistics["centers"]
-    assert [measured["mean_x"], measured["mean_y"]] == pytest.approx(centers.mean(0))
-    assert [measured["std_x"], measured["std_y"]] == pytest.approx(centers.std(0))
-    assert measured["in_middle"] == pytest.approx(1 / 3)
+    per_image, area_share, centers = measure_objects(report)
+    assert per_image.tolist() == [2, 1] and area_share == pytest.approx([20 / 80, 12 / 80, 1])
+    assert centers == pytest.approx(np.array([[0.25, 0.25], [0.8, 6.5 / 8], [0.5, 0.5]]))
+    assert report_lines(report)[2:5] == [
+        "masks per image: 1 to 2, mean 1.5, median 2",
+        "mask area, share of the image: 16.000% / 25.000% / 92.500% (5th, 50th, 95th percentile)",
+        "object centres: mean (0.52, 0.52), spread (0.22, 0.23) of (width, height); 33% in the middle ninth "
+        "(11% if even)",
+    ]
     plot_statistics(report, tmp_path / "statistics.png")
     assert read_image(tmp_path / "statistics.png").std() > 10
 
@@ -691,7 +664,8 @@ def test_statistics_of_nothing(tmp_path):
     write_label_maps(tmp_path, 1)
     (tmp_path / "images" / "000.jpg").write_bytes(b"")
     report = check_items(list_all("label_map", tmp_path, val_fraction=0), check_item)
-    assert mask_statistics(report) == {} and report_lines(report)[0].startswith("checked 1 images: 0 usable, 1 bad")
+    lines = report_lines(report)
+    assert lines[0].startswith("checked 1 images: 0 usable, 1 bad") and "masks per image" not in "".join(lines)
     plot_statistics(report, tmp_path / "statistics.png")
     assert (tmp_path / "statistics.png").is_file()
 

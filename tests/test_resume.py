@@ -261,7 +261,7 @@ CASES = {
         # last.pt of step 0 is there, and best.pt is not
         "between_saves": {"die": ["utils.loop", "save_checkpoint", 2]},
         # 13 objects, 2 clicks: within the second evaluation
-        "mid_validation": {"die": ["train_sam2", "center_point", 13 * 2 + 9]},
+        "mid_validation": {"die": ["utils.sam2.prompts", "center_point", 13 * 2 + 9]},
         # between the third step's two forwards
         "mid_accumulation": {"die": ["train_sam2", "prompted_loss", 2 * 2 + 2]},
         # wherever a clock says

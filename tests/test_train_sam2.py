@@ -8,82 +8,51 @@ import json
 import math
 import subprocess
 import sys
-import warnings
 
 import cv2
 import numpy as np
 import pytest
+import tiny_training as tiny
 import torch
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from options import read_option
-from tiny_training import (
-    COLORS,
-    ROOT,
-    compose_config,
-    differences,
-    list_training_items,
-    make_dataset,
-    make_runs_quick,
-    run_main,
-    script_evaluation,
-    tiny_overrides,
-    train_in,
-    write_data_root,
-    write_dataset,
-)
+from test_sam2_losses import naive
 
 import train_sam2
 from train_sam2 import LossSettings, PromptSettings, collate, evaluate, mask_prediction_loss, prompted_loss
 from utils.images import read_image, write_image, write_label_map
 from utils.instances.readers import Item, read_ids, read_item
 from utils.run import seed_everything
-from utils.sam2 import model as sam2_model
+from utils.sam2 import embedding_cache
+from utils.sam2 import model as models
 from utils.sam2.fast_decoder import decode_fast
 from utils.sam2.model import Embeddings, build_sam2, preprocess, scale_points
 
 SAM_LOSS = LossSettings(**read_option("sam2", "loss", "sam"))
 TUTORIAL_LOSS = LossSettings(**read_option("sam2", "loss", "tutorial"))
-PRESETS = sorted(path.stem for path in (ROOT / "configs" / "sam2" / "experiment").glob("*.yaml"))
+PRESETS = sorted(path.stem for path in (tiny.ROOT / "configs" / "sam2" / "experiment").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("tiny") / "data")
+    return tiny.write_dataset(tmp_path_factory.mktemp("tiny") / "data")
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    make_runs_quick(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def sam2():
-    """The package, imported so that Hydra is left as it was (`import sam2` starts it)."""
-    was_running = GlobalHydra.instance().is_initialized()
-    import sam2
-
-    if not was_running:
-        GlobalHydra.instance().clear()
-    return sam2
+    tiny.make_runs_quick(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def model(root):
     """A nano at 64 px with random weights that answer to the prompt, in train mode."""
     torch.manual_seed(0)
-    model = build_sam2(**compose_config(*tiny_overrides(root))["model"], device="cpu")
-    with torch.no_grad():
-        for name, values in model.named_parameters():
-            if ("transformer" in name and values.dim() > 1) or "point_embeddings" in name:
-                values.mul_(4)
-    return model.train()
+    return tiny.answer_to_prompts(build_sam2(**tiny.configure(root)["model"], device="cpu")).train()
 
 
 def make_batch(root, sample_indices, *overrides):
     """A training batch, and the prompt settings that go with it."""
-    config = compose_config(*tiny_overrides(root), *overrides)
-    dataset = make_dataset(config)
+    config = tiny.configure(root, *overrides)
+    dataset = tiny.make_dataset(config)
     return collate([dataset[index] for index in sample_indices]), PromptSettings(**config["prompts"])
 
 
@@ -96,9 +65,9 @@ def overfitted(root, tmp_path_factory):
     """The folder and the output of a run that sees the same four pictures over and over."""
     run_dir = tmp_path_factory.mktemp("overfitted") / "run"
     command = [
-        sys.executable, str(ROOT / "train_sam2.py"), *tiny_overrides(root), f"hydra.run.dir={run_dir}", "loss=balanced",
-        "data.hflip=false", "train.steps=50", "train.batch_size=4", "train.objects_per_image=4", "train.eval_every=25",
-        "train.trainable=[prompt_encoder,mask_decoder,image_encoder]", "train.clip_norm=1.0",
+        sys.executable, str(tiny.ROOT / "train_sam2.py"), *tiny.tiny_overrides(root), f"hydra.run.dir={run_dir}",
+        "loss=balanced", "data.hflip=false", "train.steps=50", "train.batch_size=4", "train.objects_per_image=4",
+        "train.trainable=[prompt_encoder,mask_decoder,image_encoder]", "train.clip_norm=1.0", "train.eval_every=25",
         "optim.lr=5e-4", "optim.encoder_lr_factor=1.0", "optim.weight_decay=0.0", "prompts.max_corrections=0",
         "train.eval_clicks=[1,2]",
     ]  # fmt: skip
@@ -167,16 +136,14 @@ def test_best_checkpoint_is_plain_and_evaluates_to_its_metrics(overfitted, root,
     assert json.loads(json.dumps([best["config"], best["metrics"], best["git"]])) == [
         best["config"], best["metrics"], best["git"],
     ]  # fmt: skip
-    again = train_in(
+    again = tiny.train_in(
         tmp_path / "run",
-        compose_config(
-            *tiny_overrides(root), f"model.checkpoint={run_dir / 'best.pt'}", "train.steps=0", "train.eval_clicks=[1,2]"
-        ),
+        tiny.configure(root, f"model.checkpoint={run_dir / 'best.pt'}", "train.steps=0", "train.eval_clicks=[1,2]"),
     )
     assert again["best"] == best["metrics"] | {"step": 0}
 
 
-def test_best_checkpoint_loads_by_sam2s_own_function(overfitted, model, sam2, tmp_path):
+def test_best_checkpoint_loads_by_sam2s_own_function(overfitted, model, tmp_path):
     """The tutorial saves the bare weights, which it refuses."""
     from sam2.build_sam import _load_checkpoint
 
@@ -184,7 +151,7 @@ def test_best_checkpoint_loads_by_sam2s_own_function(overfitted, model, sam2, tm
     state_dict = torch.load(best_path, weights_only=True)["model"]
     loaded = copy.deepcopy(model)
     _load_checkpoint(loaded, str(best_path))
-    assert not differences(dict(loaded.state_dict()), dict(state_dict))
+    assert not tiny.differences(dict(loaded.state_dict()), dict(state_dict))
     torch.save(state_dict, tmp_path / "model.torch")
     with pytest.raises(KeyError, match="model"):
         _load_checkpoint(loaded, str(tmp_path / "model.torch"))
@@ -199,12 +166,11 @@ def train_parts(root, run_dir, trainable, *overrides):
 
     With seed 6 each of the three masks is the best for some object, so each is trained.
     """
-    config = compose_config(
-        *tiny_overrides(root), f"train.trainable={trainable}", "train.steps=4", "train.batch_size=4", "seed=6",
+    config = tiny.configure(root, f"train.trainable={trainable}", "train.steps=4", "train.batch_size=4", "seed=6",
         "train.objects_per_image=8", "prompts.repeat_objects=true", "optim.weight_decay=0.0",
         "optim.encoder_lr_factor=1", *overrides,
     )  # fmt: skip
-    trained = train_in(run_dir, config)["model"]
+    trained = tiny.train_in(run_dir, config)["model"]
     seed_everything(config["seed"])  # the weights that the run started from
     before = build_sam2(**config["model"], device="cpu")
     parameters = {name for name, _ in before.named_parameters()}
@@ -227,7 +193,7 @@ def train_parts(root, run_dir, trainable, *overrides):
 )
 def test_trainable_parameters_move_and_frozen_ones_do_not(trainable, prefixes, root, tmp_path, quick, monkeypatch):
     """With the default loss and prompts; without weight decay, which would move a parameter that gets no gradient."""
-    script_evaluation(monkeypatch)
+    tiny.script_evaluation(monkeypatch)
     moved, still = train_parts(root, tmp_path / "run", trainable)
     assert not [name for name in moved if not name.startswith(prefixes)]
     # the model's scalp drops the coarsest level: its lateral convolution is never used
@@ -238,8 +204,8 @@ def test_trainable_parameters_move_and_frozen_ones_do_not(trainable, prefixes, r
 
 def test_encoding_without_gradient_would_leave_three_parts_untrained(root, tmp_path, quick, monkeypatch):
     """The tutorial's way: the predictor's set_image runs conv_s0, conv_s1 and no_mem_embed under no_grad."""
-    script_evaluation(monkeypatch)
-    monkeypatch.setattr(train_sam2, "embed", torch.no_grad()(train_sam2.embed))
+    tiny.script_evaluation(monkeypatch)
+    monkeypatch.setattr(embedding_cache, "embed", torch.no_grad()(embedding_cache.embed))
     _, still = train_parts(root, tmp_path / "run", "[mask_decoder]")
     untrained = {name for name in still if name.startswith(("sam_mask_decoder.", "no_mem_embed"))}
     convolutions = {f"sam_mask_decoder.conv_s{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")}
@@ -249,13 +215,13 @@ def test_encoding_without_gradient_would_leave_three_parts_untrained(root, tmp_p
 @pytest.mark.parametrize("cache", ["off", "folder"])
 def test_fast_decoder_trains_the_same_up_to_rounding_and_off_is_the_default(cache, root, tmp_path, quick, monkeypatch):
     cache = f"cache={tmp_path / 'cache'}" if cache == "folder" else "cache=off"
-    overrides = [*tiny_overrides(root), "train.steps=2", "train.eval_every=2", "cache_precision=fp32", cache]
+    overrides = [*tiny.tiny_overrides(root), "train.steps=2", "train.eval_every=2", "cache_precision=fp32", cache]
     overrides += ["train.clip_norm=1e9"]  # Adam's first steps are the gradients' signs: compare losses, not weights
     found, calls = {}, []
-    monkeypatch.setattr(sam2_model, "decode_fast", lambda *args, **keys: calls.append(1) or decode_fast(*args, **keys))
+    monkeypatch.setattr(models, "decode_fast", lambda *args, **keys: calls.append(1) or decode_fast(*args, **keys))
     for name in ("default", "fast_decoder=false", "fast_decoder=true"):
-        config = compose_config(*overrides, *([] if name == "default" else [name]))
-        found[name] = train_in(tmp_path / name, config)["metrics"]
+        config = tiny.compose_config(*overrides, *([] if name == "default" else [name]))
+        found[name] = tiny.train_in(tmp_path / name, config)["metrics"]
         assert bool(calls) == (name == "fast_decoder=true")
     losses = {name: [row["train/loss"] for row in rows if "train/loss" in row] for name, rows in found.items()}
     assert losses["default"] == losses["fast_decoder=false"] and len(losses["default"]) == 2
@@ -266,7 +232,7 @@ def test_fast_decoder_trains_the_same_up_to_rounding_and_off_is_the_default(cach
 
 def test_loss_tutorial_trains_one_of_four_mask_tokens(root, tmp_path, quick, monkeypatch):
     """The tutorial's way, kept to compare with; the default moves all four (the test above)."""
-    script_evaluation(monkeypatch)
+    tiny.script_evaluation(monkeypatch)
     moved, _ = train_parts(root, tmp_path / "run", "[mask_decoder]", "loss=tutorial", "prompts=point")
     hypernetworks = {name.split(".")[2] for name in moved if "output_hypernetworks_mlps" in name}
     assert hypernetworks == {"1"}
@@ -275,8 +241,8 @@ def test_loss_tutorial_trains_one_of_four_mask_tokens(root, tmp_path, quick, mon
 def test_groups_of_parameters(model):
     """No decay on biases, norms and embeddings; the encoder has its own rate."""
     optim = train_sam2.OptimSettings(1e-3, 0.1, [0.9, 0.999], 0.2, 0, 0.1)
-    named = list(model.named_parameters())
-    names = {id(parameter): name for name, parameter in named}
+    named = dict(model.named_parameters())
+    names = {id(parameter): name for name, parameter in named.items()}
     found = {}
     for group in train_sam2.parameter_groups(named, optim):
         for parameter in group["params"]:
@@ -295,24 +261,6 @@ def test_groups_of_parameters(model):
     ]
     for name in undecayed:
         assert found[name] == (1.0, 0.0), name
-
-
-def test_one_group_would_shrink_norms_and_embeddings(model):
-    """The tutorial's AdamW decays every parameter: here without any gradient."""
-    optim = train_sam2.OptimSettings(1e-2, 1.0, [0.9, 0.999], 0.5, 0, 1.0)
-    shrunk = []
-    for make_groups in (train_sam2.parameter_groups, lambda named, optim: [{"params": [p for _, p in named]}]):
-        named = [(name, torch.nn.Parameter(p.detach().clone())) for name, p in model.named_parameters()]
-        for _, parameter in named:
-            parameter.grad = torch.zeros_like(parameter)
-        torch.optim.AdamW(make_groups(named, optim), lr=optim.lr, weight_decay=optim.weight_decay).step()
-        before = dict(model.named_parameters())
-        shrunk.append({name for name, parameter in named if not torch.equal(parameter, before[name])})
-    ours, theirs = shrunk
-    assert "sam_mask_decoder.conv_s0.weight" in ours
-    wrongly = theirs - ours
-    assert {"sam_mask_decoder.mask_tokens.weight", "sam_mask_decoder.transformer.norm_final_attn.weight"} < wrongly
-    assert not [name for name in ours if name.endswith(".bias") or "norm" in name or "embed" in name]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,23 +293,6 @@ def test_batch_equals_one_picture_at_a_time(root, model):
         torch.testing.assert_close(gradient, single_gradients[name], atol=limit, rtol=0, msg=name)
 
 
-def test_features_of_the_last_picture_would_change_the_others(root, model, monkeypatch):
-    """The tutorial's batch script decodes all pictures with the last one's high-resolution features."""
-    batch, prompts = make_batch(root, range(3), "prompts=point")
-    losses, _ = compute_gradients(model, [batch], prompts)
-    real_embed = train_sam2.embed
-
-    def encode_as_tutorial(model, images):
-        image_embeddings, features = real_embed(model, images)
-        return Embeddings(image_embeddings, [level[-1:].expand_as(level) for level in features])
-
-    monkeypatch.setattr(train_sam2, "embed", encode_as_tutorial)
-    buggy_losses, _ = compute_gradients(model, [batch], prompts)
-    is_last = batch["image_index"] == 2
-    torch.testing.assert_close(losses[is_last], buggy_losses[is_last], atol=1e-4, rtol=0)
-    assert (losses - buggy_losses)[~is_last].abs().max() > 1e-3
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # precision, and numbers that are not finite
 
@@ -378,12 +309,12 @@ class ClippingFirst(torch.amp.GradScaler):
 
 
 def test_gradients_are_clipped_at_their_own_scale(root, tmp_path, quick, monkeypatch):
-    script_evaluation(monkeypatch)
-    config = compose_config(*tiny_overrides(root), "precision=fp16", "train.steps=1", "prompts=point")
+    tiny.script_evaluation(monkeypatch)
+    config = tiny.configure(root, "precision=fp16", "train.steps=1", "prompts=point")
     norms, rows = [], []
     for scaler in (torch.amp.GradScaler, ClippingFirst):
         monkeypatch.setattr(torch.amp, "GradScaler", scaler)
-        last = train_in(tmp_path / scaler.__name__, config)
+        last = tiny.train_in(tmp_path / scaler.__name__, config)
         moments = [state["exp_avg"].norm() for state in last["optimizer"]["state"].values()]
         norms.append(torch.stack(moments).norm().item())
         rows.append(last["metrics"][1])
@@ -392,25 +323,14 @@ def test_gradients_are_clipped_at_their_own_scale(root, tmp_path, quick, monkeyp
     assert norms[1] < 1e-4 * norms[0] and rows[1]["train/grad_norm"] > 1e4 * rows[0]["train/grad_norm"]
 
 
-def test_loss_of_fp16_logits_is_computed_in_fp32():
-    """In fp16 the sum over the pixels of a large mask is infinite, and dice blind."""
-    logits = torch.randn(1, 1, 256, 256, generator=torch.Generator().manual_seed(4)).half()
-    masks = torch.ones(1, 256, 256)
-    loss, _ = mask_prediction_loss(logits, torch.zeros(1, 1).half(), torch.zeros(1, 1).half(), masks, SAM_LOSS)
-    assert loss.item() == pytest.approx(naive_loss(logits[0], torch.zeros(1), 0.0, masks[0]), rel=1e-5)
-    probs = logits[0, 0].sigmoid()
-    dice = 1 - (2 * (probs * masks[0].half()).sum() + 1) / (probs.sum() + masks[0].half().sum() + 1)
-    assert dice.item() == 1  # it is 0.33
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # samples
 
 
 def test_sample_is_aligned_in_the_square_frame(root):
     """Masks, points and boxes lie on their flat-coloured objects, mirrored or not, in any shape."""
-    config = compose_config(*tiny_overrides(root), "train.objects_per_image=4", "data.val_fraction=0")
-    dataset = make_dataset(config)
+    config = tiny.configure(root, "train.objects_per_image=4", "data.val_fraction=0")
+    dataset = tiny.make_dataset(config)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     shares, mirrored_shares, num_boxes, names = [], [], 0, set()
     for sample_index in range(24):
@@ -420,7 +340,7 @@ def test_sample_is_aligned_in_the_square_frame(root):
         for mask, coords, labels in zip(sample["masks"], sample["point_coords"], sample["point_labels"], strict=True):
             color = picture[mask].median(0).values
             distance = (picture - color).abs().amax(2)  # (S, S)
-            assert (color - torch.from_numpy(COLORS).float()).abs().amax(1).min() < 40
+            assert (color - torch.from_numpy(tiny.COLORS).float()).abs().amax(1).min() < 40
             shares.append((distance[mask] < 50).float().mean().item())
             mirrored_shares.append((distance[mask.flip(1)] < 50).float().mean().item())
             if labels.tolist() == [1, -1]:
@@ -441,38 +361,19 @@ def test_sample_is_aligned_in_the_square_frame(root):
 
 
 def test_sample_is_a_function_of_seed_and_index(root):
-    config = compose_config(*tiny_overrides(root), "data.color_jitter=0.3")
-    one, other = make_dataset(config), make_dataset(config)
-    assert not differences(one[5], [other[index] for index in (9, 5)][1])
-    other_seed = make_dataset(config | {"seed": 1})
+    config = tiny.configure(root, "data.color_jitter=0.3")
+    one, other = tiny.make_dataset(config), tiny.make_dataset(config)
+    assert not tiny.differences(one[5], [other[index] for index in (9, 5)][1])
+    other_seed = tiny.make_dataset(config | {"seed": 1})
     assert [one[index]["name"] for index in range(8)] != [other_seed[index]["name"] for index in range(8)]
-    item = list_training_items(config)[0]  # of the same picture, other prompts
-    assert differences(make_dataset(config, [item])[0], make_dataset(config | {"seed": 1}, [item])[0])
+    item = tiny.list_training_items(config)[0]  # of the same picture, other prompts
+    assert tiny.differences(tiny.make_dataset(config, [item])[0], tiny.make_dataset(config | {"seed": 1}, [item])[0])
 
 
 def test_share_of_boxes_is_exact_on_average(root):
-    dataset = make_dataset(compose_config(*tiny_overrides(root), "prompts.box_share=0.3", "train.objects_per_image=2"))
+    dataset = tiny.make_dataset(tiny.configure(root, "prompts.box_share=0.3", "train.objects_per_image=2"))
     is_box = torch.cat([dataset[index]["point_labels"][:, 0] == 2 for index in range(200)])
     assert len(is_box) == 400 and abs(is_box.float().mean().item() - 0.3) < 0.06
-
-
-def test_picture_without_background_keeps_all_its_objects(root):
-    """The tutorial's np.unique(map)[1:] drops the smallest id, background or not."""
-    config = compose_config(*tiny_overrides(root), "train.objects_per_image=16")
-    item = list_training_items(config)[-1]
-    ids = read_item(item)[1]
-    assert len(make_dataset(config, [item])[0]["masks"]) == 4
-    assert len(np.unique(ids)[1:]) == 3  # the tutorial's
-
-
-def test_random_numbers_without_a_generator_would_make_another_sample_each_time(root, monkeypatch):
-    """The tutorial draws from NumPy's global state, unseeded."""
-    dataset = make_dataset(compose_config(*tiny_overrides(root)))
-    assert not differences(dataset[5], dataset[5])
-    monkeypatch.setattr(
-        train_sam2.run, "sample_rng", lambda seed, index: np.random.default_rng(np.random.randint(2**31))
-    )
-    assert differences(dataset[5], dataset[5])
 
 
 def test_picture_is_resized_once_and_lies_as_in_evaluation(root, tmp_path):
@@ -480,7 +381,7 @@ def test_picture_is_resized_once_and_lies_as_in_evaluation(root, tmp_path):
     ids = np.zeros((90, 160), np.int32)
     ids[70:86, 120:150] = 1
     item = write_item(tmp_path / "one", ids)
-    dataset = make_dataset(compose_config(*tiny_overrides(root), "data.hflip=false", "prompts=point"), [item])
+    dataset = tiny.make_dataset(tiny.configure(root, "data.hflip=false", "prompts=point"), [item])
     sample, image_rgb = dataset[0], read_image(item.image_path)
     picture = sample["picture"][0]  # (3, S, S)
     pixels = torch.from_numpy(image_rgb).permute(2, 0, 1)[None].float() / 255
@@ -492,7 +393,7 @@ def test_picture_is_resized_once_and_lies_as_in_evaluation(root, tmp_path):
     assert (preprocess(letter_boxed, 64) - picture).abs().mean() > 0.1
     assert int(322 * (1024 / 322)) == 1023
 
-    point = np.array([[134.5, 77.5]], np.float32)  # the object's middle
+    point = torch.tensor([[134.5, 77.5]])  # the object's middle
     x, y = scale_points(point, (90, 160), 64)[0]  # as evaluate and infer_sam2.py bring it to the frame
     assert sample["masks"][0, int(y), int(x)]
     x, y = point[0] * ratio
@@ -507,23 +408,14 @@ def write_item(folder, ids):
     return Item("one", folder / "image.png", folder / "ids.png", functools.partial(read_ids, folder / "ids.png"))
 
 
-def test_one_object(root, model, tmp_path):
-    ids = np.zeros((40, 50), np.int32)
-    ids[7:20, 9:33] = 300
-    config = compose_config(*tiny_overrides(root))
-    batch = collate([make_dataset(config, [write_item(tmp_path / "one", ids)])[0]])
-    loss, iou = prompted_loss(model, batch, PromptSettings(**config["prompts"]), SAM_LOSS, 16)
-    assert loss.shape == iou.shape == (1,) and loss.isfinite().all()
-
-
 def test_300_objects_are_capped_in_training_and_all_measured(root, model, tmp_path):
     ids = (np.arange(60)[:, None] // 4 * 20 + np.arange(80)[None] // 4 + 1).astype(np.int32)  # 15 x 20 tiles
     assert len(np.unique(ids)) == 300
     item = write_item(tmp_path / "many", ids)
-    config = compose_config(*tiny_overrides(root), "train.objects_per_image=7", "prompts=point")
-    dataset = make_dataset(config, [item])
+    config = tiny.configure(root, "train.objects_per_image=7", "prompts=point")
+    dataset = tiny.make_dataset(config, [item])
     batch = collate([dataset[0], dataset[1]])
-    assert len(batch["masks"]) == 14 and differences(dataset[0]["masks"], dataset[1]["masks"])  # drawn anew
+    assert len(batch["masks"]) == 14 and tiny.differences(dataset[0]["masks"], dataset[1]["masks"])  # drawn anew
     torch.testing.assert_close(batch["object_weight"], torch.full((14,), 1 / 14))
     values = evaluate(model, [item], 1, [1], "fp32", None, 0)
     model.train()
@@ -534,8 +426,8 @@ def test_objects_that_vanish_at_image_size_keep_a_pixel(root, model, tmp_path):
     ids = np.zeros((300, 400), np.int32)
     rng = np.random.default_rng(0)
     ids[rng.permutation(300)[:40], rng.permutation(400)[:40]] = np.arange(1, 41)  # one pixel each
-    config = compose_config(*tiny_overrides(root), "train.objects_per_image=40")
-    sample = make_dataset(config, [write_item(tmp_path / "dust", ids)])[0]
+    config = tiny.configure(root, "train.objects_per_image=40")
+    sample = tiny.make_dataset(config, [write_item(tmp_path / "dust", ids)])[0]
     nearest = ids[(np.arange(64) + 0.5).astype(int) * 300 // 64][:, (np.arange(64) + 0.5).astype(int) * 400 // 64]
     assert len(np.unique(nearest)) < 20  # most are gone in the S x S frame
     assert (sample["masks"].flatten(1).sum(1) >= 1).all() and len(sample["masks"]) == 40
@@ -552,7 +444,7 @@ def record_rounds(root, model, monkeypatch, sample_index, *overrides):
     """Decode calls of one object: number of points, prompt so far, mask prompt, and whether gradients reach it."""
     batch, prompts = make_batch(root, [sample_index], "train.objects_per_image=1", *overrides)
     rounds = []
-    real_decode = train_sam2.decode
+    real_decode = models.decode
 
     def record(model, embeddings, image_index, point_coords, point_labels, mask_inputs, multimask_output):
         outputs = real_decode(model, embeddings, image_index, point_coords, point_labels, mask_inputs, multimask_output)
@@ -570,7 +462,7 @@ def record_rounds(root, model, monkeypatch, sample_index, *overrides):
         return outputs
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_sam2, "decode", record)
+        patch.setattr(models, "decode", record)
         prompted_loss(model, batch, prompts, SAM_LOSS, 16)
     return rounds, batch
 
@@ -634,8 +526,8 @@ def test_cap_on_objects_and_small_loss_bound_the_memory(root, model, tmp_path):
     used = []
     for max_objects, loss_size in ((8, 16), (64, 16), (64, 64)):
         overrides = (f"train.objects_per_image={max_objects}", "prompts=point")
-        config = compose_config(*tiny_overrides(root), *overrides)
-        batch = collate([make_dataset(config, [item])[0]])
+        config = tiny.configure(root, *overrides)
+        batch = collate([tiny.make_dataset(config, [item])[0]])
         used.append(count_saved_bytes(model, batch, PromptSettings(**config["prompts"]), loss_size))
     ours, all_objects, all_at_full_size = used
     assert all_objects > 4 * ours and all_at_full_size > all_objects + 64 * 3 * 64 * 64 * 4
@@ -681,20 +573,10 @@ def test_last_round_has_no_click_for_objects_with_few_corrections(root, model, m
 def naive_loss(logits, iou_predictions, score_logit, mask):
     """SAM's loss of one object with M masks, pixel by pixel in float64: 20 focal + dice of the best, IoU of all."""
     mask_losses, iou_losses = [], []
-    for one, iou_prediction in zip(logits.double().numpy(), iou_predictions.double().numpy(), strict=True):
-        focal = overlap = sum_probs = sum_mask = intersection = union = 0.0
-        for logit, truth in zip(one.ravel(), mask.double().numpy().ravel(), strict=True):
-            prob = 1 / (1 + math.exp(-logit))
-            prob_of_truth = prob if truth == 1 else 1 - prob
-            focal += (0.25 if truth == 1 else 0.75) * (1 - prob_of_truth) ** 2 * -math.log(prob_of_truth)
-            overlap += prob * truth
-            sum_probs += prob
-            sum_mask += truth
-            intersection += (logit > 0) and (truth == 1)
-            union += (logit > 0) or (truth == 1)
-        dice = 1 - (2 * overlap + 1) / (sum_probs + sum_mask + 1)
-        mask_losses.append(20 * focal / one.size + dice)
-        iou_losses.append(abs(iou_prediction - intersection / union))
+    for mask_logits, iou_prediction in zip(logits, iou_predictions.tolist(), strict=True):
+        mask_losses.append(20 * naive("focal", mask_logits, mask) + naive("dice", mask_logits, mask))
+        pred_mask, truth = mask_logits > 0, mask > 0
+        iou_losses.append(abs(iou_prediction - ((pred_mask & truth).sum() / (pred_mask | truth).sum()).item()))
     return min(mask_losses) + sum(iou_losses) / len(iou_losses) + math.log(1 + math.exp(-score_logit))
 
 
@@ -717,23 +599,6 @@ def test_all_three_masks_learn_their_iou_and_only_the_best_its_shape():
     loss.sum().backward()
     assert iou[0, 1] == 1 and (iou_predictions.grad != 0).all()
     assert [(logits.grad[0, i] != 0).any().item() for i in range(3)] == [False, True, False]
-
-
-def test_tutorial_loss_on_logits_still_pulls_at_hopeless_pixels():
-    """The tutorial's -log(sigmoid + 1e-5) has a gradient of 0.0002 at logit -20 on the object, 0 at +20 off it."""
-    logits = torch.full((1, 1, 1, 2), -20.0)
-    logits[..., 1] = 20.0
-    masks = torch.tensor([[[1.0, 0.0]]])
-    ours = logits.clone().requires_grad_()
-    loss, _ = mask_prediction_loss(ours, torch.zeros(1, 1), torch.zeros(1, 1), masks, TUTORIAL_LOSS)
-    loss.sum().backward()
-    assert loss.item() == pytest.approx(20, rel=1e-5)
-    assert ours.grad.flatten().tolist() == pytest.approx([-0.5, 0.5], rel=1e-4)
-
-    theirs = logits.clone().requires_grad_()
-    probs = torch.sigmoid(theirs[:, 0])
-    (-masks * torch.log(probs + 1e-5) - (1 - masks) * torch.log(1 - probs + 1e-5)).mean().backward()
-    assert theirs.grad.abs().max() < 1e-3
 
 
 def test_tutorial_loss_is_cross_entropy_and_a_twentieth_of_the_score():
@@ -769,7 +634,7 @@ def test_click_similarity_equals_a_loop():
 
 
 def test_loss_size_is_the_side_on_which_the_loss_is_computed(root, tmp_path, quick, monkeypatch):
-    script_evaluation(monkeypatch)
+    tiny.script_evaluation(monkeypatch)
     sizes = []
     real_loss = train_sam2.mask_prediction_loss
     monkeypatch.setattr(
@@ -777,7 +642,7 @@ def test_loss_size_is_the_side_on_which_the_loss_is_computed(root, tmp_path, qui
     )
     for loss_size in ("null", "64"):
         overrides = ("train.steps=1", "prompts=point", f"train.loss_size={loss_size}", "loss=balanced")
-        train_in(tmp_path / loss_size, compose_config(*tiny_overrides(root), *overrides))
+        tiny.train_in(tmp_path / loss_size, tiny.configure(root, *overrides))
     assert sizes == [(16, 16), (64, 64)]
 
 
@@ -786,15 +651,8 @@ def test_loss_size_is_the_side_on_which_the_loss_is_computed(root, tmp_path, qui
 
 
 @pytest.fixture(scope="module")
-def predictor(model, sam2):
-    """sam2's own predictor with the same model."""
-    from sam2.sam2_image_predictor import SAM2ImagePredictor
-
-    with warnings.catch_warnings():  # torch.jit.script is deprecated
-        warnings.simplefilter("ignore")
-        predictor = SAM2ImagePredictor(model)
-    predictor._bb_feat_sizes = [(16, 16), (8, 8), (4, 4)]  # it hard-codes those of 1024 px
-    return predictor
+def predictor(model):
+    return tiny.make_predictor(model)
 
 
 def measure_slowly(predictor, items, clicks):
@@ -838,7 +696,7 @@ def measure_slowly(predictor, items, clicks):
 
 
 def test_evaluation_equals_a_slow_loop_with_the_official_predictor(root, model, predictor, tmp_path):
-    items = list_training_items(compose_config(*tiny_overrides(root)))
+    items = tiny.list_training_items(tiny.configure(root))
     values = evaluate(model, items, 1, [1, 2, 4], "fp32", tmp_path, 2)
     model.eval()
     expected = measure_slowly(predictor, items, [1, 2, 4])
@@ -853,7 +711,7 @@ def test_evaluation_equals_a_slow_loop_with_the_official_predictor(root, model, 
 
 
 def test_evaluation_leaves_out_small_objects(root, model):
-    items = list_training_items(compose_config(*tiny_overrides(root)))
+    items = tiny.list_training_items(tiny.configure(root))
     areas = sorted(int((read_item(items[0])[1] == object_id).sum()) for object_id in (1, 2, 3))
     values = evaluate(model, items[:1], areas[1], [1], "fp32", None, 0)
     model.train()
@@ -861,7 +719,7 @@ def test_evaluation_leaves_out_small_objects(root, model):
 
 
 def test_pictures_of_items_with_the_same_file_name_are_kept_apart(root, model, tmp_path):
-    first = list_training_items(compose_config(*tiny_overrides(root)))[0]
+    first = tiny.list_training_items(tiny.configure(root))[0]
     items = [dataclasses.replace(first, name=f"{name}/00000") for name in ("a", "b")]
     evaluate(model, items, 1, [1], "fp32", tmp_path, 2)
     model.train()
@@ -874,22 +732,22 @@ def test_pictures_of_items_with_the_same_file_name_are_kept_apart(root, model, t
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_composes_and_fixes_its_model(name):
-    config = compose_config(f"experiment={name}", "data_root=/nowhere", "model.checkpoint=auto")
+    config = tiny.compose_config(f"experiment={name}", "data_root=/nowhere", "model.checkpoint=auto")
     train_sam2.read_settings(train_sam2.Config, config)
-    assert "override /model:" in (ROOT / "configs" / "sam2" / "experiment" / f"{name}.yaml").read_text()
+    assert "override /model:" in (tiny.ROOT / "configs" / "sam2" / "experiment" / f"{name}.yaml").read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_trains_two_steps(name, tmp_path, quick):
     """With the nano, on a tiny dataset in the layout that the preset reads; generated ones are left ungenerated."""
-    data_root = write_data_root(tmp_path / "data")
+    data_root = tiny.write_data_root(tmp_path / "data")
     overrides = [f"experiment={name}", f"data_root={data_root}", "device=cpu", "num_workers=0", "data.min_area_px=1"]
     overrides += ["model=sam2_nano", "model.checkpoint=none", "model.image_size=64"]
     overrides += ["train.steps=2", "train.batch_size=2", "train.objects_per_image=3"]
-    if "generate" in compose_config(*overrides)["data"]:
+    if "generate" in tiny.compose_config(*overrides)["data"]:
         overrides += ["data.generate=null", f"data.root={data_root / 'label_map'}"]
-    last = train_in(tmp_path / "run", compose_config(*overrides))
+    last = tiny.train_in(tmp_path / "run", tiny.compose_config(*overrides))
     assert last["step"] == 2 and last["metrics"][-1]["val/num_images"] > 0
     assert [row["step"] for row in last["metrics"] if "val/iou_1_click" in row] == [0, 2]
 
@@ -898,26 +756,10 @@ def test_preset_trains_two_steps(name, tmp_path, quick):
 # what a user sees when something is wrong
 
 
-def test_missing_folder(root, tmp_path, monkeypatch, capfd):
-    arguments = [*tiny_overrides(root), f"data.root={tmp_path}/nothing"]
-    status, output = run_main(monkeypatch, capfd, tmp_path / "run", *arguments)
-    assert status == 1 and "Traceback" not in output
-    assert output.splitlines()[-1].startswith(f"error: data.root {tmp_path}/nothing is not a folder")
-
-
-def test_unknown_model_lists_the_valid_ones(root, tmp_path, monkeypatch, capfd):
-    status, output = run_main(monkeypatch, capfd, tmp_path / "run", *tiny_overrides(root), "model=sam3")
-    assert status == 1 and "sam3" in output
-    for path in (ROOT / "configs" / "sam2" / "model").glob("*.yaml"):
-        assert path.stem in output
-    with pytest.raises(HydraException):
-        compose_config("model=sam3")
-
-
 @pytest.fixture
 def faulty(tmp_path):
     """A dataset with eight unreadable pictures and two annotations of another size, and the settings to read it."""
-    root = write_dataset(tmp_path / "faulty")
+    root = tiny.write_dataset(tmp_path / "faulty")
     for number in range(8):
         (root / "images" / f"20{number}.png").write_bytes(b"no picture")
         write_label_map(root / "labels" / f"20{number}.png", np.ones((48, 64), np.int32))
@@ -927,7 +769,7 @@ def faulty(tmp_path):
 
 
 def test_faulty_files_stop_the_run(faulty, tmp_path, monkeypatch, capfd, quick):
-    status, output = run_main(monkeypatch, capfd, tmp_path / "run", *tiny_overrides(faulty), "train.steps=0")
+    status, output = tiny.run_main(monkeypatch, capfd, tmp_path / "run", *tiny.tiny_overrides(faulty), "train.steps=0")
     assert status == 1 and "Traceback" not in output
     assert "10 of 17 images cannot be used" in output and "data.on_bad=skip" in output
     picture, annotation = faulty / "images" / "001.png", faulty / "labels" / "001.png"
@@ -936,8 +778,8 @@ def test_faulty_files_stop_the_run(faulty, tmp_path, monkeypatch, capfd, quick):
 
 
 def test_faulty_files_are_left_out_and_counted_on_request(faulty, tmp_path, monkeypatch, capfd, quick):
-    arguments = [*tiny_overrides(faulty), "train.steps=0", "data.on_bad=skip"]
-    status, output = run_main(monkeypatch, capfd, tmp_path / "run", *arguments)
+    arguments = [*tiny.tiny_overrides(faulty), "train.steps=0", "data.on_bad=skip"]
+    status, output = tiny.run_main(monkeypatch, capfd, tmp_path / "run", *arguments)
     assert status == 0 and "10 bad" in output
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (record["data"]["num_bad"], record["data"]["train_images"], record["data"]["val_images"]) == (10, 3, 3)
@@ -946,7 +788,7 @@ def test_faulty_files_are_left_out_and_counted_on_request(faulty, tmp_path, monk
 
 def test_check_lists_every_fault_and_stops(faulty, tmp_path, monkeypatch, capfd):
     (faulty / "images" / "alone.png").write_bytes((faulty / "images" / "002.png").read_bytes())  # it has no annotation
-    status, output = run_main(monkeypatch, capfd, tmp_path / "run", *tiny_overrides(faulty), "check=true")
+    status, output = tiny.run_main(monkeypatch, capfd, tmp_path / "run", *tiny.tiny_overrides(faulty), "check=true")
     assert status == 1  # there are faults
     listed = output.split("cannot be used")[0]  # before the message that ends the run
     for name in ["001", "101", "alone", *(f"20{number}" for number in range(8))]:
@@ -955,7 +797,7 @@ def test_check_lists_every_fault_and_stops(faulty, tmp_path, monkeypatch, capfd)
 
 
 def test_check_of_a_good_dataset(root, tmp_path, monkeypatch, capfd):
-    status, output = run_main(monkeypatch, capfd, tmp_path / "run", *tiny_overrides(root), "check=true")
+    status, output = tiny.run_main(monkeypatch, capfd, tmp_path / "run", *tiny.tiny_overrides(root), "check=true")
     assert status == 0 and "9 images: 8 usable, 0 bad, 1 without objects" in output
     assert read_image(tmp_path / "run" / "dataset.png").size > 0
     assert not (tmp_path / "run" / "last.pt").exists()
@@ -970,7 +812,7 @@ def test_dataset_without_objects(root, tmp_path, quick):
         write_label_map(empty / "labels" / f"{name}.png", np.zeros((48, 64), np.int32))
     (empty / "val.txt").write_text("101\n")
     with pytest.raises(ValueError, match="no training picture with objects"):
-        train_in(tmp_path / "run", compose_config(*tiny_overrides(empty)))
+        tiny.train_in(tmp_path / "run", tiny.configure(empty))
     write_label_map(empty / "labels" / "001.png", np.ones((48, 64), np.int32))
     with pytest.raises(ValueError, match="no validation picture with objects"):
-        train_in(tmp_path / "again", compose_config(*tiny_overrides(empty)))
+        tiny.train_in(tmp_path / "again", tiny.configure(empty))

@@ -2,11 +2,13 @@
 
 import functools
 import itertools
+import warnings
 from pathlib import Path
 
 import cv2
 import numpy as np
 import tiny
+import torch
 from PIL import Image
 from tiny import ROOT as ROOT
 from tiny import differences as differences
@@ -16,6 +18,7 @@ from tiny import without_timing as without_timing
 import train_sam2
 from utils.images import write_image, write_label_map
 from utils.instances.readers import Item, object_ids, split_items
+from utils.settings import read_settings
 
 COLORS = np.array([(230, 60, 60), (60, 220, 60), (70, 90, 240), (120, 120, 120)], np.uint8)  # of ids 1, 2, 3, 4
 
@@ -116,6 +119,31 @@ run_main = functools.partial(tiny.run_main, train_sam2)
 make_runs_quick = functools.partial(tiny.make_runs_quick, train_sam2)
 
 
+def configure(root: Path, *overrides: str) -> dict:
+    """Compose the config of a tiny run."""
+    return compose_config(*tiny_overrides(root), *overrides)
+
+
+def answer_to_prompts(model: torch.nn.Module) -> torch.nn.Module:
+    """Let a model of random weights answer to its prompts, whose influence these drown otherwise."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ("transformer" in name and weight.dim() > 1) or "point_embeddings" in name:
+                weight.mul_(4)
+    return model
+
+
+def make_predictor(model: torch.nn.Module):
+    """sam2's own predictor with a model that `build_sam2` made, which has imported sam2."""
+    from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+    with warnings.catch_warnings():  # torch.jit.script is deprecated
+        warnings.simplefilter("ignore")
+        predictor = SAM2ImagePredictor(model)
+    predictor._bb_feat_sizes = [(model.image_size // stride,) * 2 for stride in (4, 8, 16)]  # it has those of 1024 px
+    return predictor
+
+
 def script_evaluation(monkeypatch, values: list[float] | None = None) -> None:
     """Let evaluate return these values, one after the other (None: always 0.5), without looking at the model."""
     values = itertools.repeat(0.5) if values is None else iter(values)
@@ -140,7 +168,6 @@ def make_dataset(config: dict, items: list[Item] | None = None) -> train_sam2.Pr
         config["seed"],
         config["model"]["image_size"],
         config["train"]["objects_per_image"],
-        config["data"]["min_area_px"],
-        train_sam2.Augmentation(**{key: config["data"][key] for key in ("hflip", "color_jitter")}),
+        read_settings(train_sam2.DataSettings, config["data"], "data"),
         train_sam2.PromptSettings(**config["prompts"]),
     )

@@ -8,16 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.dataset_check import (
-    MAX_LISTED,
-    PICTURE_REMEDIES,
-    CheckReport,
-    ItemReport,
-    check_items,
-    finding_lines,
-    keep_usable,
-    summary_lines,
-)
+from utils import dataset_check
+from utils.dataset_check import CheckReport, ItemReport
 from utils.images import read_image_unscaled, remark_on_values
 from utils.instances.readers import Instances, Item, check_same_size, object_ids
 
@@ -27,7 +19,7 @@ REMEDIES = {  # kind of remark -> what to do about it
     "empty masks": "they are no objects and are passed over; remove them, or draw them",
     f"objects below {TINY_PX} px": "remove stray pixels; real objects this small need larger pictures",
     "a single id 255": "a mask, taken as one object; if it covers several, give each its own id (1, 2, 3, ...)",
-} | PICTURE_REMEDIES
+} | dataset_check.PICTURE_REMEDIES
 
 
 @dataclass(frozen=True)
@@ -55,11 +47,12 @@ def check_data(
     Raises:
         ValueError: for faulty files where on_bad is "stop".
     """
-    report = check_items([item for items in splits for item in items], check_item)
-    print("\n".join(report_lines(report, None if list_all else MAX_LISTED)))
+    report = dataset_check.check_items([item for items in splits for item in items], check_item)
+    print("\n".join(report_lines(report, None if list_all else dataset_check.MAX_LISTED)))
     plot_statistics(report, run_dir / "dataset.png")
     with_large = {item.name for item in report.usable if item.content.areas_px.max() >= min_area_px}
-    splits = [[item for item in keep_usable(items, report, on_bad) if item.name in with_large] for items in splits]
+    splits = [dataset_check.keep_usable(items, report, on_bad) for items in splits]
+    splits = [[item for item in items if item.name in with_large] for items in splits]
     num_small = sum(int((item.content.areas_px < min_area_px).sum()) for item in report.items)
     counts = count(report) | {
         "train_images": len(splits[0]),
@@ -110,56 +103,28 @@ def check_item(item: Item) -> ItemReport:
     return ItemReport(item.name, tuple(faults), tuple(remarks), orig_hw, bits, len(areas_px) > 0, content)
 
 
-def report_lines(report: CheckReport, max_listed: int | None = MAX_LISTED) -> list[str]:
+def report_lines(report: CheckReport, max_listed: int | None = dataset_check.MAX_LISTED) -> list[str]:
     """Put a report into lines to print.
 
     Args:
         max_listed: examples for each kind of finding; None: all.
     """
-    lines = summary_lines(report, "without objects")
-    if statistics := mask_statistics(report):
+    lines = dataset_check.summary_lines(report, "without objects")
+    if report.usable:
+        per_image, area_share, centers = measure_objects(report)
+        p5, p50, p95 = np.percentile(area_share, [5, 50, 95])
+        (mean_x, mean_y), (std_x, std_y) = centers.mean(0), centers.std(0)
+        in_middle = (np.abs(centers - 0.5) < 1 / 6).all(1).mean()
         lines += [
-            "masks per image: {min} to {max}, mean {mean:.1f}, median {median:.0f}".format(
-                **statistics["masks_per_image"]
-            ),
-            "mask area, share of the image: {p5:.3%} / {p50:.3%} / {p95:.3%} (5th, 50th, 95th percentile)".format(
-                **statistics["area_share"]
-            ),
-            "object centres: mean ({mean_x:.2f}, {mean_y:.2f}), spread ({std_x:.2f}, {std_y:.2f}) of (width, height); "
-            "{in_middle:.0%} in the middle ninth (11% if even)".format(**statistics["centers"]),
+            f"masks per image: {per_image.min()} to {per_image.max()}, mean {per_image.mean():.1f}, "
+            f"median {np.median(per_image):.0f}",
+            f"mask area, share of the image: {p5:.3%} / {p50:.3%} / {p95:.3%} (5th, 50th, 95th percentile)",
+            f"object centres: mean ({mean_x:.2f}, {mean_y:.2f}), spread ({std_x:.2f}, {std_y:.2f}) of (width, height); "
+            f"{in_middle:.0%} in the middle ninth (11% if even)",
         ]
     if num_crowd := count(report)["num_crowd"]:
         lines.append(f"crowd regions left out: {num_crowd}")
-    return lines + finding_lines(report, REMEDIES, max_listed)
-
-
-def mask_statistics(report: CheckReport) -> dict[str, dict[str, float]]:
-    """Describe the usable items: masks per image, share of the image a mask covers, where the centres lie.
-
-    Returns:
-        masks_per_image {min, max, mean, median}, area_share {p5, p50, p95} in 0..1, centers {mean_x, mean_y, std_x,
-        std_y, in_middle} in 0..1; empty if there are no objects.
-    """
-    if not report.usable:
-        return {}
-    per_image, area_share, centers = _measure_objects(report)
-    p5, p50, p95 = np.percentile(area_share, [5, 50, 95])
-    return {
-        "masks_per_image": {
-            "min": int(per_image.min()),
-            "max": int(per_image.max()),
-            "mean": float(per_image.mean()),
-            "median": float(np.median(per_image)),
-        },
-        "area_share": {"p5": float(p5), "p50": float(p50), "p95": float(p95)},
-        "centers": {
-            "mean_x": float(centers[:, 0].mean()),
-            "mean_y": float(centers[:, 1].mean()),
-            "std_x": float(centers[:, 0].std()),
-            "std_y": float(centers[:, 1].std()),
-            "in_middle": float((np.abs(centers - 0.5) < 1 / 6).all(1).mean()),
-        },
-    }
+    return lines + dataset_check.finding_lines(report, REMEDIES, max_listed)
 
 
 def plot_statistics(report: CheckReport, path: str | Path) -> None:
@@ -173,7 +138,7 @@ def plot_statistics(report: CheckReport, path: str | Path) -> None:
     area_axes.set(title="mask area", xlabel="share of the image", ylabel="masks", xscale="log")
     center_axes.set(title="object centres", xlabel="x / width", ylabel="y / height", xlim=(0, 1), ylim=(1, 0))
     if report.usable:
-        per_image, area_share, centers = _measure_objects(report)
+        per_image, area_share, centers = measure_objects(report)
         per_image_axes.hist(per_image, bins=min(40, int(per_image.max() - per_image.min()) + 1))
         area_axes.hist(area_share, bins=np.geomspace(area_share.min() * 0.99, 1, 40))
         *_, colored = center_axes.hist2d(centers[:, 0], centers[:, 1], bins=24, range=[[0, 1], [0, 1]])
@@ -181,8 +146,10 @@ def plot_statistics(report: CheckReport, path: str | Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _measure_objects(report: CheckReport) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return masks per image (I,), and of all N objects the share of the image (N,) and the centre (N, 2), 0..1."""
+def measure_objects(report: CheckReport) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return of the usable items the masks per image (I,), and of all N objects the share of the image that each covers
+    (N,) and its centre (N, 2), 0..1.
+    """
     contents = [item.content for item in report.usable]
     image_px = [item.orig_hw[0] * item.orig_hw[1] for item in report.usable]
     area_share = [content.areas_px / px for content, px in zip(contents, image_px, strict=True)]

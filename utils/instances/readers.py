@@ -186,10 +186,10 @@ def list_coco(
     val_annotations: str | None = None,
 ) -> tuple[list[Item], list[Item] | None]:
     """List COCO: pictures <root>/<images>/<file_name> with <root>/<annotations>, polygons or run lengths; no crowds."""
-    splits = []
-    for images, path in ((train_images, train_annotations), (val_images, val_annotations)):
-        splits.append(None if path is None else _list_coco_file(root / images, root / path, images))
-    return splits[0], splits[1]
+    train_items = _list_coco_file(root / train_images, root / train_annotations, train_images)
+    if val_annotations is None:
+        return train_items, None
+    return train_items, _list_coco_file(root / val_images, root / val_annotations, val_images)
 
 
 def _list_coco_file(image_dir: Path, annotation_path: Path, image_dir_name: str) -> list[Item]:

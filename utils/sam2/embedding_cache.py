@@ -22,6 +22,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -29,21 +30,16 @@ from tqdm import tqdm
 
 from utils.images import read_image
 from utils.run import REPOSITORY, autocast, num_cores
-from utils.sam2.model import (
-    Embeddings,
-    FrozenMaps,
-    encode,
-    encode_frozen,
-    finish_embeddings,
-    preprocess,
-    project_high_res,
-)
-from utils.settings import check_value
+from utils.sam2 import model as models
+from utils.sam2.model import Embeddings, FrozenMaps
+from utils.settings import Rule, one_of
 
 HIGH_RES_CONVS = ("sam_mask_decoder.conv_s0.", "sam_mask_decoder.conv_s1.")  # what `project_high_res` ends with
 FORMAT = 1  # goes up when entries change, or what leads to them: reading a picture, preprocess, encode_frozen
 HEADER_BYTES, FOOTER_BYTES = 4096, 64 + 8
 STORED_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+Setting = Annotated[str | bool, Rule(lambda setting: setting not in ("", True), "auto, off, or a folder")]  # `cache`
+Precision = Annotated[str, one_of(*STORED_DTYPES)]  # `cache_precision`
 ABANDONED_S = 3600  # a .tmp file this old is that of a killed run
 
 
@@ -72,8 +68,8 @@ def embed(model: torch.nn.Module, pictures: torch.Tensor | FrozenMaps) -> Embedd
         Embeddings on the model's device.
     """
     if isinstance(pictures, torch.Tensor):
-        return encode(model, pictures.to(model.device, non_blocking=True))
-    return finish_embeddings(model, restore_maps(pictures, model.device))
+        return models.encode(model, pictures.to(model.device, non_blocking=True))
+    return models.finish_embeddings(model, restore_maps(pictures, model.device))
 
 
 def restore_maps(maps: FrozenMaps, device: torch.device) -> FrozenMaps:
@@ -95,15 +91,6 @@ def join_pictures(parts: list[torch.Tensor] | list[FrozenMaps]) -> torch.Tensor 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # which entries there are, and which are needed
-
-
-def check_cache_settings(setting: str | bool, stored: str) -> None:
-    """Raise a ValueError for a `cache` or `cache_precision` that makes no sense."""
-    check_value(setting, str | bool, "cache")
-    if setting in ("", True):
-        raise ValueError(f"cache is {setting!r}; must be auto, off, or a folder")
-    if stored not in STORED_DTYPES:
-        raise ValueError(f"cache_precision is {stored!r}; must be fp16 or fp32")
 
 
 def plan_cache(
@@ -204,7 +191,8 @@ def list_entries(
     """
     image_paths = list(dict.fromkeys(image_path for image_path, _ in pictures))
     with ThreadPoolExecutor(min(16, num_cores())) as executor:
-        hashes = dict(zip(image_paths, executor.map(_hash_file, image_paths), strict=True))
+        contents_hashes = executor.map(lambda path: hashlib.sha256(path.read_bytes()).hexdigest(), image_paths)
+        hashes = dict(zip(image_paths, contents_hashes, strict=True))
         entries = {}
         for image_path, is_mirrored in pictures:
             key = entry_key(recipe, hashes[image_path], is_mirrored)
@@ -214,10 +202,6 @@ def list_entries(
         unready = {path for path, is_ready in zip(paths, checks, strict=True) if not is_ready}
     missing = [picture for picture, path in entries.items() if path in unready]
     return entries, missing, sum(path.exists() for path in unready)
-
-
-def _hash_file(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def count_entry_bytes(model: torch.nn.Module, is_projected: bool, stored: str) -> int:
@@ -267,11 +251,11 @@ def fill_cache(model: torch.nn.Module, plan: CachePlan) -> None:
 def fill_entry(model: torch.nn.Module, plan: CachePlan, picture: tuple[Path, bool], image_rgb: np.ndarray) -> None:
     """Encode one picture and write its entry: as `fill_cache`, with the picture uint8 (H, W, 3), not mirrored."""
     image_path, is_mirrored = picture
-    images = preprocess(image_rgb[:, ::-1] if is_mirrored else image_rgb, model.image_size)[None].to(model.device)
+    image = models.preprocess(image_rgb[:, ::-1] if is_mirrored else image_rgb, model.image_size)
     with autocast(model.device, plan.precision):
-        maps = encode_frozen(model, images)
+        maps = models.encode_frozen(model, image[None].to(model.device))
         if plan.is_projected:
-            maps = project_high_res(model, maps)
+            maps = models.project_high_res(model, maps)
     write_entry(plan.entries[picture], maps, plan.stored, image_path)
 
 

@@ -76,13 +76,10 @@ def decode_fast(
                 pixel_pe,
             )
         )
-    low_res_masks, iou_predictions, object_score_logits = map(torch.cat, zip(*parts, strict=True))
+    outputs = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
     if not torch.equal(order, torch.arange(len(order), device=order.device)):
-        places = order.argsort()
-        low_res_masks = low_res_masks.index_select(0, places)
-        iou_predictions = iou_predictions.index_select(0, places)
-        object_score_logits = object_score_logits.index_select(0, places)
-
+        outputs = [output.index_select(0, order.argsort()) for output in outputs]
+    low_res_masks, iou_predictions, object_score_logits = outputs
     if multimask_output:
         low_res_masks, iou_predictions = low_res_masks[:, 1:], iou_predictions[:, 1:]
     elif decoder.dynamic_multimask_via_stability and not decoder.training:
@@ -157,9 +154,10 @@ def _transform(
     return transformer.norm_final_attn(queries), pixels
 
 
-def _split_heads(projected: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """(O, T, heads * D) -> (O, heads, T, D)."""
-    return projected.unflatten(2, (num_heads, -1)).transpose(1, 2)
+def _split_heads(projected: torch.Tensor, num_heads: int, is_scaled: bool = False) -> torch.Tensor:
+    """(O, T, heads * D) -> (O, heads, T, D); scaled, divided by the square root of D."""
+    split = projected.unflatten(2, (num_heads, -1)).transpose(1, 2)
+    return split * split.shape[-1] ** -0.5 if is_scaled else split
 
 
 def _attend_to_pixels(
@@ -168,8 +166,7 @@ def _attend_to_pixels(
     """Compute attention(queries, keys, values) for tokens (O, T, C) that look at pixels (G, N, C): (O, T, C)."""
     num_objects, num_tokens, num_channels = queries.shape
     heads = attention.num_heads
-    q = _split_heads(attention.q_proj(queries), heads)  # (O, heads, T, D)
-    q = q * q.shape[-1] ** -0.5
+    q = _split_heads(attention.q_proj(queries), heads, is_scaled=True)  # (O, heads, T, D)
     # k_proj's bias would add the same to all pixels of a row, which the softmax takes away again: it gets no gradient
     probes = q @ attention.k_proj.weight.unflatten(0, (heads, -1))  # (O, heads, T, C)
     scores = probes.reshape(len(keys), -1, num_channels) @ keys.transpose(1, 2)  # (G, O/G * heads * T, N)
@@ -195,8 +192,7 @@ def _add_from_tokens(
     """
     num_objects, num_tokens, num_channels = token_keys.shape
     heads = attention.num_heads
-    k = _split_heads(attention.k_proj(token_keys), heads)  # (O, heads, T, D)
-    k = k * k.shape[-1] ** -0.5
+    k = _split_heads(attention.k_proj(token_keys), heads, is_scaled=True)  # (O, heads, T, D)
     probes = k @ attention.q_proj.weight.unflatten(0, (heads, -1))  # (O, heads, T, C)
     offsets = k @ attention.q_proj.bias.unflatten(0, (heads, -1, 1))  # (O, heads, T, 1)
     scores = probes.reshape(len(queries), -1, num_channels) @ queries.transpose(1, 2)  # (G, O/G * heads * T, N)

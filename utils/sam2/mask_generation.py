@@ -13,17 +13,18 @@ import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.ops import nms
+from torchvision.ops import box_convert, nms
 
 from utils.instances.codecs import decode_rle_counts, mask_to_rle
 from utils.run import now_s
 from utils.sam2.model import Embeddings, decode, encode, preprocess, scale_points, upscale_masks
+from utils.settings import at_least
 
 CROP_EDGE_TOLERANCE_PX = 20  # a box this close to an edge of its crop, but not of the image, is a mask cut off there
 CHUNK_PIXELS = 64 * 1024**2  # full-size logits held at once on a GPU: 256 MB
@@ -39,16 +40,19 @@ ROUNDING = 1e-4  # a share of the largest logit, and of a stability, by which no
 class AutomaticSettings:
     """What is kept of a grid of points. The defaults are SAM 2's own; a model's YAML has those that suit it."""
 
-    points_per_side: int = 32  # points along each side of the image (and of each crop)
-    points_per_batch: int = 64  # points decoded together, at most: changes memory, and results by rounding alone
+    points_per_side: Annotated[int, at_least(1)] = 32  # points along each side of the image (and of each crop)
+    # points decoded together, at most: changes memory, and results by rounding alone
+    points_per_batch: Annotated[int, at_least(1)] = 64
     pred_iou_thresh: float = 0.8  # keep masks of a predicted IoU above this, 0..1
     stability_score_thresh: float = 0.95  # keep masks of at least this stability, 0..1
-    stability_score_offset: float = 1.0  # stability: area at logits > +offset over area at logits > -offset
+    # stability: area at logits > +offset over area at logits > -offset
+    stability_score_offset: Annotated[float, at_least(0)] = 1.0
     box_nms_thresh: float = 0.7  # where two masks' boxes have a higher IoU than this, the better mask is kept
     crop_n_layers: int = 0  # layer i adds 4**i crops of the image, each with its own grid of points
     crop_nms_thresh: float = 0.7  # box_nms_thresh between crops; the mask of the smaller crop is kept
     crop_overlap_ratio: float = 512 / 1500  # how far the first layer's crops overlap, share of the shorter side
-    crop_n_points_downscale_factor: int = 1  # points_per_side is divided by this in each further layer
+    # points_per_side is divided by this in each further layer
+    crop_n_points_downscale_factor: Annotated[int, at_least(1)] = 1
     min_area: int = 0  # drop masks of fewer pixels
     min_region_area: int = 0  # remove islands and fill holes of fewer pixels
 
@@ -85,15 +89,8 @@ def generate_masks(model: torch.nn.Module, image_rgb: np.ndarray, settings: Auto
         image_rgb: uint8 (H, W, 3).
     Returns:
         GeneratedMasks; no mask is empty.
-    Raises:
-        ValueError: for settings that make no sense, such as no points.
     Source: sam2.automatic_mask_generator, whose filters these are, in its order.
     """
-    for key in ("points_per_side", "points_per_batch", "crop_n_points_downscale_factor"):
-        if getattr(settings, key) < 1:
-            raise ValueError(f"automatic.{key} is {getattr(settings, key)}; must be at least 1")
-    if settings.stability_score_offset < 0:
-        raise ValueError(f"automatic.stability_score_offset is {settings.stability_score_offset}; must be 0 or more")
     orig_hw = image_rgb.shape[:2]
     crops = make_crops(orig_hw, settings.crop_n_layers, settings.crop_overlap_ratio)
     annotations, crop_areas, num_prompts, encode_s = [], [], 0, 0.0
@@ -250,8 +247,7 @@ def is_cut_off(
 def drop_duplicates(annotations: list[dict], scores: list[float], max_iou: float) -> list[dict]:
     """Keep, of masks whose boxes have a higher IoU than max_iou, the one of the highest score; the first on a tie."""
     boxes_xywh = torch.tensor([annotation["bbox"] for annotation in annotations], dtype=torch.float32).reshape(-1, 4)
-    boxes_xyxy = torch.cat([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], dim=1)
-    best = nms(boxes_xyxy, torch.tensor(scores, dtype=torch.float32), max_iou)
+    best = nms(box_convert(boxes_xywh, "xywh", "xyxy"), torch.tensor(scores, dtype=torch.float32), max_iou)
     return [annotations[k] for k in best.tolist()]
 
 
@@ -340,13 +336,10 @@ def _measure_chunk(low_res_masks: torch.Tensor, full_hw: tuple[int, int], offset
     num_inner = (logits > offset).sum((1, 2))
     num_outer = (logits > -offset).sum((1, 2))
     mask = logits > 0
-    edges = []
-    for is_used in (mask.any(1), mask.any(2)):  # columns (K, W), rows (K, H)
-        used = is_used.to(torch.uint8)
-        first = used.argmax(1)
-        last = used.shape[1] - 1 - used.flip(1).argmax(1)
-        edges.append(torch.stack([first, torch.where(is_used.any(1), last, 0)], dim=1))
-    boxes_xyxy = torch.stack([edges[0][:, 0], edges[1][:, 0], edges[0][:, 1], edges[1][:, 1]], dim=1)
+    axes = mask.any(1).to(torch.uint8), mask.any(2).to(torch.uint8)  # columns (K, W) and rows (K, H) that are used
+    first = [used.argmax(1) for used in axes]
+    last = [used.shape[1] - 1 - used.flip(1).argmax(1) for used in axes]
+    boxes_xyxy = torch.stack([*first, *last], dim=1) * axes[0].amax(1, keepdim=True)  # zeros for an empty mask
     stability = num_inner.float() / num_outer.clamp(min=1)
     return torch.cat([stability[:, None], boxes_xyxy], dim=1)
 
@@ -501,14 +494,10 @@ def sample_points_in_mask(mask: np.ndarray, num_points: int, rng: np.random.Gene
     """Draw pixels of a mask at random, each at most once as long as there are enough.
 
     Args:
-        mask: bool (H, W).
+        mask: bool (H, W), not empty.
     Returns:
         point_coords float32 (num_points, 2), (x, y) px.
-    Raises:
-        ValueError: for an empty mask.
     """
     ys, xs = np.nonzero(mask)
-    if len(xs) == 0:
-        raise ValueError("the region mask is empty; mark the pixels to search with a value other than 0")
     chosen = rng.choice(len(xs), size=num_points, replace=num_points > len(xs))
     return np.stack([xs[chosen], ys[chosen]], axis=1).astype(np.float32)

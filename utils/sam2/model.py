@@ -31,6 +31,12 @@ DECODER_ARGS = {
     "dynamic_multimask_stability_delta": 0.05,
     "dynamic_multimask_stability_thresh": 0.98,
 }
+PREFIXES = {  # of the parameters of each part that can be trained
+    "prompt_encoder": ("sam_prompt_encoder.",),
+    "mask_decoder": ("sam_mask_decoder.", "no_mem_embed"),
+    "neck": ("image_encoder.neck.",),
+    "image_encoder": ("image_encoder.",),
+}
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as SAM 2 was trained with
 
 
@@ -72,19 +78,16 @@ def preprocess(image_rgb: np.ndarray, image_size: int) -> torch.Tensor:
     return (image - torch.tensor(IMAGE_MEAN).view(3, 1, 1)) / torch.tensor(IMAGE_STD).view(3, 1, 1)
 
 
-def scale_points(point_coords, orig_hw: tuple[int, int], image_size: int):
+def scale_points(point_coords: torch.Tensor, orig_hw: tuple[int, int], image_size: int) -> torch.Tensor:
     """Scale (x, y) points from a picture of (H, W) pixels to the model's S x S frame: x*S/W, y*S/H.
 
     Args:
-        point_coords: (..., 2) array or tensor, pixels of the original picture.
+        point_coords: float (..., 2), pixels of the original picture.
     Returns:
-        The same kind and shape, pixels of the S x S frame.
+        The same shape, pixels of the S x S frame.
     """
     height, width = orig_hw
-    factors = [image_size / width, image_size / height]
-    if isinstance(point_coords, torch.Tensor):
-        return point_coords * point_coords.new_tensor(factors)
-    return np.asarray(point_coords, np.float32) * np.asarray(factors, np.float32)
+    return point_coords * point_coords.new_tensor([image_size / width, image_size / height])
 
 
 def encode(model: nn.Module, images: torch.Tensor) -> Embeddings:
@@ -147,19 +150,17 @@ def project_high_res(model: nn.Module, maps: FrozenMaps, at_once: bool = False) 
     """
     assert not maps.is_projected
     lateral_convs, decoder = model.image_encoder.neck.convs, model.sam_mask_decoder
-    project = _convolve_at_once if at_once else _convolve_twice
-    stride_4 = project(maps.stride_4, lateral_convs[3].conv, decoder.conv_s0)  # (B, C/8, S/4, S/4)
-    stride_8 = project(maps.stride_8, lateral_convs[2].conv, decoder.conv_s1)  # (B, C/4, S/8, S/8)
+    stride_4 = _convolve_twice(maps.stride_4, lateral_convs[3].conv, decoder.conv_s0, at_once)  # (B, C/8, S/4, S/4)
+    stride_8 = _convolve_twice(maps.stride_8, lateral_convs[2].conv, decoder.conv_s1, at_once)  # (B, C/4, S/8, S/8)
     return FrozenMaps(stride_4, stride_8, maps.stride_16, is_projected=True)
 
 
-def _convolve_twice(maps: torch.Tensor, first: nn.Conv2d, second: nn.Conv2d) -> torch.Tensor:
-    """Apply two convolutions: (B, C, h, w) -> (B, C'', h, w)."""
-    return second(first(maps))
-
-
-def _convolve_at_once(maps: torch.Tensor, first: nn.Conv2d, second: nn.Conv2d) -> torch.Tensor:
-    """Apply two 1 x 1 convolutions as one, an eighth of the multiplications in hiera_tiny: as `_convolve_twice`."""
+def _convolve_twice(maps: torch.Tensor, first: nn.Conv2d, second: nn.Conv2d, at_once: bool) -> torch.Tensor:
+    """Apply two convolutions: (B, C, h, w) -> (B, C'', h, w); two of 1 x 1 at once, if asked, which takes an eighth of
+    the multiplications in hiera_tiny.
+    """
+    if not at_once:
+        return second(first(maps))
     assert first.kernel_size == second.kernel_size == (1, 1), (first, second)
     weight = second.weight[:, :, 0, 0] @ first.weight[:, :, 0, 0]  # (C'', C)
     bias = second.weight[:, :, 0, 0] @ first.bias + second.bias
@@ -470,7 +471,7 @@ def recognise_weights(state_dict: dict) -> str | None:
 # which parts are trained
 
 
-def freeze_except(model: nn.Module, trainable: list) -> list[tuple[str, nn.Parameter]]:
+def freeze_except(model: nn.Module, trainable: list) -> dict[str, nn.Parameter]:
     """Make exactly the named parts trainable and return their parameters.
 
     Args:
@@ -478,7 +479,7 @@ def freeze_except(model: nn.Module, trainable: list) -> list[tuple[str, nn.Param
             conv_s1, and no_mem_embed), "neck" (image_encoder.neck.*), {"trunk_last_n": k} (the trunk's last k blocks),
             "image_encoder" (trunk and neck).
     Returns:
-        (name, parameter) of every trainable parameter; all others have requires_grad False.
+        {name: parameter} of every trainable parameter; all others have requires_grad False.
     Raises:
         ValueError: for no part, an unknown part, "memory", and for more blocks than there are.
     """
@@ -486,16 +487,10 @@ def freeze_except(model: nn.Module, trainable: list) -> list[tuple[str, nn.Param
         raise ValueError(f"train.trainable is {trainable!r}; must be a list such as [prompt_encoder, mask_decoder]")
     prefixes = []
     for part in trainable:
-        if part == "prompt_encoder":
-            prefixes.append("sam_prompt_encoder.")
-        elif part == "mask_decoder":
-            prefixes += ["sam_mask_decoder.", "no_mem_embed"]
-        elif part == "neck":
-            prefixes.append("image_encoder.neck.")
-        elif part == "image_encoder":
-            prefixes.append("image_encoder.")
-        elif isinstance(part, dict) and list(part) == ["trunk_last_n"]:
+        if isinstance(part, dict) and list(part) == ["trunk_last_n"]:
             prefixes += _last_blocks(model, part["trunk_last_n"])
+        elif isinstance(part, str) and part in PREFIXES:
+            prefixes += PREFIXES[part]
         elif part == "memory":
             raise ValueError(
                 "train.trainable has memory: still images never run the memory modules, so they would get no gradient; "
@@ -503,12 +498,11 @@ def freeze_except(model: nn.Module, trainable: list) -> list[tuple[str, nn.Param
             )
         else:
             raise ValueError(
-                f"train.trainable has {part!r}; must be among prompt_encoder, mask_decoder, neck, image_encoder and "
-                "{trunk_last_n: k}"
+                f"train.trainable has {part!r}; must be among {', '.join(PREFIXES)} and {{trunk_last_n: k}}"
             )
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter_name.startswith(tuple(prefixes)))
-    return [(parameter_name, p) for parameter_name, p in model.named_parameters() if p.requires_grad]
+    return {parameter_name: p for parameter_name, p in model.named_parameters() if p.requires_grad}
 
 
 def _last_blocks(model: nn.Module, num_last: int) -> list[str]:
@@ -519,5 +513,5 @@ def _last_blocks(model: nn.Module, num_last: int) -> list[str]:
         raise ValueError(
             f"train.trainable has trunk_last_n: {num_last}; must be 1 to {len(blocks)}, the trunk's blocks"
         )
-    names = {id(module): name for name, module in model.named_modules()}
-    return [names[id(block)] + "." for block in blocks[-num_last:]]
+    chosen = set(blocks[-num_last:])
+    return [f"{name}." for name, module in model.named_modules() if module in chosen]

@@ -11,7 +11,7 @@ import torch
 from utils.images import mask_to_box
 
 BOX_NOISE = 0.1  # share of the box's side (SAM paper, appendix A)
-BOX_NOISE_MAX_PX = 20.0  # in the 1024 x 1024 px input; callers scale it to their frame
+BOX_NOISE_MAX_PX = 20.0  # in the 1024 x 1024 px input
 
 
 def random_point(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -28,22 +28,22 @@ def random_point(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.array([x, y], np.float32)
 
 
-def noised_box(mask: np.ndarray, rng: np.random.Generator, max_noise_xy: tuple[float, float]) -> np.ndarray:
-    """Draw a user's box: each side moved uniformly by up to 10 % of the box's side, at most `max_noise_xy`.
+def noised_box(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw a user's box: each side moved uniformly by up to 10 % of the box's side, at most 20 px of 1024.
 
     Args:
-        mask: bool (H, W), not empty.
+        mask: bool (H, W) of the whole picture, not empty.
         rng: the sample's own generator.
-        max_noise_xy: largest shift along x and y, pixels of the mask's frame (20 px of a 1024 px input, scaled).
     Returns:
         float32 (4,), x1, y1, x2, y2, inside the picture.
     Source: SAM paper, appendix A; SAM 2's training (uniform rather than Gaussian noise).
     """
     x1, y1, x2, y2 = box = mask_to_box(mask)
-    limit_x = min((x2 - x1) * BOX_NOISE, max_noise_xy[0])  # none for one pixel, whose corners would change places
-    limit_y = min((y2 - y1) * BOX_NOISE, max_noise_xy[1])
-    box = box + rng.uniform(-1, 1, 4) * [limit_x, limit_y, limit_x, limit_y]
     height, width = mask.shape
+    # none for one pixel, whose corners would change places
+    limit_x = min((x2 - x1) * BOX_NOISE, BOX_NOISE_MAX_PX * width / 1024)
+    limit_y = min((y2 - y1) * BOX_NOISE, BOX_NOISE_MAX_PX * height / 1024)
+    box = box + rng.uniform(-1, 1, 4) * [limit_x, limit_y, limit_x, limit_y]
     return box.clip(0, [width - 1, height - 1, width - 1, height - 1]).astype(np.float32)
 
 
@@ -67,9 +67,8 @@ def random_correction_points(
     region = torch.where(region.any(1, keepdim=True), region, ~masks.flatten(1))
     region = torch.where(region.any(1, keepdim=True), region, True)
     counts = region.cumsum(1)  # (O, H*W), how many region pixels up to and with this one
-    rank = (uniform.to(counts.device) * counts[:, -1]).long().clamp(
-        max=counts[:, -1] - 1
-    ) + 1  # (O,) in 1..number of pixels
+    num_pixels = counts[:, -1]  # (O,), of the region
+    rank = (uniform.to(counts.device) * num_pixels).long().clamp(max=num_pixels - 1) + 1  # (O,) in 1..num_pixels
     flat_index = torch.searchsorted(counts, rank[:, None]).squeeze(1)  # first pixel with that count
     point_coords = torch.stack([flat_index % width, flat_index // width], dim=1).float()
     is_positive = masks.flatten(1).gather(1, flat_index[:, None])  # missed pixels are foreground by definition
@@ -86,11 +85,10 @@ def center_point(mask: np.ndarray, pred_mask: np.ndarray) -> tuple[np.ndarray, i
         (x, y) float32 (2,) in the mask's frame, and its label: 1 where foreground was missed, 0 where overpainted.
     Source: RITM (Sofiiuk et al. 2021); SAM 2's `sample_one_point_from_error_center`.
     """
-    depths = [
+    missed_depth, overpainted_depth = (
         cv2.distanceTransform(np.pad(region, 1).astype(np.uint8), cv2.DIST_L2, 0)[1:-1, 1:-1]
         for region in (mask & ~pred_mask, pred_mask & ~mask)
-    ]
-    missed_depth, overpainted_depth = depths
+    )
     label = int(missed_depth.max() > overpainted_depth.max())
     depth = missed_depth if label else overpainted_depth
     y, x = np.unravel_index(depth.argmax(), depth.shape)
