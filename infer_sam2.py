@@ -16,7 +16,8 @@ prompts.json is a list of objects, each with at least one positive point, a box 
 or, with prompts of its own for each picture of a folder, {"<file name>": [objects], ...}: other pictures are left out.
 Points and boxes are px of the picture, (0, 0) is the top left pixel's centre; label 1 is the object, 0 is not.
 
-Written to outputs/infer_sam2/<date_time>/, for each picture:
+Written to outputs/infer_sam2/<date_time>/, for each picture,
+and for each page of a file of several:
     <name>_labels.png    one id for each object, 16 bit; a 32-bit .tif above 65535 objects
     <name>_overlay.png   the objects in colour over the picture
     <name>.json          the masks in SA-1B's layout; those in the label map come first, with their id of the label map
@@ -54,7 +55,7 @@ from tqdm import tqdm
 
 from utils import images
 from utils import settings as sections
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import check_script, find_weights, load_checkpoint
 from utils.log import finish_run, start_run
 from utils.run import autocast, choose_device, choose_precision, now_s, sample_rng
 from utils.sam2 import embedding_cache, mask_generation
@@ -117,10 +118,10 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     """
     settings = read_settings(Config, config)
     check_mode(settings)
-    image_paths = images.list_images(Path(settings.input))
-    objects_of = read_prompts(settings, image_paths) if settings.mode == "prompts" else {}
+    pictures = images.list_pictures(Path(settings.input))
+    objects_of = read_prompts(settings, pictures) if settings.mode == "prompts" else {}
     if settings.mode == "prompts":
-        image_paths = [path for path in image_paths if path.name in objects_of]
+        pictures = [picture for picture in pictures if picture.path.name in objects_of]
     region = images.read_label_map(settings.region) > 0 if settings.mode == "region" else None  # (H, W)
 
     device = choose_device(settings.common.device)
@@ -130,53 +131,54 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     automatic = read_settings(AutomaticSettings, model_config.get("automatic", {}) | changed, "automatic")
     check_value(model_config["image_size"], int, "model.image_size")
     model = models.build_sam2(**model_config, device=device, fast_decoder=settings.fast_decoder)
-    pictures = [(path, False) for path in image_paths]  # none is mirrored
+    cached = [(picture.path, False) for picture in pictures if picture.page is None]  # none is mirrored
     obstacle = "mode=automatic encodes crops of pictures, too" if settings.mode == "automatic" else None
     plan = embedding_cache.plan_cache(
-        model, settings.cache, settings.cache_precision, precision, True, pictures, obstacle
+        model, settings.cache, settings.cache_precision, precision, True, cached, obstacle
     )
-    start_run(run_dir, config | {"model": model_config, "automatic": asdict(automatic)}, {"images": len(image_paths)})
+    start_run(run_dir, config | {"model": model_config, "automatic": asdict(automatic)}, {"images": len(pictures)})
 
-    is_folder, names = Path(settings.input).is_dir(), images.output_names(image_paths)
+    is_single = len(pictures) == 1
     failures, num_done, num_masks = [], 0, 0
     with (run_dir / "summary.csv").open("w", encoding="utf-8", newline="") as summary_file:
         summary = csv.writer(summary_file)
         summary.writerow(["name", "masks", "objects", "encode_ms", "ms_per_prompt"])
-        for image_index, path in enumerate(tqdm(image_paths, desc="segment", unit="image", disable=not is_folder)):
+        for image_index, picture in enumerate(tqdm(pictures, desc="segment", unit="image", disable=is_single)):
             try:
-                image_rgb = images.read_image(path)  # uint8 (H, W, 3)
+                image_rgb = images.read_image(picture.path, picture.page)  # uint8 (H, W, 3)
                 orig_hw = image_rgb.shape[:2]
                 if settings.mode == "region":
                     objects = objects_in_region(
                         region, orig_hw, settings.num_points, sample_rng(settings.common.seed, image_index)
                     )
                 elif settings.mode == "prompts":
-                    objects = [parse_object(prompt, orig_hw) for prompt in objects_of[path.name]]
-            except (ValueError, FileNotFoundError) as error:
-                if not is_folder:
+                    objects = [parse_object(prompt, orig_hw) for prompt in objects_of[picture.path.name]]
+            except (ValueError, OSError) as error:
+                if is_single:
                     raise
-                failures.append(f"{path}: {error}")
+                failures.append(f"{picture}: {error}")
                 continue
             with torch.inference_mode(), autocast(device, precision):
                 if settings.mode == "automatic":
                     generated = mask_generation.generate_masks(model, image_rgb, automatic)
                 else:
-                    generated = segment_objects(model, image_rgb, objects, automatic, plan, path)
+                    generated = segment_objects(model, image_rgb, objects, automatic, plan, picture)
             label_map, ids = mask_generation.stitch_masks(
                 [annotation["segmentation"] for annotation in generated.annotations],
                 [annotation["predicted_iou"] for annotation in generated.annotations],
                 orig_hw,
                 settings.max_overlap,
             )
-            write_results(run_dir, names[image_index], path.name, image_rgb, label_map, ids, generated, image_index)
+            write_results(run_dir, picture.name, picture.path.name, image_rgb, label_map, ids, generated, image_index)
             ms_per_prompt = generated.prompts_ms / generated.num_prompts
             num_objects = int(np.count_nonzero(ids))
-            summary.writerow([path.name, len(ids), num_objects, f"{generated.encode_ms:.1f}", f"{ms_per_prompt:.3f}"])
+            shown = picture.path.name if picture.page is None else picture.name
+            summary.writerow([shown, len(ids), num_objects, f"{generated.encode_ms:.1f}", f"{ms_per_prompt:.3f}"])
             summary_file.flush()  # what is done stays if a later picture stops the run
             num_done, num_masks = num_done + 1, num_masks + len(ids)
-            if not is_folder:
+            if is_single:
                 log.info(
-                    f"{path.name}: {len(ids)} masks, {num_objects} of them in the label map; "
+                    f"{shown}: {len(ids)} masks, {num_objects} of them in the label map; "
                     f"encode {generated.encode_ms:.0f} ms, "
                     f"{ms_per_prompt:.2f} ms for each of {generated.num_prompts} prompts"
                 )
@@ -218,16 +220,22 @@ def choose_model(checkpoint: str | None, image_size: int | None, model: dict | N
     chosen = model
     if checkpoint:
         state = load_checkpoint(Path(checkpoint))
-        if "config" in state:  # written by train_sam2.py
+        if "config" in state:
+            check_script(state, checkpoint, "train_sam2")
             chosen = state["config"]["model"]
             if model is not None and model["name"] != chosen["name"]:
                 raise ValueError(
                     f"checkpoint {checkpoint} is of model {chosen['name']}, not {model['name']}; leave out model="
                 )
         elif model is None:
-            name = models.recognise_weights(state["model"]) if isinstance(state.get("model"), dict) else None
+            weights = find_weights(state, checkpoint)
+            name = models.recognise_weights(weights)
             if name is None:
-                raise ValueError(f"checkpoint {checkpoint} is of no SAM 2 model that this toolkit knows")
+                listed = ", ".join(list(weights)[:3])
+                raise ValueError(
+                    f"checkpoint {checkpoint} holds weights of no SAM 2 model that this toolkit knows ({listed}, ...); "
+                    "its own models are listed by model=?"
+                )
             chosen = read_model_config(name)
     elif model is None:
         chosen = read_model_config("sam2_nano")
@@ -246,13 +254,13 @@ def read_model_config(name: str) -> dict:
 # prompts
 
 
-def read_prompts(settings: Config, image_paths: list[Path]) -> dict[str, list[dict]]:
+def read_prompts(settings: Config, pictures: list[images.Picture]) -> dict[str, list[dict]]:
     """Collect the prompts from the command line or the json file.
 
     Returns:
         {picture's file name: [{"points": ..., "box": ..., "mask": ...}, ...]}, values not checked yet.
     """
-    names = [path.name for path in image_paths]
+    names = [picture.path.name for picture in pictures]
     if not settings.prompts_file:
         boxes = settings.boxes or []
         if len(boxes) > 1 and (settings.points or settings.mask):
@@ -356,7 +364,7 @@ def segment_objects(
     objects: list[ObjectPrompt],
     automatic: AutomaticSettings,
     plan: CachePlan | None,
-    path: Path,
+    picture: images.Picture,
 ) -> GeneratedMasks:
     """Predict one mask for each object: the best of three by predicted IoU for a single point, else the only one.
 
@@ -364,19 +372,20 @@ def segment_objects(
         image_rgb: uint8 (H, W, 3).
         automatic: of it, points_per_batch, stability_score_offset and min_region_area are used.
         plan: from `plan_cache`: the picture's entry is read, and made first if it is missing; None: no cache.
-        path: the picture's file.
+        picture: the picture's file; a page of a file of several has no entry.
     Returns:
         GeneratedMasks in the order of the objects, less empty masks.
     """
     orig_hw = image_rgb.shape[:2]
     start = now_s(model.device)
-    if plan is None:
-        picture = models.preprocess(image_rgb, model.image_size)[None]
+    key = picture.path, False
+    if plan is None or picture.page is not None:
+        encoder_input = models.preprocess(image_rgb, model.image_size)[None]
     else:
-        if (path, False) in plan.missing:  # then read: the first run rounds as all others do
-            embedding_cache.fill_entry(model, plan, (path, False), image_rgb)
-        picture = embedding_cache.read_entry(plan.entries[path, False])
-    embeddings = embedding_cache.embed(model, picture)
+        if key in plan.missing:  # then read: the first run rounds as all others do
+            embedding_cache.fill_entry(model, plan, key, image_rgb)
+        encoder_input = embedding_cache.read_entry(plan.entries[key])
+    embeddings = embedding_cache.embed(model, encoder_input)
     encoded = now_s(model.device)
     groups = {}  # one decode call holds objects with as many points, and all or none with a mask
     for index, prompt in enumerate(objects):
@@ -476,5 +485,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sections.stop_at_moved_files("sam2", sys.argv[1:])
+    sections.read_command_line("sam2")
     main()

@@ -28,7 +28,6 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before th
 
 import functools
 import os
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +46,11 @@ from tqdm import tqdm
 from utils import loop as loops
 from utils import run
 from utils import settings as sections
-from utils.checkpoint import find_resume, load_checkpoint, resumed_config, stored_config
+from utils.checkpoint import find_resume, load_run, resumed_config, stored_config
 from utils.images import id_colors, mask_to_box, read_image, write_image
 from utils.instances.check import check_data
 from utils.instances.readers import Item, object_ids, split_items
-from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
+from utils.log import MetricsLog, drawing, finish_run, plot_curves, start_run, values_of_step
 from utils.sam2 import embedding_cache, losses, prompts
 from utils.sam2 import model as models
 from utils.sam2.metrics import mask_iou
@@ -575,8 +574,10 @@ def evaluate(
                 if count == 1 and is_pictured:
                     pictured += zip(points, pred_mask, masks, strict=True)
         if is_pictured:
-            picture = draw_sample(read_image(item.image_path), *zip(*pictured, strict=True))
-            write_image(samples_dir / f"{item.name.replace('/', '_')}.png", picture)  # stems repeat across folders
+            path = samples_dir / f"{item.name.replace('/', '_')}.png"  # stems repeat across folders
+            with drawing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_image(path, draw_sample(read_image(item.image_path), *zip(*pictured, strict=True)))
     means = {name: torch.cat(chunks).mean().item() for name, chunks in measured.items()}
     return means | {"val/num_images": len(items), "val/num_objects": num_objects}
 
@@ -688,11 +689,14 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         root = reader_keys["root"] = str(write_samples(generate, root))
     check_keys(split_items, reader_keys, "data")
     on_bad = reader_keys["on_bad"]  # check=true lists pairs that lack a file with all other faults
-    splits = split_items(**reader_keys | {"on_bad": "skip" if settings.check else on_bad})
-    (train_items, val_items), counts = check_data(splits, min_area_px, on_bad, run_dir, list_all=settings.check)
+    train_items, val_items = split_items(**reader_keys | {"on_bad": "skip" if settings.check else on_bad})
+    stored = loops.stored_splits(resume_path)
+    splits = loops.keep_splits(stored, {"train": train_items, "val": val_items})
+    splits, counts = check_data(splits, min_area_px, on_bad, run_dir, list_all=settings.check)
     if settings.check:
         return float("nan")
-    val_items = val_items[: train_settings.eval_images]
+    splits = loops.keep_splits(stored, splits)  # what the run had is usable still
+    train_items, val_items = splits["train"], splits["val"][: train_settings.eval_images]
     if train_settings.steps > 0 and not train_items:
         raise ValueError(f"data.root {root} has no training picture with objects")
     if not val_items:
@@ -724,9 +728,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     is_resumed = resume_path is not None
     loop = loops.resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else loops.LoopState()
     log = MetricsLog(run_dir, loop.rows)
-    save = functools.partial(
-        loops.save_run, run_dir, loop, model, optimizer, scaler, {"script": "train_sam2", "config": config}
-    )
+    description = {"script": "train_sam2", "config": config}
+    names = loops.split_names(splits)
+    save = functools.partial(loops.save_run, run_dir, loop, model, optimizer, scaler, description, names)
     if is_resumed:
         save(is_best=False)  # from now on this folder can be resumed too
 
@@ -751,7 +755,6 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         is_last = loop.step >= train_settings.steps
         if (loop.step % train_settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
             samples_dir = run_dir / "samples" / f"step_{loop.step:06d}"
-            samples_dir.mkdir(parents=True, exist_ok=True)
             with window.paused():  # speed is that of training alone
                 metrics = evaluate(
                     model,
@@ -835,7 +838,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     print_table(loop.start_metrics, loop.best, last)
     shown_dir, example = os.path.relpath(run_dir), os.path.relpath(val_items[0].image_path)
     print(f"\nWritten to {shown_dir}. Next, segment a picture with it:")
-    print(f"  python infer_sam2.py {shlex.quote(f'checkpoint={shown_dir}/best.pt')} {shlex.quote(f'input={example}')}")
+    print("  " + sections.show_command("infer_sam2.py", checkpoint=f"{shown_dir}/best.pt", input=example))
     return loop.best[train_settings.select_by]
 
 
@@ -852,11 +855,11 @@ def main(cfg) -> float:
         resume_path = None
         if config["resume"] is not None:
             resume_path = find_resume(config["resume"])
-            stored = stored_config(Config, load_checkpoint(resume_path), resume_path, is_resumed=True)
+            stored = stored_config(Config, load_run(resume_path, "train_sam2"), resume_path, is_resumed=True)
             config = resumed_config(stored, config, list(hydra_config.overrides.task), RESUMABLE)
         return train(config, run_dir, resume_path)
 
 
 if __name__ == "__main__":
-    sections.stop_at_moved_files("sam2", sys.argv[1:])
+    sections.read_command_line("sam2")
     main()

@@ -20,7 +20,7 @@ from pycocotools import mask as coco_mask
 import infer_sam2
 from infer_sam2 import choose_model, infer
 from utils.checkpoint import save_checkpoint
-from utils.images import list_images, output_names, overlay_label_map, read_image, write_image
+from utils.images import list_images, overlay_label_map, read_image, write_image
 from utils.instances.readers import read_sa1b
 from utils.sam2.fast_decoder import decode_fast
 from utils.sam2.model import build_sam2, decode
@@ -299,11 +299,6 @@ def test_prompts_of_a_folder(folder, tmp_path):
     records, _, failures = run(folder, tmp_path / "run", *arguments)
     assert set(records) == {"a"} and len(records["a"]["annotations"]) == 2
     assert len(failures) == 1 and "c.png" in failures[0] and "outside the picture of 160 x 120 px" in failures[0]
-
-
-def test_names_that_would_overwrite_another_file_get_their_suffix():
-    paths = [Path("a.png"), Path("B.jpg"), Path("b.png"), Path("run.png")]
-    assert output_names(paths) == ["a", "B_jpg", "b_png", "run_png"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -113,11 +113,11 @@ def check_script(state: dict, path: str | Path, script: str) -> None:
         path: of its file, for messages.
         script: such as "train_unet".
     """
-    if not isinstance(state.get("config"), dict) or "model" not in state:
+    config = state["config"] if isinstance(state.get("config"), dict) else {}
+    if not isinstance(config.get("model"), dict) or "model" not in state:
         raise ValueError(f"checkpoint {path} was not written by {script}.py: it has no config; give one of its files")
-    writer = state.get("script", "another program")
-    if writer != script:
-        raise ValueError(f"checkpoint {path} was not written by {script}.py, but by {writer}")
+    if state.get("script", script) != script:
+        raise ValueError(f"checkpoint {path} was not written by {script}.py, but by {state['script']}.py")
 
 
 def load_run(resume_path: Path, script: str) -> dict:

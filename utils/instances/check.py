@@ -32,12 +32,12 @@ class Objects:
 
 
 def check_data(
-    splits: list[list[Item]], min_area_px: int, on_bad: str, run_dir: Path, list_all: bool
-) -> tuple[list[list[Item]], dict[str, int]]:
+    splits: dict[str, list[Item]], min_area_px: int, on_bad: str, run_dir: Path, list_all: bool
+) -> tuple[dict[str, list[Item]], dict[str, int]]:
     """Check a dataset, print what was found, draw its statistics, and leave out what cannot be used.
 
     Args:
-        splits: training and validation items.
+        splits: {"train": items, "val": items}.
         min_area_px: smaller objects do not count.
         on_bad: "stop" or "skip", what to do about faulty files.
         run_dir: for dataset.png.
@@ -47,20 +47,20 @@ def check_data(
     Raises:
         ValueError: for faulty files where on_bad is "stop".
     """
-    report = dataset_check.check_items([item for items in splits for item in items], check_item)
+    report = dataset_check.check_items([item for items in splits.values() for item in items], check_item)
     print("\n".join(report_lines(report, None if list_all else dataset_check.MAX_LISTED)))
     plot_statistics(report, run_dir / "dataset.png")
     with_large = {item.name for item in report.usable if item.content.areas_px.max() >= min_area_px}
-    splits = [dataset_check.keep_usable(items, report, on_bad) for items in splits]
-    splits = [[item for item in items if item.name in with_large] for items in splits]
+    usable = {split: dataset_check.keep_usable(items, report, on_bad) for split, items in splits.items()}
+    splits = {split: [item for item in items if item.name in with_large] for split, items in usable.items()}
     num_small = sum(int((item.content.areas_px < min_area_px).sum()) for item in report.items)
     counts = count(report) | {
-        "train_images": len(splits[0]),
-        "val_images": len(splits[1]),
+        "train_images": len(splits["train"]),
+        "val_images": len(splits["val"]),
         "num_small_objects_left_out": num_small,
     }
     print(
-        f"train on {len(splits[0])} images, validate on {len(splits[1])}; {num_small} objects below "
+        f"train on {len(splits['train'])} images, validate on {len(splits['val'])}; {num_small} objects below "
         f"data.min_area_px={min_area_px} left out; statistics in {run_dir / 'dataset.png'}"
     )
     return splits, counts
