@@ -55,7 +55,6 @@ from utils.checkpoint import find_resume, load_checkpoint, resumed_config, store
 from utils.images import read_image, write_image
 from utils.listing import first_few
 from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
-from utils.samples.write import write_samples
 from utils.settings import (
     SAME_SECTION,
     CommonSettings,
@@ -478,10 +477,6 @@ def list_data(data: dict) -> tuple[list[Sequence], list[Sequence]]:
     With parts, `data.turns` says how many turns each sequence of a part has in an epoch of training.
     """
     if "parts" not in data:
-        data = dict(data)
-        generate = data.pop("generate", None)
-        if generate is not None:
-            data["root"] = str(write_samples(generate, data["root"]))
         check_keys(split_dataset, data, "data")
         return split_dataset(**data)
     check_keys(lambda parts, turns: None, data, "data")

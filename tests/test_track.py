@@ -371,7 +371,8 @@ def test_sequences_of_a_dataset_and_their_mean_iou(tmp_path, caplog):
 def test_the_default_data_is_generated_and_its_validation_sequences_are_tracked(tmp_path, monkeypatch):
     write_got10k(tmp_path / "shapes", lengths=(3, 3))
     asked = []
-    monkeypatch.setattr(script, "write_samples", lambda *args: asked.append(args) or str(tmp_path / "shapes"))
+    write_samples = "utils.tracking.sequences.write_samples"
+    monkeypatch.setattr(write_samples, lambda *args: asked.append(args) or tmp_path / "shapes")
     (tmp_path / "shapes" / "train").mkdir()
     (tmp_path / "shapes" / "train" / "list.txt").write_text("")
     assert run(tmp_path / "run") == []  # python track.py, without arguments

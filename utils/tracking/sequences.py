@@ -24,6 +24,7 @@ from tqdm import tqdm
 from utils.images import mask_to_box, read_frame_wh, read_label_map
 from utils.instances.readers import LISTERS, Item, check_same_size, object_ids, split_items
 from utils.listing import dataset_folder, draw_split, first_few, list_folders, read_lines
+from utils.samples.write import write_samples
 from utils.settings import check_keys, one_of
 from utils.tracking.frames import list_frames, natural_key, picture_names
 
@@ -91,7 +92,9 @@ def split_dataset(format: str, root: str, **keys) -> tuple[list[Sequence], list[
     return split_pictures(format, root, **keys)
 
 
-def split_sequences(format: str, root: str, index: str | None = None, **keys) -> tuple[list[Sequence], list[Sequence]]:
+def split_sequences(
+    format: str, root: str, index: str | None = None, generate: str | None = None, **keys
+) -> tuple[list[Sequence], list[Sequence]]:
     """List a dataset's sequences and split them into training and validation.
 
     The split is what the dataset has on disk (folders), or what train_sequences and val_sequences name, else a seeded
@@ -101,6 +104,7 @@ def split_sequences(format: str, root: str, index: str | None = None, **keys) ->
         format: a name in SEQUENCE_FORMATS.
         root: the dataset's folder, relative to where the user stands.
         index: a file (.npz) to keep the list in, for the next run; None: read all annotations each time.
+        generate: the kind of `write_samples` to draw into root first, if it is not there; None: none.
         keys: the other keys of that format's configs/tracking/data/*.yaml: COMMON_KEYS, and those that the functions
             below explain.
     Returns:
@@ -112,7 +116,7 @@ def split_sequences(format: str, root: str, index: str | None = None, **keys) ->
     """
     if format not in SEQUENCE_FORMATS:
         raise ValueError(f"data.format is {format!r}; must be one of {', '.join(SEQUENCE_FORMATS)}")
-    folder = dataset_folder(root)
+    folder = dataset_folder(root if generate is None else write_samples(generate, root))
     common_keys = {key: value for key, value in keys.items() if key in COMMON_KEYS}
     format_keys = {key: value for key, value in keys.items() if key not in COMMON_KEYS}
     list_format = functools.partial(SEQUENCE_FORMATS[format], folder)
@@ -352,13 +356,16 @@ SEQUENCE_FORMATS = {
 }
 
 
-def split_pictures(format: str, root: str, **keys) -> tuple[list[Sequence], list[Sequence]]:
+def split_pictures(
+    format: str, root: str, generate: str | None = None, **keys
+) -> tuple[list[Sequence], list[Sequence]]:
     """List pictures with masks as sequences of one frame, one for each object, and split them by picture.
 
     All masks are read here, for their tight boxes: about a minute for 3,000 pictures.
 
     Args:
         format: one of those of `readers.split_items`.
+        generate: as for `split_sequences`.
         root, keys: as in that format's configs/sam2/data/*.yaml; None: not given, so that the reader's default counts.
     Returns:
         (train_sequences, val_sequences), named <picture>.<object id>, or .<layer>.<object id> where objects overlap.
@@ -366,6 +373,7 @@ def split_pictures(format: str, root: str, **keys) -> tuple[list[Sequence], list
         FileNotFoundError, ValueError: as `split_sequences`.
     """
     keys = {key: value for key, value in keys.items() if value is not None}
+    root = root if generate is None else str(write_samples(generate, root))
     check_keys(split_items, {"format": format, "root": root, **keys}, "data")
     train_items, val_items = split_items(format, root, **keys)
     return tuple(_read_all(_read_picture, items, keys["on_bad"]) for items in (train_items, val_items))
