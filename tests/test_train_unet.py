@@ -10,8 +10,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hydra.errors import ConfigCompositionException
-from omegaconf import OmegaConf
 from options import read_option
 from PIL import Image
 from tiny_segmentation import (
@@ -293,18 +291,6 @@ def test_parameter_groups_decay_weights_alone():
     assert found["positions"] == found["input_norm.weight"] == found["blocks.0.query_key_value.bias"] == 0.0
 
 
-def test_running_mean_is_bias_corrected(root, tmp_path, quick, monkeypatch):
-    script_evaluation(monkeypatch)
-    losses = []
-    real_loss = train_unet.weighted_loss
-    monkeypatch.setattr(train_unet, "weighted_loss", lambda *args: losses.append(real_loss(*args)) or losses[-1])
-    last = train_in(tmp_path / "run", compose_config(*tiny_overrides(root), "train.steps=3"))
-    found = [row["train/loss"] for row in last["metrics"] if "train/loss" in row]
-    weights = 0.99 ** np.arange(3)[::-1]
-    losses = [loss.item() for loss in losses]
-    assert found == pytest.approx([np.average(losses[: n + 1], weights=weights[2 - n :]) for n in range(3)], rel=1e-5)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the learning rate
 
@@ -402,33 +388,6 @@ def test_warmup_rises_and_the_floor_holds(name):
     assert rates[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert train_unet.scheduled_lr(50, 50, optim) == pytest.approx(0.02 if name in ("cosine", "poly") else 0.1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# precision, and numbers that are not finite
-
-
-@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_low_precision_has_its_loss_in_fp32(precision, dtype, root, tmp_path, quick, monkeypatch):
-    dtypes = []
-    real_loss = train_unet.weighted_loss
-
-    def record(logits, *rest):
-        loss = real_loss(logits, *rest)
-        dtypes.append((logits.dtype, loss.dtype))
-        return loss
-
-    script_evaluation(monkeypatch)
-    monkeypatch.setattr(train_unet, "weighted_loss", record)
-    config = compose_config(
-        *tiny_overrides(root), f"precision={precision}", "train.steps=4", "loss=cross_entropy_dice",
-        "train.channels_last=true",
-    )  # fmt: skip
-    last = train_in(tmp_path / "run", config)
-    assert set(dtypes) == {(dtype, torch.float32)}
-    assert last["num_skipped"] < 3 and last["optimizer"]["state"]  # fp16's scale starts high
-    assert all(values.dtype in (torch.float32, torch.int64) for values in last["model"].values())
-    assert ("scale" in last["scaler"]) == (precision == "fp16")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -578,83 +537,6 @@ def test_run_warns_of_a_network_with_one_answer(root, tmp_path, quick, capfd):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings
-
-
-def test_typo_on_the_command_line_names_the_key(root):
-    for override in ("train.stepz=3", "trian.steps=3", "data.rooot=x", "model.dpth=2"):
-        with pytest.raises(ConfigCompositionException) as error:
-            compose_config(*tiny_overrides(root), override)
-        assert override.split("=")[0] in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "content, key",
-    [
-        ("train: {stepz: 3}", "stepz"),
-        ("optim: {learning_rate: 3}", "learning_rate"),
-        ("loss: {focl: 1}", "focl"),
-        ("loss: {terms: {dise: 1}}", "unknown term loss.terms.dise"),
-        ("loss: {terms: {dice: much}}", "loss.terms.dice"),
-        ("loss: {terms: {cross_entropy: 0, dice: 0}}", "0 in all its terms"),
-        ("data: {rooot: x}", "rooot"),
-        ("model: {dpth: 64}", "unknown key model.dpth"),
-        ("tiles: {sise: 64}", "sise"),
-        ("train: {steps: many}", "train.steps"),
-        ("data: {image_size: large}", "data.image_size"),
-        ("model: {base_channels: wide}", "model.base_channels"),
-    ],
-)
-def test_typo_in_a_preset_names_the_key(content, key, root, tmp_path, quick):
-    (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{content}\n")
-    config = compose_config(
-        *tiny_overrides(root), "experiment=mine", f"hydra.searchpath=[pkg://configs.shared,file://{tmp_path}]"
-    )
-    changed = OmegaConf.create(config)
-    OmegaConf.update(changed, content.split(":")[0], OmegaConf.create(content)[content.split(":")[0]], force_add=True)
-    with pytest.raises(ValueError, match=rf"\b{key}\b"):
-        train_in(tmp_path / "run", OmegaConf.to_container(changed))
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "train.steps=-1",
-        "train.batch_size=0",
-        "train.accumulate=0",
-        "train.eval_every=0",
-        "train.select_by=val/iou",
-        "train.clip_norm=0",
-        "optim.lr=0",
-        "train.eval_images=0",
-        "train.early_stop_evals=0",
-        "data.fit=pad",
-        "data.image_size=0",
-        "data.image_size=[1,2,3]",
-        "data.scale=[0,1]",
-        "data.scale=[1.5,1]",
-        "data.rotation=200",
-        "data.color_jitter=2",
-        "data.elastic_px=-1",
-        "loss.class_weights=balanced",
-        "loss.terms.dice=-1",
-        "loss.class_weights=[1,2]",
-        "loss.border_weight=-1",
-        "loss.border_sigma=0",
-        "optim.name=rmsprop",
-        "optim.schedule=plateau",
-        "optim.schedule=step",
-        "optim.betas=[0.9]",
-        "tiles.size=big",
-        "tiles.size=64",
-        "tiles.overlap=-1",
-    ],
-)
-def test_value_that_makes_no_sense_is_named(override, root, tmp_path, quick):
-    key, value = override.split("=")
-    shown = value.strip("[]").replace(",", ", ")
-    with pytest.raises(ValueError, match=rf"^{key} is \[?{shown}(\.0)?\]?; must be "):
-        train_in(tmp_path / "run", compose_config(*tiny_overrides(root), override))
 
 
 def test_size_that_the_unpadded_network_cannot_take_names_the_nearest():

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import tiny
 import tiny_tracking
@@ -77,6 +78,64 @@ def test_accumulation_equals_a_larger_batch(trainer, tmp_path, monkeypatch):
     assert len(measured) == 3  # loss, gradient norm, and IoU, pixel accuracy or hit rate
     for name in measured:
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4, abs=1e-5), name
+
+
+MEASURED = {  # column of metrics.csv: the place of its value in what the function returns, or where it is all of it
+    "train_sam2": {"train/loss": ("prompted_loss", 0), "train/iou": ("prompted_loss", 1)},
+    "train_unet": {"train/loss": ("weighted_loss", ...)},
+    "train_siamfc": {"train/loss": ("balanced_loss", ...), "train/hit_rate": ("hit_rate", ...)},
+}
+
+
+def test_running_means_are_bias_corrected(trainer, tmp_path, monkeypatch):
+    """SAM 2's step: the mean over pictures of the mean over their objects. The tutorial's mean starts at 0."""
+    returned = {name: [] for name, _ in MEASURED[trainer.name].values()}
+
+    def record(name, real):
+        def call(*args):
+            result = real(*args)
+            returned[name].append((result, args))
+            return result
+
+        monkeypatch.setattr(trainer.script, name, call)
+
+    for name in returned:
+        record(name, getattr(trainer.script, name))
+    overrides = ["train.steps=3", "train.batch_size=3"] + ["train.objects_per_image=4"] * (trainer.name == "train_sam2")
+    rows = trainer.tiny.train_in(tmp_path / "run", trainer.configure(*overrides))["metrics"][1:]
+    weights = 0.99 ** np.arange(3)[::-1]
+    for column, (name, place) in MEASURED[trainer.name].items():
+        steps = []
+        for result, args in returned[name]:
+            if trainer.name == "train_sam2":
+                image_index = args[1]["image_index"]
+                steps.append(np.mean([result[place][image_index == image].mean().item() for image in range(3)]))
+            else:
+                steps.append(result.item())
+        assert len(set(steps)) > 1 or column == "train/hit_rate"
+        expected = [np.average(steps[: n + 1], weights=weights[2 - n :]) for n in range(3)]
+        assert [row[column] for row in rows if column in row] == pytest.approx(expected, rel=1e-5), column
+
+
+@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_low_precision_has_its_loss_and_its_weights_in_fp32(precision, dtype, trainer, tmp_path, monkeypatch):
+    dtypes, loss_dtypes, real_forward = [], [], torch.nn.Conv2d.forward
+
+    def forward(self, images):
+        features = real_forward(self, images)
+        if torch.is_grad_enabled():  # in training
+            dtypes.append(features.dtype)
+        return features
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", forward)
+    trainer.replace_loss(monkeypatch, lambda loss, number: loss_dtypes.append(loss.dtype) or loss)
+    channels_last = ["train.channels_last=true"] * (trainer.name == "train_unet")
+    config = trainer.configure(f"precision={precision}", "train.steps=3", *channels_last)
+    last = trainer.tiny.train_in(tmp_path / "run", config)
+    assert set(dtypes) == {dtype} and loss_dtypes == [torch.float32] * 3
+    assert all(weight.dtype in (torch.float32, torch.int64) for weight in last["model"].values())
+    assert last["num_skipped"] < 3 and last["optimizer"]["state"]  # fp16's scale starts high
+    assert ("scale" in last["scaler"]) == (precision == "fp16")
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(trainer, tmp_path, capfd):

@@ -42,6 +42,12 @@ def _compose(script: str, overrides: tuple[str, ...], data_root: str | None) -> 
     return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
 
+def changed_config(config: dict, change: str | dict) -> dict:
+    """A config with a change that Hydra does not look at: {"train": {"steps": 3}}, or "train.steps=3"."""
+    change = OmegaConf.from_dotlist([change]) if isinstance(change, str) else OmegaConf.create(change)
+    return OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(config), change))
+
+
 def run_script(script: ModuleType, run_dir: Path, *arguments: str) -> tuple[int, str]:
     """Run `python <script>.py arguments` in this process: exit status, and the message that it ended with."""
     name = script.__name__

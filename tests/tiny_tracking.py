@@ -9,7 +9,6 @@ import numpy as np
 import tiny
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
 from tiny import ROOT as ROOT
 from tiny import without_timing as without_timing
 from torch import nn
@@ -214,12 +213,6 @@ def tiny_overrides(root: Path) -> list[str]:
 compose_config = functools.partial(tiny.compose_config, "train_siamfc")
 train_in = functools.partial(tiny.train_in, train_siamfc)
 run_main = functools.partial(tiny.run_main, train_siamfc)
-
-
-def changed_config(config: dict, change: str | dict) -> dict:
-    """A config with a change that Hydra does not look at: {"train": {"steps": 3}}, or "train.steps=3"."""
-    change = OmegaConf.from_dotlist([change]) if isinstance(change, str) else OmegaConf.create(change)
-    return OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(config), change))
 
 
 def pair_settings(**changes) -> PairSettings:
