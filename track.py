@@ -75,20 +75,10 @@ from utils.settings import (
     stop_at_moved_files,
 )
 from utils.tracking import drawing, window
+from utils.tracking import sequences as datasets
 from utils.tracking.frames import FrameSource, write_video
-from utils.tracking.metrics import PROTOCOLS, mean_scores, mean_visible_iou, read_times, score_result, still_boxes
-from utils.tracking.sequences import (
-    Sequence,
-    choose_sequences,
-    file_coordinates,
-    find_groundtruth,
-    find_result,
-    list_sequences,
-    read_boxes,
-    split_sequences,
-    write_boxes,
-    write_result,
-)
+from utils.tracking.metrics import PROTOCOLS, mean_scores, mean_visible_iou, score_result, still_boxes
+from utils.tracking.sequences import Sequence
 from utils.tracking.siamfc import SiamFC, load_siamfc
 from utils.tracking.tracker import SiamFCTracker, TrackedFrame, TrackerSettings, track_frames
 
@@ -164,9 +154,9 @@ def track(config: dict, run_dir: Path) -> list[str]:
         sequences = choose_dataset(settings.data, settings.sequences)
         counts = {"sequences": len(sequences), "frames": sum(map(len, sequences))}
         others = name_trackers(settings.results, (OUR_NAME, STILL_NAME) if settings.mode == "benchmark" else ())
-        for folder in others.values():
+        for folder in others.values():  # a missing file stops the run now, not after an hour of tracking
             for sequence in sequences:
-                find_result(folder, sequence.name)  # a missing file stops the run now, not after an hour of tracking
+                datasets.find_result(folder, sequence.name)
     tracker = None if settings.mode == "evaluate" else build_tracker(settings)
     start_run(run_dir, config, counts)
 
@@ -224,19 +214,19 @@ def choose_first_boxes(settings: Config, source: FrameSource) -> np.ndarray:
             raise ValueError("boxes is []; must be [[x, y, width, height], ...] px")
         return np.array(boxes, np.float64) - [settings.box_origin, settings.box_origin, 0, 0]
     if boxes is not None:
-        return read_boxes(boxes, settings.box_origin)
+        return datasets.read_boxes(boxes, settings.box_origin)
     if box is not None and not Path(box).is_file():
         raise FileNotFoundError(
             f"box is {box}, which is no file (seen from {Path.cwd()}); must be [x, y, width, height] px, a groundtruth "
             "file, or select"
         )
-    path = box or find_groundtruth(settings.input)
+    path = box or datasets.find_groundtruth(settings.input)
     if path is None:
         raise ValueError(
             f"input {settings.input} comes without a groundtruth file; give the first frame's box: "
             "'box=[x,y,width,height]' px, box=<groundtruth file>, box=select (with the mouse), or boxes= for several"
         )
-    box_xywh = read_boxes(path, settings.box_origin)[0]
+    box_xywh = datasets.read_boxes(path, settings.box_origin)[0]
     if not np.isfinite(box_xywh).all():
         raise ValueError(f"{path} has no box in its first line; give 'box=[x,y,width,height]' px")
     log.info(f"the first box is that of {path}, counted from {settings.box_origin} (box_origin)")
@@ -265,10 +255,10 @@ def choose_dataset(data: dict, names: list | None) -> list[Sequence]:
         data: the values of a file of configs/tracking/data.
         names: any of the dataset's sequences; None: the validation sequences, or if there are none the training ones
     """
-    check_keys(split_sequences, data, "data")
+    check_keys(datasets.split_sequences, data, "data")
     if names is not None:
-        return choose_sequences(list_sequences(**data), names)
-    train_sequences, val_sequences = split_sequences(**data)
+        return datasets.choose_sequences(datasets.list_sequences(**data), names)
+    train_sequences, val_sequences = datasets.split_sequences(**data)
     return val_sequences or train_sequences
 
 
@@ -446,10 +436,9 @@ def track_dataset(
     is_benchmark = settings.mode == "benchmark"
     failures, tracks, tracked = [], [], []
     for sequence in tqdm(sequences, desc="sequences", disable=not is_benchmark or len(sequences) == 1):
-        overlay_path = None
-        if not is_benchmark:
-            (run_dir / sequence.name).mkdir()
-            overlay_path = run_dir / sequence.name / "overlay.mp4" if settings.overlay else None
+        folder = run_dir if is_benchmark else run_dir / sequence.name
+        folder.mkdir(exist_ok=True)
+        overlay_path = folder / "overlay.mp4" if settings.overlay and not is_benchmark else None
         try:
             track = track_sequence(tracker, sequence, settings, overlay_path)
         except (ValueError, OSError) as error:
@@ -458,7 +447,6 @@ def track_dataset(
         if is_benchmark:
             write_results(sequence, track, settings.data["format"], run_dir)
         else:
-            folder = run_dir / sequence.name
             write_tracks(folder, track, str(sequence.frame_dir), settings.fps, settings.box_origin)
             log.info(f"{sequence.name}: {len(sequence)} frames{describe_iou(measure_iou([sequence], [track]))}")
         failures += list_failures(track)
@@ -500,8 +488,8 @@ def write_tracks(folder: Path, track: Track, source: str, fps: float, box_origin
     num_objects = track.boxes_xywh.shape[1]
     names = ["boxes.txt"] if num_objects == 1 else [f"boxes_{n + 1}.txt" for n in range(num_objects)]
     for n, name in enumerate(names):
-        write_boxes(folder / name, track.boxes_xywh[:, n], box_origin)
-    in_file = file_coordinates(track.boxes_xywh, box_origin)
+        datasets.write_boxes(folder / name, track.boxes_xywh[:, n], box_origin)
+    in_file = datasets.file_coordinates(track.boxes_xywh, box_origin)
     record = {
         "source": source,
         "num_frames": len(in_file),
@@ -562,7 +550,7 @@ def write_results(sequence: Sequence, track: Track, data_format: str, run_dir: P
     layout = data_format if data_format in ("got10k", "vot") else "otb"
     boxes_xywh, still = track.boxes_xywh[:, 0], still_boxes(sequence)
     for name, boxes, times_s in ((OUR_NAME, boxes_xywh, track.times_s), (STILL_NAME, still, np.zeros(len(still)))):
-        write_result(layout, run_dir / "results" / name, sequence.name, boxes, times_s, sequence.box_origin)
+        datasets.write_result(layout, run_dir / "results" / name, sequence.name, boxes, times_s, sequence.box_origin)
     for name in ("sheets", "scores"):
         (run_dir / name).mkdir(exist_ok=True)
     indices = np.linspace(sequence.visible.argmax(), len(sequence) - 1, SHEET_FRAMES).round().astype(int).tolist()
@@ -607,7 +595,7 @@ def evaluate(
     rows = []
     for sequence in scored:
         for name, folder in trackers.items():
-            row = score_result(folder, sequence, protocol) | {"times_s": read_times(folder, sequence.name)}
+            row = score_result(folder, sequence, protocol)
             rows.append(row | mean_scores([row]) | {"sequence": sequence.name, "tracker": name})
     means = [
         mean_scores([row for row in rows if row["tracker"] == name])

@@ -346,7 +346,7 @@ def test_box_origin_of_the_files_moves_the_crop(root):
 def test_shift_and_stretch_are_within_their_bounds(monkeypatch):
     """What is handed to the crop: each axis is uniform up to the bound, in px of the patch, the side by its share."""
     asked = []
-    monkeypatch.setattr(train_siamfc, "crop_and_resize", lambda *args: asked.append(args))
+    monkeypatch.setattr(train_siamfc.siamfc, "crop_and_resize", lambda *args: asked.append(args))
     image, box = textured(0, 120, 160), np.array([60.0, 40, 31, 22])
     for out_size, shift_px in ((127, 4.0), (INSTANCE_SIZE, 7.0)):
         asked.clear()
