@@ -22,7 +22,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from test_tracking_metrics import Dataset, experiment
-from test_tracking_tracker import moving_object, real_model, small_model
+from test_tracking_tracker import moving_object, real_model
+from tiny_tracking import small_model
 
 import track as script
 from track import Config, check_settings, load_model, main, name_trackers, track

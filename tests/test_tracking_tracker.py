@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_tracking import SmallBackbone
+from tiny_tracking import small_model, textured
 from torch import nn
 
 from benchmarks.plain_siamfc import PlainTracker
@@ -19,19 +19,6 @@ from utils.tracking.tracker import SiamFCTracker, TrackerSettings, fold_batch_no
 PARITY = TrackerSettings(mode="parity")
 SUBPIXEL = TrackerSettings(subpixel_peak=True)
 needs_numpy_2 = pytest.mark.skipif(np.__version__ < "2", reason="NumPy 1 gives the plain tracker other float types")
-
-
-def small_model(seed=0, **keys):
-    torch.manual_seed(seed)
-    model = SiamFC(score_bias=False)
-    model.backbone = SmallBackbone(**keys)
-    return model.eval()
-
-
-def textured(rng, height, width, blur=2.0):
-    noise = rng.normal(size=(height, width, 3)).astype(np.float32)
-    noise = cv2.GaussianBlur(noise, (0, 0), blur)
-    return np.clip(128 + 50 * noise / noise.std(), 0, 255).astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,7 +362,7 @@ def test_a_video_whose_first_frame_or_box_is_no_good(tmp_path):
 
 def track_responses(settings, responses, num_frames=1, box=(100, 80, 20, 30), frame_hw=(200, 300)):
     """Track with responses (3, 17, 17) that are given: the boxes (num_frames, 4)."""
-    frame = textured(np.random.default_rng(0), *frame_hw)
+    frame = textured(0, *frame_hw)
     tracker = SiamFCTracker(small_model(), settings)
     tracker.init(frame, np.array([box]))
     tracker._responses = lambda image, scale_factors: responses[:, None].astype(np.float32)
@@ -440,7 +427,7 @@ def test_the_scale_is_limited(scale_index, limit):
 @pytest.mark.parametrize("scale_index", [0, 2])
 def test_a_scale_that_runs_away_ends_no_run(scale_index):
     """The published code fails in OpenCV where the scale shrinks, and fills the memory where it grows."""
-    frame = textured(np.random.default_rng(0), 60, 80)
+    frame = textured(0, 60, 80)
     tracker = SiamFCTracker(small_model(), PARITY)
     tracker.init(frame, np.array([[30, 20, 10, 12]]))
     tracker._responses = lambda image, scale_factors: one_peak(8, 8, scale_index)[:, None].astype(np.float32)
@@ -482,7 +469,7 @@ def test_vertex_of_a_parabola():
 
 
 def test_the_border_has_the_first_frames_mean_colour():
-    first, second = textured(np.random.default_rng(0), 50, 60), np.zeros((50, 60, 3), np.uint8)
+    first, second = textured(0, 50, 60), np.zeros((50, 60, 3), np.uint8)
     tracker = SiamFCTracker(small_model(), TrackerSettings())
     tracker.init(first, np.array([[0, 0, 10, 10]]))
     tracker.update(second)
