@@ -72,16 +72,6 @@ def test_overlap_of_nothing():
 # OTB
 
 
-def test_groundtruth_against_itself_gives_20_of_21():
-    _, truth = some_track(50, 0)
-    truth += [100, 100, 0, 0]
-    for protocol in PROTOCOLS:
-        scores = one_pass_scores(truth, truth, protocol)
-        assert scores["success_auc"] == pytest.approx(20 / 21, abs=1e-12)
-        assert scores["precision_20"] == scores["success_50"] == 1
-        assert scores["success_curve"].tolist() == [1.0] * 20 + [0.0] and scores["precision_curve"].min() == 1
-
-
 class Dataset(list):
     """What the toolkit's experiments need of a dataset."""
 
