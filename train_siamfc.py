@@ -55,7 +55,6 @@ from utils.checkpoint import find_resume, load_checkpoint, resumed_config, store
 from utils.images import read_image, write_image
 from utils.listing import first_few
 from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
-from utils.samples.write import write_samples
 from utils.settings import (
     SAME_SECTION,
     CommonSettings,
@@ -70,20 +69,11 @@ from utils.settings import (
     read_settings,
     stop_at_moved_files,
 )
+from utils.tracking import siamfc
 from utils.tracking.frames import FrameSource
 from utils.tracking.metrics import got10k_scores, mean_one_pass_scores, score_boxes, still_boxes
 from utils.tracking.sequences import Sequence, file_coordinates, split_dataset
-from utils.tracking.siamfc import (
-    EXEMPLAR_SIZE,
-    TOTAL_STRIDE,
-    SiamFC,
-    balanced_weights,
-    box_center,
-    context_side,
-    crop_and_resize,
-    load_siamfc,
-    response_labels,
-)
+from utils.tracking.siamfc import EXEMPLAR_SIZE, TOTAL_STRIDE, SiamFC
 from utils.tracking.tracker import SiamFCTracker, TrackerSettings, track_frames
 
 INSTANCE_SIZE, RESPONSE_SIZE = 239, 15  # px, cells along each side, in training
@@ -229,10 +219,8 @@ def draw_box(image_rgb: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     height, width = image_rgb.shape[:2]
     boxes, contrasts = [], []
     for _ in range(4):
-        side, aspect = (
-            min(height, width) * np.exp(rng.uniform(*np.log(RANDOM_BOX_SHARE))),
-            np.exp(rng.uniform(-0.5, 0.5)),
-        )
+        side = min(height, width) * np.exp(rng.uniform(*np.log(RANDOM_BOX_SHARE)))
+        aspect = np.exp(rng.uniform(-0.5, 0.5))
         w, h = max(1, round(side * aspect)), max(1, round(side / aspect))
         x, y = int(rng.integers(max(1, width - w))), int(rng.integers(max(1, height - h)))
         boxes.append(np.array([x, y, w, h], np.float64))
@@ -258,11 +246,12 @@ def cut_patch(
     Returns:
         uint8 (out_size, out_size, 3).
     """
-    side = context_side(box_xywh[2:]) * out_size / EXEMPLAR_SIZE * (1 + pair_settings.stretch * rng.uniform(-1, 1))
+    stretch = 1 + pair_settings.stretch * rng.uniform(-1, 1)
+    side = siamfc.context_side(box_xywh[2:]) * out_size / EXEMPLAR_SIZE * stretch
     shift_xy = rng.uniform(-shift_px, shift_px, 2) * side / out_size  # px of the image
     interpolation = INTERPOLATIONS[rng.integers(len(INTERPOLATIONS)) if pair_settings.random_interpolation else 0]
-    center_xy = box_center(box_xywh) + shift_xy
-    return crop_and_resize(image_rgb, center_xy, side, out_size, None, interpolation)
+    center_xy = siamfc.box_center(box_xywh) + shift_xy
+    return siamfc.crop_and_resize(image_rgb, center_xy, side, out_size, None, interpolation)
 
 
 def vary_colors(
@@ -424,8 +413,8 @@ def evaluate_pairs(
         return {}
     model.eval()
     device = next(model.parameters()).device
-    labels = response_labels(RESPONSE_SIZE, settings.r_pos).to(device)  # (15, 15)
-    weights = balanced_weights(labels)
+    labels = siamfc.response_labels(RESPONSE_SIZE, settings.r_pos).to(device)  # (15, 15)
+    weights = siamfc.balanced_weights(labels)
     loss, hits, pictures = 0.0, 0.0, []
     for start in range(0, num_pairs, settings.batch_size):
         batch = collate([dataset[index] for index in range(start, min(start + settings.batch_size, num_pairs))])
@@ -478,10 +467,6 @@ def list_data(data: dict) -> tuple[list[Sequence], list[Sequence]]:
     With parts, `data.turns` says how many turns each sequence of a part has in an epoch of training.
     """
     if "parts" not in data:
-        data = dict(data)
-        generate = data.pop("generate", None)
-        if generate is not None:
-            data["root"] = str(write_samples(generate, data["root"]))
         check_keys(split_dataset, data, "data")
         return split_dataset(**data)
     check_keys(lambda parts, turns: None, data, "data")
@@ -489,9 +474,8 @@ def list_data(data: dict) -> tuple[list[Sequence], list[Sequence]]:
         raise ValueError(f"data.turns names {', '.join(data['turns'])}; must name {', '.join(data['parts'])}")
     train_sequences, val_sequences = [], []
     for name, part in data["parts"].items():
-        check_value(turns := data["turns"][name], int, f"data.turns.{name}")
-        if turns < 0:
-            raise ValueError(f"data.turns.{name} is {turns}; must be 0 or more")
+        turns = data["turns"][name]
+        check_value(turns, Annotated[int, at_least(0)], f"data.turns.{name}")
         try:
             train_part, val_part = list_data(part)
         except (ValueError, FileNotFoundError) as error:
@@ -529,7 +513,8 @@ def build_model(model_settings: ModelSettings, is_resumed: bool) -> SiamFC:
     """Build the network with random weights, or those of a checkpoint; a resumed run has its own."""
     model = SiamFC(model_settings.score_bias)
     if model_settings.checkpoint is not None and not is_resumed:
-        missing, unknown = model.load_state_dict(load_siamfc(model_settings.checkpoint).state_dict(), strict=False)
+        loaded = siamfc.load_siamfc(model_settings.checkpoint)
+        missing, unknown = model.load_state_dict(loaded.state_dict(), strict=False)
         if unknown:
             raise ValueError(
                 f"model.score_bias is false; must be true: model.checkpoint {model_settings.checkpoint} has one"
@@ -582,8 +567,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     device = run.choose_device(common.device)
     precision = run.choose_precision(common.precision, device)
     tracker_precision = precision if settings.tracker.mode == "fast" else "fp32"
-    labels = response_labels(RESPONSE_SIZE, train_settings.r_pos).to(device)  # (15, 15)
-    weights = balanced_weights(labels)
+    labels = siamfc.response_labels(RESPONSE_SIZE, train_settings.r_pos).to(device)  # (15, 15)
+    weights = siamfc.balanced_weights(labels)
     run.seed_everything(common.seed)
     model = build_model(settings.model, resume_path is not None)
 
