@@ -42,10 +42,8 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before th
 
 import contextlib
 import csv
-import json
 import logging
 import math
-import os
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -58,22 +56,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from utils import settings as sections
 from utils.images import read_image, write_image
 from utils.listing import first_few
-from utils.log import finish_run, start_run
+from utils.log import finish_run, start_run, write_json
 from utils.run import choose_device, choose_precision, seed_everything
-from utils.settings import (
-    FINITE,
-    SAME_SECTION,
-    CommonSettings,
-    above,
-    check_keys,
-    check_modes,
-    one_line_errors,
-    one_of,
-    read_settings,
-    stop_at_moved_files,
-)
+from utils.settings import FINITE, SAME_SECTION, CommonSettings, above, check_keys, one_of, read_settings
 from utils.tracking import drawing, window
 from utils.tracking import sequences as datasets
 from utils.tracking.frames import FrameSource, write_video
@@ -180,7 +168,7 @@ def check_settings(settings: Config) -> None:
     """Refuse keys that the mode does not use, a mode without its input, and keys that exclude each other."""
     absent = {"checkpoint": "auto", "results": [], "show": False}
     given = [key for key in MODES_OF_KEY if getattr(settings, key) != absent.get(key)]
-    check_modes(given, MODES_OF_KEY, settings.mode)
+    sections.check_modes(given, MODES_OF_KEY, settings.mode)
     if settings.mode == "evaluate" and not settings.results:
         raise ValueError("mode=evaluate needs results=[<folder of a tracker's result files>, ...]")
     if settings.sequences == []:
@@ -207,7 +195,7 @@ def choose_first_boxes(settings: Config, source: FrameSource) -> np.ndarray:
         boxes = [box]
     if isinstance(boxes, list):
         for box_xywh in boxes:
-            if not is_box(box_xywh):
+            if not sections.is_numbers(box_xywh, 4):
                 key = "box is" if box is not None else "boxes has"
                 raise ValueError(f"{key} {box_xywh}; must be [x, y, width, height] px")
         if not boxes:
@@ -231,12 +219,6 @@ def choose_first_boxes(settings: Config, source: FrameSource) -> np.ndarray:
         raise ValueError(f"{path} has no box in its first line; give 'box=[x,y,width,height]' px")
     log.info(f"the first box is that of {path}, counted from {settings.box_origin} (box_origin)")
     return box_xywh[None]
-
-
-def is_box(box) -> bool:
-    """Tell whether a box is a list of four finite numbers."""
-    is_list = isinstance(box, list) and len(box) == 4
-    return is_list and all(type(number) in (int, float) and math.isfinite(number) for number in box)
 
 
 def read_first_frame(source: FrameSource) -> np.ndarray:
@@ -498,19 +480,17 @@ def write_tracks(folder: Path, track: Track, source: str, fps: float, box_origin
         "objects": [
             {
                 "file": name,
-                "boxes_xywh": without_nan(in_file[:, n]),
-                "scores": without_nan(track.scores[:, n]),
+                "boxes_xywh": in_file[:, n].tolist(),
+                "scores": track.scores[:, n].tolist(),
                 "lost": track.is_lost[:, n].tolist(),
             }
             for n, name in enumerate(names)
         ],
-        "times_s": without_nan(track.times_s),
+        "times_s": track.times_s.tolist(),
         "not_read": [{"frame": index, "error": error} for index, error in track.unreadable.items()],
         "problem": track.problem,
     }
-    partial = folder / "tracks.json.tmp"
-    partial.write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
-    os.replace(partial, folder / "tracks.json")
+    write_json(folder / "tracks.json", record)
 
 
 def measure_iou(sequences: list[Sequence], tracks: list[Track]) -> dict[str, float]:
@@ -534,11 +514,6 @@ def describe_iou(iou: dict[str, float]) -> str:
     if not iou:
         return ""
     return f", mean IoU {iou['mean_iou']:.3f} (the first box kept still: {iou['still_box_mean_iou']:.3f})"
-
-
-def without_nan(array: np.ndarray) -> list:
-    """Turn an array into lists, with None for nan, which JSON lacks."""
-    return np.where(np.isnan(array), None, array).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -641,14 +616,13 @@ def number(value: float | None, decimals: int = 3) -> str:
 @hydra.main(version_base="1.3", config_path="configs/tracking", config_name="track")
 def main(cfg: DictConfig) -> None:
     """Read the config, track, and end with one line on what went wrong and status 1, if anything did."""
-    with one_line_errors("track"):
+    with sections.one_line_errors("track"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         failures = track(config, Path(HydraConfig.get().runtime.output_dir))
     if failures:
-        lines = first_few(failures, MAX_LISTED)
-        sys.exit(f"{len(failures)} failures; all else is written:\n" + "\n".join(f"  {line}" for line in lines))
+        sys.exit("\n  ".join([f"{len(failures)} failures; all else is written:", *first_few(failures, MAX_LISTED)]))
 
 
 if __name__ == "__main__":
-    stop_at_moved_files("tracking", sys.argv[1:])
+    sections.stop_at_moved_files("tracking", sys.argv[1:])
     main()

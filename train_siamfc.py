@@ -51,24 +51,12 @@ from tqdm import tqdm
 
 from utils import loop as loops
 from utils import run
-from utils.checkpoint import find_resume, load_checkpoint, resumed_config, stored_config
+from utils import settings as sections
+from utils.checkpoint import config_to_resume
 from utils.images import read_image, write_image
 from utils.listing import first_few
-from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
-from utils.settings import (
-    SAME_SECTION,
-    CommonSettings,
-    Rule,
-    above,
-    at_least,
-    between,
-    check_keys,
-    check_value,
-    one_line_errors,
-    one_of,
-    read_settings,
-    stop_at_moved_files,
-)
+from utils.log import MetricsLog, finish_run, metric_lines, plot_curves, start_run, values_of_step
+from utils.settings import SAME_SECTION, CommonSettings, Rule, above, at_least, between, one_of, read_settings
 from utils.tracking import siamfc
 from utils.tracking.frames import FrameSource
 from utils.tracking.metrics import got10k_scores, mean_one_pass_scores, score_boxes, still_boxes
@@ -80,11 +68,13 @@ INSTANCE_SIZE, RESPONSE_SIZE = 239, 15  # px, cells along each side, in training
 INTERPOLATIONS = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_LANCZOS4)
 BLUR_SIGMA = (0.5, 2.5)  # px
 RANDOM_BOX_SHARE = (0.08, 0.4)  # least and most, a share of the picture's shorter side
-MAX_LISTED = 5
 BELOW_1 = Rule(lambda value: 0 <= value < 1, "0 or more, and below 1")
 REPORTED = ("ao", "sr_50", "success_auc")  # what best.pt can be chosen by
 # what may differ in a resumed run
-RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data_root", "data.root", "data.index")
+RESUMABLE = (
+    "resume", "train.steps", "device", "num_workers", "data_root", "data.root", "data.index", "data.parts.*.root",
+    "data.parts.*.index",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -467,20 +457,19 @@ def list_data(data: dict) -> tuple[list[Sequence], list[Sequence]]:
     With parts, `data.turns` says how many turns each sequence of a part has in an epoch of training.
     """
     if "parts" not in data:
-        check_keys(split_dataset, data, "data")
+        sections.check_keys(split_dataset, data, "data")
         return split_dataset(**data)
-    check_keys(lambda parts, turns: None, data, "data")
+    sections.check_keys(lambda parts, turns: None, data, "data")
     if sorted(data["parts"]) != sorted(data["turns"]):
         raise ValueError(f"data.turns names {', '.join(data['turns'])}; must name {', '.join(data['parts'])}")
     train_sequences, val_sequences = [], []
     for name, part in data["parts"].items():
         turns = data["turns"][name]
-        check_value(turns, Annotated[int, at_least(0)], f"data.turns.{name}")
+        sections.check_value(turns, Annotated[int, at_least(0)], f"data.turns.{name}")
         try:
             train_part, val_part = list_data(part)
         except (ValueError, FileNotFoundError) as error:
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-            raise kind(f"data.parts.{name}: {error}") from error
+            raise type(error)(f"data.parts.{name}: {error}") from error
         train_sequences += train_part * turns
         val_sequences += val_part
     return train_sequences, val_sequences
@@ -503,7 +492,7 @@ def keep_usable(
         f"{len(different) - len(useless)} sequences"
     )
     if useless:
-        listed = ", ".join(first_few(useless, MAX_LISTED))
+        listed = ", ".join(first_few(useless))
         print(f"  without a usable box (see pairs.*), or with a first frame that cannot be read: {listed}")
     sequences = [sequence for sequence in sequences if len(usable[id(sequence)])]
     return sequences, [usable[id(sequence)] for sequence in sequences]
@@ -531,15 +520,6 @@ def build_optimizer(model: SiamFC, optim_settings: OptimSettings) -> torch.optim
         groups[optim_settings.weight_decay if optim_settings.decay_all or parameter.ndim > 1 else 0.0].append(parameter)
     groups = [{"params": group, "weight_decay": decay} for decay, group in groups.items() if group]
     return torch.optim.SGD(groups, lr=optim_settings.lr, momentum=optim_settings.momentum)
-
-
-def print_table(start: dict, best: dict, last: dict) -> None:
-    """Print one row per metric: the first box kept still, before training, best checkpoint, last."""
-    print(f"\n{'metric':<16}{'still box':>10}{'step 0':>9}{'best':>9}{'last':>9}")
-    for name in REPORTED:
-        cells = "".join(f"{metrics[f'val/{name}']:>9.3f}" for metrics in (start, best, last))
-        print(f"{name:<16}{best[f'val/still_{name}']:>10.3f}{cells}")
-    print(f"best checkpoint: step {best['step']}, chosen on {best['val/num_frames']} validation frames")
 
 
 def check_pairs(dataset: SiamesePairs, run_dir: Path, num_pairs: int) -> None:
@@ -703,7 +683,10 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     plot_curves(loop.rows, run_dir / "curves.png")
     log.close()
     finish_run(run_dir, {"start": loop.start_metrics, "best": loop.best, "last": last})
-    print_table(loop.start_metrics, loop.best, last)
+    still = {f"val/{name}": loop.best[f"val/still_{name}"] for name in REPORTED}  # the first box kept still
+    columns = {"still box": still, "step 0": loop.start_metrics, "best": loop.best, "last": last}
+    print("\n" + "\n".join(metric_lines(REPORTED, columns)))
+    print(f"best checkpoint: step {loop.best['step']}, chosen on {loop.best['val/num_frames']} validation frames")
     shown_dir = os.path.relpath(run_dir)
     print(f"\nWritten to {shown_dir}. Next, track something with it:")
     print(f"  python track.py {shlex.quote(f'checkpoint={shown_dir}/best.pt')}")
@@ -713,21 +696,13 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
 @hydra.main(version_base="1.3", config_path="configs/tracking", config_name="train_siamfc")
 def main(cfg) -> float:
     """Read the config, train, and end with one line on what went wrong and status 1, if anything did."""
-    with one_line_errors("train_siamfc"):
+    with sections.one_line_errors("train_siamfc"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         hydra_config = HydraConfig.get()
-        run_dir, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
-        resume_path = None
-        if config["resume"] is not None:
-            resume_path = find_resume(config["resume"])
-            stored = stored_config(Config, load_checkpoint(resume_path), resume_path, is_resumed=True)
-            places = [
-                f"data.parts.{part}.{key}" for part in stored["data"].get("parts", {}) for key in ("root", "index")
-            ]
-            config = resumed_config(stored, config, overrides, (*RESUMABLE, *places))
-        return train(config, run_dir, resume_path)
+        config, resume_path = config_to_resume(Config, config, list(hydra_config.overrides.task), RESUMABLE)
+        return train(config, Path(hydra_config.runtime.output_dir), resume_path)
 
 
 if __name__ == "__main__":
-    stop_at_moved_files("tracking", sys.argv[1:])
+    sections.stop_at_moved_files("tracking", sys.argv[1:])
     main()

@@ -181,11 +181,11 @@ def test_resume_needs_no_checkpoint_to_start_from(trainer, tmp_path, monkeypatch
     """model.checkpoint's file is gone; a resumed run has its own weights."""
     start = tmp_path / "start.pt"
     start.touch()
-    monkeypatch.setattr(train_siamfc, "load_siamfc", lambda path: train_siamfc.SiamFC(False))
+    monkeypatch.setattr(train_siamfc.siamfc, "load_siamfc", lambda path: train_siamfc.SiamFC(False))
     config = configure(trainer, f"model.checkpoint={start}")
     trainer.tiny.train_in(tmp_path / "whole", config)
     last_path = train_and_crash(trainer, tmp_path / "crashed", config, 2)
-    monkeypatch.setattr(train_siamfc, "load_siamfc", lambda path: (_ for _ in ()).throw(FileNotFoundError(path)))
+    monkeypatch.setattr(train_siamfc.siamfc, "load_siamfc", lambda path: (_ for _ in ()).throw(FileNotFoundError(path)))
     trainer.tiny.train_in(tmp_path / "resumed", config, last_path)
     assert not run_differences(tmp_path / "whole", tmp_path / "resumed")
     with pytest.raises(FileNotFoundError):

@@ -31,7 +31,6 @@ from utils.tracking.frames import list_frames, natural_key, picture_names
 # The keys that every format has; `_read_split` explains them.
 COMMON_KEYS = ("on_bad", "train_sequences", "val_sequences", "val_fraction", "split_seed")
 MANY_VIDEOS = 500  # from here on, listing shows its progress
-MAX_LISTED = 20  # names in a message
 GROUNDTRUTH_NAMES = ("groundtruth_rect.txt", "groundtruth.txt", "groundtruth_rect.1.txt")
 # Frames that belong to an OTB sequence where its folder holds more: first and last number, as the benchmark says.
 OTB_FRAME_RANGES = {
@@ -155,7 +154,7 @@ def choose_sequences(sequences: list[Sequence], names: list[str]) -> list[Sequen
     for name in map(str, names):
         sequence = by_name.get(name, by_name.get(_plain_name(name)))
         if sequence is None:
-            known = ", ".join(first_few([sequence.name for sequence in sequences], MAX_LISTED))
+            known = ", ".join(first_few([sequence.name for sequence in sequences]))
             raise ValueError(f"sequences has {name!r}, which the dataset lacks; it has {known}")
         chosen.append(sequence)
     return chosen
