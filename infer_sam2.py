@@ -39,8 +39,6 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before th
 import csv
 import json
 import logging
-import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -56,7 +54,7 @@ from tqdm import tqdm
 from utils import images
 from utils import settings as sections
 from utils.checkpoint import check_script, find_weights, load_checkpoint
-from utils.log import finish_run, start_run
+from utils.log import finish_run, start_run, write_json
 from utils.run import autocast, choose_device, choose_precision, now_s, sample_rng
 from utils.sam2 import embedding_cache, mask_generation
 from utils.sam2 import model as models
@@ -220,7 +218,7 @@ def choose_model(checkpoint: str | None, image_size: int | None, model: dict | N
     chosen = model
     if checkpoint:
         state = load_checkpoint(Path(checkpoint))
-        if "config" in state:
+        if isinstance(state.get("config"), dict) and "model" in state["config"]:
             check_script(state, checkpoint, "train_sam2")
             chosen = state["config"]["model"]
             if model is not None and model["name"] != chosen["name"]:
@@ -303,7 +301,7 @@ def parse_object(prompt: dict, orig_hw: tuple[int, int]) -> ObjectPrompt:
     point_coords, point_labels = [], []
     if prompt.get("box") is not None:
         box = prompt["box"]
-        if not is_numbers(box, 4):
+        if not sections.is_numbers(box, 4):
             raise ValueError(f"box is {box}; must be [x1, y1, x2, y2]")
         x1, y1, x2, y2 = box
         if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
@@ -313,7 +311,7 @@ def parse_object(prompt: dict, orig_hw: tuple[int, int]) -> ObjectPrompt:
         point_coords += [[x1, y1], [x2, y2]]
         point_labels += [2, 3]
     for point in prompt.get("points") or []:
-        if not is_numbers(point, 3) or point[2] not in (0, 1):
+        if not sections.is_numbers(point, 3) or point[2] not in (0, 1):
             raise ValueError(f"point is {point}; must be [x, y, label] with label 1 (object) or 0 (not)")
         if not (0 <= point[0] < width and 0 <= point[1] < height):
             raise ValueError(f"point {point[:2]} lies outside the picture of {width} x {height} px")
@@ -328,15 +326,6 @@ def parse_object(prompt: dict, orig_hw: tuple[int, int]) -> ObjectPrompt:
     if not {1, 2, -1} & set(point_labels) and mask is None:
         raise ValueError(f"an object's prompts are {prompt}; it needs a point with label 1, a box or a mask")
     return ObjectPrompt(np.array(point_coords, np.float32), np.array(point_labels, np.int32), mask)
-
-
-def is_numbers(values, count: int) -> bool:
-    """Tell whether values is a list of `count` finite numbers."""
-    return (
-        isinstance(values, list)
-        and len(values) == count
-        and all(type(v) in (int, float) and math.isfinite(v) for v in values)
-    )
 
 
 def check_mask(mask: np.ndarray, orig_hw: tuple[int, int], name: str) -> None:
@@ -468,10 +457,7 @@ def write_results(
         },
         "annotations": [{"id": int(numbers[k])} | generated.annotations[k] for k in np.argsort(numbers)],
     }
-    path = run_dir / f"{name}.json"
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(record), encoding="utf-8")
-    os.replace(partial, path)
+    write_json(run_dir / f"{name}.json", record)
 
 
 @hydra.main(version_base="1.3", config_path="configs/sam2", config_name="infer_sam2")

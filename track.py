@@ -42,10 +42,8 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before th
 
 import contextlib
 import csv
-import json
 import logging
 import math
-import os
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -58,37 +56,17 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from utils import settings as sections
 from utils.images import read_image, write_image
 from utils.listing import first_few
-from utils.log import finish_run, start_run
+from utils.log import finish_run, start_run, write_json
 from utils.run import choose_device, choose_precision, seed_everything
-from utils.samples.write import write_samples
-from utils.settings import (
-    FINITE,
-    SAME_SECTION,
-    CommonSettings,
-    above,
-    check_keys,
-    check_modes,
-    one_line_errors,
-    one_of,
-    read_settings,
-    stop_at_moved_files,
-)
+from utils.settings import FINITE, SAME_SECTION, CommonSettings, above, check_keys, one_of, read_settings
 from utils.tracking import drawing, window
+from utils.tracking import sequences as datasets
 from utils.tracking.frames import FrameSource, write_video
-from utils.tracking.metrics import PROTOCOLS, mean_scores, mean_visible_iou, read_times, score_result, still_boxes
-from utils.tracking.sequences import (
-    Sequence,
-    choose_sequences,
-    find_groundtruth,
-    find_result,
-    list_sequences,
-    read_boxes,
-    split_sequences,
-    write_boxes,
-    write_result,
-)
+from utils.tracking.metrics import PROTOCOLS, mean_scores, mean_visible_iou, score_result, still_boxes
+from utils.tracking.sequences import Sequence
 from utils.tracking.siamfc import SiamFC, load_siamfc
 from utils.tracking.tracker import SiamFCTracker, TrackedFrame, TrackerSettings, track_frames
 
@@ -98,9 +76,6 @@ BUNDLED_CHECKPOINT = REPOSITORY / "checkpoints" / "siamfc_alexnet.pt"
 MODES_OF_KEY = {  # which modes use a key that says what to do
     "checkpoint": ("track", "benchmark"), "input": ("track",), "box": ("track",), "boxes": ("track",),
     "show": ("track",), "sequences": ("track", "benchmark", "evaluate"), "results": ("benchmark", "evaluate"),
-}  # fmt: skip
-RESULT_LAYOUTS = {
-    "otb": "otb", "davis": "otb", "folders": "otb", "imagenet_vid": "otb", "got10k": "got10k", "vot": "vot",
 }  # fmt: skip
 SCORE_NAMES = ("success_auc", "precision_20", "success_50", "ao", "sr_50", "sr_75")
 COLUMNS = {name: name for name in ("sequence", "tracker", "num_frames", *SCORE_NAMES, "fps")} | {"num_frames": "frames"}
@@ -162,30 +137,27 @@ def track(config: dict, run_dir: Path) -> list[str]:
     if settings.input is not None:
         source = FrameSource(settings.input)
         boxes_xywh = choose_first_boxes(settings, source)  # (N, 4)
-        tracker = build_tracker(settings)
-        start_run(run_dir, config, {"frames": source.num_frames, "objects": len(boxes_xywh)})
-        return track_input(tracker, source, boxes_xywh, settings, run_dir)
-
-    sequences = choose_dataset(settings.data, settings.sequences)
-    counts = {"sequences": len(sequences), "frames": sum(map(len, sequences))}
-    if settings.mode == "track":
-        tracker = build_tracker(settings)
-        start_run(run_dir, config, counts)
-        return track_dataset(tracker, sequences, settings, run_dir)
-
-    ours = (OUR_NAME, STILL_NAME) if settings.mode == "benchmark" else ()
-    others = name_trackers(settings.results, ours)
-    for folder in others.values():
-        for sequence in sequences:
-            find_result(folder, sequence.name)  # a missing file stops the run now, not after an hour of tracking
-    if settings.mode == "evaluate":
-        start_run(run_dir, config, counts)
-        finish_run(run_dir, evaluate(sequences, others, settings.protocol, run_dir))
-        return []
-    tracker = build_tracker(settings)
+        counts = {"frames": source.num_frames, "objects": len(boxes_xywh)}
+    else:
+        sequences = choose_dataset(settings.data, settings.sequences)
+        counts = {"sequences": len(sequences), "frames": sum(map(len, sequences))}
+        others = name_trackers(settings.results, (OUR_NAME, STILL_NAME) if settings.mode == "benchmark" else ())
+        for folder in others.values():  # a missing file stops the run now, not after an hour of tracking
+            for sequence in sequences:
+                datasets.find_result(folder, sequence.name)
+    tracker = None if settings.mode == "evaluate" else build_tracker(settings)
     start_run(run_dir, config, counts)
-    layout = RESULT_LAYOUTS[settings.data["format"]]
-    return benchmark(tracker, sequences, layout, others, settings, run_dir)
+
+    failures = []
+    if settings.input is not None:
+        metrics, failures = track_input(tracker, source, boxes_xywh, settings, run_dir)
+    elif settings.mode == "evaluate":
+        metrics = evaluate(sequences, others, settings.protocol, run_dir)
+    else:
+        metrics, failures = track_dataset(tracker, sequences, others, settings, run_dir)
+    finish_run(run_dir, metrics)
+    log.info(f"written to {run_dir}")
+    return failures
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,18 +167,18 @@ def track(config: dict, run_dir: Path) -> list[str]:
 def check_settings(settings: Config) -> None:
     """Refuse keys that the mode does not use, a mode without its input, and keys that exclude each other."""
     absent = {"checkpoint": "auto", "results": [], "show": False}
-    given = [key for key in MODES_OF_KEY if getattr(settings, key) != (absent[key] if key in absent else None)]
-    check_modes(given, MODES_OF_KEY, settings.mode)
+    given = [key for key in MODES_OF_KEY if getattr(settings, key) != absent.get(key)]
+    sections.check_modes(given, MODES_OF_KEY, settings.mode)
     if settings.mode == "evaluate" and not settings.results:
         raise ValueError("mode=evaluate needs results=[<folder of a tracker's result files>, ...]")
     if settings.sequences == []:
         raise ValueError("sequences is []; name some, or leave it out for the validation sequences")
-    if settings.box is not None and settings.boxes is not None:
+    if {"box", "boxes"} <= set(given):
         raise ValueError("box= and boxes= are both given; leave out one of them")
-    if settings.input is None and (settings.box is not None or settings.boxes is not None):
-        key = "box" if settings.box is not None else "boxes"
-        raise ValueError(f"{key}= is given but input= is not: add input=<folder of frames or video file>")
-    if settings.input is not None and settings.sequences is not None:
+    for key in ("box", "boxes"):
+        if key in given and "input" not in given:
+            raise ValueError(f"{key}= is given but input= is not: add input=<folder of frames or video file>")
+    if {"input", "sequences"} <= set(given):
         raise ValueError("sequences= is given together with input=; sequences are those of a dataset: leave out one")
 
 
@@ -223,36 +195,30 @@ def choose_first_boxes(settings: Config, source: FrameSource) -> np.ndarray:
         boxes = [box]
     if isinstance(boxes, list):
         for box_xywh in boxes:
-            if not is_box(box_xywh):
+            if not sections.is_numbers(box_xywh, 4):
                 key = "box is" if box is not None else "boxes has"
                 raise ValueError(f"{key} {box_xywh}; must be [x, y, width, height] px")
         if not boxes:
             raise ValueError("boxes is []; must be [[x, y, width, height], ...] px")
         return np.array(boxes, np.float64) - [settings.box_origin, settings.box_origin, 0, 0]
     if boxes is not None:
-        return read_boxes(boxes, settings.box_origin)
+        return datasets.read_boxes(boxes, settings.box_origin)
     if box is not None and not Path(box).is_file():
         raise FileNotFoundError(
             f"box is {box}, which is no file (seen from {Path.cwd()}); must be [x, y, width, height] px, a groundtruth "
             "file, or select"
         )
-    path = box or find_groundtruth(settings.input)
+    path = box or datasets.find_groundtruth(settings.input)
     if path is None:
         raise ValueError(
             f"input {settings.input} comes without a groundtruth file; give the first frame's box: "
             "'box=[x,y,width,height]' px, box=<groundtruth file>, box=select (with the mouse), or boxes= for several"
         )
-    box_xywh = read_boxes(path, settings.box_origin)[0]
+    box_xywh = datasets.read_boxes(path, settings.box_origin)[0]
     if not np.isfinite(box_xywh).all():
         raise ValueError(f"{path} has no box in its first line; give 'box=[x,y,width,height]' px")
     log.info(f"the first box is that of {path}, counted from {settings.box_origin} (box_origin)")
     return box_xywh[None]
-
-
-def is_box(box) -> bool:
-    """Tell whether a box is a list of four finite numbers."""
-    is_list = isinstance(box, list) and len(box) == 4
-    return is_list and all(type(number) in (int, float) and math.isfinite(number) for number in box)
 
 
 def read_first_frame(source: FrameSource) -> np.ndarray:
@@ -271,14 +237,10 @@ def choose_dataset(data: dict, names: list | None) -> list[Sequence]:
         data: the values of a file of configs/tracking/data.
         names: any of the dataset's sequences; None: the validation sequences, or if there are none the training ones
     """
-    reader_keys = dict(data)
-    generate = reader_keys.pop("generate", None)
-    if generate is not None:
-        reader_keys["root"] = str(write_samples(generate, reader_keys["root"]))
-    check_keys(split_sequences, reader_keys, "data")
+    check_keys(datasets.split_sequences, data, "data")
     if names is not None:
-        return choose_sequences(list_sequences(**reader_keys), names)
-    train_sequences, val_sequences = split_sequences(**reader_keys)
+        return datasets.choose_sequences(datasets.list_sequences(**data), names)
+    train_sequences, val_sequences = datasets.split_sequences(**data)
     return val_sequences or train_sequences
 
 
@@ -423,63 +385,69 @@ def list_failures(track: Track) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# mode=track
+# what becomes of the tracks
 
 
 def track_input(
     tracker: SiamFCTracker, source: FrameSource, boxes_xywh: np.ndarray, settings: Config, run_dir: Path
-) -> list[str]:
-    """Track the user's video, and write its files into the run's folder; return what could not be read."""
+) -> tuple[dict, list[str]]:
+    """Track the user's video, and write its files into the run's folder; return metrics, and what could not be read."""
     overlay_path = run_dir / "overlay.mp4" if settings.overlay else None
     name = Path(settings.input).resolve().name
     track = track_video(tracker, source, boxes_xywh, name, settings, overlay_path)
     write_tracks(run_dir, track, settings.input, source.fps or settings.fps, settings.box_origin)
     failures, speed = list_failures(track), measure_speed([track])
     num_frames, num_lost = len(track.boxes_xywh), int(track.is_lost.any(1).sum())
-    counts = {"num_frames": num_frames, "num_lost": num_lost, "num_failed": len(failures)}
-    finish_run(run_dir, {"last": counts | speed})
     log.info(f"{name}: {num_frames} frames, an object seems lost in {num_lost} of them; {describe_speed(speed)}")
-    log.info(f"written to {run_dir}")
-    return failures
+    counts = {"num_frames": num_frames, "num_lost": num_lost, "num_failed": len(failures)}
+    return {"last": counts | speed}, failures
 
 
-def track_dataset(tracker: SiamFCTracker, sequences: list[Sequence], settings: Config, run_dir: Path) -> list[str]:
-    """Track sequences, each into a folder of its own, and print their mean IoU; return what failed, a line each."""
-    failures, tracks, mean_ious, still_ious = [], [], [], []
-    for sequence in sequences:
-        folder = run_dir / sequence.name
-        folder.mkdir()
-        overlay_path = folder / "overlay.mp4" if settings.overlay else None
+def track_dataset(
+    tracker: SiamFCTracker, sequences: list[Sequence], others: dict[str, Path], settings: Config, run_dir: Path
+) -> tuple[dict, list[str]]:
+    """Track sequences, each from the first frame in which its object is visible, and write what the mode asks for.
+
+    Args:
+        others: mode=benchmark: folders of other trackers' result files, by name.
+    Returns:
+        metrics, as `finish_run` takes them; one line for each frame or sequence that failed.
+    Raises:
+        ValueError: where no sequence can be tracked.
+    """
+    is_benchmark = settings.mode == "benchmark"
+    failures, tracks, tracked = [], [], []
+    for sequence in tqdm(sequences, desc="sequences", disable=not is_benchmark or len(sequences) == 1):
+        folder = run_dir if is_benchmark else run_dir / sequence.name
+        folder.mkdir(exist_ok=True)
+        overlay_path = folder / "overlay.mp4" if settings.overlay and not is_benchmark else None
         try:
             track = track_sequence(tracker, sequence, settings, overlay_path)
         except (ValueError, OSError) as error:
             failures.append(f"{sequence.name}: {error}")
             continue
-        write_tracks(folder, track, str(sequence.frame_dir), settings.fps, settings.box_origin)
+        if is_benchmark:
+            write_results(sequence, track, settings.data["format"], run_dir)
+        else:
+            write_tracks(folder, track, str(sequence.frame_dir), settings.fps, settings.box_origin)
+            log.info(f"{sequence.name}: {len(sequence)} frames{describe_iou(measure_iou([sequence], [track]))}")
         failures += list_failures(track)
         tracks.append(track)
-        mean_iou = mean_visible_iou(track.boxes_xywh[:, 0], sequence)
-        still_iou = mean_visible_iou(still_boxes(sequence), sequence)
-        line = f"{sequence.name}: {len(sequence)} frames"
-        if mean_iou is not None:
-            mean_ious.append(mean_iou)
-            still_ious.append(still_iou)
-            line += f", mean IoU {mean_iou:.3f} (the first box kept still: {still_iou:.3f})"
-        log.info(line)
+        tracked.append(sequence)
     if not tracks:
         raise ValueError("no sequence could be tracked:\n" + "\n".join(f"  {line}" for line in failures))
     speed = measure_speed(tracks)
     last = {"num_sequences": len(tracks), "num_failed": len(failures)} | speed
-    if mean_ious:
-        last |= {"mean_iou": float(np.mean(mean_ious)), "still_box_mean_iou": float(np.mean(still_ious))}
-        log.info(
-            f"mean IoU over {len(mean_ious)} sequences: {last['mean_iou']:.3f} "
-            f"(the first box kept still: {last['still_box_mean_iou']:.3f})"
-        )
-    finish_run(run_dir, {"last": last})
+    if is_benchmark:
+        result_dirs = {name: run_dir / "results" / name for name in (OUR_NAME, STILL_NAME)}
+        scores = evaluate(tracked, result_dirs | others, settings.protocol, run_dir)
+    else:
+        scores = {}
+        iou = measure_iou(tracked, tracks)
+        last |= iou
+        log.info(f"{len(tracks)} sequences{describe_iou(iou)}")
     log.info(describe_speed(speed))
-    log.info(f"written to {run_dir}")
-    return failures
+    return {"last": last} | scores, failures
 
 
 def track_sequence(
@@ -502,8 +470,8 @@ def write_tracks(folder: Path, track: Track, source: str, fps: float, box_origin
     num_objects = track.boxes_xywh.shape[1]
     names = ["boxes.txt"] if num_objects == 1 else [f"boxes_{n + 1}.txt" for n in range(num_objects)]
     for n, name in enumerate(names):
-        write_boxes(folder / name, track.boxes_xywh[:, n], box_origin)
-    in_file = track.boxes_xywh + [box_origin, box_origin, 0, 0]
+        datasets.write_boxes(folder / name, track.boxes_xywh[:, n], box_origin)
+    in_file = datasets.file_coordinates(track.boxes_xywh, box_origin)
     record = {
         "source": source,
         "num_frames": len(in_file),
@@ -512,75 +480,60 @@ def write_tracks(folder: Path, track: Track, source: str, fps: float, box_origin
         "objects": [
             {
                 "file": name,
-                "boxes_xywh": without_nan(in_file[:, n]),
-                "scores": without_nan(track.scores[:, n]),
+                "boxes_xywh": in_file[:, n].tolist(),
+                "scores": track.scores[:, n].tolist(),
                 "lost": track.is_lost[:, n].tolist(),
             }
             for n, name in enumerate(names)
         ],
-        "times_s": without_nan(track.times_s),
+        "times_s": track.times_s.tolist(),
         "not_read": [{"frame": index, "error": error} for index, error in track.unreadable.items()],
         "problem": track.problem,
     }
-    partial = folder / "tracks.json.tmp"
-    partial.write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
-    os.replace(partial, folder / "tracks.json")
+    write_json(folder / "tracks.json", record)
 
 
-def without_nan(array: np.ndarray) -> list:
-    """Turn an array into lists, with None for nan, which JSON lacks."""
-    return np.where(np.isnan(array), None, array).tolist()
+def measure_iou(sequences: list[Sequence], tracks: list[Track]) -> dict[str, float]:
+    """Compute the mean IoU of tracks and of the first box kept still, each sequence counting the same.
+
+    Sequences whose object is visible in one frame only do not count; {} where there is no other.
+    """
+    mean_ious, still_ious = [], []
+    for sequence, track in zip(sequences, tracks, strict=True):
+        mean_iou = mean_visible_iou(track.boxes_xywh[:, 0], sequence)
+        if mean_iou is not None:
+            mean_ious.append(mean_iou)
+            still_ious.append(mean_visible_iou(still_boxes(sequence), sequence))
+    if not mean_ious:
+        return {}
+    return {"mean_iou": float(np.mean(mean_ious)), "still_box_mean_iou": float(np.mean(still_ious))}
+
+
+def describe_iou(iou: dict[str, float]) -> str:
+    """Put what `measure_iou` returns into words that follow others."""
+    if not iou:
+        return ""
+    return f", mean IoU {iou['mean_iou']:.3f} (the first box kept still: {iou['still_box_mean_iou']:.3f})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # mode=benchmark and evaluate
 
 
-def benchmark(
-    tracker: SiamFCTracker,
-    sequences: list[Sequence],
-    layout: str,
-    others: dict[str, Path],
-    settings: Config,
-    run_dir: Path,
-) -> list[str]:
-    """Track sequences once from their first box, write result files and pictures, and evaluate; return what failed.
-
-    Args:
-        layout: the result files' (`write_result`).
-        others: folders of other trackers' result files, by name.
-    """
-    result_dirs = {name: run_dir / "results" / name for name in (OUR_NAME, STILL_NAME)}
+def write_results(sequence: Sequence, track: Track, data_format: str, run_dir: Path) -> None:
+    """Write a sequence's result files in the layout of the dataset's toolkit, and its pictures."""
+    layout = data_format if data_format in ("got10k", "vot") else "otb"
+    boxes_xywh, still = track.boxes_xywh[:, 0], still_boxes(sequence)
+    for name, boxes, times_s in ((OUR_NAME, boxes_xywh, track.times_s), (STILL_NAME, still, np.zeros(len(still)))):
+        datasets.write_result(layout, run_dir / "results" / name, sequence.name, boxes, times_s, sequence.box_origin)
     for name in ("sheets", "scores"):
-        (run_dir / name).mkdir()
-    failures, tracks, tracked = [], [], []
-    for sequence in tqdm(sequences, desc="sequences", disable=len(sequences) == 1):
-        try:
-            track = track_sequence(tracker, sequence, settings)
-        except (ValueError, OSError) as error:
-            failures.append(f"{sequence.name}: {error}")
-            continue
-        boxes_xywh, still = track.boxes_xywh[:, 0], still_boxes(sequence)
-        write_result(layout, result_dirs[OUR_NAME], sequence.name, boxes_xywh, track.times_s, sequence.box_origin)
-        write_result(layout, result_dirs[STILL_NAME], sequence.name, still, np.zeros(len(still)), sequence.box_origin)
-        indices = np.linspace(sequence.visible.argmax(), len(sequence) - 1, SHEET_FRAMES).round().astype(int).tolist()
-        frames = {i: read_image(sequence.frame_path(i)) for i in indices if i not in track.unreadable}
-        sheet = drawing.draw_sheet(frames, boxes_xywh, sequence.boxes_xywh)
-        write_image(run_dir / "sheets" / f"{sequence.name}.png", sheet)
-        scores_path = run_dir / "scores" / f"{sequence.name}.png"
-        drawing.plot_scores(boxes_xywh, track.scores[:, 0], track.is_lost[:, 0], sequence, scores_path)
-        failures += list_failures(track)
-        tracks.append(track)
-        tracked.append(sequence)
-    if not tracks:
-        raise ValueError("no sequence could be tracked:\n" + "\n".join(f"  {line}" for line in failures))
-    speed = measure_speed(tracks)
-    metrics = evaluate(tracked, result_dirs | others, settings.protocol, run_dir)
-    counts = {"num_sequences": len(tracks), "num_failed": len(failures)}
-    finish_run(run_dir, {"last": counts | speed} | metrics)
-    log.info(describe_speed(speed))
-    log.info(f"written to {run_dir}")
-    return failures
+        (run_dir / name).mkdir(exist_ok=True)
+    indices = np.linspace(sequence.visible.argmax(), len(sequence) - 1, SHEET_FRAMES).round().astype(int).tolist()
+    frames = {i: read_image(sequence.frame_path(i)) for i in indices if i not in track.unreadable}
+    sheet = drawing.draw_sheet(frames, boxes_xywh, sequence.boxes_xywh)
+    write_image(run_dir / "sheets" / f"{sequence.name}.png", sheet)
+    scores_path = run_dir / "scores" / f"{sequence.name}.png"
+    drawing.plot_scores(boxes_xywh, track.scores[:, 0], track.is_lost[:, 0], sequence, scores_path)
 
 
 def evaluate(
@@ -617,7 +570,7 @@ def evaluate(
     rows = []
     for sequence in scored:
         for name, folder in trackers.items():
-            row = score_result(folder, sequence, protocol) | {"times_s": read_times(folder, sequence.name)}
+            row = score_result(folder, sequence, protocol)
             rows.append(row | mean_scores([row]) | {"sequence": sequence.name, "tracker": name})
     means = [
         mean_scores([row for row in rows if row["tracker"] == name])
@@ -663,14 +616,13 @@ def number(value: float | None, decimals: int = 3) -> str:
 @hydra.main(version_base="1.3", config_path="configs/tracking", config_name="track")
 def main(cfg: DictConfig) -> None:
     """Read the config, track, and end with one line on what went wrong and status 1, if anything did."""
-    with one_line_errors("track"):
+    with sections.one_line_errors("track"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         failures = track(config, Path(HydraConfig.get().runtime.output_dir))
     if failures:
-        lines = first_few(failures, MAX_LISTED)
-        sys.exit(f"{len(failures)} failures; all else is written:\n" + "\n".join(f"  {line}" for line in lines))
+        sys.exit("\n  ".join([f"{len(failures)} failures; all else is written:", *first_few(failures, MAX_LISTED)]))
 
 
 if __name__ == "__main__":
-    stop_at_moved_files("tracking", sys.argv[1:])
+    sections.read_command_line("tracking")
     main()

@@ -46,11 +46,11 @@ from tqdm import tqdm
 from utils import loop as loops
 from utils import run
 from utils import settings as sections
-from utils.checkpoint import find_resume, load_run, resumed_config, stored_config
+from utils.checkpoint import config_to_resume
 from utils.images import id_colors, mask_to_box, read_image, write_image
 from utils.instances.check import check_data
 from utils.instances.readers import Item, object_ids, split_items
-from utils.log import MetricsLog, drawing, finish_run, plot_curves, start_run, values_of_step
+from utils.log import MetricsLog, drawing, finish_run, metric_lines, plot_curves, start_run, values_of_step
 from utils.sam2 import embedding_cache, losses, prompts
 from utils.sam2 import model as models
 from utils.sam2.metrics import mask_iou
@@ -659,15 +659,6 @@ def parameter_groups(trainable: dict[str, torch.nn.Parameter], optim: OptimSetti
     return list(groups.values())
 
 
-def print_table(start: dict[str, float], best: dict[str, float], last: dict[str, float]) -> None:
-    """Print one row per validation metric: before, best checkpoint, last."""
-    print(f"\n{'metric':<26}{'step 0':>9}{'best':>9}{'change':>9}{'last':>9}")
-    for name in start:
-        if "iou" in name:
-            print(f"{name:<26}{start[name]:>9.3f}{best[name]:>9.3f}{best[name] - start[name]:>+9.3f}{last[name]:>9.3f}")
-    print(f"best checkpoint: step {best['step']}; {best['val/num_objects']} objects in {best['val/num_images']} images")
-
-
 def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     """Train as configured and return the best value of `train.select_by`.
 
@@ -835,7 +826,11 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     plot_curves(loop.rows, run_dir / "curves.png")
     log.close()
     finish_run(run_dir, {"start": loop.start_metrics, "best": loop.best, "last": last})
-    print_table(loop.start_metrics, loop.best, last)
+    best, names = loop.best, [name.removeprefix("val/") for name in loop.best if "iou" in name]
+    change = {name: value - loop.start_metrics[name] for name, value in best.items()}
+    columns = {"step 0": loop.start_metrics, "best": best, "change": change, "last": last}
+    print("\n" + "\n".join(metric_lines(names, columns)))
+    print(f"best checkpoint: step {best['step']}; {best['val/num_objects']} objects in {best['val/num_images']} images")
     shown_dir, example = os.path.relpath(run_dir), os.path.relpath(val_items[0].image_path)
     print(f"\nWritten to {shown_dir}. Next, segment a picture with it:")
     print("  " + sections.show_command("infer_sam2.py", checkpoint=f"{shown_dir}/best.pt", input=example))
@@ -851,13 +846,10 @@ def main(cfg) -> float:
     with sections.one_line_errors("train_sam2"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         hydra_config = HydraConfig.get()
-        run_dir = Path(hydra_config.runtime.output_dir)
-        resume_path = None
-        if config["resume"] is not None:
-            resume_path = find_resume(config["resume"])
-            stored = stored_config(Config, load_run(resume_path, "train_sam2"), resume_path, is_resumed=True)
-            config = resumed_config(stored, config, list(hydra_config.overrides.task), RESUMABLE)
-        return train(config, run_dir, resume_path)
+        config, resume_path = config_to_resume(
+            Config, "train_sam2", config, list(hydra_config.overrides.task), RESUMABLE
+        )
+        return train(config, Path(hydra_config.runtime.output_dir), resume_path)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before th
 import functools
 import math
 import os
-import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -51,50 +50,30 @@ from tqdm import tqdm
 
 from utils import loop as loops
 from utils import run
-from utils.checkpoint import find_resume, load_checkpoint, resumed_config, stored_config
+from utils import settings as sections
+from utils.checkpoint import config_to_resume
 from utils.images import read_image, write_image
 from utils.listing import first_few
-from utils.log import MetricsLog, finish_run, plot_curves, start_run, values_of_step
-from utils.samples.write import write_samples
-from utils.settings import (
-    SAME_SECTION,
-    CommonSettings,
-    Rule,
-    above,
-    at_least,
-    between,
-    check_keys,
-    check_value,
-    one_line_errors,
-    one_of,
-    read_settings,
-    stop_at_moved_files,
-)
+from utils.log import MetricsLog, drawing, finish_run, metric_lines, plot_curves, start_run, values_of_step
+from utils.settings import SAME_SECTION, CommonSettings, Rule, above, at_least, between, one_of, read_settings
+from utils.tracking import siamfc
 from utils.tracking.frames import FrameSource
 from utils.tracking.metrics import got10k_scores, mean_one_pass_scores, score_boxes, still_boxes
 from utils.tracking.sequences import Sequence, file_coordinates, split_dataset
-from utils.tracking.siamfc import (
-    EXEMPLAR_SIZE,
-    TOTAL_STRIDE,
-    SiamFC,
-    balanced_weights,
-    box_center,
-    context_side,
-    crop_and_resize,
-    load_siamfc,
-    response_labels,
-)
+from utils.tracking.siamfc import EXEMPLAR_SIZE, TOTAL_STRIDE, SiamFC
 from utils.tracking.tracker import SiamFCTracker, TrackerSettings, track_frames
 
 INSTANCE_SIZE, RESPONSE_SIZE = 239, 15  # px, cells along each side, in training
 INTERPOLATIONS = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_LANCZOS4)
 BLUR_SIGMA = (0.5, 2.5)  # px
 RANDOM_BOX_SHARE = (0.08, 0.4)  # least and most, a share of the picture's shorter side
-MAX_LISTED = 5
 BELOW_1 = Rule(lambda value: 0 <= value < 1, "0 or more, and below 1")
 REPORTED = ("ao", "sr_50", "success_auc")  # what best.pt can be chosen by
 # what may differ in a resumed run
-RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data_root", "data.root", "data.index")
+RESUMABLE = (
+    "resume", "train.steps", "device", "num_workers", "data_root", "data.root", "data.index", "data.parts.*.root",
+    "data.parts.*.index",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -229,10 +208,8 @@ def draw_box(image_rgb: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     height, width = image_rgb.shape[:2]
     boxes, contrasts = [], []
     for _ in range(4):
-        side, aspect = (
-            min(height, width) * np.exp(rng.uniform(*np.log(RANDOM_BOX_SHARE))),
-            np.exp(rng.uniform(-0.5, 0.5)),
-        )
+        side = min(height, width) * np.exp(rng.uniform(*np.log(RANDOM_BOX_SHARE)))
+        aspect = np.exp(rng.uniform(-0.5, 0.5))
         w, h = max(1, round(side * aspect)), max(1, round(side / aspect))
         x, y = int(rng.integers(max(1, width - w))), int(rng.integers(max(1, height - h)))
         boxes.append(np.array([x, y, w, h], np.float64))
@@ -258,11 +235,12 @@ def cut_patch(
     Returns:
         uint8 (out_size, out_size, 3).
     """
-    side = context_side(box_xywh[2:]) * out_size / EXEMPLAR_SIZE * (1 + pair_settings.stretch * rng.uniform(-1, 1))
+    stretch = 1 + pair_settings.stretch * rng.uniform(-1, 1)
+    side = siamfc.context_side(box_xywh[2:]) * out_size / EXEMPLAR_SIZE * stretch
     shift_xy = rng.uniform(-shift_px, shift_px, 2) * side / out_size  # px of the image
     interpolation = INTERPOLATIONS[rng.integers(len(INTERPOLATIONS)) if pair_settings.random_interpolation else 0]
-    center_xy = box_center(box_xywh) + shift_xy
-    return crop_and_resize(image_rgb, center_xy, side, out_size, None, interpolation)
+    center_xy = siamfc.box_center(box_xywh) + shift_xy
+    return siamfc.crop_and_resize(image_rgb, center_xy, side, out_size, None, interpolation)
 
 
 def vary_colors(
@@ -424,8 +402,8 @@ def evaluate_pairs(
         return {}
     model.eval()
     device = next(model.parameters()).device
-    labels = response_labels(RESPONSE_SIZE, settings.r_pos).to(device)  # (15, 15)
-    weights = balanced_weights(labels)
+    labels = siamfc.response_labels(RESPONSE_SIZE, settings.r_pos).to(device)  # (15, 15)
+    weights = siamfc.balanced_weights(labels)
     loss, hits, pictures = 0.0, 0.0, []
     for start in range(0, num_pairs, settings.batch_size):
         batch = collate([dataset[index] for index in range(start, min(start + settings.batch_size, num_pairs))])
@@ -439,7 +417,9 @@ def evaluate_pairs(
             if len(pictures) < settings.picture_pairs:
                 pictures.append(draw_pair(exemplar, instance, response[0].float().cpu()))
     if pictures:
-        write_image(picture_path, np.concatenate(pictures))
+        with drawing(picture_path):
+            picture_path.parent.mkdir(parents=True, exist_ok=True)
+            write_image(picture_path, np.concatenate(pictures))
     return {"val/loss": loss, "val/hit_rate": hits}
 
 
@@ -478,22 +458,20 @@ def list_data(data: dict) -> tuple[list[Sequence], list[Sequence]]:
     With parts, `data.turns` says how many turns each sequence of a part has in an epoch of training.
     """
     if "parts" not in data:
-        data = dict(data)
-        generate = data.pop("generate", None)
-        if generate is not None:
-            data["root"] = str(write_samples(generate, data["root"]))
-        check_keys(split_dataset, data, "data")
+        sections.check_keys(split_dataset, data, "data")
         return split_dataset(**data)
-    check_keys(lambda parts, turns: None, data, "data")
+    sections.check_keys(lambda parts, turns: None, data, "data")
     if sorted(data["parts"]) != sorted(data["turns"]):
         raise ValueError(f"data.turns names {', '.join(data['turns'])}; must name {', '.join(data['parts'])}")
     train_sequences, val_sequences = [], []
     for name, part in data["parts"].items():
-        check_value(turns := data["turns"][name], int, f"data.turns.{name}")
-        if turns < 0:
-            raise ValueError(f"data.turns.{name} is {turns}; must be 0 or more")
+        turns = data["turns"][name]
+        sections.check_value(turns, Annotated[int, at_least(0)], f"data.turns.{name}")
         try:
-            train_part, val_part = list_data(part)
+            train_part, val_part = (
+                [replace(sequence, name=f"{name}/{sequence.name}") for sequence in sequences]
+                for sequences in list_data(part)
+            )
         except (ValueError, FileNotFoundError) as error:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
             raise kind(f"data.parts.{name}: {error}") from error
@@ -519,7 +497,7 @@ def keep_usable(
         f"{len(different) - len(useless)} sequences"
     )
     if useless:
-        listed = ", ".join(first_few(useless, MAX_LISTED))
+        listed = ", ".join(first_few(useless))
         print(f"  without a usable box (see pairs.*), or with a first frame that cannot be read: {listed}")
     sequences = [sequence for sequence in sequences if len(usable[id(sequence)])]
     return sequences, [usable[id(sequence)] for sequence in sequences]
@@ -529,7 +507,8 @@ def build_model(model_settings: ModelSettings, is_resumed: bool) -> SiamFC:
     """Build the network with random weights, or those of a checkpoint; a resumed run has its own."""
     model = SiamFC(model_settings.score_bias)
     if model_settings.checkpoint is not None and not is_resumed:
-        missing, unknown = model.load_state_dict(load_siamfc(model_settings.checkpoint).state_dict(), strict=False)
+        loaded = siamfc.load_siamfc(model_settings.checkpoint)
+        missing, unknown = model.load_state_dict(loaded.state_dict(), strict=False)
         if unknown:
             raise ValueError(
                 f"model.score_bias is false; must be true: model.checkpoint {model_settings.checkpoint} has one"
@@ -546,15 +525,6 @@ def build_optimizer(model: SiamFC, optim_settings: OptimSettings) -> torch.optim
         groups[optim_settings.weight_decay if optim_settings.decay_all or parameter.ndim > 1 else 0.0].append(parameter)
     groups = [{"params": group, "weight_decay": decay} for decay, group in groups.items() if group]
     return torch.optim.SGD(groups, lr=optim_settings.lr, momentum=optim_settings.momentum)
-
-
-def print_table(start: dict, best: dict, last: dict) -> None:
-    """Print one row per metric: the first box kept still, before training, best checkpoint, last."""
-    print(f"\n{'metric':<16}{'still box':>10}{'step 0':>9}{'best':>9}{'last':>9}")
-    for name in REPORTED:
-        cells = "".join(f"{metrics[f'val/{name}']:>9.3f}" for metrics in (start, best, last))
-        print(f"{name:<16}{best[f'val/still_{name}']:>10.3f}{cells}")
-    print(f"best checkpoint: step {best['step']}, chosen on {best['val/num_frames']} validation frames")
 
 
 def check_pairs(dataset: SiamesePairs, run_dir: Path, num_pairs: int) -> None:
@@ -582,13 +552,16 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     device = run.choose_device(common.device)
     precision = run.choose_precision(common.precision, device)
     tracker_precision = precision if settings.tracker.mode == "fast" else "fp32"
-    labels = response_labels(RESPONSE_SIZE, train_settings.r_pos).to(device)  # (15, 15)
-    weights = balanced_weights(labels)
+    labels = siamfc.response_labels(RESPONSE_SIZE, train_settings.r_pos).to(device)  # (15, 15)
+    weights = siamfc.balanced_weights(labels)
     run.seed_everything(common.seed)
     model = build_model(settings.model, resume_path is not None)
 
     # data: list, leave out what cannot be used
     train_sequences, val_sequences = list_data(settings.data)
+    splits = {"train": train_sequences, "val": val_sequences}
+    splits = loops.keep_splits(loops.stored_splits(resume_path), splits)
+    train_sequences, val_sequences = splits.values()
     train_sequences, train_usable = keep_usable(train_sequences, pair_settings, "train")
     val_pair_sequences, val_usable = keep_usable(val_sequences[: train_settings.eval_sequences], pair_settings, "val")
     val_sequences = [sequence for sequence in val_sequences if sequence.visible[:-1].any()]
@@ -621,9 +594,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     is_resumed = resume_path is not None
     loop = loops.resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else loops.LoopState()
     log = MetricsLog(run_dir, loop.rows)
-    save = functools.partial(
-        loops.save_run, run_dir, loop, model, optimizer, scaler, {"script": "train_siamfc", "config": config}
-    )
+    description = {"script": "train_siamfc", "config": config}
+    names = loops.split_names(splits)
+    save = functools.partial(loops.save_run, run_dir, loop, model, optimizer, scaler, description, names)
     if is_resumed:
         save(is_best=False)  # from now on this folder can be resumed too
 
@@ -644,7 +617,6 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         is_last = loop.step >= train_settings.steps
         if (loop.step % train_settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
             samples_dir = run_dir / "samples" / f"step_{loop.step:06d}"
-            samples_dir.mkdir(parents=True, exist_ok=True)
             with window.paused():  # speed is that of training alone
                 metrics = evaluate_tracking(
                     model, val_sequences, settings.tracker, tracker_precision, train_settings.eval_frames
@@ -718,31 +690,28 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     plot_curves(loop.rows, run_dir / "curves.png")
     log.close()
     finish_run(run_dir, {"start": loop.start_metrics, "best": loop.best, "last": last})
-    print_table(loop.start_metrics, loop.best, last)
+    still = {f"val/{name}": loop.best[f"val/still_{name}"] for name in REPORTED}  # the first box kept still
+    columns = {"still box": still, "step 0": loop.start_metrics, "best": loop.best, "last": last}
+    print("\n" + "\n".join(metric_lines(REPORTED, columns)))
+    print(f"best checkpoint: step {loop.best['step']}, chosen on {loop.best['val/num_frames']} validation frames")
     shown_dir = os.path.relpath(run_dir)
     print(f"\nWritten to {shown_dir}. Next, track something with it:")
-    print(f"  python track.py {shlex.quote(f'checkpoint={shown_dir}/best.pt')}")
+    print("  " + sections.show_command("track.py", checkpoint=f"{shown_dir}/best.pt"))
     return loop.best[train_settings.select_by]
 
 
 @hydra.main(version_base="1.3", config_path="configs/tracking", config_name="train_siamfc")
 def main(cfg) -> float:
     """Read the config, train, and end with one line on what went wrong and status 1, if anything did."""
-    with one_line_errors("train_siamfc"):
+    with sections.one_line_errors("train_siamfc"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         hydra_config = HydraConfig.get()
-        run_dir, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
-        resume_path = None
-        if config["resume"] is not None:
-            resume_path = find_resume(config["resume"])
-            stored = stored_config(Config, load_checkpoint(resume_path), resume_path, is_resumed=True)
-            places = [
-                f"data.parts.{part}.{key}" for part in stored["data"].get("parts", {}) for key in ("root", "index")
-            ]
-            config = resumed_config(stored, config, overrides, (*RESUMABLE, *places))
-        return train(config, run_dir, resume_path)
+        config, resume_path = config_to_resume(
+            Config, "train_siamfc", config, list(hydra_config.overrides.task), RESUMABLE
+        )
+        return train(config, Path(hydra_config.runtime.output_dir), resume_path)
 
 
 if __name__ == "__main__":
-    stop_at_moved_files("tracking", sys.argv[1:])
+    sections.read_command_line("tracking")
     main()

@@ -49,18 +49,10 @@ from tqdm import tqdm
 from utils import loop as loops
 from utils import run
 from utils import settings as sections
-from utils.checkpoint import (
-    check_script,
-    find_resume,
-    find_weights,
-    load_checkpoint,
-    load_run,
-    resumed_config,
-    stored_config,
-)
+from utils.checkpoint import check_script, config_to_resume, find_weights, load_checkpoint, stored_config
 from utils.dataset_check import CheckReport
 from utils.images import IGNORE_INDEX, list_pictures, overlay_label_map, write_image
-from utils.log import MetricsLog, drawing, finish_run, plot_curves, start_run, values_of_step
+from utils.log import MetricsLog, drawing, finish_run, metric_lines, plot_curves, start_run, values_of_step
 from utils.samples.write import write_samples
 from utils.segmentation import losses, metrics, model_summary, prediction, reports, views
 from utils.segmentation.check import check_data, count_class_pixels
@@ -578,7 +570,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         run_dir, {"start": loop.start_metrics, "best": loop.best, "last": last, "test": test, "majority": majority}
     )
     columns = {"majority": majority, "step 0": loop.start_metrics, "best": loop.best, "last": last, "test": test}
-    print("\n" + "\n".join(reports.metric_lines(columns)))
+    print("\n" + "\n".join(metric_lines(reports.REPORTED, columns)))
     print(f"best checkpoint: step {loop.best['step']}, chosen on {loop.best['val/num_images']} validation images")
     shown_dir, example = os.path.relpath(run_dir), os.path.relpath((test_items or val_items)[0].image_path)
     print(f"\nWritten to {shown_dir}. Next, predict a picture with it:")
@@ -687,7 +679,7 @@ def evaluate_checkpoint(config: dict, state: dict, run_dir: Path) -> float:
     finish_run(run_dir, {"last": values, "majority": majority})
     np.savetxt(run_dir / "confusion.csv", matrix, "%d", ",", header=",".join(class_names), comments="")
     print("\n" + "\n".join(reports.class_lines(matrix, class_names, split)))
-    print("\n" + "\n".join(reports.metric_lines({"majority": majority, "measured": values})))
+    print("\n" + "\n".join(metric_lines(reports.REPORTED, {"majority": majority, "measured": values})))
     print(f"{len(items)} images; pictures and confusion.csv in {os.path.relpath(run_dir)}")
     return values[f"{split}/mean_iou"]
 
@@ -773,11 +765,7 @@ def main(cfg) -> float | None:
         hydra_config = HydraConfig.get()
         run_dir, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
         if config["mode"] == "train":
-            resume_path = None
-            if config["resume"] is not None:
-                resume_path = find_resume(config["resume"])
-                stored = stored_config(Config, load_run(resume_path, "train_unet"), resume_path, is_resumed=True)
-                config = resumed_config(stored, config, overrides, RESUMABLE)
+            config, resume_path = config_to_resume(Config, "train_unet", config, overrides, RESUMABLE)
             return train(config, run_dir, resume_path)
         state = None
         if config["checkpoint"] is not None:

@@ -459,7 +459,6 @@ def test_keys_formats_and_roots_that_are_wrong(tmp_path):
     keys = data_keys("label_map", write_label_maps(tmp_path))
     for change, error, message in [
         ({"lable_dir": "labels"}, ValueError, "unknown key data.lable_dir; must be among data.image_dir"),
-        ({"root": 3}, ValueError, "data.root is 3; must be a folder"),
         ({"format": "cocoo"}, ValueError, "data.format is 'cocoo'; must be one of labpics, label_map"),
         ({"root": "nowhere"}, FileNotFoundError, "data.root nowhere is not a folder .*DATA_ROOT"),
         ({"on_bad": "ignore"}, ValueError, "data.on_bad is 'ignore'; must be stop or skip"),

@@ -218,8 +218,11 @@ def test_new_samples_change_no_split_of_a_resumed_run(capsys):
     stored = {"train": ["a", "b"], "val": ["c"], "test": ["d"]}
     now = samples_of({"train": ["new", "b", "c"], "val": ["d", "newer"], "test": ["a"], "other": ["x"]})
     names = loops.split_names(loops.keep_splits(stored, now))
-    assert names == {"train": ["b", "a"], "val": ["c"], "test": ["d"], "other": ["x"]}
-    assert capsys.readouterr().out == "resumed with the samples that the run had; left out 2 new: new, newer\n"
+    assert names == {"train": ["a", "b"], "val": ["c"], "test": ["d"], "other": ["x"]}
+    assert (
+        capsys.readouterr().out
+        == "resumed with the samples that the run had; left out 2 others, new or unusable then: new, newer\n"
+    )
     assert loops.keep_splits({}, now) == now  # an older file
 
 

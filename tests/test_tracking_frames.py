@@ -268,22 +268,3 @@ def test_a_video_is_written_whole_or_not_at_all(tmp_path):
             with write_video(path, (32, 32), fps):
                 pass
     assert path.read_bytes() == b"an older one" and list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path):
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        pytest.skip("reads /proc/self/statm")
-    frame = picture(0, 240, 320)
-    with write_video(tmp_path / "long.mp4", (240, 320), 25) as video:
-        for index in range(3000):
-            frame[index % 240] = index % 256
-            video.add(frame)
-
-    used_mib = []
-    for index, _, error in FrameSource(tmp_path / "long.mp4"):
-        assert error is None
-        if index in (300, 2999):
-            used_mib.append(int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
-    assert len(used_mib) == 2 and used_mib[1] - used_mib[0] < 30  # all its frames are 660 MiB

@@ -328,13 +328,13 @@ def test_mean_color_equals_that_of_numpy_exactly(height, width):
 # labels
 
 
-@pytest.mark.parametrize("size, r_pos, total_stride, num_ones", [(15, 16, 8, 13), (17, 16, 8, 13), (15, 0, 8, 1)])
-def test_labels(size, r_pos, total_stride, num_ones):
-    labels = response_labels(size, r_pos, total_stride)
+@pytest.mark.parametrize("size, r_pos, num_ones", [(15, 16, 13), (17, 16, 13), (15, 0, 1)])
+def test_labels(size, r_pos, num_ones):
+    labels = response_labels(size, r_pos)
     middle = size // 2
     for i in range(size):
         for j in range(size):
-            assert labels[i, j] == (total_stride * (abs(i - middle) + abs(j - middle)) <= r_pos)
+            assert labels[i, j] == (8 * (abs(i - middle) + abs(j - middle)) <= r_pos)
     assert labels.sum() == num_ones and labels.dtype == torch.float32
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_tracking import SmallBackbone
+from tiny_tracking import small_model, textured
 from torch import nn
 
 from benchmarks.plain_siamfc import PlainTracker
@@ -16,22 +16,9 @@ from utils.tracking.frames import FrameSource
 from utils.tracking.siamfc import SiamFC, mean_color
 from utils.tracking.tracker import SiamFCTracker, TrackerSettings, fold_batch_norm, track_frames, vertex_offset
 
-PARITY = TrackerSettings(mode="parity")
+DEFAULT, PARITY = TrackerSettings(), TrackerSettings(mode="parity")
 SUBPIXEL = TrackerSettings(subpixel_peak=True)
 needs_numpy_2 = pytest.mark.skipif(np.__version__ < "2", reason="NumPy 1 gives the plain tracker other float types")
-
-
-def small_model(seed=0, **keys):
-    torch.manual_seed(seed)
-    model = SiamFC(score_bias=False)
-    model.backbone = SmallBackbone(**keys)
-    return model.eval()
-
-
-def textured(rng, height, width, blur=2.0):
-    noise = rng.normal(size=(height, width, 3)).astype(np.float32)
-    noise = cv2.GaussianBlur(noise, (0, 0), blur)
-    return np.clip(128 + 50 * noise / noise.std(), 0, 255).astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,7 +153,7 @@ def test_the_real_network_in_parity_and_fast():
     plain = PlainTracker(plain_network(model.state_dict()))
     trackers = {
         "parity": SiamFCTracker(model.train(), PARITY),  # trackers copy the model, whatever its mode
-        "fast": SiamFCTracker(model, TrackerSettings()),
+        "fast": SiamFCTracker(model, DEFAULT),
         "subpixel": SiamFCTracker(model, SUBPIXEL),
     }
     assert model.training
@@ -229,11 +216,17 @@ def iou(a, b):
     return inter / (np.prod(a[2:]) + np.prod(b[2:]) - inter)
 
 
+def start(frame, boxes_xywh, settings=DEFAULT, model=None):
+    """A tracker that has seen its first frame; without a model it has one that follows the object."""
+    tracker = SiamFCTracker(model or small_model(num_channels=32, is_matching=True), settings)
+    tracker.init(frame, np.array(boxes_xywh))
+    return tracker
+
+
 @pytest.mark.parametrize("mode, growth", [("fast", 1.01), ("fast", 0.99), ("parity", 1.01)])
 def test_following_an_object_that_moves_and_changes_its_size(mode, growth):
     frames, boxes = moving_object(45, growth=growth)
-    tracker = SiamFCTracker(small_model(num_channels=32, is_matching=True), TrackerSettings(mode=mode))
-    tracker.init(frames[0], boxes[:1])
+    tracker = start(frames[0], boxes[:1], TrackerSettings(mode=mode))
     results = [tracker.update(frame) for frame in frames[1:]]
     overlaps = [iou(result[0][0], box) for result, box in zip(results, boxes[1:], strict=True)]
     assert np.mean(overlaps) > 0.7 and min(overlaps) > 0.5, overlaps
@@ -247,17 +240,14 @@ def test_following_an_object_that_moves_and_changes_its_size(mode, growth):
 def test_an_object_that_vanishes_seems_lost_until_it_is_back():
     hidden = range(10, 16)
     frames, boxes = moving_object(25, hidden=hidden, step_xy=(0, 0))
-    tracker = SiamFCTracker(small_model(num_channels=32, is_matching=True), TrackerSettings())
-    tracker.init(frames[0], boxes[:1])
+    tracker = start(frames[0], boxes[:1])
     is_lost = [bool(tracker.update(frame)[2][0]) for frame in frames[1:]]
     assert is_lost == [t in hidden for t in range(1, 25)]
 
 
 def test_a_frame_without_contrast():
     plain = np.full((60, 80, 3), 90, np.uint8)
-    tracker = SiamFCTracker(small_model(), TrackerSettings())
-    tracker.init(plain, np.array([[30, 20, 10, 10]]))
-    boxes, scores, is_lost = tracker.update(plain)
+    boxes, scores, is_lost = start(plain, [[30, 20, 10, 10]], model=small_model()).update(plain)
     assert np.isfinite(boxes).all() and is_lost[0] and np.isfinite(scores).all()
 
 
@@ -268,11 +258,9 @@ def test_a_frame_without_contrast():
 def test_several_objects_equal_single_runs():
     frames, first = moving_object(100)
     boxes_xywh = np.concatenate([first[:1], [[20, 20, 30, 12], [200, 150, 9, 40], [120, 90, 22.5, 20.25]]])
-    model = small_model(num_channels=32, is_matching=True)
 
     def track(boxes_xywh):
-        tracker = SiamFCTracker(model, TrackerSettings())
-        tracker.init(frames[0], boxes_xywh)
+        tracker = start(frames[0], boxes_xywh)
         results = [tracker.update(frame) for frame in frames[1:]]
         return np.stack([boxes for boxes, _, _ in results]), np.stack([scores for _, scores, _ in results])
 
@@ -288,11 +276,7 @@ def test_objects_in_groups_of_any_size_equal_single_runs(monkeypatch):
     frames, first = moving_object(2)
     boxes_xywh = first[[0] * 5] + np.arange(5)[:, None] * [1, 1, 0.5, 0.25]
     model = small_model()
-    alone = []
-    for box_xywh in boxes_xywh:
-        tracker = SiamFCTracker(model, TrackerSettings())
-        tracker.init(frames[0], box_xywh[None])
-        alone.append(tracker.update(frames[1])[0][0])
+    alone = [start(frames[0], [box_xywh], model=model).update(frames[1])[0][0] for box_xywh in boxes_xywh]
     for mode, num_per_forward in (("fast", 1), ("fast", 2), ("fast", 5), ("fast", 32), ("parity", 1)):
         monkeypatch.setattr(siamfc_tracker, "CPU_OBJECTS_PER_FORWARD", num_per_forward)
         tracker = SiamFCTracker(model, TrackerSettings(mode=mode))
@@ -319,11 +303,10 @@ def write_moving(folder, num_frames=6):
 
 def test_tracking_a_video_is_init_and_updates(tmp_path):
     frames, boxes_xywh = write_moving(tmp_path)
-    model = small_model(num_channels=32, is_matching=True)
-    expected = SiamFCTracker(model, TrackerSettings())
-    expected.init(frames[0], boxes_xywh)
+    expected = start(frames[0], boxes_xywh)
     given = boxes_xywh.copy()
-    tracked = list(track_frames(SiamFCTracker(model, TrackerSettings()), FrameSource(tmp_path), given))
+    tracker = SiamFCTracker(small_model(num_channels=32, is_matching=True), DEFAULT)
+    tracked = list(track_frames(tracker, FrameSource(tmp_path), given))
     assert [tracked_frame.index for tracked_frame in tracked] == list(range(6)) and np.array_equal(given, boxes_xywh)
     assert np.array_equal(tracked[0].boxes_xywh, boxes_xywh) and tracked[0].boxes_xywh.dtype == np.float64
     assert tracked[0].scores.tolist() == [1, 1] and tracked[0].is_lost.tolist() == [False, False]
@@ -341,10 +324,9 @@ def test_a_frame_that_cannot_be_read_leaves_the_objects_where_they_were(tmp_path
     frames, boxes_xywh = write_moving(tmp_path)
     for t in (2, 3):
         (tmp_path / f"{t}.png").write_bytes(b"no picture")
-    model = small_model(num_channels=32, is_matching=True)
-    expected = SiamFCTracker(model, TrackerSettings())
-    expected.init(frames[0], boxes_xywh)
-    tracked = list(track_frames(SiamFCTracker(model, TrackerSettings()), FrameSource(tmp_path), boxes_xywh))
+    expected = start(frames[0], boxes_xywh)
+    tracker = SiamFCTracker(small_model(num_channels=32, is_matching=True), DEFAULT)
+    tracked = list(track_frames(tracker, FrameSource(tmp_path), boxes_xywh))
     assert [tracked_frame.index for tracked_frame in tracked] == list(range(6))
     assert [t for t in range(6) if tracked[t].error is not None] == [2, 3]
     before = expected.update(frames[1])[0]
@@ -358,7 +340,7 @@ def test_a_frame_that_cannot_be_read_leaves_the_objects_where_they_were(tmp_path
 
 def test_a_video_whose_first_frame_or_box_is_no_good(tmp_path):
     _, boxes_xywh = write_moving(tmp_path, 3)
-    tracker = SiamFCTracker(small_model(), TrackerSettings())
+    tracker = SiamFCTracker(small_model(), DEFAULT)
     with pytest.raises(ValueError, match="box 1 of 1 is .* outside the first frame"):
         next(track_frames(tracker, FrameSource(tmp_path), [[900, 900, 10, 10]]))
     (tmp_path / "0.png").write_bytes(b"no picture")
@@ -375,9 +357,8 @@ def test_a_video_whose_first_frame_or_box_is_no_good(tmp_path):
 
 def track_responses(settings, responses, num_frames=1, box=(100, 80, 20, 30), frame_hw=(200, 300)):
     """Track with responses (3, 17, 17) that are given: the boxes (num_frames, 4)."""
-    frame = textured(np.random.default_rng(0), *frame_hw)
-    tracker = SiamFCTracker(small_model(), settings)
-    tracker.init(frame, np.array([box]))
+    frame = textured(0, *frame_hw)
+    tracker = start(frame, [box], settings, small_model())
     tracker._responses = lambda image, scale_factors: responses[:, None].astype(np.float32)
     return np.stack([tracker.update(frame)[0][0] for _ in range(num_frames)])
 
@@ -411,7 +392,7 @@ def test_an_object_at_rest_stays_where_it_is():
     for responses in (one_peak(8, 8), np.ones((3, 17, 17))):
         box = track_responses(SUBPIXEL, responses)[0]
         np.testing.assert_allclose(box, [100, 80, 20, 30], atol=1e-4)
-        for settings in (PARITY, TrackerSettings()):  # the default stays with the published peak
+        for settings in (PARITY, DEFAULT):  # the default stays with the published peak
             box = track_responses(settings, responses)[0]
             np.testing.assert_allclose(center(box), np.array([109.5, 94.5]) - 0.25 * side / 255, atol=1e-4)
 
@@ -419,7 +400,7 @@ def test_an_object_at_rest_stays_where_it_is():
 def test_a_negative_peak_does_not_favour_a_change_of_scale():
     """The published penalty, a factor below 1, makes negative responses larger."""
     responses = np.full((3, 17, 17), -2.0) + one_peak(8, 8, 0) + one_peak(8, 8, 1) + one_peak(8, 8, 2)
-    assert track_responses(TrackerSettings(), responses)[0, 2] == 20
+    assert track_responses(DEFAULT, responses)[0, 2] == 20
     assert track_responses(PARITY, responses)[0, 2] < 19.6
 
 
@@ -440,9 +421,8 @@ def test_the_scale_is_limited(scale_index, limit):
 @pytest.mark.parametrize("scale_index", [0, 2])
 def test_a_scale_that_runs_away_ends_no_run(scale_index):
     """The published code fails in OpenCV where the scale shrinks, and fills the memory where it grows."""
-    frame = textured(np.random.default_rng(0), 60, 80)
-    tracker = SiamFCTracker(small_model(), PARITY)
-    tracker.init(frame, np.array([[30, 20, 10, 12]]))
+    frame = textured(0, 60, 80)
+    tracker = start(frame, [[30, 20, 10, 12]], PARITY, small_model())
     tracker._responses = lambda image, scale_factors: one_peak(8, 8, scale_index)[:, None].astype(np.float32)
     for _ in range(700):
         boxes, _, _ = tracker.update(frame)
@@ -452,7 +432,7 @@ def test_a_scale_that_runs_away_ends_no_run(scale_index):
 
 
 def test_the_center_stays_inside_the_frame():
-    boxes = track_responses(TrackerSettings(), one_peak(2, 14), 40)
+    boxes = track_responses(DEFAULT, one_peak(2, 14), 40)
     np.testing.assert_allclose(center(boxes[-1]), [299, 0], atol=1e-3)
     for settings in (TrackerSettings(keep_center_inside=False), PARITY):
         x, y = center(track_responses(settings, one_peak(2, 14), 40)[-1])
@@ -461,7 +441,7 @@ def test_the_center_stays_inside_the_frame():
 
 def test_the_window_prefers_small_movements():
     responses = 1 + 0.10 * one_peak(8, 9) + 0.12 * one_peak(1, 16) - one_peak(16, 0)
-    near = track_responses(TrackerSettings(), responses)[0]
+    near = track_responses(DEFAULT, responses)[0]
     far = track_responses(TrackerSettings(window_influence=0.0), responses)[0]
     assert 0 < center(near)[0] - 109.5 < 5 and abs(center(near)[1] - 94.5) < 0.5
     assert center(far)[0] - 109.5 > 20 and center(far)[1] - 94.5 < -20
@@ -482,9 +462,8 @@ def test_vertex_of_a_parabola():
 
 
 def test_the_border_has_the_first_frames_mean_colour():
-    first, second = textured(np.random.default_rng(0), 50, 60), np.zeros((50, 60, 3), np.uint8)
-    tracker = SiamFCTracker(small_model(), TrackerSettings())
-    tracker.init(first, np.array([[0, 0, 10, 10]]))
+    first, second = textured(0, 50, 60), np.zeros((50, 60, 3), np.uint8)
+    tracker = start(first, [[0, 0, 10, 10]], model=small_model())
     tracker.update(second)
     assert np.array_equal(tracker.border_rgb, mean_color(first))
 
@@ -521,7 +500,7 @@ def test_parity_computes_in_fp32_alone():
 )
 def test_bad_boxes(boxes, message):
     with pytest.raises(ValueError, match=message):
-        SiamFCTracker(small_model(), TrackerSettings()).init(np.zeros((60, 80, 3), np.uint8), boxes)
+        SiamFCTracker(small_model(), DEFAULT).init(np.zeros((60, 80, 3), np.uint8), boxes)
 
 
 @pytest.mark.parametrize(

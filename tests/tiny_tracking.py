@@ -53,6 +53,14 @@ class SmallNormBackbone(nn.Module):
         return 5 * self.conv1(F.avg_pool2d(images, 8))
 
 
+def small_model(seed=0, **keys) -> SiamFC:
+    """A network with a SmallBackbone, in eval mode."""
+    torch.manual_seed(seed)
+    model = SiamFC(score_bias=False)
+    model.backbone = SmallBackbone(**keys)
+    return model.eval()
+
+
 def use_backbone(monkeypatch, make=SmallNormBackbone) -> None:
     """Let train_siamfc.py build its network with another backbone."""
 
@@ -66,6 +74,13 @@ def use_backbone(monkeypatch, make=SmallNormBackbone) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # datasets
+
+
+def textured(seed: int | np.random.Generator, height: int, width: int, blur=2.0) -> np.ndarray:
+    """Draw a texture, uint8 (H, W, 3); a generator goes on from where it is."""
+    noise = np.random.default_rng(seed).normal(size=(height, width, 3)).astype(np.float32)
+    noise = cv2.GaussianBlur(noise, (0, 0), blur)
+    return np.clip(128 + 50 * noise / noise.std(), 0, 255).astype(np.uint8)
 
 
 def draw_video(rng: np.random.Generator, num_frames: int, height=120, width=160) -> tuple[list, np.ndarray]:
@@ -211,6 +226,13 @@ def tiny_overrides(root: Path) -> list[str]:
 
 
 compose_config = functools.partial(tiny.compose_config, "train_siamfc")
+
+
+def configure(root: Path, *overrides: str) -> dict:
+    """Compose the config of a tiny run on what write_got10k wrote."""
+    return compose_config(*tiny_overrides(root), *overrides)
+
+
 train_in = functools.partial(tiny.train_in, train_siamfc)
 run_main = functools.partial(tiny.run_main, train_siamfc)
 

@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 from collections import OrderedDict
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -113,8 +114,7 @@ def check_script(state: dict, path: str | Path, script: str) -> None:
         path: of its file, for messages.
         script: such as "train_unet".
     """
-    config = state["config"] if isinstance(state.get("config"), dict) else {}
-    if not isinstance(config.get("model"), dict) or "model" not in state:
+    if not isinstance(state.get("config"), dict) or "model" not in state:
         raise ValueError(f"checkpoint {path} was not written by {script}.py: it has no config; give one of its files")
     if state.get("script", script) != script:
         raise ValueError(f"checkpoint {path} was not written by {script}.py, but by {state['script']}.py")
@@ -211,20 +211,43 @@ def find_resume(path: Path) -> Path:
     return path
 
 
+def config_to_resume(
+    cls: type, script: str, current: dict, overrides: list[str], allowed: tuple[str, ...]
+) -> tuple[dict, Path | None]:
+    """Take the config of the run that `resume` names, with what the command line may change of it.
+
+    Args:
+        cls: the script's Config.
+        script: such as "train_unet", which must have written it.
+        current: composed from this command line; without `resume` it comes back as it is.
+        overrides: the command line's own, such as ["resume=...", "train.steps=400"].
+        allowed: dotted keys that may differ, see `check_same_config`.
+    Returns:
+        the config, and the last.pt to continue from, or None.
+    Raises:
+        FileNotFoundError, ValueError: as `find_resume`, `load_run`, `stored_config` and `check_same_config`.
+    """
+    if current["resume"] is None:
+        return current, None
+    resume_path = find_resume(current["resume"])
+    stored = stored_config(cls, load_run(resume_path, script), resume_path, is_resumed=True)
+    return resumed_config(stored, current, overrides, allowed), resume_path
+
+
 def check_same_config(stored: dict, current: dict, allowed: tuple[str, ...] = ()) -> None:
     """Stop a resume whose config is not that of the run it continues.
 
     Args:
         stored: config from the checkpoint.
         current: config of this command.
-        allowed: dotted keys that may differ, such as ("train.steps", "device"); a key covers all below it.
+        allowed: dotted keys that may differ, such as ("train.steps", "data.parts.*.root"); a key covers all below it.
     Raises:
         ValueError: listing each other difference with both values.
     """
     stored_values, current_values = _flatten(stored), _flatten(current)
     differences = []
     for key in sorted(stored_values | current_values):
-        if any(key == name or key.startswith(name + ".") for name in allowed):
+        if any(fnmatch(key, name) or key.startswith(name + ".") for name in allowed):
             continue
         before, now = stored_values.get(key, "(absent)"), current_values.get(key, "(absent)")
         if before != now or isinstance(before, bool) != isinstance(now, bool):  # True == 1 in Python

@@ -18,7 +18,6 @@ PICTURE_REMEDIES = {  # kind of remark, as `images.remark_on_values` makes them 
     "unused intensity range": "dark to the model: stretch the values to the whole range of the file's type",
     "one value all over": "a blank picture; replace or remove it",
 }
-MAX_LISTED = 5  # examples printed for each kind
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def keep_usable(items: list, report: CheckReport, on_bad: str, advice: list[str]
         lines = [
             f"{len(report.bad)} of {len(report.items)} images cannot be used; repair them, "
             "or leave them out with data.on_bad=skip (check=true lists all):",
-            *first_few([fault for item in report.bad for fault in item.faults], MAX_LISTED),
+            *first_few([fault for item in report.bad for fault in item.faults]),
             *advice,
         ]
         raise ValueError("\n  ".join(lines))

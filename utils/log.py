@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def start_run(run_dir: Path, config: dict, counts: dict) -> None:
         "start": datetime.now().astimezone().isoformat(timespec="milliseconds"),
         "config": config,
     }
-    _write_json(path, record)
+    write_json(path, record, indent=2)
 
 
 def finish_run(run_dir: Path, metrics: dict[str, dict[str, float]]) -> None:
@@ -64,7 +65,7 @@ def finish_run(run_dir: Path, metrics: dict[str, dict[str, float]]) -> None:
     record["end"] = end.isoformat(timespec="milliseconds")
     record["duration_s"] = round((end - datetime.fromisoformat(record["start"])).total_seconds())
     record["metrics"] = metrics
-    _write_json(path, record)
+    write_json(path, record, indent=2)
 
 
 def git_state() -> dict[str, str | bool | None]:
@@ -100,12 +101,12 @@ def _machine() -> dict:
     return machine
 
 
-def _write_json(path: Path, record: dict) -> None:
-    _write_text(path, json.dumps(_without_non_finite(record), indent=2, allow_nan=False) + "\n")
+def write_json(path: Path, record: dict, indent: int | None = None) -> None:
+    """Write plain types whole or not at all; nan and infinity, which JSON lacks, become null."""
+    _write_text(path, json.dumps(_without_non_finite(record), indent=indent, allow_nan=False))
 
 
 def _without_non_finite(value):
-    """Replace nan and infinity, which JSON lacks, by null."""
     if isinstance(value, dict):
         return {key: _without_non_finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -197,6 +198,21 @@ def drawing(path: Path):
         yield
     except Exception as error:  # whatever matplotlib, OpenCV or the disk says
         print(f"{path} could not be drawn ({type(error).__name__}: {error}); all else goes on")
+
+
+def metric_lines(names: Sequence[str], columns: dict[str, dict[str, float]]) -> list[str]:
+    """Put metrics into lines to print: a row for each name, a column for each measurement.
+
+    Args:
+        names: such as "mean_iou".
+        columns: {title: {"val/mean_iou": float, ...}}; empty ones are left out.
+    """
+    columns = {title: metrics for title, metrics in columns.items() if metrics}
+    lines = [f"{'metric':<20}" + "".join(f"{title:>10}" for title in columns)]
+    for name in names:
+        row = [value for metrics in columns.values() for key, value in metrics.items() if key.endswith(f"/{name}")]
+        lines.append(f"{name:<20}" + "".join(f"{value:>10.3f}" for value in row))
+    return lines
 
 
 def plot_curves(rows: list[dict[str, int | float]], path: Path) -> None:

@@ -20,7 +20,6 @@ from utils.log import git_state
 from utils.run import choose_num_workers
 
 RUNNING_MEAN_DECAY = 0.99
-MAX_LISTED = 5
 MAX_SKIPPED_IN_A_ROW = 50  # steps whose fp16 gradients overflowed, each at half the scale of the one before
 
 
@@ -132,24 +131,21 @@ def keep_splits(stored: dict[str, list[str]], splits: dict[str, list]) -> dict[s
         stored: {split: names} from last.pt; a split that is not in it stays as it is (an older file has none).
         splits: {split: samples that are there now}, each with a `name` that no other has.
     Returns:
-        {split: those with the stored names, in the order of now}.
+        {split: those with the stored names, in their order}.
     Raises:
         ValueError: for names that are in none of the splits any more.
     """
-    split_of = {name: split for split, names in stored.items() for name in names}
     present = {sample.name: sample for split in stored for sample in splits[split]}
-    if gone := [f"{split} {name}" for name, split in split_of.items() if name not in present]:
+    stored_names = {name for names in stored.values() for name in names}
+    if gone := [f"{split} {name}" for split, names in stored.items() for name in names if name not in present]:
         raise ValueError(
-            f"{len(gone)} of the {len(split_of)} samples of the run to resume are not in the dataset, or not usable, "
-            f"any more: {', '.join(first_few(gone, MAX_LISTED))}; put them back, or start a new run"
+            f"{len(gone)} of the {len(stored_names)} samples of the run to resume are not in the dataset, or not "
+            f"usable, any more: {', '.join(first_few(gone))}; put them back, or start a new run"
         )
-    if new := [name for name in present if name not in split_of]:
-        listed = ", ".join(first_few(new, MAX_LISTED))
-        print(f"resumed with the samples that the run had; left out {len(new)} new: {listed}")
-    kept = {
-        split: [s for name, s in present.items() if name in split_of and split_of[name] == split] for split in stored
-    }
-    return splits | kept
+    if new := [name for name in present if name not in stored_names]:
+        listed = ", ".join(first_few(new))
+        print(f"resumed with the samples that the run had; left out {len(new)} others, new or unusable then: {listed}")
+    return splits | {split: [present[name] for name in names] for split, names in stored.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import logging
+import math
 import os
 import re
 import shlex
@@ -216,6 +217,12 @@ def check_value(value, kind: type, name: str) -> None:
             raise ValueError(f"{name} is {value}; must be {'null, or ' if is_optional else ''}{rule.words}")
 
 
+def is_numbers(value, count: int) -> bool:
+    """Tell whether a value is a list of `count` finite numbers, such as a box or a point."""
+    is_list = isinstance(value, list) and len(value) == count
+    return is_list and all(type(number) in (int, float) and math.isfinite(number) for number in value)
+
+
 def check_modes(given: list[str], modes: dict[str, tuple[str, ...]], mode: str) -> None:
     """Raise a ValueError for a key that is given in a mode that does not use it, naming the modes that do.
 
@@ -320,10 +327,9 @@ def stop_at_moved_files(task: str, arguments: list[str]) -> None:
     asked_files = {(group, name) for group, _, names in asked for name in names.split(",")}
     for path in sorted(configs.glob("*/*.yaml")):
         group, name = path.parent.name, path.stem
-        new_path = configs / task / group / path.name
-        if (group, name) in asked_files and not new_path.is_file():
-            place = f"configs/{group}/{path.name}"
-            sys.exit(f"error: {group}={name}: {place} is read no more; move it to configs/{task}/{group}/")
+        if (group, name) in asked_files and not (configs / task / group / path.name).is_file():
+            lies = f"{group}={name}: configs/{group}/{path.name} is read no more"
+            sys.exit(f"error: {lies}; move it to configs/{task}/{group}/")
 
 
 @contextlib.contextmanager

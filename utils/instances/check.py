@@ -12,6 +12,7 @@ from utils import dataset_check
 from utils.dataset_check import CheckReport, ItemReport
 from utils.images import read_image_unscaled, remark_on_values
 from utils.instances.readers import Instances, Item, check_same_size, object_ids
+from utils.listing import MAX_LISTED
 
 TINY_PX = 16  # an object of fewer pixels is remarked on
 REMEDIES = {  # kind of remark -> what to do about it
@@ -48,7 +49,7 @@ def check_data(
         ValueError: for faulty files where on_bad is "stop".
     """
     report = dataset_check.check_items([item for items in splits.values() for item in items], check_item)
-    print("\n".join(report_lines(report, None if list_all else dataset_check.MAX_LISTED)))
+    print("\n".join(report_lines(report, None if list_all else MAX_LISTED)))
     plot_statistics(report, run_dir / "dataset.png")
     with_large = {item.name for item in report.usable if item.content.areas_px.max() >= min_area_px}
     usable = {split: dataset_check.keep_usable(items, report, on_bad) for split, items in splits.items()}
@@ -103,7 +104,7 @@ def check_item(item: Item) -> ItemReport:
     return ItemReport(item.name, tuple(faults), tuple(remarks), orig_hw, bits, len(areas_px) > 0, content)
 
 
-def report_lines(report: CheckReport, max_listed: int | None = dataset_check.MAX_LISTED) -> list[str]:
+def report_lines(report: CheckReport, max_listed: int | None = MAX_LISTED) -> list[str]:
     """Put a report into lines to print.
 
     Args:

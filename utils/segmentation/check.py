@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from utils import dataset_check
-from utils.dataset_check import MAX_LISTED, CheckReport, ItemReport
+from utils.dataset_check import CheckReport, ItemReport
 from utils.images import IGNORE_INDEX, read_image_unscaled, remark_on_values
+from utils.listing import MAX_LISTED
 from utils.segmentation import readers
 from utils.segmentation.readers import Item, MaskCoding, yaml_value
 

@@ -74,17 +74,3 @@ def class_lines(matrix: np.ndarray, names: tuple[str, ...], split: str) -> list[
         share = truth[index] / max(1, truth.sum())
         lines.append(f"{name:<24}{share:>9.2%}{iou:>9.3f}{dice:>9.3f}{precision:>11.3f}{recall:>9.3f}")
     return [*lines, *remarks_on_predictions(matrix, names, split)]
-
-
-def metric_lines(columns: dict[str, dict[str, float]]) -> list[str]:
-    """Put metrics into lines to print: a row for each of REPORTED, a column for each measurement.
-
-    Args:
-        columns: {title: {"val/mean_iou": float, ...}}; empty ones are left out.
-    """
-    columns = {title: metrics for title, metrics in columns.items() if metrics}
-    lines = [f"{'metric':<20}" + "".join(f"{title:>10}" for title in columns)]
-    for name in REPORTED:
-        row = [value for metrics in columns.values() for key, value in metrics.items() if key.endswith(f"/{name}")]
-        lines.append(f"{name:<20}" + "".join(f"{value:>10.3f}" for value in row))
-    return lines

@@ -111,8 +111,6 @@ class FrameSource:
                 stream = container.streams.video[0]
                 self.num_frames = stream.frames or None
                 self.fps = float(stream.average_rate) if stream.average_rate else None
-        elif Path(source).exists() and not Path(source).is_dir():
-            raise ValueError(f"{source} is neither a folder nor a file; give a folder of frames or a video file")
         else:
             self._frame_paths = list_frames(source)
         if self._video_path is None:
@@ -169,24 +167,19 @@ class FrameSource:
         with _open_video(self._video_path) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            packets = container.demux(stream)
-            while True:
-                try:
-                    packet = next(packets)
-                except StopIteration:
-                    break
-                except av.FFmpegError as error:
-                    self.problem = f"{self._video_path} cannot be read after frame {index - 1}: {error.strerror}"
-                    break
-                try:
-                    pictures = packet.decode()
-                except av.FFmpegError as error:
-                    yield index, None, ValueError(f"{self.frame_name(index)} cannot be decoded: {error.strerror}")
-                    index += 1
-                    continue
-                for picture in pictures:
-                    yield index, _to_rgb(picture), None
-                    index += 1
+            try:
+                for packet in container.demux(stream):
+                    try:
+                        pictures = packet.decode()
+                    except av.FFmpegError as error:
+                        yield index, None, ValueError(f"{self.frame_name(index)} cannot be decoded: {error.strerror}")
+                        index += 1
+                        continue
+                    for picture in pictures:
+                        yield index, _to_rgb(picture), None
+                        index += 1
+            except av.FFmpegError as error:
+                self.problem = f"{self._video_path} cannot be read after frame {index - 1}: {error.strerror}"
         if self.problem is None and self.num_frames is not None and index < self.num_frames:
             self.problem = f"{self._video_path} ends after {index} of the {self.num_frames} frames that it should have"
 
@@ -258,7 +251,6 @@ def write_video(path: str | Path, size_hw: tuple[int, int], fps: float) -> Itera
     if not 0 < fps < float("inf"):
         raise ValueError(f"fps of {path} is {fps}; must be above 0")
     path, (height, width) = Path(path), size_hw
-    assert height > 0 and width > 0, size_hw
     partial = path.with_name(path.name + ".tmp")
     try:
         with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
@@ -286,7 +278,6 @@ def _fit(image_rgb: np.ndarray, height: int, width: int) -> np.ndarray:
     scale = min(height / image_rgb.shape[0], width / image_rgb.shape[1])
     fitted_hw = [max(1, round(side * scale)) for side in image_rgb.shape[:2]]
     top, left = (height - fitted_hw[0]) // 2, (width - fitted_hw[1]) // 2
-    fitted = np.zeros((height, width, 3), np.uint8)
-    inside = fitted[top : top + fitted_hw[0], left : left + fitted_hw[1]]
-    inside[:] = cv2.resize(image_rgb, fitted_hw[::-1], interpolation=cv2.INTER_AREA)
-    return fitted
+    fitted = cv2.resize(image_rgb, fitted_hw[::-1], interpolation=cv2.INTER_AREA)
+    bottom, right = height - top - fitted_hw[0], width - left - fitted_hw[1]
+    return cv2.copyMakeBorder(fitted, top, bottom, left, right, cv2.BORDER_CONSTANT)

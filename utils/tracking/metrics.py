@@ -14,7 +14,6 @@ from utils.tracking.sequences import Sequence, file_coordinates, find_result, re
 PROTOCOLS = ("got10k", "pysot", "pytracking")
 SUCCESS_THRESHOLDS = np.linspace(0, 1, 21)  # IoU; a frame succeeds where it is above
 PRECISION_THRESHOLDS = np.arange(51)  # px; a frame is precise where its centre distance is at most this
-GOT10K_THRESHOLDS = np.linspace(0, 1, 101)  # IoU
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,8 +84,28 @@ def one_pass_scores(boxes: np.ndarray, truth: np.ndarray, protocol: str) -> dict
         precision_20: at 20 px; success_50: IoU above 0.5.
     Raises:
         ValueError: for another protocol, or fewer boxes than groundtruth (not in pytracking), naming both numbers.
+    Source: got10k 0.1.3 experiments/otb.py; pysot d04028f toolkit/utils/statistics.py; pytracking 7eb9e74
+        analysis/extract_results.py (exclude_invalid_frames=False).
     """
-    iou, error_px = _frame_scores(boxes, truth, protocol)
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol is {protocol!r}; must be one of {', '.join(PROTOCOLS)}")
+    boxes, truth = np.array(boxes, np.float64), np.asarray(truth, np.float64)  # boxes is a copy
+    if protocol == "pytracking":
+        for i in range(1, min(len(boxes), len(truth))):
+            if (boxes[i, 2:] == 0).any() and not np.isnan(truth[i]).any():
+                boxes[i] = boxes[i - 1]
+        boxes = np.concatenate([boxes, np.zeros((max(0, len(truth) - len(boxes)), 4))])
+    _check_length(boxes, truth)
+    boxes = boxes[: len(truth)]
+    if protocol != "pysot":
+        boxes[0] = truth[0]
+    iou, error_px = box_iou(boxes, truth), center_error(boxes, truth)  # nan counts as a miss
+    if protocol == "pysot":
+        iou[~(truth[:, 2:] > 0).all(1)] = -1
+        error_px[~(_centers(truth) > 0).all(1)] = -1  # at most any threshold: counted as precise
+    elif protocol == "pytracking":
+        is_valid = (truth > 0).all(1)
+        iou[~is_valid], error_px[~is_valid] = -1, np.inf
     success = (iou[:, None] > SUCCESS_THRESHOLDS).mean(0)
     return _scores_of_curves(success, (error_px[:, None] <= PRECISION_THRESHOLDS).mean(0))
 
@@ -113,41 +132,9 @@ def _scores_of_curves(success: np.ndarray, precision: np.ndarray) -> dict:
     }
 
 
-def _frame_scores(boxes: np.ndarray, truth: np.ndarray, protocol: str) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the overlap and the centre distance of each frame of groundtruth by a protocol; nan counts as a miss.
-
-    Source: got10k 0.1.3 experiments/otb.py; pysot d04028f toolkit/utils/statistics.py; pytracking 7eb9e74
-        analysis/extract_results.py (exclude_invalid_frames=False).
-    """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol is {protocol!r}; must be one of {', '.join(PROTOCOLS)}")
-    boxes, truth = np.array(boxes, np.float64), np.asarray(truth, np.float64)  # boxes is a copy
+def _check_length(boxes: np.ndarray, truth: np.ndarray) -> None:
     if len(boxes) < len(truth):
-        if protocol != "pytracking":
-            raise ValueError(f"there are {len(boxes)} boxes for {len(truth)} frames of groundtruth; track all frames")
-        boxes = np.concatenate([_fill_empty(boxes, truth), np.zeros((len(truth) - len(boxes), 4))])
-    elif protocol == "pytracking":
-        boxes = _fill_empty(boxes, truth)
-    boxes = boxes[: len(truth)]
-    if protocol != "pysot":
-        boxes[0] = truth[0]
-    iou, error_px = box_iou(boxes, truth), center_error(boxes, truth)
-    if protocol == "pysot":
-        iou[~(truth[:, 2:] > 0).all(1)] = -1
-        error_px[~(_centers(truth) > 0).all(1)] = -1  # at most any threshold: counted as precise
-    elif protocol == "pytracking":
-        is_valid = (truth > 0).all(1)
-        iou[~is_valid], error_px[~is_valid] = -1, np.inf
-    return iou, error_px
-
-
-def _fill_empty(boxes: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Replace boxes without area by the one before, where there is groundtruth."""
-    boxes = boxes.copy()
-    for i in range(1, min(len(boxes), len(truth))):
-        if (boxes[i, 2:] == 0).any() and not np.isnan(truth[i]).any():
-            boxes[i] = boxes[i - 1]
-    return boxes
+        raise ValueError(f"there are {len(boxes)} boxes for {len(truth)} frames of groundtruth; track all frames")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,8 +155,7 @@ def got10k_overlaps(
     Raises:
         ValueError: for fewer boxes than groundtruth, naming both numbers.
     """
-    if len(boxes) < len(truth):
-        raise ValueError(f"there are {len(boxes)} boxes for {len(truth)} frames of groundtruth; track all frames")
+    _check_length(boxes, truth)
     is_visible = (truth[:, 2:] > 0).all(1) if cover is None else np.asarray(cover)[: len(truth)] > 0
     iou = box_iou(boxes[1 : len(truth)], truth[1:], frame_wh)
     return np.nan_to_num(iou, nan=0.0)[is_visible[1:]]
@@ -182,8 +168,7 @@ def got10k_scores(overlaps: list[np.ndarray]) -> dict:
         overlaps: from `got10k_overlaps`, one array a sequence; those without a frame that counts are left out.
     Returns:
         ao, sr_50, sr_75: over all frames, as the GOT-10k toolkit does (SR: the share with IoU above 0.50, 0.75);
-        ao_by_sequence, sr_50_by_sequence, sr_75_by_sequence: means of the sequences' own; success_curve (101,): the
-        share of all frames above 0, 0.01, ... 1; num_frames.
+        ao_by_sequence, sr_50_by_sequence, sr_75_by_sequence: means of the sequences' own; num_frames.
     Raises:
         ValueError: where no frame counts.
     """
@@ -198,7 +183,6 @@ def got10k_scores(overlaps: list[np.ndarray]) -> dict:
         "ao_by_sequence": float(np.mean([iou.mean() for iou in overlaps])),
         "sr_50_by_sequence": float(np.mean([_success_rate(iou, 0.5) for iou in overlaps])),
         "sr_75_by_sequence": float(np.mean([_success_rate(iou, 0.75) for iou in overlaps])),
-        "success_curve": (frames[:, None] > GOT10K_THRESHOLDS).mean(0),
         "num_frames": len(frames),
     }
 
@@ -234,7 +218,7 @@ def mean_scores(rows: list[dict]) -> dict:
     """Average a tracker's sequences, each counting the same.
 
     Args:
-        rows: from `score_result`, at least one, each with times_s, from `read_times`.
+        rows: from `score_result`, at least one.
     Returns:
         the scores of `mean_one_pass_scores`; ao, sr_50, sr_75: means of the sequences' own, and over all frames
         ao_by_frame, ..., None where no frame counts (`got10k_scores`); num_frames; fps: frames over seconds, None where
@@ -261,7 +245,8 @@ def score_result(folder: str | Path, sequence: Sequence, protocol: str) -> dict:
         sequence: with two or more such frames.
         protocol: as for `one_pass_scores`.
     Returns:
-        the scores of `one_pass_scores`; overlaps, from `got10k_overlaps`; num_frames, that were scored.
+        the scores of `one_pass_scores`; overlaps, from `got10k_overlaps`; num_frames, that were scored; times_s, from
+        `read_times`.
     Raises:
         FileNotFoundError, ValueError: for a file that is missing, faulty, or shorter than the groundtruth (in protocol
             pytracking the frames that it lacks are misses), naming it.
@@ -277,7 +262,7 @@ def score_result(folder: str | Path, sequence: Sequence, protocol: str) -> dict:
     boxes = boxes[first:last]
     if len(boxes) and np.isnan(boxes[0]).any():
         boxes[0] = truth[0]  # VOT's files have a mark where the tracker was started
-    return score_boxes(boxes, sequence, first, last, protocol)
+    return score_boxes(boxes, sequence, first, last, protocol) | {"times_s": read_times(folder, sequence.name)}
 
 
 def score_boxes(boxes: np.ndarray, sequence: Sequence, first: int, stop: int, protocol: str) -> dict:

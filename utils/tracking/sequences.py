@@ -13,25 +13,31 @@ import re
 import sys
 import xml.etree.ElementTree as ElementTree
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from tqdm import tqdm
 
 from utils.images import mask_to_box, read_frame_wh, read_label_map
 from utils.instances.readers import LISTERS, Item, check_same_size, object_ids, split_items
-from utils.listing import dataset_folder, draw_split, list_folders, read_lines
-from utils.settings import check_keys
+from utils.listing import dataset_folder, draw_split, first_few, list_folders, read_lines
+from utils.samples.write import write_samples
+from utils.settings import check_keys, one_of
 from utils.tracking.frames import list_frames, natural_key, picture_names
 
-SPLIT_KEYS = ("train_sequences", "val_sequences", "val_fraction", "split_seed")  # of every format
+# The keys that every format has; `_read_split` explains them.
+COMMON_KEYS = ("on_bad", "train_sequences", "val_sequences", "val_fraction", "split_seed")
 MANY_VIDEOS = 500  # from here on, listing shows its progress
 GROUNDTRUTH_NAMES = ("groundtruth_rect.txt", "groundtruth.txt", "groundtruth_rect.1.txt")
 # Frames that belong to an OTB sequence where its folder holds more: first and last number, as the benchmark says.
 OTB_FRAME_RANGES = {
     "david": (300, 770), "diving": (1, 215), "football1": (1, 74), "freeman3": (1, 460), "freeman4": (1, 283),
 }  # fmt: skip
+BoxOrigin = Annotated[int, one_of(0, 1)]  # what a dataset's files count from
+Videos = tuple[Callable[[Path], list["Sequence"]], list[Path] | None, list[Path] | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +91,9 @@ def split_dataset(format: str, root: str, **keys) -> tuple[list[Sequence], list[
     return split_pictures(format, root, **keys)
 
 
-def split_sequences(format: str, root: str, index: str | None = None, **keys) -> tuple[list[Sequence], list[Sequence]]:
+def split_sequences(
+    format: str, root: str, index: str | None = None, generate: str | None = None, **keys
+) -> tuple[list[Sequence], list[Sequence]]:
     """List a dataset's sequences and split them into training and validation.
 
     The split is what the dataset has on disk (folders), or what train_sequences and val_sequences name, else a seeded
@@ -95,7 +103,8 @@ def split_sequences(format: str, root: str, index: str | None = None, **keys) ->
         format: a name in SEQUENCE_FORMATS.
         root: the dataset's folder, relative to where the user stands.
         index: a file (.npz) to keep the list in, for the next run; None: read all annotations each time.
-        keys: the other keys of that format's configs/tracking/data/*.yaml: SPLIT_KEYS, and those that the functions
+        generate: the kind of `write_samples` to draw into root first, if it is not there; None: none.
+        keys: the other keys of that format's configs/tracking/data/*.yaml: COMMON_KEYS, and those that the functions
             below explain.
     Returns:
         (train_sequences, val_sequences), each in natural order of the names.
@@ -106,25 +115,20 @@ def split_sequences(format: str, root: str, index: str | None = None, **keys) ->
     """
     if format not in SEQUENCE_FORMATS:
         raise ValueError(f"data.format is {format!r}; must be one of {', '.join(SEQUENCE_FORMATS)}")
-    for key in ("box_origin", "on_bad"):
-        allowed = {"box_origin": (0, 1), "on_bad": ("stop", "skip")}[key]
-        if key in keys and keys[key] not in allowed:
-            raise ValueError(f"data.{key} is {keys[key]!r}; must be {allowed[0]} or {allowed[1]}")
-    folder = dataset_folder(root)
-    split_keys = {key: value for key, value in keys.items() if key in SPLIT_KEYS}
-    format_keys = {key: value for key, value in keys.items() if key not in SPLIT_KEYS}
+    folder = dataset_folder(root if generate is None else write_samples(generate, root))
+    common_keys = {key: value for key, value in keys.items() if key in COMMON_KEYS}
+    format_keys = {key: value for key, value in keys.items() if key not in COMMON_KEYS}
     list_format = functools.partial(SEQUENCE_FORMATS[format], folder)
-    check_keys(functools.partial(_split, None, None), split_keys, "data")
-    check_keys(list_format, format_keys, "data", others=SPLIT_KEYS)
+    check_keys(list_format, format_keys, "data", others=COMMON_KEYS)
+    check_keys(functools.partial(_read_split, None, None, None), common_keys, "data")
     asked = json.dumps({"format": format, "root": str(folder.resolve()), **keys}, sort_keys=True)
     if index is not None and Path(index).is_file():
-        train_sequences, val_sequences = _read_index(Path(index), asked)
-    else:
-        train_sequences, val_sequences = map(_in_order, _split(*list_format(**format_keys), **split_keys))
-        if not train_sequences and not val_sequences:
-            raise ValueError(f"data.root {root} holds no sequences in the layout {format!r} (see data/README.md)")
-        if index is not None:
-            _write_index(Path(index), asked, train_sequences, val_sequences)
+        return _read_index(Path(index), asked)
+    train_sequences, val_sequences = map(_in_order, _read_split(*list_format(**format_keys), **common_keys))
+    if not train_sequences and not val_sequences:
+        raise ValueError(f"data.root {root} holds no sequences in the layout {format!r} (see data/README.md)")
+    if index is not None:
+        _write_index(Path(index), asked, train_sequences, val_sequences)
     return train_sequences, val_sequences
 
 
@@ -148,26 +152,22 @@ def choose_sequences(sequences: list[Sequence], names: list[str]) -> list[Sequen
     by_name |= {sequence.name: sequence for sequence in sequences}
     chosen = []
     for name in map(str, names):
-        if name not in by_name and _plain_name(name) not in by_name:
-            known = [sequence.name for sequence in sequences]
-            listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
-            raise ValueError(f"sequences has {name!r}, which the dataset lacks; it has {listed}")
-        chosen.append(by_name[name] if name in by_name else by_name[_plain_name(name)])
+        sequence = by_name.get(name, by_name.get(_plain_name(name)))
+        if sequence is None:
+            known = ", ".join(first_few([sequence.name for sequence in sequences]))
+            raise ValueError(f"sequences has {name!r}, which the dataset lacks; it has {known}")
+        chosen.append(sequence)
     return chosen
 
 
-# A function of each format: (root, its own keys) -> training and validation sequences; None for a part that the dataset
-# on disk does not have, so that `_split` divides the other.
+# A function of each format: (root, its own keys) -> (read, training videos, validation videos). The videos are folders,
+# of which `read` makes the sequences of one; None stands for a part that the dataset on disk does not have, so that
+# `_read_split` divides the other.
 
 
 def list_got10k(
-    root: Path,
-    train_folder: str | None,
-    val_folder: str | None,
-    leave_out: list[str],
-    box_origin: int,
-    on_bad: str,
-) -> tuple[list[Sequence] | None, list[Sequence] | None]:
+    root: Path, train_folder: str | None, val_folder: str | None, leave_out: list[str], box_origin: BoxOrigin
+) -> Videos:
     """List GOT-10k: <root>/<train_folder>/<sequence>/{00000001.jpg, groundtruth.txt, cover.label, absence.label, ...}.
 
     A folder's list.txt says which sequences it has; without one all its folders do. With both folders given these are
@@ -176,174 +176,146 @@ def list_got10k(
     val_folder test.
     """
 
-    def list_folder(folder: str) -> list[Sequence]:
-        list_path = root / folder / "list.txt"
+    def list_part(folder: Path) -> list[Path]:
+        list_path = folder / "list.txt"
         if list_path.is_file():
-            names = list_path.read_text(encoding="utf-8-sig").split()
+            paths = [folder / name for name in list_path.read_text(encoding="utf-8-sig").split()]
         else:
-            names = [path.name for path in list_folders(root / folder)]
-        names = [name for name in names if name not in set(leave_out)]
-        return _read_all(functools.partial(_read_got10k, root / folder, box_origin=box_origin), names, on_bad)
+            paths = list_folders(folder)
+        return [path for path in paths if path.name not in leave_out]
 
-    if train_folder is None and val_folder is None:
-        raise ValueError("data.train_folder and data.val_folder are both null; at least one must name a folder")
-    return tuple(None if folder is None else list_folder(folder) for folder in (train_folder, val_folder))
-
-
-def _read_got10k(parent: Path, name: str, box_origin: int) -> list[Sequence]:
-    folder = parent / name
-    frame_names = _frame_names(folder)
-    boxes_xywh = read_boxes(_existing(folder / "groundtruth.txt"), box_origin)
-    labels = {}
-    for label in ("cover", "absence"):
-        path = folder / f"{label}.label"
-        if path.is_file():  # the test set has none
-            labels[label] = _read_label(path, len(boxes_xywh))
-    hidden = np.zeros(len(boxes_xywh), bool)
-    if "cover" in labels:
-        hidden |= labels["cover"] <= 0
-    if "absence" in labels:
-        hidden |= labels["absence"] > 0
-    frame_wh = None
-    if (folder / "meta_info.ini").is_file():
-        text = (folder / "meta_info.ini").read_text(encoding="utf-8", errors="replace")
-        resolution = re.search(r"^resolution: *\(([0-9]+), *([0-9]+)\)", text, re.MULTILINE)
+    def read(folder: Path) -> list[Sequence]:
+        frame_names = _frame_names(folder)
+        boxes_xywh = read_boxes(folder / "groundtruth.txt", box_origin)
+        cover, absence = (_read_label(folder / f"{name}.label", len(boxes_xywh)) for name in ("cover", "absence"))
+        hidden = np.zeros(len(boxes_xywh), bool)
+        if cover is not None:
+            hidden |= cover <= 0
+        if absence is not None:
+            hidden |= absence > 0
+        info_path = folder / "meta_info.ini"
+        info = info_path.read_text(encoding="utf-8", errors="replace") if info_path.is_file() else ""
+        resolution = re.search(r"^resolution: *\(([0-9]+), *([0-9]+)\)", info, re.MULTILINE)
         frame_wh = (int(resolution[1]), int(resolution[2])) if resolution else None
-    cover = labels["cover"] if "cover" in labels else None
-    return [_make(name, name, folder, frame_names, boxes_xywh, box_origin, hidden, cover, frame_wh)]
+        return [_make(folder.name, folder.name, folder, frame_names, boxes_xywh, box_origin, hidden, cover, frame_wh)]
+
+    return read, *(None if folder is None else list_part(root / folder) for folder in (train_folder, val_folder))
 
 
-def list_imagenet_vid(
-    root: Path, train_folder: str | None, val_folder: str | None, on_bad: str
-) -> tuple[list[Sequence], list[Sequence]]:
+def list_imagenet_vid(root: Path, train_folder: str | None, val_folder: str | None) -> Videos:
     """List ImageNet VID: <root>/Data/VID/train/<part>/<snippet>/000000.JPEG, <root>/Annotations/VID/..., .xml.
 
     Each object of a snippet is a sequence <snippet>.<track>, from the first frame that has it to the last; objects in
     one frame only are left out. The reader walks through a million small files: set data.index to do that once.
     """
+    annotation_dir = root / "Annotations" / "VID"
 
-    def list_folder(folder: str | None) -> list[Sequence]:
-        if folder is None:
-            return []
-        annotation_dir = root / "Annotations" / "VID" / folder
+    def list_part(folder: Path) -> list[Path]:
         snippets = []
-        for path in list_folders(annotation_dir):
+        for path in list_folders(folder):
             with os.scandir(path) as entries:
                 is_snippet = any(entry.name.endswith(".xml") for entry in entries)
             snippets += [path] if is_snippet else list_folders(path)  # val has snippets, train folders of snippets
-        names = [path.relative_to(annotation_dir).as_posix() for path in snippets]
-        frame_dir = root / "Data" / "VID" / folder
-        return _read_all(functools.partial(_read_vid_snippet, annotation_dir, frame_dir), names, on_bad)
+        return snippets
 
-    return list_folder(train_folder), list_folder(val_folder)
+    def read(folder: Path) -> list[Sequence]:
+        snippet = folder.relative_to(annotation_dir)  # <train_folder>/<part>/<snippet>
+        frame_dir, video = root / "Data" / "VID" / snippet, Path(*snippet.parts[1:]).as_posix()
+        frame_names = _frame_names(frame_dir)
+        tracks: dict[int, dict[int, list[float]]] = {}  # track -> frame -> box
+        frame_wh = None
+        for index, frame_name in enumerate(frame_names):
+            path = folder / f"{Path(frame_name).stem}.xml"
+            try:
+                tree = ElementTree.parse(_existing(path))
+                frame_wh = frame_wh or (int(tree.find("size/width").text), int(tree.find("size/height").text))
+                for annotation in tree.findall("object"):
+                    sides = [float(annotation.find(f"bndbox/{side}").text) for side in ("xmin", "ymin", "xmax", "ymax")]
+                    tracks.setdefault(int(annotation.find("trackid").text), {})[index] = _to_xywh(*sides)
+            except (ElementTree.ParseError, AttributeError, TypeError) as error:
+                raise ValueError(f"{path} is not an annotation of ImageNet VID ({error}); copy it again") from error
+        sequences = []
+        for track, boxes in sorted(tracks.items()):
+            if len(boxes) < 2:
+                continue
+            frames = range(min(boxes), max(boxes) + 1)
+            boxes_xywh = np.array([boxes.get(index, [np.nan] * 4) for index in frames])
+            names = frame_names[frames.start : frames.stop]
+            sequences.append(_make(f"{folder.name}.{track}", video, frame_dir, names, boxes_xywh, 0, frame_wh=frame_wh))
+        return sequences
 
-
-def _read_vid_snippet(annotation_dir: Path, frame_dir: Path, name: str) -> list[Sequence]:
-    frame_names = _frame_names(frame_dir / name)
-    tracks: dict[int, dict[int, list[float]]] = {}  # track -> frame -> box
-    frame_wh = None
-    for index, frame_name in enumerate(frame_names):
-        path = annotation_dir / name / f"{Path(frame_name).stem}.xml"
-        try:
-            tree = ElementTree.parse(_existing(path))
-            frame_wh = frame_wh or (int(tree.find("size/width").text), int(tree.find("size/height").text))
-            for annotation in tree.findall("object"):
-                track = int(annotation.find("trackid").text)
-                left, top, right, bottom = (
-                    float(annotation.find(f"bndbox/{side}").text) for side in ("xmin", "ymin", "xmax", "ymax")
-                )
-                tracks.setdefault(track, {})[index] = [left, top, right - left + 1, bottom - top + 1]
-        except (ElementTree.ParseError, AttributeError, TypeError) as error:
-            raise ValueError(f"{path} is not an annotation of ImageNet VID ({error}); copy it again") from error
-    sequences = []
-    for track, boxes in sorted(tracks.items()):
-        if len(boxes) < 2:
-            continue
-        first, last = min(boxes), max(boxes)
-        boxes_xywh = np.array([boxes[index] if index in boxes else [np.nan] * 4 for index in range(first, last + 1)])
-        names = frame_names[first : last + 1]
-        sequence_name = f"{Path(name).name}.{track}"
-        sequences.append(_make(sequence_name, name, frame_dir / name, names, boxes_xywh, 0, frame_wh=frame_wh))
-    return sequences
+    parts = (None if folder is None else annotation_dir / folder for folder in (train_folder, val_folder))
+    return read, *(None if folder is None else list_part(folder) for folder in parts)
 
 
-def list_davis(root: Path, image_dir: str, annotation_dir: str, on_bad: str) -> tuple[list[Sequence], None]:
+def list_davis(root: Path, image_dir: str, annotation_dir: str) -> Videos:
     """List DAVIS: frames <root>/<image_dir>/<video>/*.jpg, masks <root>/<annotation_dir>/<video>/*.png.
 
     Boxes are those of the masks, tight. Each object of a video with several is a sequence <video>.<id>. Frames without
     a mask file (YouTube-VOS has them) have no box.
     """
-    names = [path.name for path in list_folders(root / annotation_dir)]
-    return _read_all(functools.partial(_read_davis, root / image_dir, root / annotation_dir), names, on_bad), None
+
+    def read(folder: Path) -> list[Sequence]:
+        video, frame_dir = folder.name, root / image_dir / folder.name
+        frame_names = _frame_names(frame_dir)
+        index_of = {Path(frame_name).stem: index for index, frame_name in enumerate(frame_names)}
+        boxes: dict[int, np.ndarray] = {}  # object id -> (T, 4)
+        for path in list_frames(folder):
+            if path.stem not in index_of:
+                raise FileNotFoundError(f"mask {path} has no frame in {frame_dir}")
+            ids = read_label_map(path)
+            for object_id in np.unique(ids[ids > 0]).tolist():
+                object_boxes = boxes.setdefault(object_id, np.full((len(frame_names), 4), np.nan))
+                object_boxes[index_of[path.stem]] = _to_xywh(*mask_to_box(ids == object_id))
+        if not boxes:
+            raise ValueError(f"the masks in {folder} are all empty; remove the folder, or draw the object")
+        return [
+            _make(f"{video}.{object_id}" if len(boxes) > 1 else video, video, frame_dir, frame_names, object_boxes, 0)
+            for object_id, object_boxes in sorted(boxes.items())
+        ]
+
+    return read, list_folders(root / annotation_dir), None
 
 
-def _read_davis(image_dir: Path, annotation_dir: Path, name: str) -> list[Sequence]:
-    frame_names = _frame_names(image_dir / name)
-    masks = {path.stem: path for path in list_frames(annotation_dir / name)}
-    unknown = sorted(masks.keys() - {Path(frame_name).stem for frame_name in frame_names})
-    if unknown:
-        raise FileNotFoundError(f"mask {masks[unknown[0]]} has no frame in {image_dir / name}")
-    boxes: dict[int, np.ndarray] = {}  # object id -> (T, 4)
-    for index, frame_name in enumerate(frame_names):
-        if Path(frame_name).stem not in masks:
-            continue
-        ids = read_label_map(masks[Path(frame_name).stem])
-        for object_id in np.unique(ids[ids > 0]).tolist():
-            left, top, right, bottom = mask_to_box(ids == object_id)
-            object_boxes = boxes.setdefault(object_id, np.full((len(frame_names), 4), np.nan))
-            object_boxes[index] = left, top, right - left + 1, bottom - top + 1
-    if not boxes:
-        raise ValueError(f"the masks in {annotation_dir / name} are all empty; remove the folder, or draw the object")
-    return [
-        _make(f"{name}.{object_id}" if len(boxes) > 1 else name, name, image_dir / name, frame_names, object_boxes, 0)
-        for object_id, object_boxes in sorted(boxes.items())
-    ]
-
-
-def list_otb(root: Path, box_origin: int, on_bad: str) -> tuple[list[Sequence], None]:
+def list_otb(root: Path, box_origin: BoxOrigin) -> Videos:
     """List OTB: <root>/<video>/img/0001.jpg, <root>/<video>/groundtruth_rect.txt; whatever videos there are.
 
     Several groundtruth files in a folder (Jogging, Skating2) are as many sequences, <video>.1 and <video>.2, as the
     GOT-10k toolkit names them; empty ones (Human4) do not count.
     """
-    names = [path.name for path in list_folders(root)]
-    return _read_all(functools.partial(_read_otb, root, box_origin=box_origin), names, on_bad), None
+
+    def read(folder: Path) -> list[Sequence]:
+        video, frame_dir = folder.name, folder / "img"
+        all_names = _frame_names(frame_dir)
+        paths = [path for path in sorted(folder.glob("groundtruth*.txt")) if path.read_bytes().strip()]
+        if not paths:
+            raise FileNotFoundError(f"no file {folder / 'groundtruth_rect.txt'}, or it is empty")
+        sequences = []
+        for number, path in enumerate(paths, start=1):
+            boxes_xywh, frame_names = read_boxes(path, box_origin), all_names
+            if video.lower() in OTB_FRAME_RANGES and len(all_names) > len(boxes_xywh):
+                first, last = OTB_FRAME_RANGES[video.lower()]
+                numbered = [name for name in all_names if Path(name).stem.isdecimal()]
+                frame_names = tuple(name for name in numbered if first <= int(Path(name).stem) <= last)
+            name = f"{video}.{number}" if len(paths) > 1 else video
+            sequences.append(_make(name, video, frame_dir, frame_names, boxes_xywh, box_origin))
+        return sequences
+
+    return read, list_folders(root), None
 
 
-def _read_otb(root: Path, name: str, box_origin: int) -> list[Sequence]:
-    frame_dir = root / name / "img"
-    frame_names = _frame_names(frame_dir)
-    paths = [path for path in sorted((root / name).glob("groundtruth*.txt")) if path.read_bytes().strip()]
-    if not paths:
-        raise FileNotFoundError(f"no file {root / name / 'groundtruth_rect.txt'}, or it is empty")
-    sequences = []
-    for number, path in enumerate(paths, start=1):
-        boxes_xywh = read_boxes(path, box_origin)
-        own_frames = frame_names
-        if name.lower() in OTB_FRAME_RANGES and len(frame_names) > len(boxes_xywh):
-            first, last = OTB_FRAME_RANGES[name.lower()]
-            numbers = [int(Path(frame).stem) if Path(frame).stem.isdecimal() else -1 for frame in frame_names]
-            own_frames = tuple(frame_names[i] for i, number in enumerate(numbers) if first <= number <= last)
-        sequence_name = f"{name}.{number}" if len(paths) > 1 else name
-        sequences.append(_make(sequence_name, name, frame_dir, own_frames, boxes_xywh, box_origin))
-    return sequences
-
-
-def list_vot(root: Path, box_origin: int, on_bad: str) -> tuple[list[Sequence], None]:
+def list_vot(root: Path, box_origin: BoxOrigin) -> Videos:
     """List VOT: <root>/<video>/groundtruth.txt (4 numbers a line, or 8: corners), frames beside it or in color/."""
-    names = [path.name for path in list_folders(root)]
-    return _read_all(functools.partial(_read_vot, root, box_origin=box_origin), names, on_bad), None
+
+    def read(folder: Path) -> list[Sequence]:
+        frame_dir = folder / "color" if (folder / "color").is_dir() else folder
+        boxes_xywh = read_boxes(folder / "groundtruth.txt", box_origin)
+        return [_make(folder.name, folder.name, frame_dir, _frame_names(frame_dir), boxes_xywh, box_origin)]
+
+    return read, list_folders(root), None
 
 
-def _read_vot(root: Path, name: str, box_origin: int) -> list[Sequence]:
-    frame_dir = root / name / "color" if (root / name / "color").is_dir() else root / name
-    boxes_xywh = read_boxes(_existing(root / name / "groundtruth.txt"), box_origin)
-    return [_make(name, name, frame_dir, _frame_names(frame_dir), boxes_xywh, box_origin)]
-
-
-def list_own_folders(
-    root: Path, frame_dir: str | None, groundtruth: str | None, box_origin: int, on_bad: str
-) -> tuple[list[Sequence], None]:
+def list_own_folders(root: Path, frame_dir: str | None, groundtruth: str | None, box_origin: BoxOrigin) -> Videos:
     """List your own videos: <root>/<video>/<frame_dir>/*.jpg with <root>/<video>/<groundtruth>.
 
     Args:
@@ -351,28 +323,26 @@ def list_own_folders(
         groundtruth: the file's name in the video's folder; None: groundtruth_rect.txt, groundtruth.txt or
             groundtruth_rect.1.txt there or beside the frames, or <root>/<video>.txt.
     """
-    names = [path.name for path in list_folders(root)]
-    read = functools.partial(_read_folder, root, frame_dir=frame_dir, groundtruth=groundtruth, box_origin=box_origin)
-    return _read_all(read, names, on_bad), None
 
+    def read(folder: Path) -> list[Sequence]:
+        frames = folder / (frame_dir or "")
+        if frame_dir is None and not picture_names(frames):
+            inside = [path for path in list_folders(frames) if picture_names(path)]
+            if len(inside) != 1:
+                raise ValueError(
+                    f"{frames} has no pictures, and {len(inside)} folders with pictures; set data.frame_dir"
+                )
+            frames = inside[0]
+        named_path = root / f"{folder.name}.txt"
+        path = folder / groundtruth if groundtruth else _first_groundtruth([frames, folder], named_path)
+        if path is None:
+            raise FileNotFoundError(
+                f"no groundtruth file ({', '.join(GROUNDTRUTH_NAMES)}) in {folder}, and no {named_path}"
+            )
+        boxes_xywh = read_boxes(path, box_origin)
+        return [_make(folder.name, folder.name, frames, _frame_names(frames), boxes_xywh, box_origin)]
 
-def _read_folder(
-    root: Path, name: str, frame_dir: str | None, groundtruth: str | None, box_origin: int
-) -> list[Sequence]:
-    folder = root / name / (frame_dir or "")
-    if frame_dir is None and not picture_names(folder):
-        inside = [path for path in list_folders(folder) if picture_names(path)]
-        if len(inside) != 1:
-            raise ValueError(f"{folder} has no pictures, and {len(inside)} folders with pictures; set data.frame_dir")
-        folder = inside[0]
-    candidates = [place / file_name for place in (folder, root / name) for file_name in GROUNDTRUTH_NAMES]
-    candidates.append(root / f"{name}.txt")
-    path = root / name / groundtruth if groundtruth else _first_file(candidates)
-    if path is None:
-        raise FileNotFoundError(
-            f"no groundtruth file ({', '.join(GROUNDTRUTH_NAMES)}) in {root / name}, and no {candidates[-1]}"
-        )
-    return [_make(name, name, folder, _frame_names(folder), read_boxes(_existing(path), box_origin), box_origin)]
+    return read, list_folders(root), None
 
 
 SEQUENCE_FORMATS = {
@@ -385,27 +355,27 @@ SEQUENCE_FORMATS = {
 }
 
 
-def split_pictures(format: str, root: str, **keys) -> tuple[list[Sequence], list[Sequence]]:
+def split_pictures(
+    format: str, root: str, generate: str | None = None, **keys
+) -> tuple[list[Sequence], list[Sequence]]:
     """List pictures with masks as sequences of one frame, one for each object, and split them by picture.
 
     All masks are read here, for their tight boxes: about a minute for 3,000 pictures.
 
     Args:
         format: one of those of `readers.split_items`.
+        generate: as for `split_sequences`.
         root, keys: as in that format's configs/sam2/data/*.yaml; None: not given, so that the reader's default counts.
     Returns:
         (train_sequences, val_sequences), named <picture>.<object id>, or .<layer>.<object id> where objects overlap.
     Raises:
         FileNotFoundError, ValueError: as `split_sequences`.
     """
-    splits, keys = [], {key: value for key, value in keys.items() if value is not None}
+    keys = {key: value for key, value in keys.items() if value is not None}
+    root = root if generate is None else str(write_samples(generate, root))
     check_keys(split_items, {"format": format, "root": root, **keys}, "data")
-    for items in split_items(format, root, **keys):
-        by_name = {item.name: item for item in items}
-        splits.append(
-            _read_all(lambda name, by_name=by_name: _read_picture(by_name[name]), list(by_name), keys["on_bad"])
-        )
-    return splits[0], splits[1]
+    train_items, val_items = split_items(format, root, **keys)
+    return tuple(_read_all(_read_picture, items, keys["on_bad"]) for items in (train_items, val_items))
 
 
 def _read_picture(item: Item) -> list[Sequence]:
@@ -416,8 +386,7 @@ def _read_picture(item: Item) -> list[Sequence]:
     check_same_size(item, frame_wh[::-1], layers.shape[1:])
     sequences = []
     for layer, object_id, _ in object_ids(layers):
-        left, top, right, bottom = mask_to_box(layers[layer] == object_id)
-        box_xywh = np.array([[left, top, right - left + 1, bottom - top + 1]], np.float64)
+        box_xywh = np.array([_to_xywh(*mask_to_box(layers[layer] == object_id))], np.float64)
         name = f"{item.name}.{object_id}" if len(layers) == 1 else f"{item.name}.{layer}.{object_id}"
         sequences.append(_make(name, item.name, path.parent, (path.name,), box_xywh, 0, frame_wh=frame_wh))
     return sequences
@@ -455,16 +424,7 @@ def _make(
     if frame_wh is None:
         frame_wh = read_frame_wh(frame_dir / frame_names[0])
     return Sequence(
-        name=name,
-        video=video,
-        frame_dir=frame_dir,
-        frame_names=tuple(frame_names),
-        boxes_xywh=boxes_xywh,
-        visible=visible,
-        num_annotated=num_annotated,
-        box_origin=box_origin,
-        cover=cover,
-        frame_wh=frame_wh,
+        name, video, frame_dir, frame_names, boxes_xywh, visible, num_annotated, box_origin, cover, frame_wh
     )
 
 
@@ -479,22 +439,29 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _read_all(read, names: list[str], on_bad: str) -> list[Sequence]:
-    """Read the sequences of each name; faulty ones stop, or are left out with a line."""
+def _to_xywh(left: float, top: float, right: float, bottom: float) -> list[float]:
+    """Turn a box's first and last pixels into left, top, width, height, px."""
+    return [left, top, right - left + 1, bottom - top + 1]
+
+
+def _read_all(read: Callable, videos: list[Path] | list[Item], on_bad: str) -> list[Sequence]:
+    """Read the sequences of each video or picture; faulty ones stop, or are left out with a line."""
     sequences = []
-    for name in tqdm(names, unit=" videos", disable=len(names) < MANY_VIDEOS):
+    for video in tqdm(videos, unit=" videos", disable=len(videos) < MANY_VIDEOS):
         try:
-            sequences += read(name=name)
+            sequences += read(video)
         except (ValueError, FileNotFoundError) as error:
             if on_bad == "stop":
                 kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
                 raise kind(f"{error} (data.on_bad=skip leaves such sequences out)") from error
-            print(f"left out {name}: {error}")
+            print(f"left out {video.name}: {error}")
     return sequences
 
 
-def _read_label(path: Path, num_lines: int) -> np.ndarray:
-    """Read a GOT-10k label file, an integer a line: int64 (T,)."""
+def _read_label(path: Path, num_lines: int) -> np.ndarray | None:
+    """Read a GOT-10k label file, an integer a line: int64 (T,); None where there is none, as in the test set."""
+    if not path.is_file():
+        return None
     words = path.read_text(encoding="utf-8-sig").split()
     if len(words) != num_lines or not all(re.fullmatch(r"-?[0-9]+", word) for word in words):
         raise ValueError(f"{path} has {len(words)} entries; must be {num_lines} integers, as groundtruth.txt has lines")
@@ -510,13 +477,13 @@ def find_groundtruth(path: str | Path) -> Path | None:
     """
     path = Path(path).resolve()
     places = [path.parent] if path.is_file() else [path, path.parent]
-    candidates = [place / name for place in places for name in GROUNDTRUTH_NAMES]
-    candidates.append(path.parent / f"{path.stem if path.is_file() else path.name}.txt")
-    return _first_file(candidates)
+    return _first_groundtruth(places, path.parent / f"{path.stem if path.is_file() else path.name}.txt")
 
 
-def _first_file(candidates: list[Path]) -> Path | None:
-    return next((path for path in candidates if path.is_file()), None)
+def _first_groundtruth(places: list[Path], named_path: Path) -> Path | None:
+    """Find the first file of GROUNDTRUTH_NAMES in the first of several folders that has one, else the named one."""
+    paths = [place / name for place in places for name in GROUNDTRUTH_NAMES]
+    return next((path for path in [*paths, named_path] if path.is_file()), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -611,6 +578,13 @@ def file_coordinates(boxes_xywh: np.ndarray, box_origin: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 # result files
 
+# The boxes' and the times' file of a sequence, {0}, and their decimals, as each benchmark's toolkit has them.
+RESULT_FILES = {
+    "otb": ("{0}.txt", "times/{0}_time.txt", 3, 8),
+    "got10k": ("{0}/{0}_001.txt", "{0}/{0}_time.txt", 3, 8),
+    "vot": ("unsupervised/{0}/{0}_001.txt", "unsupervised/{0}/{0}_time.txt", 4, 4),
+}
+
 
 def write_result(
     layout: str, folder: str | Path, name: str, boxes_xywh: np.ndarray, times_s: np.ndarray, box_origin: int
@@ -629,22 +603,15 @@ def write_result(
     Returns:
         the file with the boxes.
     """
-    folder = Path(folder)
-    if layout == "otb":
-        path, time_path, decimals = folder / f"{name}.txt", folder / "times" / f"{name}_time.txt", (3, 8)
-    elif layout == "got10k":
-        path, time_path, decimals = folder / name / f"{name}_001.txt", folder / name / f"{name}_time.txt", (3, 8)
-    else:
-        assert layout == "vot", layout
-        folder = folder / "unsupervised" / name
-        path, time_path, decimals = folder / f"{name}_001.txt", folder / f"{name}_time.txt", (4, 4)
+    *places, box_decimals, time_decimals = RESULT_FILES[layout]
+    path, time_path = (Path(folder, place.format(name)) for place in places)
     path.parent.mkdir(parents=True, exist_ok=True)
     time_path.parent.mkdir(parents=True, exist_ok=True)
-    write_boxes(path, boxes_xywh, box_origin, decimals[0])
+    write_boxes(path, boxes_xywh, box_origin, box_decimals)
     if layout == "vot":
-        lines = path.read_text(encoding="utf-8").splitlines()
-        path.write_text("\n".join(["1", *lines[1:]]) + "\n", encoding="utf-8", newline="")
-    times = "".join(f"{time_s:.{decimals[1]}f}\n" for time_s in times_s)
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(["1\n", *lines[1:]]), encoding="utf-8", newline="")
+    times = "".join(f"{time_s:.{time_decimals}f}\n" for time_s in times_s)
     time_path.write_text(times.replace("nan", "NaN"), encoding="utf-8", newline="")
     return path
 
@@ -657,16 +624,14 @@ def find_result(folder: str | Path, name: str) -> Path:
     Raises:
         FileNotFoundError: where there is none.
     """
-    folder = Path(folder)
     base, number = re.fullmatch(r"(.*?)(?:[.\-_]([12]))?", name).groups()
     names = [name] if number is None else [name] + [f"{base}{mark}{number}" for mark in ".-_"]
-    for each in names:
-        places = [folder / f"{each}.txt"]
-        places += [folder / part / each / f"{each}_001.txt" for part in ("", "unsupervised", "baseline")]
-        result_path = next((path for path in places if path.is_file()), None)
-        if result_path is not None:
-            return result_path
-    raise FileNotFoundError(f"{folder} has no result of {name}, such as {name}.txt or {name}/{name}_001.txt")
+    places = [place for place, *_ in RESULT_FILES.values()] + ["baseline/{0}/{0}_001.txt"]
+    paths = [Path(folder, place.format(each)) for each in names for place in places]
+    result_path = next((path for path in paths if path.is_file()), None)
+    if result_path is None:
+        raise FileNotFoundError(f"{folder} has no result of {name}, such as {name}.txt or {name}/{name}_001.txt")
+    return result_path
 
 
 def read_result(folder: str | Path, name: str) -> np.ndarray:
@@ -705,27 +670,33 @@ def _plain_name(name: str) -> str:
     return re.sub(r"[.\-_](?=[0-9]+$)", ".", name)
 
 
-def _split(
-    train: list[Sequence] | None,
-    val: list[Sequence] | None,
+def _read_split(
+    read: Callable,
+    train_videos: list[Path] | None,
+    val_videos: list[Path] | None,
+    on_bad: Annotated[str, one_of("stop", "skip")],
     train_sequences: list[str] | str | None = None,
     val_sequences: list[str] | str | None = None,
     val_fraction: float = 0.0,
     split_seed: int = 0,
 ) -> tuple[list[Sequence], list[Sequence]]:
-    """Split what a dataset has on disk.
+    """Read what a dataset has on disk, and split it.
 
     Args:
-        train, val: with both, these are the split, and names pick some of each. With train alone, names split it (with
-            names of one part, the rest is the other), else a seeded fraction of the videos. With val alone the same,
-            but without names all of it validates.
+        read, train_videos, val_videos: from a function of SEQUENCE_FORMATS. With both parts, these are the split, and
+            names pick some of each. With the first alone, names split it (with names of one part, the rest is the
+            other), else a seeded fraction of the videos. With the second alone the same, but without names all of it
+            validates.
     """
+    if train_videos is None and val_videos is None:
+        raise ValueError("data.train_folder and data.val_folder are both null; at least one must name a folder")
+    train, val = (None if videos is None else _read_all(read, videos, on_bad) for videos in (train_videos, val_videos))
     is_divided = train is not None and val is not None
     if not is_divided:
         val_fraction = val_fraction if val is None else 1.0
         train = val = train if val is None else val
-    train_names = None if train_sequences is None else _named(train, train_sequences, "train_sequences")
-    val_names = None if val_sequences is None else _named(val, val_sequences, "val_sequences")
+    train_names = _named(train, train_sequences, "train_sequences")
+    val_names = _named(val, val_sequences, "val_sequences")
     if not is_divided:
         if train_names is None and val_names is None:
             val_videos, _ = draw_split({sequence.video for sequence in train}, val_fraction, split_seed)
@@ -739,11 +710,13 @@ def _split(
     return train, [sequence for sequence in val if val_names is None or sequence.name in val_names]
 
 
-def _named(sequences: list[Sequence], names: list[str] | str, key: str) -> set[str]:
-    """Return the sequences that a list or a text file names, by their own name or their video's.
+def _named(sequences: list[Sequence], names: list[str] | str | None, key: str) -> set[str] | None:
+    """Return the sequences that a list or a text file names, by their own name or their video's; None for no list.
 
     A line of a file is a name, or DAVIS 2016's: the paths of a picture and a mask, whose folder is the video.
     """
+    if names is None:
+        return None
     if isinstance(names, str):
         if not Path(names).is_file():
             raise FileNotFoundError(f"data.{key} is {names}; no such list file (seen from {Path.cwd()})")
@@ -757,31 +730,27 @@ def _named(sequences: list[Sequence], names: list[str] | str, key: str) -> set[s
         by_name.setdefault(_plain_name(sequence.name), {sequence.name})
     named = set()
     for name in map(str, names):
-        if name not in by_name and _plain_name(name) not in by_name:
+        sequence_names = by_name.get(name, by_name.get(_plain_name(name)))
+        if sequence_names is None:
             example = f"; names look like {sequences[0].name}" if sequences else ""
             raise ValueError(f"data.{key} names {name}, which the dataset lacks{example}")
-        named |= by_name[name] if name in by_name else by_name[_plain_name(name)]
+        named |= sequence_names
     return named
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the list, kept in a file
 
+DESCRIBED = ("name", "video", "num_annotated", "box_origin", "frame_wh")  # a sequence's fields that are plain values
+
 
 def _write_index(path: Path, asked: str, train_sequences: list[Sequence], val_sequences: list[Sequence]) -> None:
     """Keep a list in an .npz file of plain arrays: a text with what describes each sequence, and their frames' rows."""
     sequences = train_sequences + val_sequences
     described = [
-        {
-            "name": sequence.name,
-            "video": sequence.video,
-            "frame_dir": str(sequence.frame_dir.resolve()),
-            "num_frames": len(sequence),
-            "num_annotated": sequence.num_annotated,
-            "box_origin": sequence.box_origin,
-            "has_cover": sequence.cover is not None,
-            "frame_wh": sequence.frame_wh,
-        }
+        {key: getattr(sequence, key) for key in DESCRIBED}
+        | {"frame_dir": str(sequence.frame_dir.resolve()), "num_frames": len(sequence)}
+        | {"has_cover": sequence.cover is not None}
         for sequence in sequences
     ]
     text = json.dumps({"asked": asked, "num_train": len(train_sequences), "sequences": described})
@@ -815,18 +784,15 @@ def _read_index(path: Path, asked: str) -> tuple[list[Sequence], list[Sequence]]
     sequences, end = [], 0
     for entry in header["sequences"]:
         start, end = end, end + entry["num_frames"]
+        entry["frame_wh"] = tuple(entry["frame_wh"]) if entry["frame_wh"] else None
         sequences.append(
             Sequence(
-                name=entry["name"],
-                video=entry["video"],
+                **{key: entry[key] for key in DESCRIBED},
                 frame_dir=Path(entry["frame_dir"]),
                 frame_names=tuple(frame_names[start:end]),
                 boxes_xywh=arrays["boxes_xywh"][start:end],
                 visible=arrays["visible"][start:end],
-                num_annotated=entry["num_annotated"],
-                box_origin=entry["box_origin"],
                 cover=arrays["cover"][start:end] if entry["has_cover"] else None,
-                frame_wh=tuple(entry["frame_wh"]) if entry["frame_wh"] else None,
             )
         )
     return sequences[: header["num_train"]], sequences[header["num_train"] :]

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import check_script, find_weights, load_checkpoint
 
 EXEMPLAR_SIZE = 127  # px
 INSTANCE_SIZE = 255  # px, in tracking
@@ -124,7 +124,9 @@ def load_siamfc(checkpoint_path: Path) -> SiamFC:
         FileNotFoundError, ValueError: for a file that is missing, damaged, or holds another network.
     """
     state = load_checkpoint(checkpoint_path)
-    weights = state["model"] if isinstance(state.get("model"), dict) else state  # a published file is weights alone
+    if "config" in state:
+        check_script(state, checkpoint_path, "train_siamfc")
+    weights = find_weights(state, checkpoint_path)
     model = SiamFC(score_bias="score_bias" in weights)
     expected = model.state_dict()
     wrong = [key for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
@@ -237,20 +239,19 @@ def crop_and_resize(
 # what the response should be
 
 
-def response_labels(size: int, r_pos: float, total_stride: int = TOTAL_STRIDE) -> torch.Tensor:
+def response_labels(size: int, r_pos: float) -> torch.Tensor:
     """Make the labels of a response whose object is in the middle: 1 near it, 0 elsewhere.
 
     Args:
         size: cells along each side of the response; 15 in training.
         r_pos: cells at most this far from the middle, in instance px, horizontally plus vertically, are 1.
-        total_stride: instance px from one cell to the next.
     Returns:
-        float32 (size, size), 0 or 1; 13 ones of 225 for 15, 16 and 8.
+        float32 (size, size), 0 or 1; 13 ones of 225 for 15 and 16.
     Raises:
         ValueError: where all cells would have the same label.
     """
     offset = (torch.arange(size) - (size - 1) / 2).abs()  # cells
-    labels = (offset[:, None] + offset[None, :] <= r_pos / total_stride).float()
+    labels = (offset[:, None] + offset[None, :] <= r_pos / TOTAL_STRIDE).float()
     if labels.min() == labels.max():
         raise ValueError(
             f"train.r_pos is {r_pos}; gives all {size} x {size} cells of the response the label "

@@ -22,18 +22,9 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from utils.settings import FINITE, Rule, above, at_least, between, one_of
+from utils.tracking import siamfc
 from utils.tracking.frames import FrameSource
-from utils.tracking.siamfc import (
-    EXEMPLAR_SIZE,
-    INSTANCE_SIZE,
-    TOTAL_STRIDE,
-    SiamFC,
-    box_center,
-    context_side,
-    crop_and_resize,
-    instance_side,
-    mean_color,
-)
+from utils.tracking.siamfc import EXEMPLAR_SIZE, INSTANCE_SIZE, TOTAL_STRIDE, SiamFC
 
 # Objects in one forward in mode fast. On a GPU, this many bound memory: 96 crops of 255 px, about 1 GB of features. On
 # a CPU, the features of more than one leave its caches, which costs more than a larger forward gains.
@@ -129,15 +120,15 @@ class SiamFCTracker:
         """
         boxes_xywh = np.asarray(boxes_xywh, np.float64)
         check_boxes(boxes_xywh, image.shape[:2])
-        self.border_rgb = mean_color(image)  # the first frame's, for the whole video
+        self.border_rgb = siamfc.mean_color(image)  # the first frame's, for the whole video
         self.targets = []
         exemplars = []
         for box_xywh in boxes_xywh:
-            exemplar_side = context_side(box_xywh[2:], self.settings.context_amount)
-            side = instance_side(exemplar_side)
-            self.targets.append(Target(box_center(box_xywh), box_xywh[2:].astype(np.float32), side, side))
+            exemplar_side = siamfc.context_side(box_xywh[2:], self.settings.context_amount)
+            side = siamfc.instance_side(exemplar_side)
+            self.targets.append(Target(siamfc.box_center(box_xywh), box_xywh[2:].astype(np.float32), side, side))
             center_xy = self.targets[-1].center_xy
-            exemplars.append(crop_and_resize(image, center_xy, exemplar_side, EXEMPLAR_SIZE, self.border_rgb))
+            exemplars.append(siamfc.crop_and_resize(image, center_xy, exemplar_side, EXEMPLAR_SIZE, self.border_rgb))
         self.exemplar_features = [
             self._features(exemplars[start : start + self.objects_per_forward])
             for start in range(0, len(exemplars), self.objects_per_forward)
@@ -182,7 +173,7 @@ class SiamFCTracker:
             first = group * self.objects_per_forward
             targets = self.targets[first : first + self.objects_per_forward]
             instances = [
-                crop_and_resize(image, target.center_xy, target.side * factor, INSTANCE_SIZE, self.border_rgb)
+                siamfc.crop_and_resize(image, target.center_xy, target.side * factor, INSTANCE_SIZE, self.border_rgb)
                 for factor in scale_factors
                 for target in targets
             ]
