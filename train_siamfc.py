@@ -469,7 +469,8 @@ def list_data(data: dict) -> tuple[list[Sequence], list[Sequence]]:
         try:
             train_part, val_part = list_data(part)
         except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"data.parts.{name}: {error}") from error
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"data.parts.{name}: {error}") from error
         train_sequences += train_part * turns
         val_sequences += val_part
     return train_sequences, val_sequences
