@@ -371,12 +371,11 @@ def measure_speed(tracks: list[Track]) -> dict[str, float]:
 
 def describe_speed(speed: dict[str, float]) -> str:
     """Put what `measure_speed` returns into words."""
-    parts = [
+    return ", ".join(
         f"{words} {speed[f'{key}frames_per_s']:.1f} frames/s "
         f"(p50 {speed[f'{key}p50_ms']:.1f} ms, p95 {speed[f'{key}p95_ms']:.1f} ms)"
         for words, key in (("end to end", ""), ("tracker alone", "tracker_"))
-    ]
-    return ", ".join(parts)
+    )
 
 
 def list_failures(track: Track) -> list[str]:
