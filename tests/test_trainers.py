@@ -1,7 +1,12 @@
 """What the three trainers' loops do alike: accumulate, clip, skip, stop, and keep the best. Leaves: test_loop.py."""
 
+import importlib
 import json
 import math
+import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -149,6 +154,23 @@ def test_pictures_that_cannot_be_written_stop_no_run(trainer, tmp_path, monkeypa
     printed = capfd.readouterr().out
     assert "samples" in printed and printed.count("could not be drawn") > 1 and "curves.png could not be" in printed
     assert (tmp_path / "run" / "best.pt").is_file()
+
+
+def test_the_printed_command_runs_when_it_is_pasted(trainer, tmp_path, monkeypatch, capfd):
+    """With folders such as people have: what train_sam2.py printed for IMG (2).jpg failed in Hydra's grammar."""
+    root = shutil.copytree(trainer.root, tmp_path / "my data, été (2)")
+    monkeypatch.chdir(tmp_path)
+    overrides = [*trainer.tiny.tiny_overrides(root), "train.steps=0"]
+    assert tiny.run_script(trainer.script, tmp_path / "it's run=1", *overrides) == (0, "")
+    command = capfd.readouterr().out.strip().splitlines()[-1]
+    name = re.match(r" *python (\w+)\.py", command)[1]
+    pasted = command.replace(f"python {name}.py", f"{sys.executable} -c 'import sys; print(sys.argv[1:])'")
+    arguments = eval(subprocess.run(["bash", "-c", pasted], capture_output=True, text=True, check=True).stdout)
+    script = importlib.import_module(name)
+    if name == "track":  # which says what is left to say
+        arguments += [f"input={root / 'val' / 'val_001'}", "overlay=false"]
+    assert tiny.run_script(script, tmp_path / "next", "device=cpu", *arguments) == (0, "")
+    assert (tmp_path / "next" / "run.json").is_file()
 
 
 def test_compile_is_a_switch(trainer, tmp_path, monkeypatch):

@@ -114,7 +114,8 @@ def check_script(state: dict, path: str | Path, script: str) -> None:
         path: of its file, for messages.
         script: such as "train_unet".
     """
-    if not isinstance(state.get("config"), dict) or "model" not in state:
+    has_config = isinstance(state.get("config"), dict) and ("script" in state or "train" in state["config"])
+    if not has_config or "model" not in state:
         raise ValueError(f"checkpoint {path} was not written by {script}.py: it has no config; give one of its files")
     if state.get("script", script) != script:
         raise ValueError(f"checkpoint {path} was not written by {script}.py, but by {state['script']}.py")
