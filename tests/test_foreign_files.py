@@ -1,7 +1,7 @@
 """Checkpoints given to the wrong script, and files of other programs: one line each, or their weights are taken.
 
-Tried beside those of the bug reports: Lightning's and mmsegmentation's wrappers, an optimizer's state alone, a tensor, a
-list, a TorchScript archive, a text file named .pt, an empty file, weights in float16, one weight of another shape.
+Tried beside those of the bug reports: Lightning's and mmsegmentation's files, an optimizer's state alone, a tensor, a
+list, a TorchScript archive, a config that is text, a text file and an empty one named .pt, a cut zip.
 """
 
 import copy
