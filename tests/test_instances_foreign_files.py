@@ -32,7 +32,7 @@ from test_instances_readers import (
 from train_sam2 import evaluate
 from utils.dataset_check import check_items
 from utils.images import write_image
-from utils.instances.check import check_item, count, report_lines
+from utils.instances.check import check_data, check_item, count, report_lines
 from utils.instances.codecs import polygons_to_mask, rle_to_mask
 from utils.instances.readers import object_ids, split_items
 from utils.sam2.model import build_sam2
@@ -392,6 +392,15 @@ def test_a_turn_that_keeps_the_size_is_remarked_on(tmp_path, orientation, height
     report = check_items(list_all("label_map", root), check_item)
     remarks = [what for kind, what in report.items[0].remarks if "turn by EXIF" in kind]
     assert not report.bad and remarks == ([] if remark is None else [f"{root / 'images' / '000.jpg'}: {remark}"])
+
+
+def test_statistics_that_cannot_be_drawn_stop_nothing(tmp_path, capfd):
+    root = tiny.write_dataset(tmp_path / "data")
+    (tmp_path / "run" / "dataset.png").mkdir(parents=True)
+    items = tiny.list_training_items(tiny.configure(root))
+    splits, _ = check_data({"train": items, "val": items[:1]}, 1, "stop", tmp_path / "run", False)
+    assert len(splits["train"]) == len(items)
+    assert "dataset.png could not be drawn (IsADirectoryError" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("part", ["train", "evaluate"])

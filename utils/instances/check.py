@@ -12,6 +12,7 @@ from utils import dataset_check
 from utils.dataset_check import CheckReport, ItemReport
 from utils.images import LYING, read_image_unscaled, read_orientation, remark_on_values
 from utils.instances.readers import Instances, Item, check_same_size, object_ids
+from utils.log import drawing
 
 TINY_PX = 16  # an object of fewer pixels is remarked on
 TURNS = {
@@ -57,7 +58,8 @@ def check_data(
     """
     report = dataset_check.check_items([item for items in splits.values() for item in items], check_item)
     print("\n".join(report_lines(report, None if list_all else dataset_check.MAX_LISTED)))
-    plot_statistics(report, run_dir / "dataset.png")
+    with drawing(run_dir / "dataset.png"):
+        plot_statistics(report, run_dir / "dataset.png")
     with_large = {item.name for item in report.usable if item.content.areas_px.max() >= min_area_px}
     usable = {split: dataset_check.keep_usable(items, report, on_bad) for split, items in splits.items()}
     splits = {split: [item for item in items if item.name in with_large] for split, items in usable.items()}
