@@ -49,7 +49,7 @@ from utils import settings as sections
 from utils.checkpoint import config_to_resume
 from utils.images import id_colors, mask_to_box, read_image, write_image
 from utils.instances.check import check_data
-from utils.instances.readers import Item, object_ids, split_items
+from utils.instances.readers import Item, check_same_size, object_ids, split_items
 from utils.log import MetricsLog, drawing, finish_run, metric_lines, plot_curves, start_run, values_of_step
 from utils.sam2 import embedding_cache, losses, prompts
 from utils.sam2 import model as models
@@ -188,7 +188,8 @@ def kept_objects(layers: np.ndarray, min_area_px: int) -> list[tuple[int, int]]:
 
 
 def read_picture(
-    image_path: Path,
+    item: Item,
+    annotation_hw: tuple[int, int],
     is_mirrored: bool,
     image_size: int,
     entries: dict[tuple[Path, bool], Path] | None,
@@ -198,6 +199,7 @@ def read_picture(
     """Read a picture, or from the embedding cache what the image encoder made of it.
 
     Args:
+        annotation_hw: size of its annotation, which must be the picture's.
         image_size: side S of the model's input, pixels.
         entries: of the embedding cache, by (picture's file, whether it is mirrored); None: read the picture.
         color_jitter, rng: if above 0, the colours of a picture that is read change by up to this share; see `jitter`.
@@ -205,8 +207,9 @@ def read_picture(
         float (1, 3, S, S), or FrozenMaps of one picture: what `join_pictures` and `embed` take.
     """
     if entries is not None:
-        return embedding_cache.read_entry(entries[image_path, is_mirrored])
-    image_rgb = read_image(image_path)  # (H, W, 3)
+        return embedding_cache.read_entry(entries[item.image_path, is_mirrored])
+    image_rgb = read_image(item.image_path)  # (H, W, 3)
+    check_same_size(item, image_rgb.shape[:2], annotation_hw)  # the files may have changed since the dataset check
     image_rgb = image_rgb[:, ::-1] if is_mirrored else image_rgb
     return models.preprocess(jitter(image_rgb, color_jitter, rng) if color_jitter > 0 else image_rgb, image_size)[None]
 
@@ -298,7 +301,7 @@ class PromptedMasks(Dataset):
         truth_click_share = self.prompt_settings.truth_click_share
         return {
             "picture": read_picture(  # before the draws below: it makes some, too
-                item.image_path, is_mirrored, side, self.entries, self.augmentation.color_jitter, rng
+                item, (height, width), is_mirrored, side, self.entries, self.augmentation.color_jitter, rng
             ),
             "masks": torch.from_numpy(np.array(masks, bool).reshape(-1, side, side)),
             "point_coords": models.scale_points(point_coords, (height, width), side),
@@ -541,7 +544,8 @@ def evaluate(
         objects = kept_objects(layers, min_area_px)
         num_objects += len(objects)
         with run.autocast(model.device, precision):
-            embeddings = embedding_cache.embed(model, read_picture(item.image_path, False, model.image_size, entries))
+            picture = read_picture(item, orig_hw, False, model.image_size, entries)
+            embeddings = embedding_cache.embed(model, picture)
         is_pictured = samples_dir is not None and number < picture_images
         pictured = []  # (click, predicted mask, true mask) of this picture's objects, if it is drawn
         chunk_size = max(1, min(64, 2**26 // (orig_hw[0] * orig_hw[1])))  # bounds the full-size logits
@@ -675,10 +679,11 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     run.seed_everything(common.seed)
 
     # data: list, check, leave out what cannot be used
-    generate, root = reader_keys.pop("generate", None), reader_keys["root"]
+    generate = reader_keys.pop("generate", None)
+    check_keys(split_items, reader_keys, "data")
+    root = reader_keys["root"]
     if generate is not None:
         root = reader_keys["root"] = str(write_samples(generate, root))
-    check_keys(split_items, reader_keys, "data")
     on_bad = reader_keys["on_bad"]  # check=true lists pairs that lack a file with all other faults
     train_items, val_items = split_items(**reader_keys | {"on_bad": "skip" if settings.check else on_bad})
     stored = loops.stored_splits(resume_path)

@@ -247,7 +247,7 @@ def test_automatic_masks_and_their_files(folder, tmp_path):
     assert run_record["end"] and run_record["metrics"]["last"]["num_masks"] == count
     assert run_record["config"]["automatic"]["points_per_side"] == 6
 
-    layers = read_sa1b(tmp_path / "run" / "photo.json").layers
+    layers = read_sa1b(tmp_path / "run" / "photo.json", folder / "photo.png").layers
     assert len(np.unique(layers[layers > 0])) == count  # our own reader, for data=sa1b
 
     again = run(folder, tmp_path / "again", f"input={folder / 'photo.png'}", *MANY_MASKS, "max_overlap=0.9")

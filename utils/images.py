@@ -151,10 +151,12 @@ def read_image(path: str | Path, page: int | None = None) -> np.ndarray:
     Raises:
         FileNotFoundError, PermissionError, ValueError: with the path, what the file is, and the remedy.
     """
-    image_rgb = read_image_unscaled(path, page)
-    if image_rgb.dtype == np.uint16:
-        image_rgb = np.rint(image_rgb * np.float32(255 / 65535)).astype(np.uint8)
-    return image_rgb
+    return scale_to_8_bits(read_image_unscaled(path, page))
+
+
+def scale_to_8_bits(image: np.ndarray) -> np.ndarray:
+    """Scale uint16 values by their type, so that 65535 becomes 255; uint8 ones stay as they are."""
+    return np.rint(image * np.float32(255 / 65535)).astype(np.uint8) if image.dtype == np.uint16 else image
 
 
 def read_image_unscaled(path: str | Path, page: int | None = None) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import codecs
 import hashlib
+import json
 import os
 import unicodedata
 from collections import Counter
@@ -197,6 +198,19 @@ def read_text(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise ValueError(f"{path} is not text in UTF-8 (line {line}: {error.reason}); save it as UTF-8") from error
+
+
+def read_json(path: str | Path) -> object:
+    """Read a json file, in the encodings of `read_text`.
+
+    Raises:
+        OSError: where it cannot be read.
+        ValueError: for one that is not json, naming it.
+    """
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:  # RecursionError: lists in lists in lists, thousands deep
+        raise ValueError(f"{path} is not valid json ({error}); copy or export it again") from error
 
 
 def read_lines(path: str | Path) -> list[str]:

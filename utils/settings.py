@@ -220,7 +220,7 @@ def check_value(value, kind: type, name: str) -> None:
 def is_numbers(value, count: int) -> bool:
     """Tell whether a value is a list of `count` finite numbers, such as a box or a point."""
     is_list = isinstance(value, list) and len(value) == count
-    return is_list and all(type(number) in (int, float) and math.isfinite(number) for number in value)
+    return is_list and all(type(number) in (int, float) and abs(number) < math.inf for number in value)
 
 
 def check_modes(given: list[str], modes: dict[str, tuple[str, ...]], mode: str) -> None:
