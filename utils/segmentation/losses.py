@@ -244,6 +244,7 @@ def border_weight_map(instances: np.ndarray, w0: float = 10.0, sigma: float = 5.
         window = np.s_[max(top - reach, 0) : bottom + reach + 1, max(left - reach, 0) : right + reach + 1]
         outside = (instances[window] != cell_id).astype(np.uint8)
         distance = cv2.distanceTransform(outside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        distance = np.sqrt(np.rint(np.square(distance)))  # OpenCV 5 rounds alike only where memory is aligned alike
         np.minimum(second[window], np.maximum(nearest[window], distance), out=second[window])
         np.minimum(nearest[window], distance, out=nearest[window])
     gap = np.square(nearest + second)  # inf with fewer than two cells near
