@@ -153,6 +153,50 @@ def test_pictures_of_every_depth_and_kind_in_one_and_three_channels(tmp_path):
         assert image.shape == (6, 7, 1) and np.abs(image[..., 0].astype(int) - as_grey).max() <= 1, name
 
 
+def test_a_number_that_is_a_class_can_be_left_out(tmp_path):
+    """Without class_values the values are the classes; it was "given twice, in class_values", where nothing was."""
+    write_picture(tmp_path / "images" / "a.jpg")
+    write_mask(tmp_path / "masks" / "a.png", bands((0, 1, 2)))
+    (item,) = list_all(tmp_path, num_classes=3, ignore_values=[0, 255])
+    assert np.array_equal(read_item(item)[1], bands((255, 1, 2))) and len(item.coding.class_names) == 3
+    with pytest.raises(ValueError, match="0 is given twice, in data.class_values and data.ignore_values"):
+        list_all(tmp_path, num_classes=3, class_values={0: 0, 1: 1, 2: 2}, ignore_values=[0])
+    with pytest.raises(ValueError, match=r"data.ignore_values leaves out all but 1 of the 3 classes"):
+        list_all(tmp_path, num_classes=3, ignore_values=[0, 1])
+
+
+@pytest.mark.parametrize("lossy", ["a.webp", "a.tif", "a.jpg"])
+def test_a_mask_of_any_lossy_compression_is_taken_as_the_nearest_values(tmp_path, lossy):
+    truth = np.zeros((64, 64), np.uint8)
+    cv2.circle(truth, (30, 34), 20, 1, -1)
+    write_picture(tmp_path / "images" / "a.png", 64, 64)
+    options = {"a.webp": {"quality": 80}, "a.tif": {"compression": "jpeg"}, "a.jpg": {}}[lossy]
+    write_mask(tmp_path / "masks" / lossy, truth * 255, **options)
+    keys = {"class_values": {0: 0, 255: 1}}
+    (item,) = list_all(tmp_path, **keys)
+    with pytest.raises(ValueError, match=rf"mask \S*{lossy} .*compression changes.*nearest_value: true"):
+        read_item(item)
+    (item,) = list_all(tmp_path, **keys, nearest_value=True)
+    assert (read_item(item)[1] == truth).mean() > 0.98
+
+
+def test_folders_that_are_links_are_followed(tmp_path):
+    """A folder below, and the folder of the masks."""
+    write_pairs(tmp_path / "store" / "x", 3)
+    write_pairs(tmp_path / "store" / "y", 2)
+    root = tmp_path / "set"
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+        (root / folder / "x").symlink_to(tmp_path / "store" / "x" / folder)
+    assert names(list_all(root)) == ["x/000", "x/001", "x/002"]
+    shutil.rmtree(root / "masks")
+    (root / "masks").symlink_to(tmp_path / "store" / "y" / "masks")
+    (root / "images" / "x").unlink()
+    (root / "images").rmdir()
+    (root / "images").symlink_to(tmp_path / "store" / "y" / "images")
+    assert names(list_all(root)) == ["000", "001"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # splits
 
@@ -258,7 +302,7 @@ def test_split_folders(tmp_path):
         ({"class_values": {0: 0, "red": 1}}, r"data.class_values\['red'\]: 'red' is no value"),
         ({"class_values": {0: 0, "256,0,0": 1}}, "'256,0,0' is no value"),
         ({"class_values": {0: 0, "255,0,0": 1}}, "hold integers and colours"),
-        ({"ignore_values": [1]}, "1 is given twice"),
+        ({"ignore_values": [1]}, "data.ignore_values leaves out all but 1 of the 2 classes"),
         ({"ignore_values": [-1]}, "-1 is no value"),
         ({"val_fraction": 1.5}, "data.val_fraction is 1.5; must be in 0..1"),
         ({"val_fraction": 0.6, "test_fraction": 0.6}, "add up to over 1"),
