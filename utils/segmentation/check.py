@@ -134,6 +134,26 @@ def count_class_pixels(report: CheckReport, items: list[Item]) -> np.ndarray:
     return sum(item.content.class_pixels for item in report.usable if item.name in names)
 
 
+def remark_on_parts(report: CheckReport, train_items: list[Item], val_items: list[Item]) -> list[str]:
+    """Say which classes of the dataset the training part lacks, and whether validation has a single class."""
+    lines, names = [], _coding(report).class_names
+    if train_items:
+        train_pixels = count_class_pixels(report, train_items)
+        if absent := [names[index] for index in present_classes(report) if not train_pixels[index]]:
+            lines.append(
+                f"no pixel of the training pictures is {', '.join(absent)}: that cannot be learned; divide the dataset "
+                "otherwise (data.split_seed, or the lists and folders of its parts)"
+            )
+    if val_items:
+        present = np.flatnonzero(count_class_pixels(report, val_items))
+        if len(present) == 1:
+            lines.append(
+                f"the validation pictures are {names[present[0]]} alone: what answers nothing else is perfect on them, "
+                "so best.pt says little; validate on others (data.split_seed, data.val_list), or on more of them"
+            )
+    return lines
+
+
 def present_classes(report: CheckReport) -> list[int]:
     """List the classes that occur."""
     return np.flatnonzero(sum(item.content.class_pixels for item in report.usable)).tolist()
