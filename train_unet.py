@@ -31,6 +31,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before th
     print(__doc__)
     sys.exit()
 
+import csv
 import functools
 import os
 from dataclasses import dataclass, replace
@@ -755,7 +756,8 @@ def evaluate_checkpoint(config: dict, state: dict, run_dir: Path) -> float:
     values, matrix = evaluate(predictor, items, split, loss_settings, run_dir / "samples", num_pictured)
     class_names, majority = items[0].coding.class_names, reports.majority_metrics(matrix.sum(1), split)
     finish_run(run_dir, {"last": values, "majority": majority})
-    np.savetxt(run_dir / "confusion.csv", matrix, "%d", ",", header=",".join(class_names), comments="")
+    with (run_dir / "confusion.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([class_names, *matrix.tolist()])
     print("\n" + "\n".join(reports.class_lines(matrix, class_names, split)))
     print("\n" + "\n".join(reports.metric_lines({"majority": majority, "measured": values})))
     print(f"{len(items)} images; pictures and confusion.csv in {os.path.relpath(run_dir)}")

@@ -409,6 +409,16 @@ def test_a_mask_or_picture_of_a_suffix_that_is_not_read_is_named(tmp_path, on_ba
         assert f"images/004{suffix} is there, but files of {suffix} are not read" in message(root / "b")
 
 
+def test_pairs_that_lack_both_files_are_no_pairing_rule(tmp_path):
+    """Listed pets whose pictures and trimaps are elsewhere: "set , which pairs 2"."""
+    write_picture(tmp_path / "images" / "a.jpg")
+    write_mask(tmp_path / "annotations" / "trimaps" / "a.png", bands((1, 2, 3)))
+    for name, lines in (("trainval", "a 1 1 1\nb 1 1 1\nc 1 1 1\n"), ("test", "")):
+        (tmp_path / "annotations" / f"{name}.txt").write_text(lines)
+    with pytest.raises(FileNotFoundError, match="2 of 3 pairs lack a file; .* complete or remove the pair"):
+        split_items(**data_keys("oxford_pet", tmp_path, val_fraction=0.0))
+
+
 def test_a_dataset_of_suffixes_that_are_not_read_says_so(tmp_path):
     for folder in ("images", "masks"):
         (tmp_path / folder).mkdir()

@@ -1,4 +1,11 @@
-"""train_unet.py on tiny pictures: the real command, what is trained, samples, metrics, and bad input."""
+"""train_unet.py on tiny pictures: the real command, what is trained, samples, metrics, and bad input.
+
+Tried beside what was reported, to find faults of the same kinds (those marked * were some, and have a test): class
+names with commas and quotes*, tiles.overlap above an automatic tile*, a network trained at a size beyond the tile*, a
+picture beyond all memory among others*, a network that fails at one pixel*, checkpoint= and input= as links to nothing
+and as folders, class names yes and no, class_values as a list and of floats. Masks and lists that were tried stand in
+test_segmentation_readers.py.
+"""
 
 import csv
 import json
@@ -728,6 +735,35 @@ def test_one_picture_does_not_end_the_prediction_of_a_folder(overfitted, tmp_pat
     assert {path.name for path in (tmp_path / "out").glob("*_classes.png")} == {"a_classes.png", "z_classes.png"}
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["metrics"]["last"] == {"num_images": 2, "num_failed": 4}
+
+
+def test_confusion_of_classes_with_a_comma_in_their_name_has_a_column_each(root, tmp_path, monkeypatch, capfd, quick):
+    config = compose_config(*tiny_overrides(root), "train.steps=1", "data.class_names=['road, wet','a \"b\"',c]")
+    train_in(tmp_path / "run", config)
+    arguments = ["mode=evaluate", f"checkpoint={tmp_path / 'run' / 'best.pt'}", "device=cpu"]
+    assert run_main(monkeypatch, capfd, tmp_path / "out", *arguments)[0] == 0
+    with (tmp_path / "out" / "confusion.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["road, wet", 'a "b"', "c"] and [len(row) for row in rows] == [3] * 4
+
+
+@pytest.mark.parametrize("has_saved", [False, True])
+def test_ctrl_c_ends_in_one_line(has_saved, root, tmp_path, monkeypatch, capfd, quick):
+    """In the check of the dataset, and in training; pasted, the printed command goes on."""
+
+    def interrupt(*args, **keywords):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((train_unet.loops, "clip_gradients") if has_saved else (train_unet, "check_data")), interrupt)
+        status, output = run_main(patch, capfd, tmp_path / "run", *tiny_overrides(root), "train.steps=2")
+    last_line = output.rstrip().splitlines()[-1]
+    assert status == 130 and "Traceback" not in output and last_line.startswith("interrupted; ")
+    if has_saved:
+        assert "last.pt is saved" in last_line
+        arguments = shlex.split(last_line.split("go on with: ")[1])[2:]
+        assert run_main(monkeypatch, capfd, tmp_path / "resumed", *arguments)[0] == 0
+        assert read_last(tmp_path / "resumed")["step"] == 2
 
 
 @pytest.mark.parametrize("hw", [(1, 1), (15, 40)])

@@ -9,6 +9,8 @@ that neither train nor count. Which value (or colour) of a mask file is which cl
 import contextlib
 import functools
 import os
+import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -18,7 +20,15 @@ import cv2
 import numpy as np
 
 from utils import listing
-from utils.images import IGNORE_INDEX, PICTURE_SUFFIXES, count_pages, lossy_kind, read_image, read_label_map
+from utils.images import (
+    IGNORE_INDEX,
+    PICTURE_SUFFIXES,
+    count_pages,
+    lossy_kind,
+    read_image,
+    read_image_unscaled,
+    read_label_map,
+)
 from utils.settings import check_keys
 
 UNKNOWN = 254  # in class maps under way: a value of the file that the YAML gives no class
@@ -135,8 +145,9 @@ def list_oxford_pet(root: Path, item) -> tuple[list[Item], None, list[Item]]:
     listed = []
     for list_name in ("trainval.txt", "test.txt"):
         lines = listing.read_lines(root / "annotations" / list_name)
-        names = [line.split()[0] for line in lines]  # name, class, species, breed
-        listed.append([item(name, image_dir / f"{name}.jpg", mask_dir / f"{name}.png") for name in names])
+        names = [re.sub(r"(\s+\d+){3}$", "", line) for line in lines]  # less class, species and breed
+        paths = [(_as_on_disk(image_dir / f"{name}.jpg"), _as_on_disk(mask_dir / f"{name}.png")) for name in names]
+        listed.append([item(name, *pair) for name, pair in zip(names, paths, strict=True)])
     return listed[0], None, listed[1]
 
 
@@ -172,11 +183,11 @@ def list_camvid(root: Path, item) -> tuple[list[Item], list[Item], list[Item]]:
         items = []
         list_path = root / f"{split}.txt"
         for line in listing.read_lines(list_path):
-            words = line.split()
-            if len(words) != 2:
+            two = re.fullmatch(r"(.*\S\.\w+)\s+(\S.*\.\w+)", line)  # names may have spaces
+            if two is None:
                 raise ValueError(f"{list_path} has the line {line!r}; must be two paths, of a picture and of its mask")
-            image_path, mask_path = (root.joinpath(*Path(word).parts[-2:]) for word in words)
-            items.append(item(image_path.stem, image_path, mask_path))
+            image_path, mask_path = (root.joinpath(*Path(path).parts[-2:]) for path in two.groups())
+            items.append(item(image_path.stem, _as_on_disk(image_path), _as_on_disk(mask_path)))
         splits.append(items)
     return tuple(splits)
 
@@ -257,6 +268,14 @@ LISTERS = {"oxford_pet": list_oxford_pet, "isbi": list_isbi, "camvid": list_camv
 # files and pairs
 
 
+def _as_on_disk(path: Path) -> Path:
+    """Find the file that a list names, whose accents the file system may write otherwise; itself if there is none."""
+    if os.path.lexists(path) or not path.parent.is_dir():
+        return path
+    name = unicodedata.normalize("NFC", path.name)
+    return next((other for other in path.parent.iterdir() if unicodedata.normalize("NFC", other.name) == name), path)
+
+
 def _stop_at_missing(items: list[Item], on_bad: str) -> None:
     remedy = suggest_partners(items) if on_bad == "stop" else ""
     listing.stop_at_missing([(item.image_path, item.mask_path) for item in items], on_bad, "mask", remedy)
@@ -274,8 +293,9 @@ def suggest_partners(items: list[Item]) -> str:
         if other is not None and other.suffix.lower() not in PICTURE_SUFFIXES:
             read = ", ".join(PICTURE_SUFFIXES)
             return f"{other} is there, but files of {other.suffix} are not read; save them as PNG (read are {read})"
-    if 4 * len(without_mask) > len(items):  # not a few that got lost: another rule
-        return suggest_pairing([image for image, _ in without_mask], [mask for _, mask in without_image])
+    image_paths = [image for image, _ in without_mask if os.path.lexists(image)]
+    if 4 * len(image_paths) > len(items):  # not a few that got lost: another rule
+        return suggest_pairing(image_paths, [mask for _, mask in without_image if os.path.lexists(mask)])
     return ""
 
 
@@ -506,15 +526,28 @@ def _read_mask_values(item: Item) -> tuple[np.ndarray, bool]:
             return _pack(image_rgb), True
         return image_rgb[..., 1].astype(np.int32), False
     if coding.is_color:
-        return _pack(read_image(path)), True
+        return _pack(_read_colors(path)), True
     try:
         return read_label_map(path), False
     except ValueError:
+        has_colors = False
         with contextlib.suppress(ValueError):
-            image_rgb = read_image(path)
-            if np.ptp(image_rgb, 2).any():
-                return _pack(image_rgb), True
-        raise
+            has_colors = np.ptp(read_image_unscaled(path), 2).any()
+        if not has_colors:
+            raise
+    return _pack(_read_colors(path)), True
+
+
+def _read_colors(path: Path) -> np.ndarray:
+    """Read a mask's colours, uint8 (H, W, 3) RGB; those of 16 bits only where these are 8 bits, widened."""
+    colors = read_image_unscaled(path)
+    if colors.dtype == np.uint8:
+        return colors
+    if (colors % 257).any():
+        raise ValueError(
+            f"mask {path} has colours of 16 bits; save it with 8 bits a channel, as class_values lists them"
+        )
+    return (colors // 257).astype(np.uint8)
 
 
 def _pack(image_rgb: np.ndarray) -> np.ndarray:
