@@ -883,6 +883,21 @@ def test_classes_that_a_part_lacks_are_said_at_the_start(arguments, tmp_path, mo
     assert "the validation pictures are background alone" in output.split("step 0:")[0]
 
 
+def test_perfect_scores_are_told_apart_by_the_loss(root, tmp_path, monkeypatch, quick):
+    """With one class in validation the first of them stayed best.pt: 0.893 on test, where the last had 0.937."""
+    scores = iter([(0.4, 1.0), (1.0, 0.7), (1.0, 0.2), (1.0, 0.3), (1.0, 0.2)])
+
+    def evaluate(predictor, items, split, *rest):
+        score, loss = next(scores)
+        measured = dict.fromkeys((f"{split}/{name}" for name in reports.REPORTED), score)
+        return measured | {f"{split}/loss": loss, f"{split}/num_images": len(items)}, np.diag([10, 0, 0])
+
+    monkeypatch.setattr(train_unet, "evaluate", evaluate)
+    config = compose_config(*tiny_overrides(root), "train.steps=4", "train.eval_every=1", "train.test_at_end=false")
+    train_in(tmp_path / "run", config)
+    assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)["metrics"]["step"] == 2
+
+
 def test_batch_of_one_value_per_channel_names_the_settings(root, tmp_path, monkeypatch, capfd):
     """It ended in batch norm's own words: Expected more than 1 value per channel when training, got input size ..."""
     arguments = [*tiny_overrides(root), "data.image_size=4", "train.batch_size=1", "train.steps=1"]

@@ -15,7 +15,7 @@ from utils.segmentation.unet import nearest_paper_input_sizes, paper_input_size
 from utils.segmentation.views import Framing, check_size, mirrored_index, side_hw
 from utils.settings import at_least
 
-TILE_BYTES = 10**9  # what a tile of size "auto" takes, if the network freed nothing
+TILE_BYTES = 2 * 10**9  # what a tile of size "auto" takes, if the network freed nothing
 
 
 @dataclass(frozen=True)
