@@ -817,10 +817,15 @@ def test_tiles_are_in_the_runs_config_and_come_with_the_checkpoint(root, tmp_pat
     assert (evaluated[-1].tile_hw, evaluated[-1].overlap) == ((72, 80), 8)
     metrics = [json.loads((tmp_path / name / "run.json").read_text())["metrics"] for name in ("small", "evaluated")]
     assert all(metrics[0]["best"][name] == value for name, value in metrics[1]["last"].items())
-    # a preset on the command line, which says auto, is no difference of a resumed run
-    resumed = [f"resume={tmp_path / 'run_64'}", "train.steps=2", "device=cpu"]
-    assert run_main(monkeypatch, capfd, tmp_path / "resumed", *resumed)[0] == 0
-    assert read_last(tmp_path / "resumed")["config"]["tiles"] == runs[64]
+    # the same command line with a preset, which says auto, resumes it
+    data_root = tiny_segmentation.write_data_root(tmp_path / "data")
+    arguments = ["experiment=unet_isbi", f"data_root={data_root}", "device=cpu", "num_workers=0", "train.steps=1"]
+    arguments += ["model.base_channels=4", "data.image_size=32"]
+    assert run_main(monkeypatch, capfd, tmp_path / "preset", *arguments)[0] == 0
+    status, output = run_main(monkeypatch, capfd, tmp_path / "resumed", *arguments, f"resume={tmp_path / 'preset'}")
+    assert status == 0, output
+    tiles = [read_last(tmp_path / name)["config"]["tiles"]["size"] for name in ("preset", "resumed")]
+    assert tiles[0] == tiles[1] and isinstance(tiles[0], list)
 
 
 def test_summary_of_the_papers_network_is_that_of_the_paper(tmp_path, monkeypatch, capfd):
