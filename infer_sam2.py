@@ -54,9 +54,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from utils import dataset_check, images
+from utils import images
 from utils import settings as sections
 from utils.checkpoint import check_script, find_weights, load_checkpoint
+from utils.dataset_check import PICTURE_REMEDIES
 from utils.listing import first_few, read_json
 from utils.log import finish_run, start_run, write_json
 from utils.run import autocast, choose_device, choose_precision, now_s, sample_rng
@@ -195,8 +196,8 @@ def infer(config: dict, run_dir: Path) -> list[str]:
                 )
     finish_run(run_dir, {"last": {"num_images": num_done, "num_masks": num_masks, "num_failed": len(failures)}})
     for kind, which in remarks.items():
-        log.info(f"{len(which)} with {kind}: {dataset_check.PICTURE_REMEDIES[kind]}")
-        for line in first_few(which, dataset_check.MAX_LISTED):
+        log.info(f"{len(which)} with {kind}: {PICTURE_REMEDIES[kind]}")
+        for line in first_few(which):
             log.info(f"  {line}")
     log.info(f"{num_done} images, {num_masks} masks: {run_dir}")
     return failures

@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 from collections import OrderedDict
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -213,7 +214,12 @@ def find_resume(path: Path) -> Path:
 
 
 def config_to_resume(
-    cls: type, script: str, current: dict, overrides: list[str], allowed: tuple[str, ...]
+    cls: type,
+    script: str,
+    current: dict,
+    overrides: list[str],
+    allowed: tuple[str, ...],
+    settle: Callable[[dict], dict] = copy.copy,
 ) -> tuple[dict, Path | None]:
     """Take the config of the run that `resume` names, with what the command line may change of it.
 
@@ -223,6 +229,7 @@ def config_to_resume(
         current: composed from this command line; without `resume` it comes back as it is.
         overrides: the command line's own, such as ["resume=...", "train.steps=400"].
         allowed: dotted keys that may differ, see `check_same_config`.
+        settle: puts values in the place of "auto" in both configs, where a run stores them.
     Returns:
         the config, and the last.pt to continue from, or None.
     Raises:
@@ -232,7 +239,7 @@ def config_to_resume(
         return current, None
     resume_path = find_resume(current["resume"])
     stored = stored_config(cls, load_run(resume_path, script), resume_path, is_resumed=True)
-    return resumed_config(stored, current, overrides, allowed), resume_path
+    return resumed_config(settle(stored), settle(current), overrides, allowed), resume_path
 
 
 def check_same_config(stored: dict, current: dict, allowed: tuple[str, ...] = ()) -> None:

@@ -240,6 +240,16 @@ def count_pages(path: str | Path) -> int:
     return _num_pages(path, data, _find_kind(path, data))
 
 
+def lossy_kind(path: str | Path) -> str | None:
+    """Say what a file is whose compression changes numbers, such as "a JPEG"; None where it keeps them.
+
+    Raises:
+        FileNotFoundError, PermissionError, ValueError: as `read_image`.
+    """
+    data = _read_bytes(path)
+    return _lossy_kind(path, data, _find_kind(path, data))
+
+
 def read_orientation(path: str | Path) -> int:
     """Read how a file's rows and columns lie: 1 as they are shown, 2 to 8 as in EXIF; 1 where there is no such tag."""
     try:
@@ -309,6 +319,15 @@ def _find_kind(path: str | Path, data: np.ndarray) -> str:
     return kind
 
 
+def _lossy_kind(path: str | Path, data: np.ndarray, kind: str) -> str | None:
+    if kind == "TIFF":
+        with _open_tiff(path, data) as tiff:
+            return "a TIFF of JPEG" if any("JPEG" in page.compression.name for page in _pages(tiff)) else None
+    if kind == "WebP" and b"VP8 " in data[:64].tobytes():
+        return "a lossy WebP"
+    return "a JPEG" if kind == "JPEG" else None
+
+
 def _num_pages(path: str | Path, data: np.ndarray, kind: str) -> int:
     if kind == "TIFF":
         with _open_tiff(path, data) as tiff:
@@ -331,14 +350,12 @@ def _read_numbers(path: str | Path, page: int | None, what: str) -> np.ndarray:
     """Read the numbers in a file, any type, turned as a picture is: (H, W), or (H, W, C) in RGB(A) order."""
     data = _read_bytes(path)
     kind = _find_kind(path, data)
-    if kind == "JPEG" or kind == "WebP" and b"VP8 " in data[:64].tobytes():
-        raise ValueError(f"{what}{path} is a {kind}, whose compression changes ids; save it as PNG or TIFF")
+    if lossy := _lossy_kind(path, data, kind):
+        raise ValueError(f"{what}{path} is {lossy}, whose compression changes ids; save it as PNG or TIFF without")
     if kind == "TIFF":
         with _open_tiff(path, data) as tiff:
             pages = _pages(tiff)
             tiff_page = pages[_check_page(path, len(pages), page)]
-            if "JPEG" in tiff_page.compression.name:
-                raise ValueError(f"{what}{path} is a TIFF of JPEG, whose compression changes ids; save it without")
             return _read_tiff_numbers(path, tiff_page)
     page = _check_page(path, _num_pages(path, data, kind), page)
     with _open_with_pillow(path, data) as picture:
