@@ -115,7 +115,9 @@ def check_script(state: dict, path: str | Path, script: str) -> None:
         path: of its file, for messages.
         script: such as "train_unet".
     """
-    has_config = isinstance(state.get("config"), dict) and ("script" in state or "train" in state["config"])
+    has_config = isinstance(state.get("config"), dict) and (
+        {"script", "format"} & set(state) or "train" in state["config"]
+    )
     if not has_config or "model" not in state:
         raise ValueError(f"checkpoint {path} was not written by {script}.py: it has no config; give one of its files")
     if state.get("script", script) != script:

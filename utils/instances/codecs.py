@@ -3,6 +3,7 @@
 import numpy as np
 
 POLYGON_SCALE = 5  # COCO draws polygons on a grid this much finer than the pixels
+FAR_PX = 500  # beyond the picture, an outline is followed so far
 FARTHEST_PX = 1e12  # of a polygon's corner; farther ones are moved here, where numbers are still exact to a pixel
 
 
@@ -94,15 +95,15 @@ def polygons_to_mask(polygons: list[list[float]], height: int, width: int) -> np
         ValueError: for a polygon of fewer than 3 points or an odd number of values.
     Source: COCO's maskApi, rleFrPoly: the outline is walked on a grid 5 times finer; where it steps sideways, all
         pixels below in that column, and all columns after it, are switched. Of an outline that leaves the picture by
-        more than its height and width together, the part that far away is cut off first: the walk there would take
-        memory for each of its steps.
+        more than its sides and FAR_PX, the part that far away is cut off first: the walk there would take memory for
+        each of its steps.
     """
     mask = np.zeros((height, width), bool)
     for polygon in polygons:
         points = np.asarray(polygon, np.float64)
         if points.ndim != 1 or len(points) < 6 or len(points) % 2 or not np.isfinite(points).all():
             raise ValueError(f"a polygon is {str(polygon)[:60]}; it must be numbers x1, y1, x2, y2, x3, y3, ...")
-        points, reach = points.reshape(-1, 2).clip(-FARTHEST_PX, FARTHEST_PX), height + width
+        points, reach = points.reshape(-1, 2).clip(-FARTHEST_PX, FARTHEST_PX), height + width + FAR_PX
         for axis, side in ((0, width), (1, height)):
             points = _cut_off(points, axis, -reach)
             points[:, axis] *= -1
