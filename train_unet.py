@@ -91,7 +91,7 @@ TERMS = {  # summed in this order; inputs: logits (B, C, H, W), targets (B, H, W
     "tversky": lambda inputs, pixel_weight, knobs: losses.tversky_loss(*inputs, knobs.tversky_alpha),
 }
 WEIGHTS = Rule(
-    lambda value: value == "auto" or not isinstance(value, str) and min(value) >= 0 < sum(value) < float("inf"),
+    lambda value: value == "auto" or isinstance(value, list) and min(value, default=0) >= 0 < sum(value) < float("inf"),
     "auto, or a list of finite numbers, 0 or more, not all 0",
 )
 BELOW_ONE = Rule(lambda number: 0 <= number < 1, "0 or more and below 1")

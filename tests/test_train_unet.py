@@ -912,8 +912,9 @@ def test_batch_of_one_value_per_channel_names_the_settings(root, tmp_path, monke
     assert run_main(monkeypatch, capfd, tmp_path / "two", *arguments, "train.batch_size=2")[0] == 0
 
 
-NO_NUMBERS = ["data.scale=[0.5,.inf]", "data.scale=[.nan,1]", "data.elastic_px=.inf", "data.elastic_px=.nan",
-    "data.rotation=.nan", "data.color_jitter=.nan", "loss.terms.dice=.inf", "loss.terms.dice=.nan",
+NO_NUMBERS = ["loss.class_weights=[]", "data.scale=[0.5,.inf]", "data.scale=[.nan,1]", "data.elastic_px=.inf",
+    "data.elastic_px=.nan", "data.rotation=.nan", "data.color_jitter=.nan", "loss.terms.dice=.inf",
+    "loss.terms.dice=.nan",
     "loss.tversky_alpha=-0.1", "loss.tversky_alpha=1.1", "loss.tversky_alpha=.nan", "loss.focal_gamma=-1",
     "loss.focal_gamma=.inf", "loss.focal_gamma=.nan", "loss.class_weights=[1,.nan,1]", "loss.class_weights=[1,.inf,1]",
     "loss.class_weights=[0,0,0]", "loss.class_weights=[1,-1,1]", "loss.border_weight=.inf", "loss.border_sigma=.inf",
