@@ -18,7 +18,7 @@ import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace
 
-from utils.images import PICTURE_SUFFIXES, read_image
+from utils.images import PICTURE_SUFFIXES, count_pages, read_image
 
 NUM_AHEAD = 4  # decoded frames that wait for the tracker
 STOP_CHECK_S = 0.1  # how often a full queue looks whether anyone still wants frames
@@ -108,11 +108,14 @@ class FrameSource:
         self.sample_aspect: Fraction | None = None
         self.times_s: list[float] = []
         self.num_before_keyframe = 0
+        self._pages: list[int | None] | None = None  # of one file that has several
         self._video_path: Path | None = None
         if not isinstance(source, (str, Path)):
             self._frame_paths = [Path(path) for path in source]
         elif Path(source).suffix.lower() in PICTURE_SUFFIXES and Path(source).is_file():
-            self._frame_paths = [Path(source)]
+            num_pages = count_pages(source)
+            self._frame_paths = [Path(source)] * num_pages
+            self._pages = [None] if num_pages == 1 else list(range(num_pages))
         elif Path(source).is_file():
             self._frame_paths = []
             self._video_path = Path(source)
@@ -170,7 +173,7 @@ class FrameSource:
     def _read_pictures(self):
         for index, path in enumerate(self._frame_paths):
             try:
-                frame, error = read_image(path), None
+                frame, error = read_image(path, self._pages[index] if self._pages else None), None
             except (OSError, ValueError) as failure:
                 frame, error = None, failure
             yield index, frame, error
@@ -196,9 +199,9 @@ class FrameSource:
                         index += 1
                         continue
                     for picture in pictures:
-                        first_s = picture.time if first_s is None else first_s
-                        has_time = picture.time is not None and first_s is not None
-                        time_s = picture.time - first_s if has_time else self._next_time()
+                        shown_s = _time_of(picture)
+                        first_s = shown_s if first_s is None else first_s
+                        time_s = self._next_time() if shown_s is None else shown_s - first_s
                         if self.times_s and time_s <= self.times_s[-1]:  # broken timestamps
                             time_s = self._next_time()
                         self.times_s.append(time_s)
@@ -240,6 +243,11 @@ def _open_video(path: Path):
             what = "a cover picture" if container.streams.video else "sound but no pictures"
             raise ValueError(f"{path} has {what}, and no film; give a video file or a folder of frames")
         yield container, max(films, key=lambda stream: (bool(stream.disposition & Disposition.default), stream.frames))
+
+
+def _time_of(picture: av.VideoFrame) -> float | None:
+    """When a frame is shown, s; None where the file does not say."""
+    return picture.time
 
 
 def _to_rgb(picture: av.VideoFrame, matrix: list[int] | None) -> np.ndarray:
@@ -290,7 +298,10 @@ class VideoWriter:
         self._last_pts = max(round(time_s * VIDEO_CLOCK), self._last_pts + 1)
         picture.pts, picture.time_base = self._last_pts, Fraction(1, VIDEO_CLOCK)
         self.is_broken = True  # until it is written: a video with a gap gets no name
-        self._container.mux(self._stream.encode(picture))
+        try:
+            self._container.mux(self._stream.encode(picture))
+        except av.FFmpegError as error:
+            raise OSError(error.errno, error.strerror, self._container.name) from error
         self.is_broken = False
         self.num_frames += 1
 
@@ -334,6 +345,8 @@ def write_video(
                 raise ValueError(f"{path} is not written: it has no frames, or one that could not be written")
             container.mux(stream.encode())  # what the encoder still holds
         os.replace(partial, path)
+    except av.FFmpegError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 
