@@ -105,10 +105,10 @@ def test_a_few_frames_are_decoded_ahead_and_no_more(tmp_path, monkeypatch):
     num_read = 0
     read = frames.read_image
 
-    def count(path):
+    def count(path, page):
         nonlocal num_read
         num_read += 1
-        return read(path)
+        return read(path, page)
 
     monkeypatch.setattr(frames, "read_image", count)
     source = iter(FrameSource(folder, num_ahead=3))
@@ -132,7 +132,7 @@ def test_leaving_early_ends_the_thread_and_a_second_pass_starts_anew(tmp_path):
 
 def test_an_error_of_our_own_reaches_the_loop(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "video", 2)
-    monkeypatch.setattr(frames, "read_image", lambda path: {}["no such key"])
+    monkeypatch.setattr(frames, "read_image", lambda path, page: {}["no such key"])
     with pytest.raises(KeyError, match="no such key"):
         read_all(folder)
 

@@ -119,7 +119,7 @@ def test_a_faulty_file_is_named_with_its_line(tmp_path, text, message):
 
 
 def test_what_is_no_text_file_is_named(tmp_path, jpeg):
-    with pytest.raises(ValueError, match="frame.jpg is not a text file"):
+    with pytest.raises(ValueError, match="frame.jpg is not text in UTF-8"):
         datasets.read_boxes(jpeg, 0)
     with pytest.raises(FileNotFoundError, match="gone.txt"):
         datasets.read_boxes(tmp_path / "gone.txt", 0)
@@ -746,3 +746,34 @@ def test_real_davis_boxes(data_root):
     for sequence in list_all("davis_sequences", root):
         expected = np.loadtxt(root / "boxes_derived" / "480p" / f"{sequence.name}.txt", delimiter=",")
         assert np.array_equal(sequence.boxes_xywh, expected) and sequence.frame_wh == (854, 480)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files that other tools wrote
+
+
+def test_eight_numbers_that_are_no_corners_are_refused(tmp_path):
+    """Decimal commas, and other tools' columns, became boxes."""
+    for line in ("10,5,20,3,30,1,40,7", "1,-1,10,20,30,40,1,-1", "0,0,100,0,100,50,0,90"):
+        (tmp_path / "boxes.txt").write_text(f"1,2,3,4\n{line}\n")
+        with pytest.raises(ValueError, match=r"boxes\.txt, line 2, is .*; its 8 numbers are no corners of a box"):
+            datasets.read_boxes(tmp_path / "boxes.txt", 0)
+    (tmp_path / "boxes.txt").write_text("10.2,20,30.7,20.4,30.5,41,10,40.6\n")  # a rotated box, rounded
+    assert np.isfinite(datasets.read_boxes(tmp_path / "boxes.txt", 0)).all()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_groundtruth_of_windows_is_read(encoding, tmp_path):
+    (tmp_path / "boxes.txt").write_bytes("1,2,3,4\r\n5,6,7,8\r\n".encode(encoding))
+    assert datasets.read_boxes(tmp_path / "boxes.txt", 0).tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    (tmp_path / "latin.txt").write_bytes("1,2,3,4\n# größe\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.txt is not text in UTF-8 \(line 2"):
+        datasets.read_boxes(tmp_path / "latin.txt", 0)
+
+
+@pytest.mark.parametrize("file_name", ["Human4.txt", "Human4-2.txt", "Human4_2.txt"])
+def test_results_under_other_tools_names_are_found(file_name, tmp_path):
+    (tmp_path / file_name).write_text("1,2,3,4\n")
+    assert datasets.find_result(tmp_path, "Human4").name == file_name
+    with pytest.raises(FileNotFoundError, match="has no result of Human5"):
+        datasets.find_result(tmp_path, "Human5")

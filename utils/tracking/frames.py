@@ -65,7 +65,7 @@ def picture_names(folder: Path) -> list[str]:
         names = [
             entry.name
             for entry in entries
-            if Path(entry.name).suffix.lower() in PICTURE_SUFFIXES and entry.name[0] != "." and entry.is_file()
+            if Path(entry.name).suffix.lower() in PICTURE_SUFFIXES and entry.name[0] != "." and not entry.is_dir()
         ]
     return sorted(names, key=natural_key)
 
