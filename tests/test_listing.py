@@ -109,7 +109,7 @@ def test_fractions(num_names, val_fraction, test_fraction, expected):
         ((2, 0.0), "data.val_fraction is 2; must be in 0..1"),
         ((0.0, -1), "data.test_fraction is -1; must be in 0..1"),
         ((0.6, 0.6), "add up to over 1"),
-        ((0.5, 0.0), "there is only alone to split; set data.val_fraction=0"),
+        ((0.5, 0.0), "there is only alone to split; add a second one"),
         ((0.1, 0.1), "there are only 1 pictures to split"),
     ],
 )

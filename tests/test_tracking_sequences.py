@@ -777,3 +777,15 @@ def test_results_under_other_tools_names_are_found(file_name, tmp_path):
     assert datasets.find_result(tmp_path, "Human4").name == file_name
     with pytest.raises(FileNotFoundError, match="has no result of Human5"):
         datasets.find_result(tmp_path, "Human5")
+
+
+def test_a_root_of_classes_is_told_where_its_videos_lie(tmp_path):
+    """LaSOT: "set data.frame_dir" helped nobody."""
+    for number in (1, 2):
+        folder = tmp_path / "bear" / f"bear-{number}" / "img"
+        folder.mkdir(parents=True)
+        write_image(folder / "1.png", np.zeros((9, 9, 3), np.uint8))
+    with pytest.raises(
+        ValueError, match=f"its videos lie deeper: set data.root={tmp_path / 'bear'}, a class at a time"
+    ):
+        list_all("folder_sequences", tmp_path)

@@ -281,7 +281,7 @@ def draw_split(
     if 0 < len(names) < len(wanted) and test_fraction == 0:
         raise ValueError(
             f"data.val_fraction is {val_fraction}, but there is only {min(names)} to split; "
-            "set data.val_fraction=0 to train on all, or 1 to only evaluate"
+            "add a second one, or set data.val_fraction=1 to evaluate alone, with train.steps=0"
         )
     if 0 < len(names) < len(wanted):
         raise ValueError(

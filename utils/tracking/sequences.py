@@ -329,9 +329,12 @@ def list_own_folders(root: Path, frame_dir: str | None, groundtruth: str | None,
         if frame_dir is None and not picture_names(frames):
             inside = [path for path in list_folders(frames) if picture_names(path)]
             if len(inside) != 1:
-                raise ValueError(
-                    f"{frames} has no pictures, and {len(inside)} folders with pictures; set data.frame_dir"
-                )
+                remedy = "set data.frame_dir to the one whose frames they are"
+                if not inside:  # such as LaSOT's <class>/<class>-1/img
+                    deeper = [path for path in list_folders(frames) if any(map(picture_names, list_folders(path)))]
+                    remedy = "give a folder of videos, each a folder of pictures"
+                    remedy = f"its videos lie deeper: set data.root={frames}, a class at a time" if deeper else remedy
+                raise ValueError(f"{frames} has no pictures, and {len(inside)} folders with pictures; {remedy}")
             frames = inside[0]
         named_path = root / f"{folder.name}.txt"
         path = folder / groundtruth if groundtruth else _first_groundtruth([frames, folder], named_path)
