@@ -190,7 +190,7 @@ def check_terms(terms: dict, known: Collection[str]) -> None:
     for term, weight in terms.items():
         if term not in known:
             raise ValueError(f"unknown term loss.terms.{term}; must be among {', '.join(known)}")
-        check_value(weight, Annotated[float, at_least(0)], f"loss.terms.{term}")
+        check_value(weight, Annotated[float, at_least(0), FINITE], f"loss.terms.{term}")
     if not any(terms.values()):
         raise ValueError(f"loss.terms is 0 in all its terms; must be above 0 in one of {', '.join(known)}")
 
