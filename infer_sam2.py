@@ -15,8 +15,11 @@ prompts.json is a list of objects, each with at least one positive point, a box 
     [{"points": [[x, y, label], ...], "box": [x1, y1, x2, y2], "mask": "file.png"}, ...]
 or, with prompts of its own for each picture of a folder, {"<file name>": [objects], ...}: other pictures are left out.
 Points and boxes are px of the picture, (0, 0) is the top left pixel's centre; label 1 is the object, 0 is not.
+Each mask names its prompt: "prompt" counts the objects of the list, or the boxes, or the points of a region, from 0;
+prompts whose mask is empty are in "prompts_without_mask".
 
-Written to outputs/infer_sam2/<date_time>/, for each picture:
+Written to outputs/infer_sam2/<date_time>/, for each picture,
+and for each page of a file of several:
     <name>_labels.png    one id for each object, 16 bit; a 32-bit .tif above 65535 objects
     <name>_overlay.png   the objects in colour over the picture
     <name>.json          the masks in SA-1B's layout; those in the label map come first, with their id of the label map
@@ -36,8 +39,9 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before th
     sys.exit()
 
 import csv
-import json
+import functools
 import logging
+import unicodedata
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -52,14 +56,23 @@ from tqdm import tqdm
 
 from utils import images
 from utils import settings as sections
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import check_script, find_weights, load_checkpoint
+from utils.dataset_check import PICTURE_REMEDIES
+from utils.listing import first_few, read_json
 from utils.log import finish_run, start_run, write_json
 from utils.run import autocast, choose_device, choose_precision, now_s, sample_rng
 from utils.sam2 import embedding_cache, mask_generation
 from utils.sam2 import model as models
 from utils.sam2.embedding_cache import CachePlan
 from utils.sam2.mask_generation import AutomaticSettings, GeneratedMasks
-from utils.settings import SAME_SECTION, CommonSettings, at_least, check_value, one_of, read_settings
+from utils.settings import (
+    SAME_SECTION,
+    CommonSettings,
+    at_least,
+    check_keys,
+    one_of,
+    read_settings,
+)
 
 log = logging.getLogger("infer_sam2")
 REPOSITORY = Path(__file__).resolve().parent
@@ -115,10 +128,10 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     """
     settings = read_settings(Config, config)
     check_mode(settings)
-    image_paths = images.list_images(Path(settings.input))
-    objects_of = read_prompts(settings, image_paths) if settings.mode == "prompts" else {}
+    pictures = images.list_pictures(Path(settings.input))
+    objects_of = read_prompts(settings, pictures) if settings.mode == "prompts" else {}
     if settings.mode == "prompts":
-        image_paths = [path for path in image_paths if path.name in objects_of]
+        pictures = [picture for picture in pictures if file_name(picture) in objects_of]
     region = images.read_label_map(settings.region) > 0 if settings.mode == "region" else None  # (H, W)
 
     device = choose_device(settings.common.device)
@@ -126,59 +139,66 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     model_config = choose_model(settings.checkpoint, settings.image_size, settings.model)
     changed = {key: value for key, value in settings.automatic.items() if value is not None}
     automatic = read_settings(AutomaticSettings, model_config.get("automatic", {}) | changed, "automatic")
-    check_value(model_config["image_size"], int, "model.image_size")
+    check_keys(functools.partial(models.build_sam2, device=device), model_config, "model")
     model = models.build_sam2(**model_config, device=device, fast_decoder=settings.fast_decoder)
-    pictures = [(path, False) for path in image_paths]  # none is mirrored
+    cached = [(picture.path, False) for picture in pictures if picture.page is None]  # none is mirrored
     obstacle = "mode=automatic encodes crops of pictures, too" if settings.mode == "automatic" else None
     plan = embedding_cache.plan_cache(
-        model, settings.cache, settings.cache_precision, precision, True, pictures, obstacle
+        model, settings.cache, settings.cache_precision, precision, True, cached, obstacle
     )
-    start_run(run_dir, config | {"model": model_config, "automatic": asdict(automatic)}, {"images": len(image_paths)})
+    start_run(run_dir, config | {"model": model_config, "automatic": asdict(automatic)}, {"images": len(pictures)})
 
-    is_folder, names = Path(settings.input).is_dir(), images.output_names(image_paths)
-    failures, num_done, num_masks = [], 0, 0
+    is_single = len(pictures) == 1
+    failures, remarks, num_done, num_masks = [], {}, 0, 0
     with (run_dir / "summary.csv").open("w", encoding="utf-8", newline="") as summary_file:
         summary = csv.writer(summary_file)
         summary.writerow(["name", "masks", "objects", "encode_ms", "ms_per_prompt"])
-        for image_index, path in enumerate(tqdm(image_paths, desc="segment", unit="image", disable=not is_folder)):
+        for image_index, picture in enumerate(tqdm(pictures, desc="segment", unit="image", disable=is_single)):
             try:
-                image_rgb = images.read_image(path)  # uint8 (H, W, 3)
-                orig_hw = image_rgb.shape[:2]
+                image_unscaled = images.read_image_unscaled(picture.path, picture.page)  # uint8 or uint16 (H, W, 3)
+                image_rgb, orig_hw = images.scale_to_8_bits(image_unscaled), image_unscaled.shape[:2]
                 if settings.mode == "region":
                     objects = objects_in_region(
                         region, orig_hw, settings.num_points, sample_rng(settings.common.seed, image_index)
                     )
                 elif settings.mode == "prompts":
-                    objects = [parse_object(prompt, orig_hw) for prompt in objects_of[path.name]]
-            except (ValueError, FileNotFoundError) as error:
-                if not is_folder:
+                    objects = [parse_object(prompt, orig_hw) for prompt in objects_of[file_name(picture)]]
+            except (ValueError, OSError) as error:
+                if is_single:
                     raise
-                failures.append(f"{path}: {error}")
+                failures.append(f"{picture}: {error}")
                 continue
+            if remark := images.remark_on_values(image_unscaled):
+                remarks.setdefault(remark[0], []).append(f"{picture}: {remark[1]}")
             with torch.inference_mode(), autocast(device, precision):
                 if settings.mode == "automatic":
                     generated = mask_generation.generate_masks(model, image_rgb, automatic)
                 else:
-                    generated = segment_objects(model, image_rgb, objects, automatic, plan, path)
+                    generated = segment_objects(model, image_rgb, objects, automatic, plan, picture)
             label_map, ids = mask_generation.stitch_masks(
                 [annotation["segmentation"] for annotation in generated.annotations],
                 [annotation["predicted_iou"] for annotation in generated.annotations],
                 orig_hw,
                 settings.max_overlap,
             )
-            write_results(run_dir, names[image_index], path.name, image_rgb, label_map, ids, generated, image_index)
+            write_results(run_dir, picture.name, picture.path.name, image_rgb, label_map, ids, generated, image_index)
             ms_per_prompt = generated.prompts_ms / generated.num_prompts
             num_objects = int(np.count_nonzero(ids))
-            summary.writerow([path.name, len(ids), num_objects, f"{generated.encode_ms:.1f}", f"{ms_per_prompt:.3f}"])
+            shown = picture.path.name if picture.page is None else picture.name
+            summary.writerow([shown, len(ids), num_objects, f"{generated.encode_ms:.1f}", f"{ms_per_prompt:.3f}"])
             summary_file.flush()  # what is done stays if a later picture stops the run
             num_done, num_masks = num_done + 1, num_masks + len(ids)
-            if not is_folder:
+            if is_single:
                 log.info(
-                    f"{path.name}: {len(ids)} masks, {num_objects} of them in the label map; "
+                    f"{shown}: {len(ids)} masks, {num_objects} of them in the label map; "
                     f"encode {generated.encode_ms:.0f} ms, "
                     f"{ms_per_prompt:.2f} ms for each of {generated.num_prompts} prompts"
                 )
     finish_run(run_dir, {"last": {"num_images": num_done, "num_masks": num_masks, "num_failed": len(failures)}})
+    for kind, which in remarks.items():
+        log.info(f"{len(which)} with {kind}: {PICTURE_REMEDIES[kind]}")
+        for line in first_few(which):
+            log.info(f"  {line}")
     log.info(f"{num_done} images, {num_masks} masks: {run_dir}")
     return failures
 
@@ -191,6 +211,8 @@ def check_mode(settings: Config) -> None:
     """Refuse a mode without its input, and input that the mode would not use."""
     given = [key for key in MODES_OF_KEY if getattr(settings, key)]
     sections.check_modes(given, MODES_OF_KEY, settings.mode)
+    if settings.common.resume is not None:
+        raise ValueError(f"resume= is {settings.common.resume}, but this script resumes no run; leave it out")
     if settings.mode == "region" and not given:
         raise ValueError("mode=region needs region=<mask file of the picture's size>")
     if settings.mode == "prompts" and not given:
@@ -216,23 +238,27 @@ def choose_model(checkpoint: str | None, image_size: int | None, model: dict | N
     chosen = model
     if checkpoint:
         state = load_checkpoint(Path(checkpoint))
-        if "config" in state:  # written by train_sam2.py
+        if {"script", "format"} & set(state):  # a file of this toolkit
+            check_script(state, checkpoint, "train_sam2")
             chosen = state["config"]["model"]
-            if model is not None and model["name"] != chosen["name"]:
+            if model is not None and model["name"] != chosen.get("name"):
                 raise ValueError(
-                    f"checkpoint {checkpoint} is of model {chosen['name']}, not {model['name']}; leave out model="
+                    f"checkpoint {checkpoint} is of model {chosen.get('name')}, not {model['name']}; leave out model="
                 )
         elif model is None:
-            name = models.recognise_weights(state["model"]) if isinstance(state.get("model"), dict) else None
+            weights = find_weights(state, checkpoint)
+            name = models.recognise_weights(weights)
             if name is None:
-                raise ValueError(f"checkpoint {checkpoint} is of no SAM 2 model that this toolkit knows")
+                listed = ", ".join(list(weights)[:3])
+                raise ValueError(
+                    f"checkpoint {checkpoint} holds weights of no SAM 2 model that this toolkit knows ({listed}, ...); "
+                    "its own models are listed by model=?"
+                )
             chosen = read_model_config(name)
     elif model is None:
         chosen = read_model_config("sam2_nano")
-    return chosen | {
-        "checkpoint": str(checkpoint) if checkpoint else chosen["checkpoint"],
-        "image_size": image_size or chosen["image_size"],
-    }
+    given = {"checkpoint": checkpoint and str(checkpoint), "image_size": image_size}
+    return chosen | {key: value for key, value in given.items() if value}
 
 
 def read_model_config(name: str) -> dict:
@@ -244,13 +270,18 @@ def read_model_config(name: str) -> dict:
 # prompts
 
 
-def read_prompts(settings: Config, image_paths: list[Path]) -> dict[str, list[dict]]:
+def file_name(picture: images.Picture) -> str:
+    """Return the name by which a prompts file calls a picture; an accented letter is one character."""
+    return unicodedata.normalize("NFC", picture.path.name)
+
+
+def read_prompts(settings: Config, pictures: list[images.Picture]) -> dict[str, list[dict]]:
     """Collect the prompts from the command line or the json file.
 
     Returns:
-        {picture's file name: [{"points": ..., "box": ..., "mask": ...}, ...]}, values not checked yet.
+        {picture's `file_name`: [{"points": ..., "box": ..., "mask": ...}, ...]}, values not checked yet.
     """
-    names = [path.name for path in image_paths]
+    names = [file_name(picture) for picture in pictures]
     if not settings.prompts_file:
         boxes = settings.boxes or []
         if len(boxes) > 1 and (settings.points or settings.mask):
@@ -262,14 +293,12 @@ def read_prompts(settings: Config, image_paths: list[Path]) -> dict[str, list[di
     path = Path(settings.prompts_file)
     if not path.is_file():
         raise FileNotFoundError(f"prompts file {path} does not exist")
-    try:
-        prompts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not text
-        raise ValueError(f"prompts file {path} is not valid json: {error}") from error
+    prompts = read_json(path)
     if isinstance(prompts, list):
         prompts = {name: prompts for name in names}
     if not isinstance(prompts, dict) or not all(isinstance(objects, list) and objects for objects in prompts.values()):
         raise ValueError(f"prompts file {path} must hold a list of objects, or {{file name: list of objects}}")
+    prompts = {unicodedata.normalize("NFC", name): objects for name, objects in prompts.items()}
     for name in prompts:
         if name not in names:
             raise ValueError(f"prompts file {path} names the picture {name}, which is not in {settings.input}")
@@ -302,7 +331,10 @@ def parse_object(prompt: dict, orig_hw: tuple[int, int]) -> ObjectPrompt:
             )
         point_coords += [[x1, y1], [x2, y2]]
         point_labels += [2, 3]
-    for point in prompt.get("points") or []:
+    points, mask_path = prompt.get("points") or [], prompt.get("mask")
+    if not isinstance(points, list) or not isinstance(mask_path, str | None):
+        raise ValueError(f"an object's prompts are {prompt}; points must be a list of points, mask a file")
+    for point in points:
         if not sections.is_numbers(point, 3) or point[2] not in (0, 1):
             raise ValueError(f"point is {point}; must be [x, y, label] with label 1 (object) or 0 (not)")
         if not (0 <= point[0] < width and 0 <= point[1] < height):
@@ -310,9 +342,9 @@ def parse_object(prompt: dict, orig_hw: tuple[int, int]) -> ObjectPrompt:
         point_coords.append(point[:2])
         point_labels.append(int(point[2]))
     mask = None
-    if prompt.get("mask"):
-        mask = images.read_label_map(prompt["mask"]) > 0
-        check_mask(mask, orig_hw, f"mask {prompt['mask']}")
+    if mask_path:
+        mask = images.read_label_map(mask_path) > 0
+        check_mask(mask, orig_hw, f"mask {mask_path}")
         if not point_coords:  # SAM 2 is trained with one "no point" beside a mask
             point_coords, point_labels = [[0, 0]], [-1]
     if not {1, 2, -1} & set(point_labels) and mask is None:
@@ -345,7 +377,7 @@ def segment_objects(
     objects: list[ObjectPrompt],
     automatic: AutomaticSettings,
     plan: CachePlan | None,
-    path: Path,
+    picture: images.Picture,
 ) -> GeneratedMasks:
     """Predict one mask for each object: the best of three by predicted IoU for a single point, else the only one.
 
@@ -353,19 +385,20 @@ def segment_objects(
         image_rgb: uint8 (H, W, 3).
         automatic: of it, points_per_batch, stability_score_offset and min_region_area are used.
         plan: from `plan_cache`: the picture's entry is read, and made first if it is missing; None: no cache.
-        path: the picture's file.
+        picture: the picture's file; a page of a file of several has no entry.
     Returns:
-        GeneratedMasks in the order of the objects, less empty masks.
+        GeneratedMasks in the order of the objects, less empty masks; "prompt" is the object's number, from 0.
     """
     orig_hw = image_rgb.shape[:2]
     start = now_s(model.device)
-    if plan is None:
-        picture = models.preprocess(image_rgb, model.image_size)[None]
+    key = picture.path, False
+    if plan is None or picture.page is not None:
+        encoder_input = models.preprocess(image_rgb, model.image_size)[None]
     else:
-        if (path, False) in plan.missing:  # then read: the first run rounds as all others do
-            embedding_cache.fill_entry(model, plan, (path, False), image_rgb)
-        picture = embedding_cache.read_entry(plan.entries[path, False])
-    embeddings = embedding_cache.embed(model, picture)
+        if key in plan.missing:  # then read: the first run rounds as all others do
+            embedding_cache.fill_entry(model, plan, key, image_rgb)
+        encoder_input = embedding_cache.read_entry(plan.entries[key])
+    embeddings = embedding_cache.embed(model, encoder_input)
     encoded = now_s(model.device)
     groups = {}  # one decode call holds objects with as many points, and all or none with a mask
     for index, prompt in enumerate(objects):
@@ -400,10 +433,13 @@ def segment_objects(
                 orig_hw,
                 automatic.min_region_area,
             )
-    filled = [annotations[i] for i in range(len(objects)) if annotations[i]["area"] > 0]
-    if len(filled) < len(objects):
-        log.info(f"{len(objects) - len(filled)} of {len(objects)} prompts gave an empty mask")
-    return GeneratedMasks(filled, len(objects), 1000 * (encoded - start), 1000 * (now_s(model.device) - encoded))
+    filled = [annotations[i] | {"prompt": i} for i in range(len(objects)) if annotations[i]["area"] > 0]
+    empty = tuple(i for i in range(len(objects)) if annotations[i]["area"] == 0)
+    if empty:
+        numbers = ", ".join(first_few([str(i) for i in empty], 10))
+        log.info(f"{picture}: {len(empty)} of {len(objects)} prompts gave an empty mask, counted from 0: {numbers}")
+    times_ms = 1000 * (encoded - start), 1000 * (now_s(model.device) - encoded)
+    return GeneratedMasks(filled, len(objects), *times_ms, empty)
 
 
 def mask_logits(masks: list[np.ndarray], model: torch.nn.Module) -> torch.Tensor:
@@ -447,6 +483,7 @@ def write_results(
             "file_name": file_name,
         },
         "annotations": [{"id": int(numbers[k])} | generated.annotations[k] for k in np.argsort(numbers)],
+        "prompts_without_mask": list(generated.without_mask),
     }
     write_json(run_dir / f"{name}.json", record)
 
@@ -462,5 +499,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sections.stop_at_moved_files("sam2", sys.argv[1:])
+    sections.read_command_line("sam2")
     main()

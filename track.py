@@ -71,6 +71,7 @@ from utils.tracking.siamfc import SiamFC, load_siamfc
 from utils.tracking.tracker import SiamFCTracker, TrackedFrame, TrackerSettings, track_frames
 
 log = logging.getLogger("track")
+KEEP_EVERY_S = 20.0  # seconds from one writing of a long video's boxes to the next
 REPOSITORY = Path(__file__).resolve().parent
 BUNDLED_CHECKPOINT = REPOSITORY / "checkpoints" / "siamfc_alexnet.pt"
 MODES_OF_KEY = {  # which modes use a key that says what to do
@@ -288,16 +289,19 @@ def track_video(
     boxes_xywh: np.ndarray,
     name: str,
     settings: Config,
-    overlay_path: Path | None = None,
+    out_dir: Path | None = None,
     start: int = 0,
 ) -> Track:
     """Track objects through a video, and draw what is asked for on the way; no frame is kept.
 
+    Boxes are written once in KEEP_EVERY_S, at Ctrl-C, and before the overlay is closed: what fails or ends there leaves
+    them.
+
     Args:
         boxes_xywh: (N, 4) px, 0-based, in the source's first frame.
         name: the video's, for the progress bar and the window.
-        settings: show; and fps, the overlay's where the source is not a video.
-        overlay_path: the .mp4 to write; None: none.
+        settings: show; overlay; and fps, the overlay's where the source is not a video.
+        out_dir: where overlay.mp4, boxes and tracks.json are written; None: nowhere.
         start: frames of the video that come before the source's first: nan, and lost, in what is returned.
     Raises:
         ValueError, OSError: where the first frame cannot be read, or its boxes not be tracked.
@@ -305,47 +309,75 @@ def track_video(
     no_boxes, is_lost = np.full((len(boxes_xywh), 4), np.nan), np.ones(len(boxes_xywh), bool)
     tracked = [TrackedFrame(-1, None, no_boxes, no_boxes[:, 0], is_lost, math.nan, None)] * start
     frame_times_s = []
-    last_frame = video = figure = None
+    last_frame = video = figure = problem = None
     is_resized = False
     with contextlib.ExitStack() as opened:
         progress = opened.enter_context(tqdm(total=source.num_frames, desc=name, unit="frame", leave=False))
-        begin = last_done = time.perf_counter()
-        for tracked_frame in track_frames(tracker, source, boxes_xywh):
-            tracked.append(tracked_frame._replace(frame=None))
-            frame = last_frame if tracked_frame.error is not None else tracked_frame.frame
-            if last_frame is not None and frame.shape != last_frame.shape and not is_resized:
-                is_resized = True  # said once
-                (old_height, old_width), (height, width) = last_frame.shape[:2], frame.shape[:2]
-                log.info(
-                    f"{source.frame_name(tracked_frame.index)}: the frames' size changes here from {old_width} x "
-                    f"{old_height} to {width} x {height} px; boxes are in px of their own frame"
-                )
-            last_frame = frame
-            if overlay_path is not None or settings.show:
-                drawn = drawing.draw_boxes(frame, tracked_frame.boxes_xywh, tracked_frame.scores, tracked_frame.is_lost)
-            if overlay_path is not None:
-                if video is None:
-                    fps = source.fps or settings.fps
-                    video = opened.enter_context(write_video(overlay_path, drawn.shape[:2], fps))
-                video.add(drawn)
-            if settings.show:
-                if figure is None:
-                    figure = window.open_window(name)
-                    opened.callback(window.close_window, figure)
-                window.show_image(figure, drawn)
-            progress.update()
-            now = time.perf_counter()
-            frame_times_s.append(now - last_done)
-            last_done = now
+        begin = last_done = last_kept = time.perf_counter()
+        try:
+            for tracked_frame in track_frames(tracker, source, boxes_xywh):
+                tracked.append(tracked_frame._replace(frame=None))
+                frame = last_frame if tracked_frame.error is not None else tracked_frame.frame
+                if last_frame is not None and frame.shape != last_frame.shape and not is_resized:
+                    is_resized = True  # said once
+                    (old_height, old_width), (height, width) = last_frame.shape[:2], frame.shape[:2]
+                    log.info(
+                        f"{source.frame_name(tracked_frame.index)}: the frames' size changes here from {old_width} x "
+                        f"{old_height} to {width} x {height} px; boxes are in px of their own frame"
+                    )
+                last_frame = frame
+                has_overlay = out_dir is not None and settings.overlay and problem is None
+                if has_overlay or settings.show:
+                    boxes, scores = tracked_frame.boxes_xywh, tracked_frame.scores
+                    drawn = drawing.draw_boxes(frame, boxes, scores, tracked_frame.is_lost)
+                if has_overlay:
+                    try:
+                        if video is None:
+                            hw, fps = drawn.shape[:2], source.fps or settings.fps
+                            writer = write_video(out_dir / "overlay.mp4", hw, fps, source.sample_aspect)
+                            video = opened.enter_context(contextlib.ExitStack())
+                            overlay = video.enter_context(writer)
+                        overlay.add(drawn, source.times_s[tracked_frame.index] if source.times_s else None)
+                    except (OSError, ValueError) as error:  # a full disk, or a side that H.264 does not have
+                        problem = f"{out_dir / 'overlay.mp4'} cannot be written: {error}"
+                if settings.show:
+                    if figure is None:
+                        figure = window.open_window(name)
+                        opened.callback(window.close_window, figure)
+                    window.show_image(figure, drawn)
+                progress.update()
+                now = time.perf_counter()
+                frame_times_s.append(now - last_done)
+                last_done = now
+                if out_dir is not None and now - last_kept > KEEP_EVERY_S:
+                    write_tracks(out_dir, join_frames(tracked, frame_times_s, now - begin, source), source, settings)
+                    last_kept = time.perf_counter()
+        finally:
+            if frame_times_s and out_dir is not None:
+                total_s = time.perf_counter() - begin
+                write_tracks(out_dir, join_frames(tracked, frame_times_s, total_s, source), source, settings)
+        try:
+            if video is not None:
+                video.close()  # writes what the encoder still holds
+        except (OSError, ValueError) as error:
+            problem = problem or f"{out_dir / 'overlay.mp4'} cannot be written: {error}"
     if not frame_times_s:
         raise ValueError(source.problem or f"{name} has no frames")
+    if source.num_before_keyframe:
+        log.info(f"{name}: starts with {source.num_before_keyframe} packets before its first keyframe; left out")
+    track = join_frames(tracked, frame_times_s, time.perf_counter() - begin, source)
+    return track._replace(problem="; ".join(filter(None, (track.problem, problem))) or None)
+
+
+def join_frames(tracked: list[TrackedFrame], frame_times_s: list[float], total_s: float, source: FrameSource) -> Track:
+    """Put what was found frame by frame into arrays."""
     return Track(
         np.stack([tracked_frame.boxes_xywh for tracked_frame in tracked]),
         np.stack([tracked_frame.scores for tracked_frame in tracked]),
         np.stack([tracked_frame.is_lost for tracked_frame in tracked]),
         np.array([tracked_frame.time_s for tracked_frame in tracked]),
         np.array(frame_times_s),
-        time.perf_counter() - begin,
+        total_s,
         {index: str(tracked_frame.error) for index, tracked_frame in enumerate(tracked) if tracked_frame.error},
         source.problem,
     )
@@ -391,10 +423,8 @@ def track_input(
     tracker: SiamFCTracker, source: FrameSource, boxes_xywh: np.ndarray, settings: Config, run_dir: Path
 ) -> tuple[dict, list[str]]:
     """Track the user's video, and write its files into the run's folder; return metrics, and what could not be read."""
-    overlay_path = run_dir / "overlay.mp4" if settings.overlay else None
     name = Path(settings.input).resolve().name
-    track = track_video(tracker, source, boxes_xywh, name, settings, overlay_path)
-    write_tracks(run_dir, track, settings.input, source.fps or settings.fps, settings.box_origin)
+    track = track_video(tracker, source, boxes_xywh, name, settings, run_dir)
     failures, speed = list_failures(track), measure_speed([track])
     num_frames, num_lost = len(track.boxes_xywh), int(track.is_lost.any(1).sum())
     log.info(f"{name}: {num_frames} frames, an object seems lost in {num_lost} of them; {describe_speed(speed)}")
@@ -419,16 +449,14 @@ def track_dataset(
     for sequence in tqdm(sequences, desc="sequences", disable=not is_benchmark or len(sequences) == 1):
         folder = run_dir if is_benchmark else run_dir / sequence.name
         folder.mkdir(exist_ok=True)
-        overlay_path = folder / "overlay.mp4" if settings.overlay and not is_benchmark else None
         try:
-            track = track_sequence(tracker, sequence, settings, overlay_path)
+            track = track_sequence(tracker, sequence, settings, None if is_benchmark else folder)
         except (ValueError, OSError) as error:
             failures.append(f"{sequence.name}: {error}")
             continue
         if is_benchmark:
             write_results(sequence, track, settings.data["format"], run_dir)
         else:
-            write_tracks(folder, track, str(sequence.frame_dir), settings.fps, settings.box_origin)
             log.info(f"{sequence.name}: {len(sequence)} frames{describe_iou(measure_iou([sequence], [track]))}")
         failures += list_failures(track)
         tracks.append(track)
@@ -449,9 +477,7 @@ def track_dataset(
     return {"last": last} | scores, failures
 
 
-def track_sequence(
-    tracker: SiamFCTracker, sequence: Sequence, settings: Config, overlay_path: Path | None = None
-) -> Track:
+def track_sequence(tracker: SiamFCTracker, sequence: Sequence, settings: Config, out_dir: Path | None = None) -> Track:
     """Track a sequence from the first frame in which its object is visible.
 
     Raises:
@@ -461,21 +487,26 @@ def track_sequence(
         raise ValueError("its groundtruth has no visible box; there is nothing to track")
     start = int(sequence.visible.argmax())
     source = FrameSource(sequence.frame_paths[start:])
-    return track_video(tracker, source, sequence.boxes_xywh[[start]], sequence.name, settings, overlay_path, start)
+    return track_video(tracker, source, sequence.boxes_xywh[[start]], sequence.name, settings, out_dir, start)
 
 
-def write_tracks(folder: Path, track: Track, source: str, fps: float, box_origin: int) -> None:
+def write_tracks(folder: Path, track: Track, source: FrameSource, settings: Config) -> None:
     """Write boxes.txt (several objects: boxes_1.txt, ...) and tracks.json, boxes counted from box_origin."""
+    box_origin, fps = settings.box_origin, source.fps or settings.fps
+    num_before = len(track.boxes_xywh) - len(track.frame_times_s)  # frames before the source's first
+    shown_s = [number / fps for number in range(len(track.frame_times_s))]
+    shown_s = source.times_s[: len(shown_s)] if source.times_s else shown_s
     num_objects = track.boxes_xywh.shape[1]
     names = ["boxes.txt"] if num_objects == 1 else [f"boxes_{n + 1}.txt" for n in range(num_objects)]
     for n, name in enumerate(names):
         datasets.write_boxes(folder / name, track.boxes_xywh[:, n], box_origin)
     in_file = datasets.file_coordinates(track.boxes_xywh, box_origin)
     record = {
-        "source": source,
+        "source": source.name,
         "num_frames": len(in_file),
         "fps": fps,
         "box_origin": box_origin,
+        "shown_at_s": [None] * num_before + shown_s,
         "objects": [
             {
                 "file": name,
@@ -623,5 +654,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sections.stop_at_moved_files("tracking", sys.argv[1:])
+    sections.read_command_line("tracking")
     main()

@@ -28,7 +28,6 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before th
 
 import functools
 import os
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +49,8 @@ from utils import settings as sections
 from utils.checkpoint import config_to_resume
 from utils.images import id_colors, mask_to_box, read_image, write_image
 from utils.instances.check import check_data
-from utils.instances.readers import Item, object_ids, split_items
-from utils.log import MetricsLog, finish_run, metric_lines, plot_curves, start_run, values_of_step
+from utils.instances.readers import Item, check_same_size, object_ids, split_items
+from utils.log import MetricsLog, drawing, finish_run, metric_lines, plot_curves, start_run, values_of_step
 from utils.sam2 import embedding_cache, losses, prompts
 from utils.sam2 import model as models
 from utils.sam2.metrics import mask_iou
@@ -189,7 +188,8 @@ def kept_objects(layers: np.ndarray, min_area_px: int) -> list[tuple[int, int]]:
 
 
 def read_picture(
-    image_path: Path,
+    item: Item,
+    annotation_hw: tuple[int, int],
     is_mirrored: bool,
     image_size: int,
     entries: dict[tuple[Path, bool], Path] | None,
@@ -199,6 +199,7 @@ def read_picture(
     """Read a picture, or from the embedding cache what the image encoder made of it.
 
     Args:
+        annotation_hw: size of its annotation, which must be the picture's.
         image_size: side S of the model's input, pixels.
         entries: of the embedding cache, by (picture's file, whether it is mirrored); None: read the picture.
         color_jitter, rng: if above 0, the colours of a picture that is read change by up to this share; see `jitter`.
@@ -206,8 +207,9 @@ def read_picture(
         float (1, 3, S, S), or FrozenMaps of one picture: what `join_pictures` and `embed` take.
     """
     if entries is not None:
-        return embedding_cache.read_entry(entries[image_path, is_mirrored])
-    image_rgb = read_image(image_path)  # (H, W, 3)
+        return embedding_cache.read_entry(entries[item.image_path, is_mirrored])
+    image_rgb = read_image(item.image_path)  # (H, W, 3)
+    check_same_size(item, image_rgb.shape[:2], annotation_hw)  # the files may have changed since the dataset check
     image_rgb = image_rgb[:, ::-1] if is_mirrored else image_rgb
     return models.preprocess(jitter(image_rgb, color_jitter, rng) if color_jitter > 0 else image_rgb, image_size)[None]
 
@@ -299,7 +301,7 @@ class PromptedMasks(Dataset):
         truth_click_share = self.prompt_settings.truth_click_share
         return {
             "picture": read_picture(  # before the draws below: it makes some, too
-                item.image_path, is_mirrored, side, self.entries, self.augmentation.color_jitter, rng
+                item, (height, width), is_mirrored, side, self.entries, self.augmentation.color_jitter, rng
             ),
             "masks": torch.from_numpy(np.array(masks, bool).reshape(-1, side, side)),
             "point_coords": models.scale_points(point_coords, (height, width), side),
@@ -542,7 +544,8 @@ def evaluate(
         objects = kept_objects(layers, min_area_px)
         num_objects += len(objects)
         with run.autocast(model.device, precision):
-            embeddings = embedding_cache.embed(model, read_picture(item.image_path, False, model.image_size, entries))
+            picture = read_picture(item, orig_hw, False, model.image_size, entries)
+            embeddings = embedding_cache.embed(model, picture)
         is_pictured = samples_dir is not None and number < picture_images
         pictured = []  # (click, predicted mask, true mask) of this picture's objects, if it is drawn
         chunk_size = max(1, min(64, 2**26 // (orig_hw[0] * orig_hw[1])))  # bounds the full-size logits
@@ -575,8 +578,10 @@ def evaluate(
                 if count == 1 and is_pictured:
                     pictured += zip(points, pred_mask, masks, strict=True)
         if is_pictured:
-            picture = draw_sample(read_image(item.image_path), *zip(*pictured, strict=True))
-            write_image(samples_dir / f"{item.name.replace('/', '_')}.png", picture)  # stems repeat across folders
+            path = samples_dir / f"{item.name.replace('/', '_')}.png"  # stems repeat across folders
+            with drawing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_image(path, draw_sample(read_image(item.image_path), *zip(*pictured, strict=True)))
     means = {name: torch.cat(chunks).mean().item() for name, chunks in measured.items()}
     return means | {"val/num_images": len(items), "val/num_objects": num_objects}
 
@@ -674,16 +679,20 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     run.seed_everything(common.seed)
 
     # data: list, check, leave out what cannot be used
-    generate, root = reader_keys.pop("generate", None), reader_keys["root"]
+    generate = reader_keys.pop("generate", None)
+    check_keys(split_items, reader_keys, "data")
+    root = reader_keys["root"]
     if generate is not None:
         root = reader_keys["root"] = str(write_samples(generate, root))
-    check_keys(split_items, reader_keys, "data")
     on_bad = reader_keys["on_bad"]  # check=true lists pairs that lack a file with all other faults
-    splits = split_items(**reader_keys | {"on_bad": "skip" if settings.check else on_bad})
-    (train_items, val_items), counts = check_data(splits, min_area_px, on_bad, run_dir, list_all=settings.check)
+    train_items, val_items = split_items(**reader_keys | {"on_bad": "skip" if settings.check else on_bad})
+    stored = loops.stored_splits(resume_path)
+    splits = loops.keep_splits(stored, {"train": train_items, "val": val_items})
+    splits, counts = check_data(splits, min_area_px, on_bad, run_dir, list_all=settings.check)
     if settings.check:
         return float("nan")
-    val_items = val_items[: train_settings.eval_images]
+    splits = loops.keep_splits(stored, splits)  # what the run had is usable still
+    train_items, val_items = splits["train"], splits["val"][: train_settings.eval_images]
     if train_settings.steps > 0 and not train_items:
         raise ValueError(f"data.root {root} has no training picture with objects")
     if not val_items:
@@ -715,9 +724,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     is_resumed = resume_path is not None
     loop = loops.resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else loops.LoopState()
     log = MetricsLog(run_dir, loop.rows)
-    save = functools.partial(
-        loops.save_run, run_dir, loop, model, optimizer, scaler, {"script": "train_sam2", "config": config}
-    )
+    description = {"script": "train_sam2", "config": config}
+    names = loops.split_names(splits)
+    save = functools.partial(loops.save_run, run_dir, loop, model, optimizer, scaler, description, names)
     if is_resumed:
         save(is_best=False)  # from now on this folder can be resumed too
 
@@ -742,7 +751,6 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         is_last = loop.step >= train_settings.steps
         if (loop.step % train_settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
             samples_dir = run_dir / "samples" / f"step_{loop.step:06d}"
-            samples_dir.mkdir(parents=True, exist_ok=True)
             with window.paused():  # speed is that of training alone
                 metrics = evaluate(
                     model,
@@ -830,7 +838,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     print(f"best checkpoint: step {best['step']}; {best['val/num_objects']} objects in {best['val/num_images']} images")
     shown_dir, example = os.path.relpath(run_dir), os.path.relpath(val_items[0].image_path)
     print(f"\nWritten to {shown_dir}. Next, segment a picture with it:")
-    print(f"  python infer_sam2.py {shlex.quote(f'checkpoint={shown_dir}/best.pt')} {shlex.quote(f'input={example}')}")
+    print("  " + sections.show_command("infer_sam2.py", checkpoint=f"{shown_dir}/best.pt", input=example))
     return loop.best[train_settings.select_by]
 
 
@@ -843,10 +851,12 @@ def main(cfg) -> float:
     with sections.one_line_errors("train_sam2"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         hydra_config = HydraConfig.get()
-        config, resume_path = config_to_resume(Config, config, list(hydra_config.overrides.task), RESUMABLE)
+        config, resume_path = config_to_resume(
+            Config, "train_sam2", config, list(hydra_config.overrides.task), RESUMABLE
+        )
         return train(config, Path(hydra_config.runtime.output_dir), resume_path)
 
 
 if __name__ == "__main__":
-    sections.stop_at_moved_files("sam2", sys.argv[1:])
+    sections.read_command_line("sam2")
     main()

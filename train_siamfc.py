@@ -33,8 +33,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before th
 import functools
 import math
 import os
-import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -55,7 +54,7 @@ from utils import settings as sections
 from utils.checkpoint import config_to_resume
 from utils.images import read_image, write_image
 from utils.listing import first_few
-from utils.log import MetricsLog, finish_run, metric_lines, plot_curves, start_run, values_of_step
+from utils.log import MetricsLog, drawing, finish_run, metric_lines, plot_curves, start_run, values_of_step
 from utils.settings import SAME_SECTION, CommonSettings, Rule, above, at_least, between, one_of, read_settings
 from utils.tracking import siamfc
 from utils.tracking.frames import FrameSource
@@ -418,7 +417,9 @@ def evaluate_pairs(
             if len(pictures) < settings.picture_pairs:
                 pictures.append(draw_pair(exemplar, instance, response[0].float().cpu()))
     if pictures:
-        write_image(picture_path, np.concatenate(pictures))
+        with drawing(picture_path):
+            picture_path.parent.mkdir(parents=True, exist_ok=True)
+            write_image(picture_path, np.concatenate(pictures))
     return {"val/loss": loss, "val/hit_rate": hits}
 
 
@@ -467,7 +468,10 @@ def list_data(data: dict) -> tuple[list[Sequence], list[Sequence]]:
         turns = data["turns"][name]
         sections.check_value(turns, Annotated[int, at_least(0)], f"data.turns.{name}")
         try:
-            train_part, val_part = list_data(part)
+            train_part, val_part = (
+                [replace(sequence, name=f"{name}/{sequence.name}") for sequence in sequences]
+                for sequences in list_data(part)
+            )
         except (ValueError, FileNotFoundError) as error:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
             raise kind(f"data.parts.{name}: {error}") from error
@@ -555,6 +559,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
 
     # data: list, leave out what cannot be used
     train_sequences, val_sequences = list_data(settings.data)
+    splits = {"train": train_sequences, "val": val_sequences}
+    splits = loops.keep_splits(loops.stored_splits(resume_path), splits)
+    train_sequences, val_sequences = splits.values()
     train_sequences, train_usable = keep_usable(train_sequences, pair_settings, "train")
     val_pair_sequences, val_usable = keep_usable(val_sequences[: train_settings.eval_sequences], pair_settings, "val")
     val_sequences = [sequence for sequence in val_sequences if sequence.visible[:-1].any()]
@@ -587,9 +594,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     is_resumed = resume_path is not None
     loop = loops.resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else loops.LoopState()
     log = MetricsLog(run_dir, loop.rows)
-    save = functools.partial(
-        loops.save_run, run_dir, loop, model, optimizer, scaler, {"script": "train_siamfc", "config": config}
-    )
+    description = {"script": "train_siamfc", "config": config}
+    names = loops.split_names(splits)
+    save = functools.partial(loops.save_run, run_dir, loop, model, optimizer, scaler, description, names)
     if is_resumed:
         save(is_best=False)  # from now on this folder can be resumed too
 
@@ -610,7 +617,6 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         is_last = loop.step >= train_settings.steps
         if (loop.step % train_settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
             samples_dir = run_dir / "samples" / f"step_{loop.step:06d}"
-            samples_dir.mkdir(parents=True, exist_ok=True)
             with window.paused():  # speed is that of training alone
                 metrics = evaluate_tracking(
                     model, val_sequences, settings.tracker, tracker_precision, train_settings.eval_frames
@@ -690,7 +696,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     print(f"best checkpoint: step {loop.best['step']}, chosen on {loop.best['val/num_frames']} validation frames")
     shown_dir = os.path.relpath(run_dir)
     print(f"\nWritten to {shown_dir}. Next, track something with it:")
-    print(f"  python track.py {shlex.quote(f'checkpoint={shown_dir}/best.pt')}")
+    print("  " + sections.show_command("track.py", checkpoint=f"{shown_dir}/best.pt"))
     return loop.best[train_settings.select_by]
 
 
@@ -700,10 +706,12 @@ def main(cfg) -> float:
     with sections.one_line_errors("train_siamfc"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         hydra_config = HydraConfig.get()
-        config, resume_path = config_to_resume(Config, config, list(hydra_config.overrides.task), RESUMABLE)
+        config, resume_path = config_to_resume(
+            Config, "train_siamfc", config, list(hydra_config.overrides.task), RESUMABLE
+        )
         return train(config, Path(hydra_config.runtime.output_dir), resume_path)
 
 
 if __name__ == "__main__":
-    sections.stop_at_moved_files("tracking", sys.argv[1:])
+    sections.read_command_line("tracking")
     main()

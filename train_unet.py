@@ -31,9 +31,9 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before th
     print(__doc__)
     sys.exit()
 
+import csv
 import functools
 import os
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -50,17 +50,29 @@ from tqdm import tqdm
 from utils import loop as loops
 from utils import run
 from utils import settings as sections
-from utils.checkpoint import config_to_resume, load_checkpoint, stored_config
+from utils.checkpoint import check_script, config_to_resume, find_weights, load_checkpoint, stored_config
 from utils.dataset_check import CheckReport
-from utils.images import IGNORE_INDEX, list_images, output_names, overlay_label_map, write_image
-from utils.log import MetricsLog, finish_run, metric_lines, plot_curves, start_run, values_of_step
+from utils.images import IGNORE_INDEX, list_pictures, overlay_label_map, write_image
+from utils.log import MetricsLog, drawing, finish_run, metric_lines, plot_curves, start_run, values_of_step
 from utils.samples.write import write_samples
 from utils.segmentation import losses, metrics, model_summary, prediction, reports, views
-from utils.segmentation.check import check_data, count_class_pixels
+from utils.segmentation.check import check_data, count_class_pixels, remark_on_parts
 from utils.segmentation.readers import Item, name_classes, read_item, read_picture, split_items
 from utils.segmentation.segmenters import FCN, DeepLabV3, SegNet, ViTSegmenter
-from utils.segmentation.unet import PAPER_MARGIN, UNet, UNetPaper
-from utils.settings import SAME_SECTION, CommonSettings, above, at_least, check_keys, one_of, read_settings
+from utils.segmentation.unet import PAPER_MARGIN, PAPER_SIZE, UNet, UNetPaper
+from utils.settings import (
+    FINITE,
+    SAME_SECTION,
+    CommonSettings,
+    Rule,
+    above,
+    at_least,
+    between,
+    check_keys,
+    check_value,
+    one_of,
+    read_settings,
+)
 
 NETWORKS = {
     "unet_paper": UNetPaper,
@@ -78,7 +90,12 @@ TERMS = {  # summed in this order; inputs: logits (B, C, H, W), targets (B, H, W
     "dice": lambda inputs, pixel_weight, knobs: losses.dice_loss(*inputs),
     "tversky": lambda inputs, pixel_weight, knobs: losses.tversky_loss(*inputs, knobs.tversky_alpha),
 }
-AUTO_OR_LIST = sections.Rule(lambda value: not isinstance(value, str) or value == "auto", "auto, or a list")
+WEIGHTS = Rule(
+    lambda value: value == "auto" or isinstance(value, list) and min(value, default=0) >= 0 < sum(value) < float("inf"),
+    "auto, or a list of finite numbers, 0 or more, not all 0",
+)
+BELOW_ONE = Rule(lambda number: 0 <= number < 1, "0 or more and below 1")
+TWO_BELOW_ONE = Rule(lambda pair: len(pair) == 2 and all(map(BELOW_ONE.holds, pair)), "two numbers, each 0..1, below 1")
 LATENCY_REPEATS = 30
 MODES_OF_KEY = {
     "checkpoint": ("evaluate", "predict", "summary"), "input": ("predict",), "resume": ("train",),
@@ -102,7 +119,7 @@ class TrainSettings:
     select_by: Annotated[str, one_of(*(f"val/{name}" for name in reports.REPORTED))]
     early_stop_evals: Annotated[int | None, at_least(1)]
     test_at_end: bool
-    picture_images: int
+    picture_images: Annotated[int, at_least(0)]
 
 
 @dataclass(frozen=True)
@@ -119,15 +136,17 @@ class LossSettings:
     """The loss (`loss:`, configs/unet/loss/*.yaml)."""
 
     terms: dict  # {a name in TERMS: its weight}
-    tversky_alpha: float
-    focal_gamma: float
+    tversky_alpha: Annotated[float, between(0, 1)]
+    focal_gamma: Annotated[float, at_least(0), FINITE]
     # one a class; auto: from the frequencies in the training set, see `weigh_classes`
-    class_weights: Annotated[list[float] | str | None, AUTO_OR_LIST]
-    border_weight: Annotated[float, at_least(0)]  # w0 of the paper's weight map; 0: none
-    border_sigma: Annotated[float, above(0)]  # px
+    class_weights: Annotated[list[float] | str | None, WEIGHTS]
+    border_weight: Annotated[float, at_least(0), FINITE]  # w0 of the paper's weight map; 0: none
+    border_sigma: Annotated[float, above(0), FINITE]  # px
 
     def __post_init__(self):
         sections.check_terms(self.terms, TERMS)
+        for term, weight in self.terms.items():
+            check_value(weight, Annotated[float, FINITE], f"loss.terms.{term}")
 
 
 @dataclass(frozen=True)
@@ -135,14 +154,14 @@ class OptimSettings:
     """Optimizer and schedule (`optim:`, configs/unet/optim/*.yaml)."""
 
     name: Annotated[str, one_of("adamw", "adam", "sgd")]
-    lr: Annotated[float, above(0)]  # highest
-    betas: Annotated[list[float], sections.of_length(2, "two numbers")]  # adam, adamw
-    momentum: float  # sgd
-    weight_decay: float  # 0 for biases, norms and embeddings
+    lr: Annotated[float, above(0), FINITE]  # highest
+    betas: Annotated[list[float], TWO_BELOW_ONE]  # adam, adamw
+    momentum: Annotated[float, BELOW_ONE]  # sgd
+    weight_decay: Annotated[float, at_least(0), FINITE]  # 0 for biases, norms and embeddings
     schedule: Annotated[str, one_of("constant", "cosine", "poly")]
-    warmup_steps: int
-    min_lr_factor: float  # cosine, poly: the rate at the last step, as a share of lr
-    poly_power: float
+    warmup_steps: Annotated[int, at_least(0)]
+    min_lr_factor: Annotated[float, between(0, 1)]  # cosine, poly: the rate at the last step, as a share of lr
+    poly_power: Annotated[float, above(0), FINITE]
 
 
 @dataclass(frozen=True)
@@ -309,8 +328,10 @@ def evaluate(
         pred = logits.argmax(0)  # (H, W)
         matrix += metrics.confusion_matrix(pred, target, len(names)).cpu().numpy()
         if number < picture_images:
-            picture = reports.draw_sample(image, pred.cpu().numpy(), class_map, names)
-            write_image(samples_dir / f"{item.name.replace('/', '_')}.png", picture)  # stems repeat across folders
+            path = samples_dir / f"{item.name.replace('/', '_')}.png"  # stems repeat across folders
+            with drawing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_image(path, reports.draw_sample(image, pred.cpu().numpy(), class_map, names))
     measured = metrics.segmentation_metrics(matrix)
     values = {f"{split}/{name}": measured[name] for name in reports.REPORTED}
     values |= {f"{split}/soft_iou": float(np.mean(soft_ious)), f"{split}/loss": float(np.mean(loss_values))}
@@ -350,6 +371,39 @@ def output_margin(model_config: dict) -> int:
     return PAPER_MARGIN if model_config["name"] == "unet_paper" else 0
 
 
+def fix_tiles(config: dict) -> dict:
+    """Put numbers in the place of tiles.size "auto": they follow from the network and data.image_size alone."""
+    settings = read_settings(Config, config)
+    model, channels = build_shapes(settings), settings.data.reader_keys["channels"]
+    margin = output_margin(settings.model)
+    tile_hw = prediction.choose_tile(settings.tiles, model, settings.data.framing, margin, channels)
+    return config | {"tiles": config["tiles"] | {"size": list(tile_hw)}}
+
+
+def build_shapes(settings: Config) -> torch.nn.Module:
+    """Build the network without values (device "meta"), to ask what sizes it has; draws no random number."""
+    with torch.device("meta"):
+        return build_network(
+            settings.model, settings.data.reader_keys["channels"], settings.data.reader_keys["num_classes"]
+        )
+
+
+def check_batch(settings: Config) -> None:
+    """Raise a ValueError where a batch is too small for batch norm: a mean over one value is that value."""
+    size, framing = settings.train.batch_size, settings.data.framing
+    images = torch.empty(size, settings.data.reader_keys["channels"], *framing.input_hw, device="meta")
+    try:
+        with torch.no_grad():
+            build_shapes(settings).train()(images)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"train.batch_size is {size} and data.image_size {framing.image_size}, of which {settings.model['name']} "
+            "leaves one value a channel, too few for its batch norm; one of them must be larger"
+        ) from error
+
+
 def list_splits(reader_keys: dict) -> dict[str, list[Item]]:
     """List the pictures of each split, {"train": items, "val": items, "test": items}; generate them if need be."""
     reader_keys = dict(reader_keys)
@@ -375,16 +429,14 @@ def weigh_classes(loss_settings: LossSettings, items: list[Item], report: CheckR
     Returns:
         the settings with class_weights a list, one a class, or None: 1.
     Raises:
-        ValueError: for a list that has not one weight, 0 or more, for each class.
+        ValueError: for a list that has not one weight for each class.
     """
     class_weights, num_classes = loss_settings.class_weights, len(items[0].coding.class_names)
     if class_weights == "auto":
         class_pixels = count_class_pixels(report, items)
         class_weights = losses.balanced_class_weights(class_pixels / class_pixels.sum()).tolist()
-    if class_weights is not None and (len(class_weights) != num_classes or min(class_weights) < 0):
-        raise ValueError(
-            f"loss.class_weights is {class_weights}; must be {num_classes} numbers, one for each class, 0 or more"
-        )
+    if class_weights is not None and len(class_weights) != num_classes:
+        raise ValueError(f"loss.class_weights is {class_weights}; must be {num_classes} numbers, one for each class")
     return replace(loss_settings, class_weights=class_weights)
 
 
@@ -412,8 +464,9 @@ def build_predictor(
     """Make what predicts pictures of any size with a network on the device; precision: fp32, bf16 or fp16."""
     framing, margin = settings.data.framing, output_margin(settings.model)
     channels = settings.data.reader_keys["channels"]
-    tile_hw = prediction.choose_tile(settings.tiles, model, framing, margin, channels, device)
-    return prediction.Predictor(model, framing, margin, tile_hw, settings.tiles.overlap, device, precision)
+    tile_hw = prediction.choose_tile(settings.tiles, model, framing, margin, channels)
+    at_once = prediction.count_tiles_at_once(model, framing, channels, tile_hw, device)
+    return prediction.Predictor(model, framing, margin, tile_hw, settings.tiles.overlap, device, precision, at_once)
 
 
 def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
@@ -424,20 +477,27 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         run_dir: a new folder.
         resume_path: the last.pt to continue from, or None.
     """
+    config = fix_tiles(config)
     settings = read_settings(Config, config)
     common, train_settings, reader_keys = settings.common, settings.train, settings.data.reader_keys
     device = run.choose_device(common.device)
     precision = run.choose_precision(common.precision, device)
     run.seed_everything(common.seed)
+    if train_settings.steps > 0 and not settings.check:
+        check_batch(settings)
     is_new = resume_path is None and not settings.check  # other weights than a checkpoint's may be asked for
     model = build_network(settings.model, reader_keys["channels"], reader_keys["num_classes"], is_new)
 
     # data: list, check, leave out what cannot be used; a check lists pairs that lack a file with all other faults
     splits = list_splits(reader_keys | ({"on_bad": "skip"} if settings.check else {}))
+    stored = loops.stored_splits(resume_path)
+    splits = loops.keep_splits(stored, splits)
     splits, counts, report = check_data(splits, reader_keys["on_bad"], run_dir, list_all=settings.check)
+    splits = loops.keep_splits(stored, splits)  # what the run had is usable still
+    train_items, val_items, test_items = splits["train"], splits["val"][: train_settings.eval_images], splits["test"]
+    print("".join(f"{line}\n" for line in remark_on_parts(report, train_items, val_items)), end="")
     if settings.check:
         return float("nan")
-    train_items, val_items, test_items = splits["train"], splits["val"][: train_settings.eval_images], splits["test"]
     if train_settings.steps > 0 and not train_items:
         raise ValueError(f"data.root {reader_keys['root']} has no training picture")
     if not val_items:
@@ -467,7 +527,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     loop = loops.resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else loops.LoopState()
     log = MetricsLog(run_dir, loop.rows)
     description = {"script": "train_unet", "config": config, "class_weights": loss_settings.class_weights}
-    save = functools.partial(loops.save_run, run_dir, loop, model, optimizer, scaler, description)
+    names = loops.split_names(splits)
+    save = functools.partial(loops.save_run, run_dir, loop, model, optimizer, scaler, description, names)
     if is_resumed:
         save(is_best=False)  # from now on this folder can be resumed too
 
@@ -484,7 +545,6 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         is_last = loop.step >= train_settings.steps
         if (loop.step % train_settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
             samples_dir = run_dir / "samples" / f"step_{loop.step:06d}"
-            samples_dir.mkdir(parents=True, exist_ok=True)
             with window.paused():  # speed is that of training alone
                 values, matrix = evaluate(
                     predictor, val_items, "val", loss_settings, samples_dir, train_settings.picture_images
@@ -570,8 +630,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     print(f"best checkpoint: step {loop.best['step']}, chosen on {loop.best['val/num_images']} validation images")
     shown_dir, example = os.path.relpath(run_dir), os.path.relpath((test_items or val_items)[0].image_path)
     print(f"\nWritten to {shown_dir}. Next, predict a picture with it:")
-    checkpoint = shlex.quote(f"checkpoint={shown_dir}/best.pt")
-    print(f"  python train_unet.py mode=predict {checkpoint} {shlex.quote(f'input={example}')}")
+    command = sections.show_command("train_unet.py mode=predict", checkpoint=f"{shown_dir}/best.pt", input=example)
+    print(f"  {command}")
     return loop.best[train_settings.select_by]
 
 
@@ -593,7 +653,7 @@ def load_network(config: dict, state: dict | None, device: torch.device) -> torc
     model = build_network(config["model"], config["data"]["channels"], config["data"]["num_classes"])
     try:
         if state is not None:
-            model.load_state_dict(state["model"])
+            model.load_state_dict(find_weights(state, config["checkpoint"]))
     except RuntimeError as error:  # names each weight that is missing or has another shape
         raise ValueError(
             f"checkpoint {config['checkpoint']} does not hold the weights of its model {config['model']['name']}: "
@@ -604,11 +664,24 @@ def load_network(config: dict, state: dict | None, device: torch.device) -> torc
     return model.to(device).eval()
 
 
+def given_keys(overrides: list[str]) -> set[str]:
+    """List the keys that a command line sets: {"mode", "data.root"} for ["mode=evaluate", "+data.root=..."]."""
+    return {override.split("=")[0].lstrip("+~").split("@")[0] for override in overrides}
+
+
+def summary_config(config: dict, overrides: list[str]) -> dict:
+    """Take the size that the model is made for where the command line gives none: 572 px for the paper's network."""
+    own_size = PAPER_SIZE if config["model"]["name"] == "unet_paper" else config["model"].get("image_size")
+    if own_size is None or {"data.image_size", "experiment"} & given_keys(overrides):
+        return config
+    return config | {"data": config["data"] | {"image_size": own_size}}
+
+
 def checkpoint_config(state: dict, current: dict, overrides: list[str]) -> dict:
     """Take the config of a checkpoint, with what the command line may change of it.
 
-    Model, classes and how pictures are brought before the network are the checkpoint's; dataset, device, tiles and what
-    to do are the command line's.
+    Model, classes and how pictures are brought before the network are the checkpoint's; device and what to do are the
+    command line's. Dataset and tiles are the checkpoint's unless the command line names others.
 
     Args:
         state: a checkpoint.
@@ -618,10 +691,9 @@ def checkpoint_config(state: dict, current: dict, overrides: list[str]) -> dict:
         ValueError: for a checkpoint of another script, a key that has no effect, another model or other classes.
     """
     name, mode = current["checkpoint"], current["mode"]
-    if state.get("script") != "train_unet":
-        raise ValueError(f"checkpoint {name} was not written by train_unet.py; give one of its best.pt")
+    check_script(state, name, "train_unet")
     stored = stored_config(Config, state, name, is_resumed=False)
-    given = {override.split("=")[0].lstrip("+~").split("@")[0] for override in overrides}
+    given = given_keys(overrides)
     for key in sorted(given):
         if key.split(".")[0] in ("train", "optim", "loss", "resume", "check", "seed", "data_root"):
             instead = "; give data.root=<folder>" if key == "data_root" else ""
@@ -639,8 +711,10 @@ def checkpoint_config(state: dict, current: dict, overrides: list[str]) -> dict:
         if (f"data.{key}" in given or key == "num_classes") and data[key] != stored["data"][key]:
             raise ValueError(f"data.{key} is {data[key]}; checkpoint {name} was trained with {stored['data'][key]}")
     data |= {key: stored["data"][key] for key in fixed}
-    keys = ("mode", "checkpoint", "split", "input", "probabilities", "device", "precision", "num_workers", "tiles")
-    return stored | {key: current[key] for key in keys} | {"data": data}
+    tiles = dict(current["tiles"] if "experiment" in given else stored["tiles"])
+    tiles |= {key: value for key, value in current["tiles"].items() if f"tiles.{key}" in given}
+    keys = ("mode", "checkpoint", "split", "input", "probabilities", "device", "precision", "num_workers")
+    return fix_tiles(stored | {key: current[key] for key in keys} | {"data": data, "tiles": tiles})
 
 
 def load_predictor(config: dict, state: dict) -> prediction.Predictor:
@@ -670,12 +744,12 @@ def evaluate_checkpoint(config: dict, state: dict, run_dir: Path) -> float:
     items, loss_settings = splits[split], replace(settings.loss, class_weights=state["class_weights"])
     start_run(run_dir, config, counts)
     write_splits(splits, run_dir / "splits")
-    samples_dir = run_dir / "samples"
-    samples_dir.mkdir()
-    values, matrix = evaluate(predictor, items, split, loss_settings, samples_dir, settings.train.picture_images)
+    num_pictured = settings.train.picture_images
+    values, matrix = evaluate(predictor, items, split, loss_settings, run_dir / "samples", num_pictured)
     class_names, majority = items[0].coding.class_names, reports.majority_metrics(matrix.sum(1), split)
     finish_run(run_dir, {"last": values, "majority": majority})
-    np.savetxt(run_dir / "confusion.csv", matrix, "%d", ",", header=",".join(class_names), comments="")
+    with (run_dir / "confusion.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([class_names, *matrix.tolist()])
     print("\n" + "\n".join(reports.class_lines(matrix, class_names, split)))
     print("\n" + "\n".join(metric_lines(reports.REPORTED, {"majority": majority, "measured": values})))
     print(f"{len(items)} images; pictures and confusion.csv in {os.path.relpath(run_dir)}")
@@ -690,26 +764,27 @@ def predict(config: dict, state: dict, run_dir: Path) -> list[str]:
         state: the checkpoint.
         run_dir: where everything is written.
     Returns:
-        One line for each picture that cannot be read; always empty for a single picture, whose failure is raised.
+        One line for each picture that cannot be read or predicted; always empty for a single picture, whose failure is
+        raised.
     """
     settings = read_settings(Config, config)
     reader_keys = settings.data.reader_keys
     class_names = tuple(name_classes(reader_keys["num_classes"], reader_keys["class_names"]))
-    image_paths, is_folder = list_images(Path(settings.input)), Path(settings.input).is_dir()
+    pictures = list_pictures(Path(settings.input))
     predictor = load_predictor(config, state)
-    start_run(run_dir, config, {"images": len(image_paths)})
+    start_run(run_dir, config, {"images": len(pictures)})
 
     failures, num_px = [], np.zeros(len(class_names), np.int64)
-    names = output_names(image_paths)
-    for name, path in zip(names, tqdm(image_paths, desc="predict", disable=not is_folder), strict=True):
+    for picture in tqdm(pictures, desc="predict", disable=len(pictures) == 1):
+        name = picture.name
         try:
-            image = read_picture(path, reader_keys["channels"])  # uint8 (H, W, channels)
-        except (ValueError, FileNotFoundError) as error:
-            if not is_folder:
+            image = read_picture(picture.path, reader_keys["channels"], picture.page)  # uint8 (H, W, channels)
+            logits = predictor.predict(image)
+        except (ValueError, OSError, RuntimeError) as error:  # torch's, such as one for a picture beyond all memory
+            if len(pictures) == 1:
                 raise
-            failures.append(f"{path}: {error}")
+            failures.append(f"{picture}: {' '.join(str(error).split())[:300]}")
             continue
-        logits = predictor.predict(image)
         pred = logits.argmax(0).to(torch.uint8).cpu().numpy()  # (H, W)
         num_px += np.bincount(pred.ravel(), minlength=len(class_names))
         image_rgb = np.broadcast_to(image, (*image.shape[:2], 3))
@@ -717,7 +792,7 @@ def predict(config: dict, state: dict, run_dir: Path) -> list[str]:
         write_image(run_dir / f"{name}_overlay.png", overlay_label_map(image_rgb, reports.class_ids(pred, class_names)))
         if settings.probabilities:
             np.save(run_dir / f"{name}_probabilities.npy", logits.softmax(0).half().cpu().numpy())
-    num_done = len(image_paths) - len(failures)
+    num_done = len(pictures) - len(failures)
     finish_run(run_dir, {"last": {"num_images": num_done, "num_failed": len(failures)}})
     shares = ", ".join(
         f"{index} {name} {share:.1%}"
@@ -759,11 +834,13 @@ def main(cfg) -> float | None:
     """Read the config, do what `mode` says, and end with one line on what went wrong and status 1, if anything did."""
     with sections.one_line_errors("train_unet"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        check_mode(read_settings(Config, config))
         hydra_config = HydraConfig.get()
         run_dir, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
+        if config["mode"] == "summary" and config["checkpoint"] is None:
+            config = summary_config(config, overrides)
+        check_mode(read_settings(Config, config))
         if config["mode"] == "train":
-            config, resume_path = config_to_resume(Config, config, overrides, RESUMABLE)
+            config, resume_path = config_to_resume(Config, "train_unet", config, overrides, RESUMABLE, fix_tiles)
             return train(config, run_dir, resume_path)
         state = None
         if config["checkpoint"] is not None:
@@ -779,5 +856,5 @@ def main(cfg) -> float | None:
 
 
 if __name__ == "__main__":
-    sections.stop_at_moved_files("unet", sys.argv[1:])
+    sections.read_command_line("unet")
     main()

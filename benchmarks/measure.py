@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -16,8 +17,10 @@ CPU = torch.device("cpu")
 
 
 def read_config(group: str, name: str) -> dict:
-    """Read the file configs/<group>/<name>.yaml, its references to other files left out."""
-    return OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{name}.yaml"), resolve=False)
+    """Read configs/<group>/<name>.yaml, such as "sam2/loss", "tutorial", with the files that it inherits from."""
+    task, option = group.split("/")
+    with initialize_config_dir(str(CONFIGS / task), version_base="1.3"):
+        return OmegaConf.to_container(compose(f"{option}/{name}")[option])
 
 
 def time_in_turn(ours: Callable[[], object], plain: Callable[[], object], repeats: int) -> tuple[float, float]:

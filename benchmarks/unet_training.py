@@ -2,7 +2,7 @@
 
     python -m benchmarks.unet_training              # the 31 M network at 256 px; a small one on the generated pets
 
-A step: the same network (`utils.unet.UNet`, 64 base channels, 31 M parameters), batch and loss; ours channels_last and
+A step: the same network (`UNet`, 64 base channels, 31 M parameters), batch and loss; ours channels_last and
 bf16. An epoch: `train_unet.py` with data-loading processes and precision=bf16 against a loop that reads, resizes and
 augments one picture after the other in fp32, on the same pictures, network, batch size, optimizer and schedule, over
 three seeds; the mean loss of the last fifth of the steps must agree within 3 %.
@@ -92,27 +92,25 @@ def train_ours(config: dict) -> tuple[float, float]:
 
 def train_plainly(config: dict) -> tuple[float, float]:
     """Train in a plain loop: fp32, one picture after the other, in PyTorch's default layout."""
-    settings = train_unet.read_settings(train_unet.Settings, config["train"], "train")
-    loss_settings = train_unet.read_settings(train_unet.LossSettings, config["loss"], "loss")
-    optim = train_unet.read_settings(train_unet.OptimSettings, config["optim"], "optim")
-    framing, augmentation, reader_keys = train_unet.read_data_settings(config["data"])
+    settings = train_unet.read_settings(train_unet.Config, config)
+    train_settings, reader_keys = settings.train, settings.data.reader_keys
     seed_everything(config["seed"])
-    model = train_unet.build_network(config["model"], reader_keys["channels"], reader_keys["num_classes"]).train()
+    model = train_unet.build_network(settings.model, reader_keys["channels"], reader_keys["num_classes"]).train()
     items = train_unet.list_splits(reader_keys)["train"]
-    dataset = train_unet.AugmentedPairs(items, config["seed"], framing, augmentation, 0, loss_settings, None)
-    optimizer = train_unet.build_optimizer(model, optim)
+    dataset = train_unet.AugmentedPairs(items, config["seed"], settings.data, 0, settings.loss)
+    optimizer = train_unet.build_optimizer(model, settings.optim)
     seconds, step_losses = [], []
-    for step in range(settings.steps):
-        first = step * settings.batch_size
-        batch = train_unet.collate([dataset[first + place] for place in range(settings.batch_size)])
+    for step in range(train_settings.steps):
+        first = step * train_settings.batch_size
+        batch = train_unet.collate([dataset[first + place] for place in range(train_settings.batch_size)])
         for group in optimizer.param_groups:
-            group["lr"] = train_unet.scheduled_lr(step, settings.steps, optim)
+            group["lr"] = train_unet.scheduled_lr(step, train_settings.steps, settings.optim)
         logits = model(batch["images"].float() / 255)
-        loss = train_unet.weighted_loss(logits, batch["targets"], loss_settings, None, None)
+        loss = train_unet.weighted_loss(logits, batch["targets"], settings.loss, None)
         step_losses.append(loss.item())
         seconds.append(time.perf_counter())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), train_settings.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return (seconds[-1] - seconds[5]) / (len(seconds) - 6), float(np.mean(step_losses[-STEPS // 5 :]))

@@ -80,6 +80,9 @@ def collect_results(run_dir: Path) -> tuple[dict, dict[str, str]]:
             hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()[:20]
         elif path.suffix == ".json" and path.name not in ("run.json", "tracks.json"):
             annotations = json.loads(path.read_text())["annotations"]
+            annotations = [
+                {key: annotation[key] for key in annotation if key != "prompt"} for annotation in annotations
+            ]
             names = ("area", "predicted_iou", "stability_score")
             numbers[path.name] = [[annotation[name] for name in names] for annotation in annotations]
             hashes[path.name] = hashlib.sha256(json.dumps(annotations).encode()).hexdigest()[:20]

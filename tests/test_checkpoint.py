@@ -1,6 +1,7 @@
 """utils/checkpoint.py: atomic save, safe load, resume."""
 
 import collections
+import math
 import os
 import pathlib
 import random
@@ -367,3 +368,44 @@ def test_check_same_config_lists_each_difference_that_is_not_allowed():
         check_same_config({"a": None}, {"a": 0})
     with pytest.raises(ValueError, match=r"a: stored None, now \(absent\)"):
         check_same_config({"a": None}, {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files of others
+
+
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "model_state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module.", "sam2_model.", "_orig_mod.module."])
+def test_weights_are_found_in_what_others_wrap_round_them(wrapper, prefix, capsys):
+    weights = {"conv.weight": torch.ones(2), "conv.bias": torch.zeros(1)}
+    wrapped = {prefix + name: values for name, values in weights.items()}
+    state = {"epoch": 3, wrapper: wrapped} if wrapper else wrapped
+    found = checkpoint.find_weights(state, "x.pt")
+    assert found.keys() == weights.keys() and all(found[name] is weights[name] for name in weights)
+    says = capsys.readouterr().out
+    assert ("the entry" in says, "the prefix" in says) == (wrapper not in (None, "model"), prefix != "")
+
+
+def test_files_without_weights_or_with_spoilt_ones_are_named():
+    with pytest.raises(ValueError, match="^checkpoint x.pt holds no weights; its entries are epoch, lr$"):
+        checkpoint.find_weights({"epoch": 3, "lr": 0.1}, "x.pt")
+    for value in (math.nan, math.inf):
+        with pytest.raises(
+            ValueError, match="^checkpoint x.pt has nan or infinity in conv.bias: its training diverged"
+        ):
+            checkpoint.find_weights({"conv.weight": torch.ones(2), "conv.bias": torch.tensor([1, value])}, "x.pt")
+
+
+def test_a_run_is_resumed_from_its_own_scripts_last_checkpoint_alone(tmp_path):
+    path = tmp_path / "last.pt"
+    for state, words in (
+        ({"conv.weight": torch.ones(2)}, "it has no config"),
+        (
+            {"config": {"model": {}}, "model": {}, "script": "train_unet"},
+            "not written by train_sam2.py, but by train_unet",
+        ),
+        ({"config": {"model": {}}, "model": {}, "script": "train_sam2"}, "which has no optimizer; give the last.pt"),
+    ):
+        torch.save(state, path)
+        with pytest.raises(ValueError, match=words):
+            checkpoint.load_run(path, "train_sam2")

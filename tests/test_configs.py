@@ -89,5 +89,5 @@ def test_file_in_its_old_place_is_named_with_its_new_one(tmp_path, monkeypatch):
 @pytest.mark.parametrize("script", OPTIONS)
 def test_each_script_looks_for_moved_files_before_hydra_does(script):
     lines = (ROOT / f"{script}.py").read_text(encoding="utf-8").splitlines()
-    assert lines[-2].endswith(f'stop_at_moved_files("{config_dir(script).name}", sys.argv[1:])')
+    assert lines[-2].endswith(f'read_command_line("{config_dir(script).name}")')
     assert lines[-1] == "    main()"

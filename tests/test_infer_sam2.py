@@ -20,7 +20,7 @@ from pycocotools import mask as coco_mask
 import infer_sam2
 from infer_sam2 import choose_model, infer
 from utils.checkpoint import save_checkpoint
-from utils.images import list_images, output_names, overlay_label_map, read_image, write_image
+from utils.images import list_images, overlay_label_map, read_image, write_image
 from utils.instances.readers import read_sa1b
 from utils.sam2.fast_decoder import decode_fast
 from utils.sam2.model import build_sam2, decode
@@ -247,7 +247,7 @@ def test_automatic_masks_and_their_files(folder, tmp_path):
     assert run_record["end"] and run_record["metrics"]["last"]["num_masks"] == count
     assert run_record["config"]["automatic"]["points_per_side"] == 6
 
-    layers = read_sa1b(tmp_path / "run" / "photo.json").layers
+    layers = read_sa1b(tmp_path / "run" / "photo.json", folder / "photo.png").layers
     assert len(np.unique(layers[layers > 0])) == count  # our own reader, for data=sa1b
 
     again = run(folder, tmp_path / "again", f"input={folder / 'photo.png'}", *MANY_MASKS, "max_overlap=0.9")
@@ -299,11 +299,6 @@ def test_prompts_of_a_folder(folder, tmp_path):
     records, _, failures = run(folder, tmp_path / "run", *arguments)
     assert set(records) == {"a"} and len(records["a"]["annotations"]) == 2
     assert len(failures) == 1 and "c.png" in failures[0] and "outside the picture of 160 x 120 px" in failures[0]
-
-
-def test_names_that_would_overwrite_another_file_get_their_suffix():
-    paths = [Path("a.png"), Path("B.jpg"), Path("b.png"), Path("run.png")]
-    assert output_names(paths) == ["a", "B_jpg", "b_png", "run_png"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -347,18 +347,22 @@ def test_coco_reads_polygons_and_both_run_lengths_and_leaves_crowds_out(tmp_path
     [
         (None, "annotation 5: has no segmentation"),
         ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], "annotation 5: a polygon is 1.0"),
-        ({"size": [8, 9], "counts": [72]}, r"annotation 5: its mask is \[8, 9\] px, but the picture is \[8, 10\]"),
         ({"size": [8, 10], "counts": [79]}, "annotation 5: run lengths add up to 79"),
         ({"size": [8, 10]}, "annotation 5: 'counts'"),
     ],
 )
-def test_coco_names_the_broken_annotation(tmp_path, segmentation, reason):
+def test_coco_leaves_out_the_broken_annotation_and_names_it(tmp_path, segmentation, reason):
     write_picture(tmp_path / "pictures" / "one.jpg")
     annotations = [{"id": 5, "image_id": 1, "segmentation": segmentation}]
     images = [{"id": 1, "file_name": "one.jpg", "height": 8, "width": 10}]
     (tmp_path / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     (item,) = list_all("coco", tmp_path, **COCO)
-    with pytest.raises(ValueError, match=rf"instances\.json, image one\.jpg, {reason}"):
+    (which,) = item.read().broken
+    assert re.search(rf"instances\.json, image one\.jpg, {reason}", which)
+    annotations[0]["segmentation"] = {"size": [8, 9], "counts": [72]}  # of another picture: that is the picture's fault
+    (tmp_path / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    (item,) = list_all("coco", tmp_path, **COCO)
+    with pytest.raises(ValueError, match=r"annotation 5: its mask is \[8, 9\] px, but the picture is \[8, 10\]"):
         item.read()
 
 
@@ -572,6 +576,7 @@ def test_check_names_each_fault_and_its_remedy(tmp_path):
         "num_without_objects": 1,
         "num_objects": 11,
         "num_crowd": 0,
+        "num_broken": 0,
     }
     text = "\n".join(report_lines(report, max_listed=None))
     for pattern in [

@@ -109,10 +109,71 @@ def test_fractions(num_names, val_fraction, test_fraction, expected):
         ((2, 0.0), "data.val_fraction is 2; must be in 0..1"),
         ((0.0, -1), "data.test_fraction is -1; must be in 0..1"),
         ((0.6, 0.6), "add up to over 1"),
-        ((0.5, 0.0), "there is only alone to split; set data.val_fraction=0"),
+        ((0.5, 0.0), "there is only alone to split; add a second one"),
         ((0.1, 0.1), "there are only 1 pictures to split"),
     ],
 )
 def test_fractions_that_make_no_sense(fractions, message):
     with pytest.raises(ValueError, match=message):
         listing.draw_split({"alone"}, fractions[0], 0, fractions[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files and lists as others make them
+
+
+def test_a_list_entry_with_a_space_is_never_another_picture(tmp_path):
+    """It was cut at its first space: "img 1.jpg" was the picture img."""
+    names = {"img", "img 2", "a/b c", "7"}
+    for line, name in {
+        "img 2.jpg": "img 2", "img 2 1 1 1": "img", "img 1 -1": "img", "x/a/b c.png": "a/b c",
+        "img.jpg img_mask/1.png": "img", "7 0.5": "7", "a\\b c.png": "a/b c",
+    }.items():  # fmt: skip
+        (tmp_path / "list.txt").write_text(f"# names\n{line}\n")
+        assert listing.read_list(tmp_path / "list.txt", names) == [name], line
+    for line in ("img 1.jpg", "img copy", "img (1).png"):
+        (tmp_path / "list.txt").write_text(line)
+        with pytest.raises(ValueError, match="list.txt names .*, which the dataset lacks"):
+            listing.read_list(tmp_path / "list.txt", names)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
+def test_lists_are_read_in_the_encodings_of_windows(encoding, tmp_path):
+    text = "\ufeffcafé\nb\n" if encoding == "utf-16-le" else "café\nb\n"
+    (tmp_path / "list.txt").write_bytes(text.encode(encoding))
+    assert listing.read_lines(tmp_path / "list.txt") == ["café", "b"]
+
+
+def test_a_list_in_another_encoding_is_named_with_its_line(tmp_path):
+    (tmp_path / "list.txt").write_bytes("a\ncafé\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"list\.txt is not text in UTF-8 \(line 2: .*save it as UTF-8"):
+        listing.read_lines(tmp_path / "list.txt")
+
+
+def test_the_two_ways_to_write_an_accent_meet(tmp_path):
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "images" / "cafe\u0301.jpg").write_bytes(b"x")  # as macOS writes it
+    (tmp_path / "labels" / "caf\u00e9.png").write_bytes(b"x")
+    (tmp_path / "list.txt").write_text("cafe\u0301\n", encoding="utf-8")
+    (pair,) = listing.pair_files(tmp_path / "images", tmp_path / "labels")
+    assert pair.image_path.exists() and pair.annotation_path.exists()
+    assert listing.read_list(tmp_path / "list.txt", {pair.name}) == [pair.name] == ["caf\u00e9"]
+
+
+def test_dead_links_are_listed_and_links_to_folders_followed_once(tmp_path):
+    """They were passed over, and the dataset was smaller than it is."""
+    root, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    for folder in (root / "a", elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "x.png").write_bytes(b"x")
+    (root / "gone.png").symlink_to(tmp_path / "annex" / "key.png")
+    (root / "gone").symlink_to(tmp_path / "annex")
+    (root / "b").symlink_to(elsewhere)
+    (root / "a" / "circle").symlink_to(root)
+    assert [folder.name for folder in listing.list_folders(root)] == ["a", "b", "gone"]
+    assert list(listing.files_by_name(root, with_subfolders=True)) == ["a/x", "b/x", "gone"]
+    assert list(listing.files_by_name(root)) == ["gone"]
+    assert listing.find_missing([(root / "gone.png", root / "absent.png")]) == (
+        [(root / "gone.png", root / "absent.png")], [],
+    )  # fmt: skip

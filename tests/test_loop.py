@@ -2,6 +2,7 @@
 
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_a_restored_run_goes_on_as_if_it_had_not_been_stopped(tmp_path):
         update(*run[:2], loop)
     loop.take({"val/iou": 0.5}, "val/iou")
     loop.rows.append({"step": 3, "val/iou": 0.5})
-    loops.save_run(tmp_path, loop, *run, {"script": "x", "config": {"seed": 0}}, is_best=True)
+    loops.save_run(tmp_path, loop, *run, {"script": "x", "config": {"seed": 0}}, {}, is_best=True)
     for _ in range(2):
         update(*run[:2], loop)
 
@@ -62,18 +63,18 @@ def test_last_pt_is_plain_and_best_pt_has_no_optimizer(tmp_path):
     run, loop = make_run(), LoopState()
     update(*run[:2], loop, value=0.5)
     description = {"script": "x", "config": {"seed": 0}, "class_weights": [1.0, 2.0]}
-    loops.save_run(tmp_path, loop, *run, description, is_best=True)
+    loops.save_run(tmp_path, loop, *run, description, {"train": ["a"]}, is_best=True)
     best, last = load_checkpoint(tmp_path / "best.pt"), load_checkpoint(tmp_path / "last.pt")
     assert best.keys() == {"format", "script", "config", "class_weights", "model", "git", "metrics"}
     assert best["metrics"] == {"step": 1, "val/iou": 0.5} and best["class_weights"] == [1.0, 2.0]
-    assert last.keys() - best.keys() == {"optimizer", "scaler", "torch_rng", "loop", "best_keys"}
+    assert last.keys() - best.keys() == {"optimizer", "scaler", "torch_rng", "loop", "splits", "best_keys"}
 
 
 @pytest.mark.parametrize("is_killed_between", [False, True])
 def test_best_pt_follows_last_pt(tmp_path, is_killed_between, monkeypatch):
     run, loop = make_run(), LoopState()
     update(*run[:2], loop, value=0.5)
-    loops.save_run(tmp_path, loop, *run, {"script": "x"}, is_best=True)
+    loops.save_run(tmp_path, loop, *run, {"script": "x"}, {}, is_best=True)
     is_best = update(*run[:2], loop, value=0.9)
     assert is_best
     if is_killed_between:
@@ -85,10 +86,10 @@ def test_best_pt_follows_last_pt(tmp_path, is_killed_between, monkeypatch):
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(loops, "save_checkpoint", save)
-            loops.save_run(tmp_path, loop, *run, {"script": "x"}, is_best=True)
+            loops.save_run(tmp_path, loop, *run, {"script": "x"}, {}, is_best=True)
         assert load_checkpoint(tmp_path / "best.pt")["metrics"]["val/iou"] == 0.5
     else:
-        loops.save_run(tmp_path, loop, *run, {"script": "x"}, is_best=True)
+        loops.save_run(tmp_path, loop, *run, {"script": "x"}, {}, is_best=True)
     (tmp_path / "new").mkdir()
     resume_run(tmp_path / "last.pt", tmp_path / "new", *make_run(seed=1))
     best = load_checkpoint(tmp_path / "new" / "best.pt")
@@ -99,11 +100,11 @@ def test_best_pt_follows_last_pt(tmp_path, is_killed_between, monkeypatch):
 def test_a_worse_evaluation_leaves_the_best_as_it_is(tmp_path):
     run, loop = make_run(), LoopState()
     assert update(*run[:2], loop, value=0.5) and loop.bad_evals == 0
-    loops.save_run(tmp_path, loop, *run, {}, is_best=True)
+    loops.save_run(tmp_path, loop, *run, {}, {}, is_best=True)
     kept = load_checkpoint(tmp_path / "best.pt")["model"]
     for number, value in enumerate([0.5, 0.4], start=1):  # as good is not better
         assert not update(*run[:2], loop, value=value) and loop.bad_evals == number
-    loops.save_run(tmp_path, loop, *run, {}, is_best=False)
+    loops.save_run(tmp_path, loop, *run, {}, {}, is_best=False)
     assert loop.start_metrics == loop.best == {"step": 1, "val/iou": 0.5} and loop.evaluated_step == 3
     (tmp_path / "new").mkdir()
     resume_run(tmp_path / "last.pt", tmp_path / "new", *make_run(seed=1))
@@ -193,3 +194,38 @@ def test_speed_leaves_evaluations_out_and_counts_the_wait_for_data():
     steps_per_s, wait_share = window.read(step=12)
     assert 2 / 0.4 < steps_per_s < 2 / 0.1 and 0.3 < wait_share <= 1
     assert window.first_step == 12 and window.waited_s == 0
+
+
+def test_equal_scores_are_told_apart_by_their_loss():
+    """With one class in validation the first perfect score stayed best.pt for ever."""
+    loop, is_best = LoopState(), []
+    for score, loss in ((0.5, 0.1), (1.0, 0.9), (1.0, 0.3), (1.0, 0.4), (1.0, 0.3)):
+        is_best.append(loop.take({"val/mean_iou": score, "val/loss": loss}, "val/mean_iou"))
+    assert is_best == [True, True, True, False, False] and loop.bad_evals == 2
+    assert LoopState(best={"val/ao": 1.0}).take({"val/ao": 1.0}, "val/ao") is False  # nothing to tell them apart by
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a dataset that changed before a run is resumed
+
+
+def samples_of(splits):
+    return {split: [SimpleNamespace(name=name) for name in names] for split, names in splits.items()}
+
+
+def test_new_samples_change_no_split_of_a_resumed_run(capsys):
+    """They moved a training picture into the test set, and best and last were compared on 3 and 6 pictures."""
+    stored = {"train": ["a", "b"], "val": ["c"], "test": ["d"]}
+    now = samples_of({"train": ["new", "b", "c"], "val": ["d", "newer"], "test": ["a"], "other": ["x"]})
+    names = loops.split_names(loops.keep_splits(stored, now))
+    assert names == {"train": ["a", "b"], "val": ["c"], "test": ["d"], "other": ["x"]}
+    assert (
+        capsys.readouterr().out
+        == "resumed with the samples that the run had; left out 2 others, new or unusable then: new, newer\n"
+    )
+    assert loops.keep_splits({}, now) == now  # an older file
+
+
+def test_samples_that_are_gone_stop_a_resumed_run():
+    with pytest.raises(ValueError, match="^2 of the 3 samples of the run to resume are not in .*: train b, val c; put"):
+        loops.keep_splits({"train": ["a", "b"], "val": ["c"]}, samples_of({"train": ["a"], "val": ["e"]}))

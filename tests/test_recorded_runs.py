@@ -1,7 +1,9 @@
 """A tiny run of each trainer gives the weights and metrics that it gave at 51375af, bit for bit.
 
 recorded_runs.json holds them, recorded with that commit in one thread and MKL_CBWR=AUTO,STRICT (conftest.py), and
-"recorded on" says on what. Each recipe names all that a result depends on, so that a later default leaves it alone.
+"recorded on" says on what; train_unet's were recorded anew since, when distances in its weight map lost their noise and
+equal scores came to be told apart by val/loss. Each recipe names all that a result depends on, so that a later default
+leaves it alone.
 """
 
 import json

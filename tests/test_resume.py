@@ -4,6 +4,8 @@ What last.pt and best.pt hold and how they come back is tests/test_loop.py's.
 """
 
 import json
+import os
+import re
 import shutil
 
 import pytest
@@ -334,3 +336,44 @@ def test_other_optimizers_and_networks_resume_exactly(trainer, override, tmp_pat
     last_path = train_and_crash(trainer, tmp_path / "first", config, 2)
     trainer.tiny.train_in(tmp_path / "second", config, last_path)
     assert not run_differences(tmp_path / "whole", tmp_path / "second")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a dataset that changed since
+
+SAMPLE = {  # files or folders of a training sample
+    "train_sam2": ["images/001.png", "labels/001.png"],
+    "train_unet": ["images/001.png", "masks/001.png"],
+    "train_siamfc": ["train/train_001"],
+}
+
+
+def test_a_resumed_run_has_the_samples_that_it_had(trainer, tmp_path, monkeypatch, capfd):
+    """A picture more moved others from training to test; best and last were compared on different pictures."""
+    root = shutil.copytree(trainer.root, tmp_path / "data")
+    places = [override for override in trainer.tiny.tiny_overrides(root) if override.startswith("data.")]
+    config = configure(trainer, *places)
+    trainer.tiny.train_in(tmp_path / "whole", config)
+    last_path = train_and_crash(trainer, tmp_path / "crashed", config, 2)
+
+    for name in SAMPLE[trainer.name]:
+        path = root / name
+        copy = shutil.copytree if path.is_dir() else shutil.copy
+        copy(path, path.with_name(path.name.replace("001", "0015")))
+    if trainer.name == "train_siamfc":
+        with (root / "train" / "list.txt").open("a") as file:
+            file.write("train_0015\n")
+    capfd.readouterr()
+    trainer.tiny.train_in(tmp_path / "grown", config, last_path)
+    assert re.search(r"left out \d others, new or unusable then: .*0015\n", capfd.readouterr().out)
+    assert not run_differences(tmp_path / "whole", tmp_path / "grown")
+
+    for name in SAMPLE[trainer.name]:
+        path = root / name
+        (shutil.rmtree if path.is_dir() else os.remove)(path)
+    if trainer.name == "train_siamfc":
+        (root / "train" / "list.txt").write_text("train_0015\ntrain_002\ntrain_003\n")
+    with pytest.raises(
+        ValueError, match="^1 of the [0-9]+ samples of the run to resume are not in .*: train .*001; put them"
+    ):
+        trainer.tiny.train_in(tmp_path / "shrunk", config, last_path)

@@ -337,3 +337,16 @@ def test_curves_show_sparse_columns_and_survive_nan(tmp_path):
     plot_curves([], tmp_path / "none.png")
     assert cv2.imread(str(tmp_path / "none.png")) is not None
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_curves_that_cannot_be_drawn_stop_nothing(tmp_path, monkeypatch, capsys):
+    plot_curves([{"step": 0, "train/loss": 1.0}], tmp_path / "no folder" / "curves.png")
+
+    def fail(*args, **keywords):
+        raise MemoryError("no room for the figure")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    plot_curves([{"step": 0, "train/loss": 1.0}], tmp_path / "curves.png")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all("curves.png could not be drawn (" in line for line in lines)
+    assert "MemoryError: no room" in lines[1] and not list(tmp_path.iterdir())

@@ -512,9 +512,11 @@ def test_damaged_and_foreign_weights_say_what_does_not_fit(tmp_path, nano):
         load({"model": weights | {"no_mem_embed": removed, "extra": torch.zeros(1)}})
     with pytest.raises(ValueError, match="no SAM 2 model that this toolkit knows; give a checkpoint of sam2_nano"):
         load({"model": {"fc.weight": torch.zeros(2, 2)}})
-    for state in (weights, {"state_dict": weights}, {"model": None}):
-        with pytest.raises(ValueError, match="file.pt has no 'model' entry"):
-            load(state)
+    weights["no_mem_embed"] = removed
+    for state in (weights, {"state_dict": weights}, {"model": {f"module.{name}": w for name, w in weights.items()}}):
+        assert load(state).image_size == 256  # wrapped as other programs do
+    with pytest.raises(ValueError, match="file.pt holds no weights; its entries are model"):
+        load({"model": None})
 
 
 def test_random_weights_only_on_request_and_said_so(capsys):

@@ -179,3 +179,18 @@ def test_noised_boxes_stay_in_the_picture_and_keep_their_corners_in_order():
             assert 0 <= x1 <= x2 <= 59 and 0 <= y1 <= y2 <= 49
             assert box.dtype == np.float32
     assert noised_box(one_pixel, rng).tolist() == [30, 20, 30, 20]
+
+
+def test_the_evaluation_click_does_not_hang_on_the_last_bit_of_a_distance(monkeypatch):
+    """OpenCV 5's distances of equal masks differ there from call to call, and ties moved clicks."""
+    rng, real = np.random.default_rng(0), cv2.distanceTransform
+
+    def rounded_otherwise(*args):
+        depth = real(*args)
+        return depth * (1 + rng.uniform(-2e-7, 2e-7, depth.shape)).astype(np.float32)
+
+    monkeypatch.setattr(cv2, "distanceTransform", rounded_otherwise)
+    mask = np.zeros((40, 60), bool)
+    mask[5:14, 5:55] = mask[20:29, 5:55] = True  # 100 pixels lie equally deep
+    clicks = {(*center_point(mask, np.zeros_like(mask))[0].tolist(),) for _ in range(12)}
+    assert clicks == {(9.0, 9.0)}  # the first of them

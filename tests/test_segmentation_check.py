@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import yaml
 from options import read_option
 from PIL import Image
@@ -329,3 +330,191 @@ def test_real_data_has_no_faults(data_root):
         items = sum(split_items(**data_keys(name, data_root / folder)), [])[::5]
         report = check_items(items, check_item)
         assert not report.bad and len(keep_usable(items, report, "stop")) == len(items)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# real files
+
+
+def test_255_is_left_out_also_where_other_values_lack_a_class(tmp_path):
+    """PASCAL VOC's masks: some of 0 to 20, and 255 along the outlines."""
+    cases = {
+        "voc": ((0, 1, 15, 255), {0: 0, 1: 1, 15: 2}, [255]),
+        "person": ((0, 15, 255), {0: 0, 15: 1}, [255]),
+        "one bad file": ((*range(21), 220, 255), {value: i for i, value in enumerate((*range(21), 220))}, [255]),
+        "greys": ((0, 85, 170, 255), {0: 0, 85: 1, 170: 2, 255: 3}, []),
+        "three greys": ((0, 128, 255), {0: 0, 128: 1, 255: 2}, []),
+        "binary": ((0, 255), {0: 0, 255: 1}, []),
+    }
+    for name, (values, class_values, left_out) in cases.items():
+        for index in range(10):
+            write_mask(tmp_path / name / "masks" / f"{index:03d}.png", np.repeat(np.uint8([values]), 8, 0).repeat(2, 1))
+            write_picture(tmp_path / name / "images" / f"{index:03d}.jpg", 8, 2 * len(values))
+        message = refused(tmp_path / name)
+        proposed = yaml_lines(message)
+        assert proposed.get("class_values") == class_values and proposed.get("ignore_values", []) == left_out, message
+        assert_usable(tmp_path / name, 10, **proposed)
+    dense = ((*range(21), 255), {"num_classes": 21, "ignore_values": [255]})
+    for index in range(10):
+        write_picture(tmp_path / "all" / "images" / f"{index}.jpg", 8, 22)
+        write_mask(tmp_path / "all" / "masks" / f"{index}.png", np.repeat(np.uint8([dense[0]]), 8, 0))
+    assert yaml_lines(refused(tmp_path / "all")) == dense[1]
+
+
+def test_many_classes_in_the_dataset_are_not_taken_for_blur(tmp_path):
+    """COCO-Stuff and ADE20K: few values a mask, over a hundred in all, which were said to be compressed or smoothed."""
+    for index in range(60):
+        write_picture(tmp_path / "images" / f"{index}.jpg")
+        write_mask(tmp_path / "masks" / f"{index}.png", bands((0, index, index + 1, 255)))
+    proposed = yaml_lines(refused(tmp_path))
+    assert proposed == {"num_classes": 61, "ignore_values": [255]}
+    assert_usable(tmp_path, 60, **proposed)
+
+
+def test_255_is_left_out_where_grey_masks_meet_colours(tmp_path):
+    """The YAML has VOC's colours, the files its indices."""
+    write_pairs(tmp_path, 10, (0, 1, 15, 255))
+    keys = {"class_values": {"0,0,0": 0, "128,0,0": 1}, "ignore_values": ["224,224,192"]}
+    proposed = yaml_lines(refused(tmp_path, **keys))
+    assert proposed["class_values"] == {0: 0, 1: 1, 15: 2} and proposed["ignore_values"] == [255]
+    assert_usable(tmp_path, 10, **keys | proposed)
+
+
+def test_the_check_proposes_the_pairing_rule_that_a_run_proposes(tmp_path):
+    for index in range(12):
+        write_picture(tmp_path / "images" / f"{index:03d}.jpg")
+        write_mask(tmp_path / "masks" / f"{index:03d}_mask.png", bands((0, 1)))
+    assert yaml_lines(refused(tmp_path)) == {"mask_ending": "_mask"}
+    _, _, lines = check(tmp_path, on_bad="skip")  # how check=true lists them
+    assert yaml_lines(lines) == {"mask_ending": "_mask"} and "24 bad" in lines
+
+
+@pytest.mark.parametrize("on_bad", ["stop", "skip"])
+def test_a_mask_or_picture_of_a_suffix_that_is_not_read_is_named(tmp_path, on_bad):
+    """It was asked for by the name that it has: "image 001.jpg has no mask masks/001.png"."""
+
+    def message(root):
+        return refused(root) if on_bad == "stop" else check(root, on_bad="skip")[2]
+
+    for suffix, data in ((".npy", b"\x93NUMPY"), (".jp2", b"\0\0\0\x0cjP  ")):
+        root = tmp_path / suffix[1:]
+        write_pairs(root, 10)
+        (root / "masks" / "003.png").unlink()
+        (root / "masks" / f"003{suffix}").write_bytes(data)
+        said = message(root)
+        assert f"masks/003{suffix} is there, but files of {suffix} are not read" in said and ".gif" in said
+        write_pairs(root / "b", 10)
+        (root / "b" / "images" / "004.jpg").unlink()
+        (root / "b" / "images" / f"004{suffix}").write_bytes(data)
+        assert f"images/004{suffix} is there, but files of {suffix} are not read" in message(root / "b")
+
+
+def test_pairs_that_lack_both_files_are_no_pairing_rule(tmp_path):
+    """Listed pets whose pictures and trimaps are elsewhere: "set , which pairs 2"."""
+    write_picture(tmp_path / "images" / "a.jpg")
+    write_mask(tmp_path / "annotations" / "trimaps" / "a.png", bands((1, 2, 3)))
+    for name, lines in (("trainval", "a 1 1 1\nb 1 1 1\nc 1 1 1\n"), ("test", "")):
+        (tmp_path / "annotations" / f"{name}.txt").write_text(lines)
+    with pytest.raises(FileNotFoundError, match="2 of 3 pairs lack a file; .* complete or remove the pair"):
+        split_items(**data_keys("oxford_pet", tmp_path, val_fraction=0.0))
+
+
+def test_a_dataset_of_suffixes_that_are_not_read_says_so(tmp_path):
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+        for index in range(3):
+            np.save(tmp_path / folder / f"{index}.npy", bands((0, 1)))
+    with pytest.raises(ValueError, match=r"images has 3 files of \.npy, which are not read: save them as .*\.png"):
+        check(tmp_path)
+
+
+def test_masks_of_gif_are_read(tmp_path):
+    """Carvana's and DRIVE's."""
+    for index in range(10):
+        write_picture(tmp_path / "images" / f"{index}.jpg")
+        write_mask(tmp_path / "masks" / f"{index}_mask.gif", bands((0, 1)), palette=[0, 0, 0, 255, 255, 255])
+    assert_usable(tmp_path, 10, mask_ending="_mask")
+    items = split_items(**data_keys("folders", tmp_path, mask_ending="_mask"))[0]
+    assert np.array_equal(read_item(items[0])[1], bands((0, 1)))
+
+
+@pytest.mark.parametrize("bands_of_file", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+def test_bands_marked_grey_are_colours_or_refused(tmp_path, bands_of_file, dtype, planar):
+    """One band was taken for all, and the check advised `channels: 1`."""
+    write_pairs(tmp_path, 10)
+    rng = np.random.default_rng(bands_of_file)
+    stored = rng.integers(0, 256, (8, 10, bands_of_file)).astype(dtype) * (257 if dtype == np.uint16 else 1)
+    (tmp_path / "images" / "000.jpg").unlink()
+    path, layout = tmp_path / "images" / "000.tif", stored if planar == "contig" else stored.transpose(2, 0, 1)
+    tifffile.imwrite(path, layout, photometric="minisblack", planarconfig=planar)
+    items, report, lines = check(tmp_path)
+    assert "grey for three channels" not in lines and "set channels: 1" not in lines
+    if bands_of_file == 2:
+        assert f"image {path} has 2 bands" in lines and len(report.bad) == 1
+    else:
+        (item,) = [item for item in items if item.name == "000"]
+        expected = (stored // (257 if dtype == np.uint16 else 1))[..., :3]
+        assert not report.bad and np.array_equal(read_item(item)[0], expected)
+
+
+def test_composites_and_stacks_are_refused_with_their_pages(tmp_path):
+    write_pairs(tmp_path, 10)
+    for number, axes in ((0, "CYX"), (1, "ZYX")):
+        (tmp_path / "images" / f"{number:03d}.jpg").unlink()
+        planes = np.zeros((3, 8, 10), np.uint8)
+        tifffile.imwrite(tmp_path / "images" / f"{number:03d}.tif", planes, imagej=True, metadata={"axes": axes})
+    message = refused(tmp_path)
+    assert "000.tif has 3 pages" in message and "001.tif has 3 pages" in message and "channels: 1" not in message
+
+
+@pytest.mark.parametrize("orientation, hw, is_told", [
+    (1, (8, 10), False), (3, (8, 10), True), (2, (8, 10), True), (6, (9, 9), True), (6, (8, 10), False),
+])  # fmt: skip
+def test_a_turn_that_keeps_the_size_is_remarked_on(tmp_path, orientation, hw, is_told):
+    """The picture is turned as its tag says; a mask drawn without it keeps its size, and lies elsewhere."""
+    write_pairs(tmp_path, 10)
+    pixels = np.random.default_rng(0).integers(0, 256, (*hw, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "images" / "000.jpg", exif=exif)
+    shown_hw = hw[::-1] if orientation >= 5 else hw
+    write_mask(tmp_path / "masks" / "000.png", np.resize(np.uint8([0, 1]), shown_hw))
+    _, report, lines = check(tmp_path)
+    assert not report.bad and ("1 with an orientation that the other of the pair lacks" in lines) == is_told
+    if is_told:
+        assert f"images/000.jpg: orientation {orientation}, {tmp_path}/masks/000.png: 1" in lines
+        write_mask(tmp_path / "masks" / "000.png", np.resize(np.uint8([0, 1]), shown_hw), exif=exif)
+        assert "an orientation that" not in check(tmp_path)[2]  # now the mask is turned, too
+
+
+def test_dead_links_and_files_that_may_not_be_read_are_faults(tmp_path, monkeypatch):
+    write_pairs(tmp_path, 10)
+    for path in (tmp_path / "images" / "001.jpg", tmp_path / "masks" / "002.png"):
+        path.unlink()
+        path.symlink_to(tmp_path / "annex" / path.name)
+    from_file, open_file = np.fromfile, Path.open
+
+    def refuse(real, *args, **keywords):
+        if str(args[0]).endswith(("images/003.jpg", "masks/004.png")):
+            raise PermissionError(13, "Permission denied", str(args[0]))
+        return real(*args, **keywords)
+
+    monkeypatch.setattr(np, "fromfile", lambda *args, **keywords: refuse(from_file, *args, **keywords))
+    monkeypatch.setattr(Path, "open", lambda *args, **keywords: refuse(open_file, *args, **keywords))
+    message = refused(tmp_path)
+    assert message.startswith("4 of 10 images cannot be used")
+    for name in ("images/001.jpg is a link to", "masks/002.png is a link to"):
+        assert name in message
+    for name in ("images/003.jpg", "masks/004.png"):
+        assert f"Permission denied: '{tmp_path}/{name}'" in message
+    assert len(keep_usable(*check(tmp_path, on_bad="skip")[:2], "skip")) == 6
+
+
+def test_a_dead_link_of_a_volume_is_not_passed_over_for_the_other_layout(tmp_path):
+    for folder in ("image", "label"):
+        write_mask(tmp_path / "train" / folder / "0.png", bands((0, 255)))
+    (tmp_path / "train-volume.tif").symlink_to(tmp_path / "annex" / "volume")
+    with pytest.raises(FileNotFoundError, match="train-volume.tif is a link to"):
+        split_items(**data_keys("isbi", tmp_path))

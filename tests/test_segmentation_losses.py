@@ -328,6 +328,7 @@ def test_border_weight_map_is_the_paper_s_equation(seed, size, num_cells, w0, si
     expected = naive_border_weight_map(instances, w0, sigma)
     np.testing.assert_allclose(weights, expected, rtol=1e-5, atol=1e-6 * w0)
     assert expected.max() > 0.1 * w0  # there is something to compare
+    assert {border_weight_map(instances, w0, sigma).tobytes() for _ in range(12)} == {weights.tobytes()}
 
 
 def test_border_weights_without_two_cells_and_at_the_smallest_gap():

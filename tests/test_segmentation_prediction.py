@@ -76,21 +76,46 @@ def test_blended_tiles_are_near_the_whole_picture():
     assert (blended < 1e-6).float().mean() > 0.3
 
 
-def test_tiles_that_memory_allows(monkeypatch):
+def test_tiles_follow_from_network_and_size_and_memory_says_how_many_go_at_once(monkeypatch):
+    """Tiles were as large as free memory allowed: of 12 MP, 4,600 pixels differed between 1 and 16 GB."""
+    auto, sides, at_once = TileSettings("auto", 64), [], []
     model = UNet(3, 3, 8, 3, "transposed")
-    auto = TileSettings("auto", 64)
-    sides = []
-    for gigabytes in (0.01, 1, 4, 1000):
+    for gigabytes in (0.01, 1, 16, 1000):
         monkeypatch.setattr(prediction, "free_memory", lambda device, size=gigabytes: int(size * 1e9))
-        height, width = prediction.choose_tile(auto, model, Framing(128, "crop"), 0, 3, CPU)
-        assert height == width
-        sides.append(height)
-    assert sides[0] == 256 < sides[1] < sides[2] < sides[3] == 4096
-    assert sides[2] / sides[1] == pytest.approx(2, abs=0.02)  # four times the pixels
-    paper = prediction.choose_tile(auto, UNetPaper(1, 2, 2), Framing(188, "crop"), 92, 1, CPU)
+        tile_hw = prediction.choose_tile(auto, model, Framing(128, "crop"), 0, 3)
+        sides.append(tile_hw)
+        at_once.append(prediction.count_tiles_at_once(model, Framing(128, "crop"), 3, tile_hw, CPU))
+    assert len(set(sides)) == 1 and at_once[0] == at_once[1] == 1 < at_once[2] < at_once[3]
+    (wide,) = {prediction.choose_tile(auto, UNet(3, 3, 32, 3, "transposed"), Framing(128, "crop"), 0, 3)}
+    assert 256 <= wide[0] < sides[0][0] <= 4096
+    assert prediction.choose_tile(auto, model, Framing([5000, 128], "resize"), 0, 3)[0] == 5000  # as in training
+    paper = prediction.choose_tile(auto, UNetPaper(1, 2, 2), Framing(188, "crop"), 92, 1)
     assert (paper[0] - 60) % 16 == 0
-    given = TileSettings([100, 200], 64)
-    assert prediction.choose_tile(given, model, Framing(128, "crop"), 0, 3, CPU) == (100, 200)
+    assert prediction.choose_tile(TileSettings([100, 200], 64), model, Framing(128, "crop"), 0, 3) == (100, 200)
+    assert (
+        prediction.choose_tile(TileSettings("auto", 5000), model, Framing(128, "crop"), 0, 3)[0] > 5000
+    )  # they advance
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("at_once", [2, 3, 100])
+def test_tiles_at_once_change_nothing(at_once, paper_net):
+    torch.manual_seed(0)
+    model, image = UNet(3, 4, 4, 2, "bilinear").eval(), torch.rand(3, 75, 130)
+    one_by_one = predict_tiled(model, image, 0, (40, 64), 16)
+    together = predict_tiled(model, image, 0, (40, 64), 16, at_once)
+    assert (together - one_by_one).abs().max() < 1e-5 and torch.equal(together.argmax(0), one_by_one.argmax(0))
+    image = torch.rand(1, 60, 90)
+    paper = [predict_tiled(paper_net, image, 92, (204, 204), 0, count) for count in (1, at_once)]
+    assert (paper[0] - paper[1]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hw", [(4, 4), (1, 3), (4, 60), (20, 4)])
+def test_smallest_pictures_of_the_unpadded_network(hw, paper_net):
+    """ "range() arg 3 must not be zero": 188 px in are 4 px out, less than tiles advance by."""
+    image = torch.rand(1, *hw)
+    torch.testing.assert_close(predict_tiled(paper_net, image, 92, (204, 204), 0), predict_whole(paper_net, image))
 
 
 @torch.no_grad()

@@ -1,12 +1,21 @@
-"""utils/segmentation/readers.py: layouts, splits, how mask values become classes, real data, the README's recipes."""
+"""utils/segmentation/readers.py: layouts, splits, how mask values become classes, real data, the README's recipes.
+
+Tried beside what was reported, to find faults of the same kinds (those marked * were some, and have a test here or in
+test_segmentation_check.py): masks of lossy WebP* and of TIFF of JPEG* with nearest_value, of 16-bit colours*, of grey
+and alpha, of colours and alpha, of floats, of 64-bit integers, of -1 in 8 bits, with a page or a channel for each
+class; a dataset of over a hundred classes, few in each mask*; pairs of a list that lack both files*; listed pets and
+streets whose names have spaces and accents*; a volume that is a link to nothing*; a folder of .npy alone*.
+"""
 
 import re
 import shutil
+import unicodedata
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import tifffile
 import torchvision
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -153,6 +162,65 @@ def test_pictures_of_every_depth_and_kind_in_one_and_three_channels(tmp_path):
         assert image.shape == (6, 7, 1) and np.abs(image[..., 0].astype(int) - as_grey).max() <= 1, name
 
 
+def test_a_number_that_is_a_class_can_be_left_out(tmp_path):
+    """Without class_values the values are the classes; it was "given twice, in class_values", where nothing was."""
+    write_picture(tmp_path / "images" / "a.jpg")
+    write_mask(tmp_path / "masks" / "a.png", bands((0, 1, 2)))
+    (item,) = list_all(tmp_path, num_classes=3, ignore_values=[0, 255])
+    assert np.array_equal(read_item(item)[1], bands((255, 1, 2))) and len(item.coding.class_names) == 3
+    with pytest.raises(ValueError, match="0 is given twice, in data.class_values and data.ignore_values"):
+        list_all(tmp_path, num_classes=3, class_values={0: 0, 1: 1, 2: 2}, ignore_values=[0])
+    with pytest.raises(ValueError, match=r"data.ignore_values leaves out all but 1 of the 3 classes"):
+        list_all(tmp_path, num_classes=3, ignore_values=[0, 1])
+
+
+@pytest.mark.parametrize("lossy", ["a.webp", "a.tif", "a.jpg"])
+def test_a_mask_of_any_lossy_compression_is_taken_as_the_nearest_values(tmp_path, lossy):
+    truth = np.zeros((64, 64), np.uint8)
+    cv2.circle(truth, (30, 34), 20, 1, -1)
+    write_picture(tmp_path / "images" / "a.png", 64, 64)
+    options = {"a.webp": {"quality": 80}, "a.tif": {"compression": "jpeg"}, "a.jpg": {}}[lossy]
+    write_mask(tmp_path / "masks" / lossy, truth * 255, **options)
+    keys = {"class_values": {0: 0, 255: 1}}
+    (item,) = list_all(tmp_path, **keys)
+    with pytest.raises(ValueError, match=rf"mask \S*{lossy} .*compression changes.*nearest_value: true"):
+        read_item(item)
+    (item,) = list_all(tmp_path, **keys, nearest_value=True)
+    assert (read_item(item)[1] == truth).mean() > 0.98
+
+
+def test_colours_of_16_bits_are_numbers_too(tmp_path):
+    """Rendered for the eye, 0, 100 and 200 of 65535 became 0, 0 and 1: two classes were one."""
+    write_picture(tmp_path / "images" / "a.png")
+    values = np.zeros((8, 10, 3), np.uint16)
+    values[..., 0] = bands((0, 100, 200), np.uint16)
+    (tmp_path / "masks").mkdir()
+    tifffile.imwrite(tmp_path / "masks" / "a.tif", values, photometric="rgb")
+    keys = {"class_values": {"0,0,0": 0, "1,0,0": 1}}
+    for changes in (keys, {}):
+        with pytest.raises(ValueError, match=r"a\.tif has colours of 16 bits; save it with 8 bits a channel"):
+            read_item(list_all(tmp_path, **changes)[0])
+    tifffile.imwrite(tmp_path / "masks" / "a.tif", np.minimum(values, 1) * 257, photometric="rgb")  # 8 bits, widened
+    assert np.array_equal(read_item(list_all(tmp_path, **keys)[0])[1], bands((0, 1, 1)))
+
+
+def test_folders_that_are_links_are_followed(tmp_path):
+    """A folder below, and the folder of the masks."""
+    write_pairs(tmp_path / "store" / "x", 3)
+    write_pairs(tmp_path / "store" / "y", 2)
+    root = tmp_path / "set"
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+        (root / folder / "x").symlink_to(tmp_path / "store" / "x" / folder)
+    assert names(list_all(root)) == ["x/000", "x/001", "x/002"]
+    shutil.rmtree(root / "masks")
+    (root / "masks").symlink_to(tmp_path / "store" / "y" / "masks")
+    (root / "images" / "x").unlink()
+    (root / "images").rmdir()
+    (root / "images").symlink_to(tmp_path / "store" / "y" / "images")
+    assert names(list_all(root)) == ["000", "001"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # splits
 
@@ -198,6 +266,31 @@ def test_what_no_list_names_needs_no_mask(tmp_path):
     assert len(list_all(tmp_path, train_list=str(tmp_path / "all.txt"))) == 4
     with pytest.raises(FileNotFoundError, match=r"1 of 5 pairs lack a file; image \S*without.jpg has no mask \S*.png"):
         list_all(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["Drawn cat 0", "Dr\u00e4wn", "IMG (2), it's"])
+def test_lists_of_pets_and_streets_name_files_of_any_name(tmp_path, name):
+    """Names were cut at the first space, and a letter with an accent met no file that has it as two characters."""
+    on_disk = unicodedata.normalize("NFD", name)
+    for folder, suffix, write in (
+        ("pets/images", ".jpg", write_picture),
+        ("pets/annotations/trimaps", ".png", lambda path: write_mask(path, bands((1, 2, 3)))),
+        ("streets/train", ".png", write_picture),
+        ("streets/trainannot", ".png", lambda path: write_mask(path, bands((0, 1)))),
+    ):
+        write(tmp_path / folder / f"{on_disk}{suffix}")
+    (tmp_path / "pets" / "annotations" / "trainval.txt").write_text(f"{name} 1 1 1\n", encoding="utf-8")
+    (tmp_path / "pets" / "annotations" / "test.txt").write_text("")
+    (item,) = split_items(**data_keys("oxford_pet", tmp_path / "pets", val_fraction=0.0))[0]
+    assert item.name == name and read_item(item)[1].max() == 2
+    for split in ("train", "val", "test"):
+        line = f"/SegNet/CamVid/train/{name}.png /SegNet/CamVid/trainannot/{name}.png\n" if split == "train" else ""
+        (tmp_path / "streets" / f"{split}.txt").write_text(line, encoding="utf-8")
+    (item,) = split_items(**data_keys("camvid", tmp_path / "streets"))[0]
+    assert item.name == name and read_item(item)[1].max() == 1
+    (tmp_path / "streets" / "train.txt").write_text("only/one.png\n")
+    with pytest.raises(ValueError, match="has the line 'only/one.png'; must be two paths"):
+        split_items(**data_keys("camvid", tmp_path / "streets"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,7 +351,7 @@ def test_split_folders(tmp_path):
         ({"class_values": {0: 0, "red": 1}}, r"data.class_values\['red'\]: 'red' is no value"),
         ({"class_values": {0: 0, "256,0,0": 1}}, "'256,0,0' is no value"),
         ({"class_values": {0: 0, "255,0,0": 1}}, "hold integers and colours"),
-        ({"ignore_values": [1]}, "1 is given twice"),
+        ({"ignore_values": [1]}, "data.ignore_values leaves out all but 1 of the 2 classes"),
         ({"ignore_values": [-1]}, "-1 is no value"),
         ({"val_fraction": 1.5}, "data.val_fraction is 1.5; must be in 0..1"),
         ({"val_fraction": 0.6, "test_fraction": 0.6}, "add up to over 1"),

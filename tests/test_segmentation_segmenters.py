@@ -69,6 +69,17 @@ def test_yaml_holds_exactly_the_classs_arguments(preset):
     assert list(settings) == list(arguments)[2:]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "unet_paper"] + ["deeplabv3"])
+def test_pictures_of_any_size_down_to_one_pixel(preset):
+    """SegNet's pooling left nothing of a side below 16 px."""
+    small = SMALL.get(preset, {"backbone": "mobilenet_v3_large"})
+    model = make(preset, 3, 2, **small).eval()
+    for hw in ((1, 1), (4, 3), (15, 40), (17, 1)):
+        logits = model(torch.rand(1, 3, *hw))
+        assert logits.shape == (1, 2, *hw) and bool(logits.isfinite().all())
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("in_channels, num_classes", [(1, 2), (4, 5)])
 def test_shapes_gradients_and_seed(preset, in_channels, num_classes):

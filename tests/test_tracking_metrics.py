@@ -10,7 +10,9 @@ import six  # noqa: F401  the toolkit imports it without saying so in its requir
 from got10k.experiments import ExperimentGOT10k, ExperimentOTB
 from got10k.utils.metrics import center_error as toolkit_center_error
 from got10k.utils.metrics import rect_iou
+from tiny_tracking import make_sequence
 
+from utils.tracking import metrics
 from utils.tracking.metrics import (
     PROTOCOLS,
     box_iou,
@@ -236,3 +238,18 @@ def test_got10k_counts_neither_the_first_frame_nor_hidden_ones():
     assert got10k_overlaps(wide, np.array([[0.0, 0, 10, 10], [90, 90, 10, 10]]), (100, 100), None).tolist() == [1]
     with pytest.raises(ValueError, match="nothing can be scored"):
         got10k_scores([np.zeros(0)])
+
+
+@pytest.mark.parametrize("protocol", ["got10k", "pysot", "pytracking"])
+def test_tiger1_without_its_first_frames_is_scored_where_it_lies(protocol, tmp_path):
+    """As pysot's and pytracking's results of OTB-100 have it: scored 5 frames off, a perfect file had 0.198."""
+    boxes = np.stack([np.linspace(10, 200, 30), np.linspace(20, 90, 30), np.full(30, 20), np.full(30, 15)], 1)
+    sequence = make_sequence(boxes, name="Tiger1")
+    for first in (0, 5):
+        np.savetxt(tmp_path / "Tiger1.txt", boxes[first:], delimiter=",")
+        row = metrics.score_result(tmp_path, sequence, protocol)
+        assert row["num_frames"] == 30 - first and row["overlaps"].min() > 0.99
+    np.savetxt(tmp_path / "Tiger1.txt", boxes[3:], delimiter=",")
+    if protocol != "pytracking":
+        with pytest.raises(ValueError, match="has 27 boxes, but Tiger1 groundtruth for 30 frames"):
+            metrics.score_result(tmp_path, sequence, protocol)

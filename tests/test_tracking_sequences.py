@@ -12,25 +12,12 @@ import six  # noqa: F401  the toolkit imports it without saying so in its requir
 from got10k.datasets import OTB, VOT, GOT10k, ImageNetVID
 from got10k.experiments import ExperimentGOT10k, ExperimentOTB
 from got10k.experiments.vot import ExperimentVOT
-from options import read_option
+from options import CONFIGS, read_option
 from PIL import Image
 
 from utils.images import write_image, write_label_map
 from utils.samples import moving_shapes
-from utils.tracking.sequences import (
-    choose_sequences,
-    corners_to_boxes,
-    file_coordinates,
-    find_groundtruth,
-    find_result,
-    list_sequences,
-    read_boxes,
-    read_result,
-    split_pictures,
-    split_sequences,
-    write_boxes,
-    write_result,
-)
+from utils.tracking import sequences as datasets
 
 BOXES = np.array([[3, 4, 20, 10], [3.5, 4.25, 21, 10.5], [-2, 0, 19.125, 11], [120, 77, 8, 9]])
 
@@ -44,11 +31,19 @@ def data_keys(name: str, root: Path, **changes) -> dict:
 
 
 def split(name: str, root: Path, **changes):
-    return split_sequences(**data_keys(name, root, **changes))
+    return datasets.split_sequences(**data_keys(name, root, **changes))
+
+
+def list_all(name: str, root: Path, **changes):
+    return datasets.list_sequences(**data_keys(name, root, **changes))
 
 
 def names(sequences) -> list[str]:
     return [sequence.name for sequence in sequences]
+
+
+def videos(sequences) -> list[str]:
+    return [sequence.video for sequence in sequences]
 
 
 @pytest.fixture(scope="module")
@@ -89,18 +84,18 @@ def test_boxes_are_read_whatever_separates_them(tmp_path, separator, line_end):
         text = mark + line_end.join(indent + separator.join(f"{value:g}" for value in box) for box in BOXES) + tail
         path = tmp_path / f"{index}.txt"
         path.write_bytes(text.encode())
-        found = read_boxes(path, 0)
-        assert found.dtype == np.float64 and np.array_equal(found, BOXES)
-        assert np.array_equal(read_boxes(path, 1), BOXES - [1, 1, 0, 0])
+        boxes_xywh = datasets.read_boxes(path, 0)
+        assert boxes_xywh.dtype == np.float64 and np.array_equal(boxes_xywh, BOXES)
+        assert np.array_equal(datasets.read_boxes(path, 1), BOXES - [1, 1, 0, 0])
 
 
 def test_separators_columns_and_missing_boxes_may_mix(tmp_path):
     path = tmp_path / "groundtruth.txt"
     path.write_text("1,2,3,4\n1\t2 3;4\n1e1,2.5,3,4\nNaN,NaN,NaN,NaN\nnan 2 3 4\n10,20,30,20,30,40,10,40\n")
-    found = read_boxes(path, 0)
-    assert np.array_equal(found[:3], [[1, 2, 3, 4], [1, 2, 3, 4], [10, 2.5, 3, 4]])
-    assert np.isnan(found[3:5]).all()
-    assert np.allclose(found[5], [9.5, 19.5, 21, 21])
+    boxes_xywh = datasets.read_boxes(path, 0)
+    assert np.array_equal(boxes_xywh[:3], [[1, 2, 3, 4], [1, 2, 3, 4], [10, 2.5, 3, 4]])
+    assert np.isnan(boxes_xywh[3:5]).all()
+    assert np.allclose(boxes_xywh[5], [9.5, 19.5, 21, 21])
 
 
 @pytest.mark.parametrize(
@@ -120,14 +115,14 @@ def test_a_faulty_file_is_named_with_its_line(tmp_path, text, message):
     path = tmp_path / "boxes.txt"
     path.write_text(text)
     with pytest.raises(ValueError, match=f"boxes.txt.*{message}"):
-        read_boxes(path, 0)
+        datasets.read_boxes(path, 0)
 
 
 def test_what_is_no_text_file_is_named(tmp_path, jpeg):
-    with pytest.raises(ValueError, match="frame.jpg is not a text file"):
-        read_boxes(jpeg, 0)
+    with pytest.raises(ValueError, match="frame.jpg is not text in UTF-8"):
+        datasets.read_boxes(jpeg, 0)
     with pytest.raises(FileNotFoundError, match="gone.txt"):
-        read_boxes(tmp_path / "gone.txt", 0)
+        datasets.read_boxes(tmp_path / "gone.txt", 0)
 
 
 def test_corners_become_the_toolkits_boxes():
@@ -136,25 +131,25 @@ def test_corners_become_the_toolkits_boxes():
     half = rng.uniform(2, 60, (200, 1, 2)) * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
     axes = np.stack([np.stack([np.cos(turn), -np.sin(turn)], 1), np.stack([np.sin(turn), np.cos(turn)], 1)], 1)
     corners = (center + half @ axes).reshape(200, 8)
-    assert np.abs(corners_to_boxes(corners) - VOT._corner2rect(None, corners)).max() < 1e-9
+    assert np.abs(datasets.corners_to_boxes(corners) - VOT._corner2rect(None, corners)).max() < 1e-9
     upright = np.array([[10.0, 20, 30, 20, 30, 40, 10, 40]])
-    assert np.allclose(corners_to_boxes(upright), [[9.5, 19.5, 21, 21]])
-    assert np.isfinite(corners_to_boxes(np.ones((1, 8)))).all()  # all corners in one point
+    assert np.allclose(datasets.corners_to_boxes(upright), [[9.5, 19.5, 21, 21]])
+    assert np.isfinite(datasets.corners_to_boxes(np.ones((1, 8)))).all()  # all corners in one point
 
 
 def test_boxes_are_written_as_they_are_read(tmp_path):
     for box_origin in (0, 1):
-        write_boxes(tmp_path / "boxes.txt", BOXES, box_origin)
-        assert np.array_equal(read_boxes(tmp_path / "boxes.txt", box_origin), BOXES)
+        datasets.write_boxes(tmp_path / "boxes.txt", BOXES, box_origin)
+        assert np.array_equal(datasets.read_boxes(tmp_path / "boxes.txt", box_origin), BOXES)
         assert np.array_equal(np.loadtxt(tmp_path / "boxes.txt", delimiter=","), BOXES + [box_origin, box_origin, 0, 0])
-    write_boxes(tmp_path / "nan.txt", np.full((2, 4), np.nan), 1)
-    assert np.isnan(read_boxes(tmp_path / "nan.txt", 1)).all()
+    datasets.write_boxes(tmp_path / "nan.txt", np.full((2, 4), np.nan), 1)
+    assert np.isnan(datasets.read_boxes(tmp_path / "nan.txt", 1)).all()
 
 
 def test_groundtruth_is_found_in_the_folder_above_and_beside_a_video(tmp_path):
     folder = tmp_path / "Crossing" / "img"
     folder.mkdir(parents=True)
-    assert find_groundtruth(folder) is None
+    assert datasets.find_groundtruth(folder) is None
     for path in [
         tmp_path / "Crossing" / "groundtruth_rect.txt",
         tmp_path / "Crossing" / "groundtruth.txt",
@@ -162,12 +157,12 @@ def test_groundtruth_is_found_in_the_folder_above_and_beside_a_video(tmp_path):
         folder / "groundtruth.txt",
     ]:
         path.write_text("1,2,3,4\n")
-        assert find_groundtruth(folder) == path
+        assert datasets.find_groundtruth(folder) == path
         path.unlink()
     video, truth = tmp_path / "clip.mp4", tmp_path / "clip.txt"
     video.write_bytes(b"")
     truth.write_text("1,2,3,4\n")
-    assert find_groundtruth(video) == truth
+    assert datasets.find_groundtruth(video) == truth
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,19 +181,19 @@ def shapes_root(tmp_path_factory) -> Path:
 
 
 def test_got10k_is_listed_as_the_toolkit_lists_it(shapes_root):
-    for subset, found in zip(("train", "val"), split("moving_shapes", shapes_root), strict=True):
+    for subset, sequences in zip(("train", "val"), split("moving_shapes", shapes_root), strict=True):
         toolkit = GOT10k(str(shapes_root), subset, return_meta=True)
-        assert names(found) == toolkit.seq_names
-        for sequence, (image_files, boxes, meta) in zip(found, toolkit, strict=True):
+        assert names(sequences) == toolkit.seq_names
+        for sequence, (image_files, boxes, meta) in zip(sequences, toolkit, strict=True):
             assert [str(path) for path in sequence.frame_paths] == image_files
             assert str(sequence.frame_path(3)) == image_files[3] and len(sequence) == len(image_files) == 20
             is_box = boxes[:, 2] > 0
-            assert np.array_equal(file_coordinates(sequence.boxes_xywh, 1), boxes)
+            assert np.array_equal(datasets.file_coordinates(sequence.boxes_xywh, 1), boxes)
             assert np.array_equal(sequence.cover, meta["cover"])
             assert str(sequence.frame_wh) == meta["resolution"] and sequence.frame_wh == (200, 160)
             assert np.array_equal(sequence.visible, is_box & (meta["cover"] > 0) & (meta["absence"] == 0))
             assert sequence.num_annotated == 20 and sequence.box_origin == 1
-    away = list_sequences(**data_keys("moving_shapes", shapes_root))[2]
+    away = list_all("moving_shapes", shapes_root)[2]
     assert np.flatnonzero(~away.visible).tolist() == [12, 13, 14, 15, 16, 17]
 
 
@@ -290,23 +285,22 @@ def test_otb_is_listed_as_the_toolkit_lists_it(tmp_path, jpeg, monkeypatch):
     folders = sorted(path.name for path in root.iterdir())
     monkeypatch.setattr(OTB, "_OTB__version_dict", {"here": folders})
     toolkit = OTB(str(root), "here", download=False)
-    train, found = split("otb", root)
+    train, sequences = split("otb", root)
     assert train == []
-    assert (
-        sorted(names(found)) == sorted(toolkit.seq_names) and "Human4" in names(found) and "Jogging.2" in names(found)
-    )
-    for sequence in found:
+    assert sorted(names(sequences)) == sorted(toolkit.seq_names)
+    assert {"Human4", "Jogging.2"} <= set(names(sequences))
+    for sequence in sequences:
         image_files, boxes = toolkit[sequence.name]
         assert [str(path) for path in sequence.frame_paths] == image_files
-        assert np.abs(file_coordinates(sequence.boxes_xywh, 1) - boxes).max() < 1e-12
+        assert np.abs(datasets.file_coordinates(sequence.boxes_xywh, 1) - boxes).max() < 1e-12
         assert sequence.num_annotated == len(boxes) and sequence.box_origin == 1
-    david = choose_sequences(found, ["David"])[0]
+    david = datasets.choose_sequences(sequences, ["David"])[0]
     assert (david.frame_names[0], david.frame_names[-1], len(david)) == ("0300.jpg", "0770.jpg", 471)
     for number in range(1, 300):  # a copy that holds these frames only
         (root / "David" / "img" / f"{number:04d}.jpg").unlink()
     (root / "David" / "img" / "0771.jpg").unlink()
     (root / "David" / "img" / "0772.jpg").unlink()
-    assert choose_sequences(split("otb", root)[1], ["David"])[0].frame_names == david.frame_names
+    assert datasets.choose_sequences(split("otb", root)[1], ["David"])[0].frame_names == david.frame_names
 
 
 def test_sequences_are_chosen_by_any_of_their_names(tmp_path, jpeg):
@@ -314,11 +308,11 @@ def test_sequences_are_chosen_by_any_of_their_names(tmp_path, jpeg):
         write_frames(tmp_path / name / "img", jpeg, 2)
         write_lines(tmp_path / name / "groundtruth_rect.1.txt", BOXES[:2])
     write_lines(tmp_path / "Jogging" / "groundtruth_rect.2.txt", BOXES[:2])
-    sequences = list_sequences(**data_keys("otb", tmp_path))
+    sequences = list_all("otb", tmp_path)
     for name in ("Jogging.2", "Jogging-2", "Jogging_2"):
-        assert names(choose_sequences(sequences, [name, "Crossing"])) == ["Jogging.2", "Crossing"]
+        assert names(datasets.choose_sequences(sequences, [name, "Crossing"])) == ["Jogging.2", "Crossing"]
     with pytest.raises(ValueError, match="'Joging.2'.*Jogging.1"):
-        choose_sequences(sequences, ["Joging.2"])
+        datasets.choose_sequences(sequences, ["Joging.2"])
 
 
 def test_groundtruth_shorter_than_the_frames(tmp_path, jpeg):
@@ -346,8 +340,8 @@ def test_vot_in_both_of_its_layouts(tmp_path, jpeg):
     write_lines(tmp_path / "book" / "groundtruth.txt", BOXES)
     train, [bag, book] = split("vot", tmp_path)
     assert train == [] and (bag.name, book.name) == ("bag", "book") and bag.box_origin == 1
-    assert np.allclose(file_coordinates(bag.boxes_xywh, 1), VOT._corner2rect(None, corners))
-    assert np.array_equal(file_coordinates(book.boxes_xywh, 1), BOXES)
+    assert np.allclose(datasets.file_coordinates(bag.boxes_xywh, 1), VOT._corner2rect(None, corners))
+    assert np.array_equal(datasets.file_coordinates(book.boxes_xywh, 1), BOXES)
     assert book.frame_paths[0] == tmp_path / "book" / "color" / "00000001.jpg"
 
 
@@ -379,16 +373,17 @@ def write_vid(root: Path, jpeg: Path) -> Path:
 
 def test_imagenet_vid_has_the_toolkits_boxes(tmp_path, jpeg, monkeypatch):
     root = write_vid(tmp_path / "ILSVRC2015", jpeg)
-    for subset, found in zip(("train", "val"), split("imagenet_vid", root), strict=True):
+    for subset, sequences in zip(("train", "val"), split("imagenet_vid", root), strict=True):
         toolkit = ImageNetVID(str(root), subset, cache_dir=str(tmp_path / subset))
-        assert names(found) == sorted(toolkit.seq_names) and len(found) == 2  # the third object is in one frame only
-        for sequence in found:
+        assert names(sequences) == sorted(toolkit.seq_names)
+        assert len(sequences) == 2  # the third object is in one frame only
+        for sequence in sequences:
             image_files, boxes = toolkit[toolkit.seq_names.index(sequence.name)]
             has_box = np.isfinite(sequence.boxes_xywh).all(1)
             assert np.array_equal(sequence.boxes_xywh[has_box], boxes) and sequence.box_origin == 0
             assert [str(path) for path, has in zip(sequence.frame_paths, has_box, strict=True) if has] == image_files
             assert np.array_equal(sequence.visible, has_box) and sequence.frame_wh == (40, 30)
-        gap = found[1]  # in frames 1, 2 and 4
+        gap = sequences[1]  # in frames 1, 2 and 4
         assert gap.frame_names == tuple(f"{frame:06d}.JPEG" for frame in (1, 2, 3, 4))
         assert gap.visible.tolist() == [True, True, False, True]
     path = root / "Annotations" / "VID" / "val" / "ILSVRC2015_val_00000000" / "000002.xml"
@@ -416,33 +411,35 @@ def write_davis(root: Path, jpeg: Path) -> dict[str, np.ndarray]:
     return maps
 
 
+def tight_box(mask: np.ndarray) -> list[int]:
+    pixels = [(x, y) for y in range(mask.shape[0]) for x in range(mask.shape[1]) if mask[y, x]]
+    left, top = min(x for x, _ in pixels), min(y for _, y in pixels)
+    return [left, top, max(x for x, _ in pixels) - left + 1, max(y for _, y in pixels) - top + 1]
+
+
 def test_davis_boxes_are_those_of_the_masks(tmp_path, jpeg):
     maps = write_davis(tmp_path, jpeg)
-    found = list_sequences(**data_keys("davis_sequences", tmp_path))
-    assert names(found) == ["cow", "dogs.1", "dogs.3"] and [one.video for one in found] == ["cow", "dogs", "dogs"]
-    for sequence, object_id in zip(found, (255, 1, 3), strict=True):
+    sequences = list_all("davis_sequences", tmp_path)
+    assert names(sequences) == ["cow", "dogs.1", "dogs.3"] and videos(sequences) == ["cow", "dogs", "dogs"]
+    for sequence, object_id in zip(sequences, (255, 1, 3), strict=True):
         for frame, ids in enumerate(maps[sequence.video]):
-            pixels = [(x, y) for y in range(30) for x in range(40) if ids[y, x] == object_id]
-            if not pixels:
-                assert np.isnan(sequence.boxes_xywh[frame]).all() and not sequence.visible[frame]
-                continue
-            left, top = min(x for x, _ in pixels), min(y for _, y in pixels)
-            right, bottom = max(x for x, _ in pixels), max(y for _, y in pixels)
-            assert sequence.boxes_xywh[frame].tolist() == [left, top, right - left + 1, bottom - top + 1]
-            assert sequence.visible[frame]
+            is_there = bool((ids == object_id).any())
+            expected = tight_box(ids == object_id) if is_there else [np.nan] * 4
+            assert np.array_equal(sequence.boxes_xywh[frame], expected, equal_nan=True)
+            assert sequence.visible[frame] == is_there
     (tmp_path / "Annotations" / "480p" / "cow" / "00003.png").unlink()  # a frame that nobody annotated
-    cow = list_sequences(**data_keys("davis_sequences", tmp_path))[0]
+    cow = list_all("davis_sequences", tmp_path)[0]
     assert len(cow) == 5 and cow.visible.tolist() == [True, True, True, False, True]
     (tmp_path / "JPEGImages" / "480p" / "cow" / "00001.jpg").unlink()
     with pytest.raises(FileNotFoundError, match="00001.png has no frame"):
-        list_sequences(**data_keys("davis_sequences", tmp_path))
+        list_all("davis_sequences", tmp_path)
 
 
 def test_davis_objects_of_one_video_stay_together(tmp_path, jpeg):
     write_davis(tmp_path, jpeg)
     for seed in range(4):
         train, val = split("davis_sequences", tmp_path, val_fraction=0.5, split_seed=seed)
-        assert {one.video for one in train}.isdisjoint({one.video for one in val}) and len(train) + len(val) == 3
+        assert not set(videos(train)) & set(videos(val)) and len(train) + len(val) == 3
     train, val = split("davis_sequences", tmp_path, val_sequences=["dogs"])
     assert names(train) == ["cow"] and names(val) == ["dogs.1", "dogs.3"]
     train, val = split("davis_sequences", tmp_path, train_sequences=["dogs.3"], val_sequences=["cow"])
@@ -521,25 +518,19 @@ def write_label_maps(root: Path, jpeg: Path) -> dict[str, np.ndarray]:
     return maps
 
 
-def tight_box(mask: np.ndarray) -> list[int]:
-    pixels = [(x, y) for y in range(mask.shape[0]) for x in range(mask.shape[1]) if mask[y, x]]
-    left, top = min(x for x, _ in pixels), min(y for _, y in pixels)
-    return [left, top, max(x for x, _ in pixels) - left + 1, max(y for _, y in pixels) - top + 1]
-
-
 def test_objects_of_pictures_are_sequences_of_one_frame_with_tight_boxes(tmp_path, jpeg):
     maps = write_label_maps(tmp_path, jpeg)
-    train, val = split_pictures(**data_keys("label_map", tmp_path, val_fraction=0.4))
-    expected = {f"{name}.{one}": (name, ids == one) for name, ids in maps.items() for one in np.unique(ids[ids > 0])}
+    train, val = datasets.split_pictures(**data_keys("label_map", tmp_path, val_fraction=0.4))
+    expected = {f"{name}.{key}": (name, ids == key) for name, ids in maps.items() for key in np.unique(ids[ids > 0])}
     assert sorted(names(train) + names(val)) == sorted(expected) and len(expected) == 1 + 2 + 3
-    assert {one.video for one in train}.isdisjoint({one.video for one in val}) and train and val
+    assert not set(videos(train)) & set(videos(val)) and train and val
     for sequence in train + val:
         name, mask = expected[sequence.name]
         assert sequence.boxes_xywh.dtype == np.float64 and sequence.boxes_xywh.tolist() == [tight_box(mask)]
         assert sequence.frame_paths == (tmp_path / "images" / f"{name}.jpg",) and sequence.frame_wh == (40, 30)
         assert sequence.visible.tolist() == [True] and sequence.box_origin == 0 and sequence.cover is None
         assert (sequence.video, sequence.num_annotated) == (name, 1)
-    kept, _ = split_pictures(**data_keys("label_map", tmp_path, val_fraction=0, ignore_ids=[1, 7]))
+    kept, _ = datasets.split_pictures(**data_keys("label_map", tmp_path, val_fraction=0, ignore_ids=[1, 7]))
     assert names(kept) == [name for name in sorted(expected) if name.endswith(".2")] != []
 
 
@@ -555,7 +546,7 @@ def test_objects_that_overlap_have_boxes_of_their_own(tmp_path, jpeg):
     path = tmp_path / "coco" / "annotations" / "all.json"
     path.write_text(json.dumps(content))
     changes = {"train_images": "train2017", "train_annotations": "annotations/all.json", "val_annotations": None}
-    coco, _ = split_pictures(**data_keys("coco", tmp_path / "coco", val_fraction=0, **changes))
+    coco, _ = datasets.split_pictures(**data_keys("coco", tmp_path / "coco", val_fraction=0, **changes))
     masks = {}
     for key, points in polygons.items():
         xs, ys = points[::2], points[1::2]
@@ -567,10 +558,10 @@ def test_objects_that_overlap_have_boxes_of_their_own(tmp_path, jpeg):
     for key, mask in masks.items():
         write_image(folder / "masks" / f"{key}.png", mask)
     keys = data_keys("masks_per_file", tmp_path / "files", val_fraction=0)
-    for sequences in (coco, split_pictures(**keys)[0]):
+    for sequences in (coco, datasets.split_pictures(**keys)[0]):
         assert len(sequences) == 2 and len(set(names(sequences))) == 2
-        assert sorted(one.boxes_xywh[0].tolist() for one in sequences) == [[4, 4, 20, 10], [10, 8, 20, 20]]
-        assert {one.video for one in sequences} == {sequences[0].video}
+        assert sorted(sequence.boxes_xywh[0].tolist() for sequence in sequences) == [[4, 4, 20, 10], [10, 8, 20, 20]]
+        assert set(videos(sequences)) == {sequences[0].video}
 
 
 def test_faulty_pictures_stop_or_are_left_out(tmp_path, jpeg, capsys):
@@ -579,18 +570,18 @@ def test_faulty_pictures_stop_or_are_left_out(tmp_path, jpeg, capsys):
     write_image(tmp_path / "images" / "0002.jpg", np.zeros((40, 30, 3), np.uint8))
     (tmp_path / "labels" / "0003.png").write_bytes(b"no picture")
     (tmp_path / "images" / "0004.jpg").write_bytes(b"no picture")
-    whole, _ = split_pictures(**data_keys("label_map", tmp_path, val_fraction=0, on_bad="skip"))
+    whole, _ = datasets.split_pictures(**data_keys("label_map", tmp_path, val_fraction=0, on_bad="skip"))
     assert whole == []
     printed = capsys.readouterr().out
     assert printed.count("left out 000") == 3 and "is 40 x 30 px (height x width), but its annotation" in printed
     with pytest.raises(ValueError, match=r"0002.jpg is 40 x 30 .*data.on_bad=skip leaves such"):
-        split_pictures(**data_keys("label_map", tmp_path, val_fraction=0))
+        datasets.split_pictures(**data_keys("label_map", tmp_path, val_fraction=0))
     (tmp_path / "images" / "0005.jpg").unlink()
     with pytest.raises(FileNotFoundError, match="0005"):
-        split_pictures(**data_keys("label_map", tmp_path, val_fraction=0))
-    split_pictures(**data_keys("label_map", tmp_path, val_fraction=0, on_bad="skip"))
+        datasets.split_pictures(**data_keys("label_map", tmp_path, val_fraction=0))
+    datasets.split_pictures(**data_keys("label_map", tmp_path, val_fraction=0, on_bad="skip"))
     with pytest.raises(ValueError, match="unknown key data.frame_dir"):
-        split_pictures(**data_keys("label_map", tmp_path), frame_dir="x")
+        datasets.split_pictures(**data_keys("label_map", tmp_path), frame_dir="x")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -634,7 +625,7 @@ def test_a_wrong_value_is_named(tmp_path, jpeg, changes, error, message):
     root = write_many(tmp_path / "videos", jpeg, ["a", "b"])
     keys = {**data_keys("folder_sequences", root), **changes}
     with pytest.raises(error, match=message):
-        split_sequences(**keys)
+        datasets.split_sequences(**keys)
 
 
 def test_an_empty_folder_holds_no_sequences(tmp_path):
@@ -644,27 +635,20 @@ def test_an_empty_folder_holds_no_sequences(tmp_path):
 
 
 def test_every_dataset_yaml_has_the_keys_of_its_format(tmp_path):
-    names_of = ["moving_shapes", "got10k", "imagenet_vid", "davis_sequences", "otb", "vot", "folder_sequences"]
-    for name in names_of:
+    for name in (path.stem for path in (CONFIGS / "tracking" / "data").glob("*.yaml")):
         keys = data_keys(name, tmp_path / "gone")
         with pytest.raises(FileNotFoundError, match="data.root"):
-            split_sequences(**keys)
+            datasets.split_sequences(**keys)
         tmp_path.joinpath(name).mkdir()
         with pytest.raises((FileNotFoundError, ValueError)) as raised:
-            split_sequences(**{**keys, "root": str(tmp_path / name)})
+            datasets.split_sequences(**{**keys, "root": str(tmp_path / name)})
         assert not re.search("unknown key|the config lacks", str(raised.value))  # each key is one of the format's
 
 
-def equal(one, other) -> bool:
-    same = all(
-        getattr(one, field) == getattr(other, field)
-        for field in ("name", "video", "frame_names", "num_annotated", "box_origin", "frame_wh")
-    )
-    arrays = [(one.boxes_xywh, other.boxes_xywh), (one.visible, other.visible)]
-    if one.cover is not None:
-        arrays.append((one.cover, other.cover))
-    same &= (one.cover is None) == (other.cover is None) and one.frame_dir.resolve() == other.frame_dir.resolve()
-    return same and all(a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype == float) for a, b in arrays)
+def fields(sequence) -> dict:
+    arrays = (sequence.boxes_xywh, sequence.visible, sequence.cover)
+    dtypes = [getattr(array, "dtype", None) for array in arrays]
+    return vars(sequence) | {"frame_dir": sequence.frame_dir.resolve(), "dtypes": dtypes}
 
 
 @pytest.mark.parametrize("name", ["moving_shapes", "davis_sequences"])
@@ -677,9 +661,8 @@ def test_a_kept_list_gives_the_same_sequences(tmp_path, jpeg, shapes_root, name)
     index = str(tmp_path / "lists" / "index.npz")
     plain = split(name, root)
     for _ in range(2):  # written, then read
-        for found, expected in zip(split(name, root, index=index), plain, strict=True):
-            assert names(found) == names(expected)
-            assert all(equal(one, other) for one, other in zip(found, expected, strict=True))
+        for sequences, expected in zip(split(name, root, index=index), plain, strict=True):
+            np.testing.assert_equal(list(map(fields, sequences)), list(map(fields, expected)))
         for path in [*root.rglob("groundtruth.txt"), *root.rglob("*.label"), *root.rglob("Annotations/*/*/*.png")]:
             path.unlink()  # the second time no annotation is read
     with pytest.raises(ValueError, match="index.npz was made for other data keys"):
@@ -696,10 +679,10 @@ def test_a_kept_list_gives_the_same_sequences(tmp_path, jpeg, shapes_root, name)
 def test_result_files_are_those_of_the_toolkit_byte_for_byte(tmp_path):
     rng = np.random.default_rng(0)
     boxes, times_s = rng.uniform(-10, 300, (6, 4)), rng.uniform(0.001, 0.2, 6)
-    in_file = file_coordinates(boxes, 1)
+    in_file = datasets.file_coordinates(boxes, 1)
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     for layout in ("otb", "got10k", "vot"):
-        write_result(layout, ours / layout, "Jogging.1", boxes, times_s, box_origin=1)
+        datasets.write_result(layout, ours / layout, "Jogging.1", boxes, times_s, box_origin=1)
     ExperimentOTB._record(None, str(theirs / "otb" / "Jogging.1.txt"), in_file, times_s)
     ExperimentGOT10k._record(None, str(theirs / "got10k" / "Jogging.1" / "Jogging.1_001.txt"), in_file, times_s)
     vot_file = theirs / "vot" / "unsupervised" / "Jogging.1" / "Jogging.1_001.txt"
@@ -710,28 +693,25 @@ def test_result_files_are_those_of_the_toolkit_byte_for_byte(tmp_path):
         assert (ours / path).read_bytes().rstrip() == (theirs / path).read_bytes().rstrip(), path
 
     for layout, decimals in (("otb", 3), ("got10k", 3), ("vot", 4)):
-        found = read_result(ours / layout, "Jogging.1")
-        assert np.abs(found[1:] - in_file[1:]).max() <= 0.51 * 10**-decimals
-        assert np.isnan(found[0]).all() if layout == "vot" else np.allclose(found[0], in_file[0], atol=1e-3)
+        tracked_boxes = datasets.read_result(ours / layout, "Jogging.1")
+        assert np.abs(tracked_boxes[1:] - in_file[1:]).max() <= 0.51 * 10**-decimals
+        first = [np.nan] * 4 if layout == "vot" else in_file[0]
+        assert np.allclose(tracked_boxes[0], first, atol=1e-3, equal_nan=True)
 
 
 def test_results_are_found_whatever_the_toolkit_calls_them(tmp_path):
     (tmp_path / "Skating2-2.txt").write_text("1\t2\t3\t4\n5\t6\t7\t8\n")  # as pytracking and pysot write
-    assert read_result(tmp_path, "Skating2.2").tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert datasets.read_result(tmp_path, "Skating2.2").tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
     (tmp_path / "baseline" / "bag").mkdir(parents=True)
     (tmp_path / "baseline" / "bag" / "bag_001.txt").write_text("1\n1,2,3,4\n2\n0\n1\n10,20,30,20,30,40,10,40")
-    found = read_result(tmp_path, "bag")
-    assert np.isnan(found).all(1).tolist() == [True, False, True, True, True, False] and found[1].tolist() == [
-        1,
-        2,
-        3,
-        4,
-    ]
+    tracked_boxes = datasets.read_result(tmp_path, "bag")
+    assert np.isnan(tracked_boxes).all(1).tolist() == [True, False, True, True, True, False]
+    assert tracked_boxes[1].tolist() == [1, 2, 3, 4]
     with pytest.raises(FileNotFoundError, match="no result of Skating2.1"):
-        find_result(tmp_path, "Skating2.1")
+        datasets.find_result(tmp_path, "Skating2.1")
     (tmp_path / "bag.txt").write_text("1,2,3,4\n1,2,3\n")
     with pytest.raises(ValueError, match="bag.txt, line 2"):
-        read_result(tmp_path, "bag")
+        datasets.read_result(tmp_path, "bag")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -744,17 +724,17 @@ def test_real_otb_and_vot(data_root, monkeypatch):
         pytest.skip(f"real data: no {root}")
     monkeypatch.setattr(OTB, "_OTB__version_dict", {"here": sorted(path.name for path in root.iterdir())})
     toolkit = OTB(str(root), "here", download=False)
-    found = list_sequences(**data_keys("otb", root))
-    assert sorted(names(found)) == sorted(toolkit.seq_names)
-    for sequence in found:
+    sequences = list_all("otb", root)
+    assert sorted(names(sequences)) == sorted(toolkit.seq_names)
+    for sequence in sequences:
         image_files, boxes = toolkit[sequence.name]
         assert [str(path) for path in sequence.frame_paths] == image_files
-        assert np.array_equal(file_coordinates(sequence.boxes_xywh, 1), boxes) and sequence.visible.all()
+        assert np.array_equal(datasets.file_coordinates(sequence.boxes_xywh, 1), boxes) and sequence.visible.all()
     for version in ("VOT2015", "VOT2017"):
-        for sequence in list_sequences(**data_keys("vot", data_root / version)):
+        for sequence in list_all("vot", data_root / version):
             corners = np.loadtxt(data_root / version / sequence.name / "groundtruth.txt", delimiter=",")
             expected = VOT._corner2rect(None, corners)
-            assert np.abs(file_coordinates(sequence.boxes_xywh, 1) - expected).max() < 1e-9
+            assert np.abs(datasets.file_coordinates(sequence.boxes_xywh, 1) - expected).max() < 1e-9
             assert len(sequence) == len(expected) and sequence.visible.all()
 
 
@@ -763,6 +743,49 @@ def test_real_davis_boxes(data_root):
     root = data_root / "DAVIS2016"
     if not (root / "boxes_derived").is_dir():
         pytest.skip(f"real data: no {root / 'boxes_derived'}")
-    for sequence in list_sequences(**data_keys("davis_sequences", root)):
+    for sequence in list_all("davis_sequences", root):
         expected = np.loadtxt(root / "boxes_derived" / "480p" / f"{sequence.name}.txt", delimiter=",")
         assert np.array_equal(sequence.boxes_xywh, expected) and sequence.frame_wh == (854, 480)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files that other tools wrote
+
+
+def test_eight_numbers_that_are_no_corners_are_refused(tmp_path):
+    """Decimal commas, and other tools' columns, became boxes."""
+    for line in ("10,5,20,3,30,1,40,7", "1,-1,10,20,30,40,1,-1", "0,0,100,0,100,50,0,90"):
+        (tmp_path / "boxes.txt").write_text(f"1,2,3,4\n{line}\n")
+        with pytest.raises(ValueError, match=r"boxes\.txt, line 2, is .*; its 8 numbers are no corners of a box"):
+            datasets.read_boxes(tmp_path / "boxes.txt", 0)
+    (tmp_path / "boxes.txt").write_text("10.2,20,30.7,20.4,30.5,41,10,40.6\n")  # a rotated box, rounded
+    assert np.isfinite(datasets.read_boxes(tmp_path / "boxes.txt", 0)).all()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_groundtruth_of_windows_is_read(encoding, tmp_path):
+    (tmp_path / "boxes.txt").write_bytes("1,2,3,4\r\n5,6,7,8\r\n".encode(encoding))
+    assert datasets.read_boxes(tmp_path / "boxes.txt", 0).tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    (tmp_path / "latin.txt").write_bytes("1,2,3,4\n# größe\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.txt is not text in UTF-8 \(line 2"):
+        datasets.read_boxes(tmp_path / "latin.txt", 0)
+
+
+@pytest.mark.parametrize("file_name", ["Human4.txt", "Human4-2.txt", "Human4_2.txt"])
+def test_results_under_other_tools_names_are_found(file_name, tmp_path):
+    (tmp_path / file_name).write_text("1,2,3,4\n")
+    assert datasets.find_result(tmp_path, "Human4").name == file_name
+    with pytest.raises(FileNotFoundError, match="has no result of Human5"):
+        datasets.find_result(tmp_path, "Human5")
+
+
+def test_a_root_of_classes_is_told_where_its_videos_lie(tmp_path):
+    """LaSOT: "set data.frame_dir" helped nobody."""
+    for number in (1, 2):
+        folder = tmp_path / "bear" / f"bear-{number}" / "img"
+        folder.mkdir(parents=True)
+        write_image(folder / "1.png", np.zeros((9, 9, 3), np.uint8))
+    with pytest.raises(
+        ValueError, match=f"its videos lie deeper: set data.root={tmp_path / 'bear'}, a class at a time"
+    ):
+        list_all("folder_sequences", tmp_path)

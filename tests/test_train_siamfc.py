@@ -525,13 +525,14 @@ def test_turns_of_parts(root, tmp_path):
     parts = {"videos": data, "pictures": pictures}
     train, val = script.list_data({"parts": parts, "turns": {"videos": 2, "pictures": 3}})
     counts = Counter(sequence.name for sequence in train)
-    assert counts == {"train_001": 2, "train_002": 2, "train_003": 2, "0.1": 3, "1.1": 3, "2.1": 3}
-    assert [sequence.name for sequence in val] == ["val_001", "val_002"]
+    videos = {f"videos/train_00{number}": 2 for number in (1, 2, 3)}
+    assert counts == videos | {f"pictures/{number}.1": 3 for number in (0, 1, 2)}  # names that no other part has
+    assert [sequence.name for sequence in val] == ["videos/val_001", "videos/val_002"]
     dataset = script.SiamesePairs(*script.keep_usable(train, tiny.pair_settings(), "train"), 0, tiny.pair_settings())
     visits = Counter(Path(dataset[index]["name"].split(" with ")[0]).parent.name for index in range(len(train)))
     assert visits == {"train_001": 2, "train_002": 2, "train_003": 2, "images": 9}
     train, val = script.list_data({"parts": parts, "turns": {"videos": 0, "pictures": 1}})
-    assert [sequence.name for sequence in train] == ["0.1", "1.1", "2.1"] and len(val) == 2
+    assert [sequence.name for sequence in train] == [f"pictures/{number}.1" for number in (0, 1, 2)] and len(val) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from utils.checkpoint import load_checkpoint
+from utils.settings import read_command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMED = ("images_per_s", "pairs_per_s", "data_wait_share", "val/tracked_per_s")  # what depends on the machine's load
@@ -57,6 +58,7 @@ def run_script(script: ModuleType, run_dir: Path, *arguments: str) -> tuple[int,
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(sys, "argv", command)
         try:
+            read_command_line(config_dir(name).name)  # as the script does
             script.main()
         except SystemExit as stop:  # sys.exit("message") prints it and exits with 1
             return (1, stop.code) if isinstance(stop.code, str) else (stop.code, "")

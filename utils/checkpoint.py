@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 from collections import OrderedDict
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -20,6 +21,9 @@ REMOVED_KEYS = {
 }  # fmt: skip
 LOSS_TERMS = ("focal", "dice", "cross_entropy", "soft_iou", "log_iou", "tversky")
 LOOSE_LOOP_FIELDS = ("step", "evaluated_step", "bad_evals", "num_skipped", "skipped_in_a_row", "start_metrics", "best")
+# What other programs wrap weights in: entries of the file, and prefixes of DistributedDataParallel, torch.compile, ...
+WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "net", "weights")
+PREFIXES = ("module.", "_orig_mod.", "sam2_model.", "model.", "sam2.")
 PLAIN_TYPES = (int, float, str, bool, type(None))  # exact types: numpy's float64 is a float, but not a plain one
 
 
@@ -74,6 +78,65 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint {path} holds a {type(state).__name__}; must be a dict")
     return upgrade_checkpoint(state)
+
+
+def find_weights(state: dict, path: str | Path) -> dict[str, torch.Tensor]:
+    """Find the weights in a file of this toolkit or of others, which differ in wrappers alone: each is named.
+
+    Args:
+        state: from `load_checkpoint`: weights alone, or below "model", "state_dict", ..., with or without a prefix that
+            wrapped networks give to all their names, such as "module.".
+        path: of its file, for messages.
+    Raises:
+        ValueError: where there are none, or where one is nan or infinite, which is named.
+    """
+    wrapper = next((name for name in WRAPPERS if isinstance(state.get(name), dict)), None)
+    weights = state if wrapper is None else state[wrapper]
+    weights = {name: values for name, values in weights.items() if isinstance(values, torch.Tensor)}
+    if not weights:
+        raise ValueError(f"checkpoint {path} holds no weights; its entries are {', '.join(map(str, list(state)[:8]))}")
+    taken_off = [] if wrapper in (None, "model") else [f"the entry {wrapper}"]
+    while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in weights)), None):
+        weights = {name[len(prefix) :]: values for name, values in weights.items()}
+        taken_off.append(f"the prefix {prefix}")
+    if taken_off:
+        print(f"checkpoint {path}: weights without {' and '.join(taken_off)}")
+    for name, values in weights.items():
+        if not torch.isfinite(values).all():
+            raise ValueError(f"checkpoint {path} has nan or infinity in {name}: its training diverged; give another")
+    return weights
+
+
+def check_script(state: dict, path: str | Path, script: str) -> None:
+    """Raise a ValueError for a file that another script wrote, or none of this toolkit.
+
+    Args:
+        state: from `load_checkpoint`.
+        path: of its file, for messages.
+        script: such as "train_unet".
+    """
+    has_config = isinstance(state.get("config"), dict) and (
+        {"script", "format"} & set(state) or "train" in state["config"]
+    )
+    if not has_config or "model" not in state:
+        raise ValueError(f"checkpoint {path} was not written by {script}.py: it has no config; give one of its files")
+    if state.get("script", script) != script:
+        raise ValueError(f"checkpoint {path} was not written by {script}.py, but by {state['script']}.py")
+
+
+def load_run(resume_path: Path, script: str) -> dict:
+    """Read the last.pt of a run to continue.
+
+    Raises:
+        ValueError: for a file that another script wrote, or that holds no state of a training.
+    """
+    state = load_checkpoint(resume_path)
+    check_script(state, resume_path, script)
+    if missing := [name for name in ("optimizer", "scaler", "torch_rng", "loop") if name not in state]:
+        raise ValueError(
+            f"resume is {resume_path}, which has no {missing[0]}; give the last.pt of a run of {script}.py"
+        )
+    return state
 
 
 def upgrade_checkpoint(state: dict) -> dict:
@@ -153,25 +216,32 @@ def find_resume(path: Path) -> Path:
 
 
 def config_to_resume(
-    cls: type, current: dict, overrides: list[str], allowed: tuple[str, ...]
+    cls: type,
+    script: str,
+    current: dict,
+    overrides: list[str],
+    allowed: tuple[str, ...],
+    settle: Callable[[dict], dict] = copy.copy,
 ) -> tuple[dict, Path | None]:
     """Take the config of the run that `resume` names, with what the command line may change of it.
 
     Args:
         cls: the script's Config.
+        script: such as "train_unet", which must have written it.
         current: composed from this command line; without `resume` it comes back as it is.
         overrides: the command line's own, such as ["resume=...", "train.steps=400"].
         allowed: dotted keys that may differ, see `check_same_config`.
+        settle: puts values in the place of "auto" in both configs, where a run stores them.
     Returns:
         the config, and the last.pt to continue from, or None.
     Raises:
-        FileNotFoundError, ValueError: as `find_resume`, `stored_config` and `check_same_config`.
+        FileNotFoundError, ValueError: as `find_resume`, `load_run`, `stored_config` and `check_same_config`.
     """
     if current["resume"] is None:
         return current, None
     resume_path = find_resume(current["resume"])
-    stored = stored_config(cls, load_checkpoint(resume_path), resume_path, is_resumed=True)
-    return resumed_config(stored, current, overrides, allowed), resume_path
+    stored = stored_config(cls, load_run(resume_path, script), resume_path, is_resumed=True)
+    return resumed_config(settle(stored), settle(current), overrides, allowed), resume_path
 
 
 def check_same_config(stored: dict, current: dict, allowed: tuple[str, ...] = ()) -> None:

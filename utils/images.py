@@ -4,19 +4,57 @@ Pictures are uint8 (H, W, 3) RGB. A label map is int32 (H, W), 0 is background. 
 (x, y), 0-based. Every failure to read or write is an exception that names the file.
 """
 
+import contextlib
 import io
+import logging
+import math
 import os
+import struct
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
+import tifffile
 from PIL import Image
 
-# Every failure becomes an exception that names the file, so OpenCV's own lines are noise (its name moved in version 5).
+# Every failure becomes an exception that names the file, so the libraries' own lines are noise.
 (cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+WRITTEN_SUFFIXES = PICTURE_SUFFIXES[:-1]
+READ_KINDS = {  # format: where its mark stands, and what it may be
+    "PNG": (0, (b"\x89PNG\r\n\x1a\n",)),
+    "JPEG": (0, (b"\xff\xd8",)),
+    "TIFF": (0, (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
+    "BMP": (0, (b"BM",)),
+    "WebP": (8, (b"WEBP",)),
+    "GIF": (0, (b"GIF87a", b"GIF89a")),
+}
+OTHER_KINDS = {
+    "HEIC, as phones write": (4, (b"ftypheic", b"ftypheix", b"ftypheim", b"ftypmif1", b"ftypmsf1")),
+    "AVIF": (4, (b"ftypavif", b"ftypavis")),
+    "a film": (4, (b"ftyp", b"moov", b"mdat")),
+    "a film (AVI)": (8, (b"AVI ",)),
+    "a film (Matroska or WebM)": (0, (b"\x1a\x45\xdf\xa3",)),
+    "JPEG 2000": (4, (b"jP  ",)),
+    "JPEG 2000 or XL": (0, (b"\xff\x4f\xff\x51", b"\xff\x0a", b"\0\0\0\x0cJXL ")),
+    "DICOM": (128, (b"DICM",)),
+    "OpenEXR": (0, (b"\x76\x2f\x31\x01",)),
+    "a Photoshop file": (0, (b"8BPS",)),
+    "PDF": (0, (b"%PDF-",)),
+    "Netpbm": (0, tuple(b"P%d%c" % (digit, space) for digit in range(1, 8) for space in b" \n")),
+    "a numpy file": (0, (b"\x93NUMPY",)),
+    "a MATLAB file": (0, (b"MATLAB",)),
+    "HDF5": (0, (b"\x89HDF\r\n\x1a\n",)),
+    "an archive": (0, (b"PK\3\4", b"\x1f\x8b", b"Rar!", b"7z\xbc\xaf")),
+    "a web page": (0, (b"<!DOCTYPE", b"<!doctype", b"<html", b"<HTML")),
+    "XML or SVG": (0, (b"<?xml", b"<svg")),
+    "a pointer of Git LFS, not the file that it stands for": (0, (b"version https://git-lfs",)),
+    "a pointer of git-annex, not the file that it stands for": (0, (b"/annex/objects",)),
+}
 IGNORE_INDEX = 255  # in class maps: this pixel neither trains nor counts
 EXIF_ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)  # the orientations that swap width and height
 
@@ -25,8 +63,21 @@ EXIF_ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)  # the orientations that swap wid
 # which pictures
 
 
+class Picture(NamedTuple):
+    """One picture to work on: a file, or one page of a file that has several."""
+
+    path: Path
+    page: int | None  # 0-based; None: the file has one
+    name: str  # of its results; no two pictures of a list share it
+
+    def __str__(self) -> str:
+        return str(self.path) if self.page is None else f"{self.path}, page {self.page + 1}"
+
+
 def list_images(path: Path) -> list[Path]:
-    """List the pictures of a folder, sorted, or the one picture given.
+    """List the pictures of a folder, sorted, or the one picture given; a link to nothing is one that is not readable.
+
+    Folders in the folder are not entered; a printed line counts them.
 
     Raises:
         FileNotFoundError, ValueError: where there is no such path, or no picture in the folder.
@@ -38,81 +89,119 @@ def list_images(path: Path) -> list[Path]:
     image_paths = sorted(
         file
         for file in path.iterdir()
-        if file.is_file() and file.suffix.lower() in PICTURE_SUFFIXES and not file.name.startswith(".")
+        if not file.is_dir() and file.suffix.lower() in PICTURE_SUFFIXES and not file.name.startswith(".")
     )
+    num_folders = sum(folder.is_dir() and not folder.name.startswith(".") for folder in path.iterdir())
+    passed_over = f"; its {num_folders} folders are not entered: give one of them as input" if num_folders else ""
     if not image_paths:
-        raise ValueError(f"input {path} has no pictures ({', '.join(PICTURE_SUFFIXES)}); give a folder that has some")
+        remedy = passed_over or "; give a folder that has some"
+        raise ValueError(f"input {path} has no pictures ({', '.join(PICTURE_SUFFIXES)}){remedy}")
+    if passed_over:
+        print(f"input {path} has {len(image_paths)} pictures{passed_over}")
     return image_paths
 
 
-def output_names(image_paths: list[Path]) -> list[str]:
-    """Name each picture's results: its stem, with its suffix where the stem alone would overwrite another file.
+def list_pictures(path: Path) -> list[Picture]:
+    """List the pictures of a folder, or of one file, each page of a file of several for itself.
 
-    Returns:
-        one name for each path, all different, none of them "run" (run.json is the run's record).
+    Their results are named after the file's stem, with its suffix and a number where the stem alone would overwrite
+    another's; none is "run" (run.json is the run's record). Pages are numbered from 1: cells_0001.
+
+    Raises:
+        as `list_images`; a file that cannot be read is one picture, whose reading says so.
     """
-    uses = Counter(path.stem.lower() for path in image_paths) + Counter(["run"])  # run.json
-    return [path.stem if uses[path.stem.lower()] == 1 else f"{path.stem}_{path.suffix[1:]}" for path in image_paths]
+    pages, names = [], []
+    for image_path in list_images(path):
+        try:
+            num_pages = count_pages(image_path)
+        except (OSError, ValueError):
+            num_pages = 1
+        for page in [None] if num_pages == 1 else range(num_pages):
+            pages.append((image_path, page))
+            names.append(image_path.stem + ("" if page is None else f"_{page + 1:04d}"))
+    uses, taken, pictures = Counter(name.lower() for name in names) + Counter(["run"]), {"run"}, []
+    taken |= {name for name, count in uses.items() if count == 1}
+    for (image_path, page), name in zip(pages, names, strict=True):
+        if uses[name.lower()] > 1:
+            stem, number = f"{name}_{image_path.suffix[1:]}", 2
+            name = stem
+            while name.lower() in taken:
+                name, number = f"{stem}_{number}", number + 1
+            taken.add(name.lower())
+        pictures.append(Picture(image_path, page, name))
+    return pictures
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # read
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path, page: int | None = None) -> np.ndarray:
     """Read a picture as 8-bit RGB.
 
-    EXIF rotation is applied, alpha is dropped, a palette becomes its colours, grey is repeated, and 16-bit values are
-    scaled by their type (65535 becomes 255), not by what the picture happens to use.
+    The orientation tag is applied, alpha and further bands are dropped (never multiplied in), a palette becomes its
+    colours, grey is repeated, white-is-zero is turned to black-is-zero, and values are scaled by their type (65535
+    becomes 255), not by what the picture happens to use.
 
     Args:
-        path: a file that OpenCV decodes (PNG, JPEG, TIFF, BMP, WebP).
+        path: PNG, JPEG, TIFF, BMP, WebP or GIF, whatever its name ends in.
+        page: of a file of several, 0-based; None for a file that must have one.
     Returns:
         uint8 (H, W, 3), RGB.
     Raises:
-        FileNotFoundError, ValueError: with the path and the reason.
+        FileNotFoundError, PermissionError, ValueError: with the path, what the file is, and the remedy.
     """
-    image_rgb = read_image_unscaled(path)
-    if image_rgb.dtype == np.uint16:
-        image_rgb = np.rint(image_rgb * np.float32(255 / 65535)).astype(np.uint8)
-    return image_rgb
+    return scale_to_8_bits(read_image_unscaled(path, page))
 
 
-def read_image_unscaled(path: str | Path) -> np.ndarray:
+def scale_to_8_bits(image: np.ndarray) -> np.ndarray:
+    """Scale uint16 values by their type, so that 65535 becomes 255; uint8 ones stay as they are."""
+    return np.rint(image * np.float32(255 / 65535)).astype(np.uint8) if image.dtype == np.uint16 else image
+
+
+def read_image_unscaled(path: str | Path, page: int | None = None) -> np.ndarray:
     """Read a picture as `read_image` does, but leave 16-bit values as they are.
 
     Returns:
         uint8 or uint16 (H, W, 3), RGB.
     """
     data = _read_bytes(path)
-    if _is_jpeg(data) and hasattr(cv2, "IMREAD_COLOR_RGB"):  # from OpenCV 4.11 on: the same pixels, faster
+    kind = _find_kind(path, data)
+    if kind == "TIFF":
+        return _render_tiff(path, data, page)
+    if kind != "JPEG":  # the further pictures of a phone's JPEG are reduced or depths
+        page = _check_page(path, _num_pages(path, data, kind), page)
+    if kind == "GIF" or page:  # OpenCV decodes the first page
+        with _open_with_pillow(path, data) as picture:
+            picture.seek(page)
+            return np.array(picture.convert("RGB"))
+    if kind == "JPEG" and hasattr(cv2, "IMREAD_COLOR_RGB"):  # from OpenCV 4.11 on: the same pixels, faster
         rgb = _decode(path, data, cv2.IMREAD_COLOR_RGB)
         if rgb is not None:
             return rgb
     decoded = _decode(path, data, cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR)  # (H, W, 3) BGR
     if decoded is None:
-        decoded = _decode_unchanged(path, data)  # readable, but not as a picture (floats): the next lines say so
-    if decoded.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"image {path} has dtype {decoded.dtype}; save it as 8-bit or 16-bit unsigned integers")
+        raise ValueError(_damaged(path, kind))
     return cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)
 
 
-def read_label_map(path: str | Path) -> np.ndarray:
-    """Read a map of ids: PNG or TIFF of one channel (8, 16 or 32 bit), or a palette file (the index, not the colour).
+def read_label_map(path: str | Path, page: int | None = None) -> np.ndarray:
+    """Read a map of ids: PNG, TIFF, BMP, GIF or lossless WebP of one channel, or of equal ones.
 
+    Ids are the numbers in the file, at any bit depth: the index of a palette, not its colour; 1 of a 1-bit file, not
+    255; and what a TIFF holds also where it says that white is zero. The orientation tag is applied, as to a picture.
+
+    Args:
+        page: as for `read_image`.
     Returns:
-        int32 (H, W), the file's values; 0 is background.
+        int32 (H, W); 0 is background.
     Raises:
-        FileNotFoundError, ValueError: with the path, what is wrong, and the remedy.
+        FileNotFoundError, PermissionError, ValueError: with the path, what is wrong, and the remedy.
     """
-    data = _read_bytes(path)
-    if _is_jpeg(data):
-        raise ValueError(f"label map {path} is a JPEG, whose compression changes ids; save it as PNG or TIFF")
-    ids = _read_with_pillow(path, data)
-    if ids is None:
-        ids = _decode_unchanged(path, data)
+    ids = _read_numbers(path, page, "label map ")
     if ids.ndim == 3:
-        if (ids[..., 1:3] != ids[..., :1]).any():
+        num_colors = 3 if ids.shape[2] == 4 else ids.shape[2]  # without alpha
+        if (ids[..., 1:num_colors] != ids[..., :1]).any():
             raise ValueError(
                 f"label map {path} has {ids.shape[2]} different channels, a colour picture; "
                 "turn each colour into one id and save a map of one channel (8- or 16-bit PNG, or a palette PNG)"
@@ -128,32 +217,53 @@ def read_label_map(path: str | Path) -> np.ndarray:
 
 
 def read_channels(path: str | Path) -> np.ndarray:
-    """Read a file whose colour channels are numbers, not colours: as they are, not scaled or rotated.
+    """Read a file whose colour channels are numbers, not colours: as they are, not scaled, turned as a picture is.
 
     Returns:
-        int32 (H, W, C), channels in RGB(A) order; C is 1, 3 or 4.
+        int32 (H, W, C), channels in the file's order, RGB(A).
     Raises:
-        FileNotFoundError, ValueError: with the path and the reason.
+        FileNotFoundError, PermissionError, ValueError: with the path and the reason.
     """
-    channels = _decode_unchanged(path, _read_bytes(path))
+    channels = _read_numbers(path, None, "")
     if channels.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"{path} has dtype {channels.dtype}; must be 8-bit or 16-bit unsigned integers")
-    if channels.ndim == 2:
-        channels = channels[..., None]
-    channels = channels.astype(np.int32)
-    if channels.shape[2] >= 3:
-        channels[..., :3] = channels[..., 2::-1]  # OpenCV's order is BGR
-    return channels
+    return channels.astype(np.int32).reshape(*channels.shape[:2], -1)
 
 
-def remark_on_values(image: np.ndarray) -> tuple[str, str] | None:
-    """Say what looks wrong with a picture's values, unscaled as its file holds them: (kind, what was seen), or None."""
-    lowest, largest, full = int(image.min()), int(image.max()), np.iinfo(image.dtype).max
-    if lowest == largest:
-        return "one value all over", str(largest)
-    if largest < full / 4:
-        return "unused intensity range", f"largest value {largest} of {full}"
-    return None
+def count_pages(path: str | Path) -> int:
+    """Count the pictures of a file; overviews, thumbnails and masks of another page are none.
+
+    Raises:
+        FileNotFoundError, PermissionError, ValueError: as `read_image`.
+    """
+    data = _read_bytes(path)
+    return _num_pages(path, data, _find_kind(path, data))
+
+
+def lossy_kind(path: str | Path) -> str | None:
+    """Say what a file is whose compression changes numbers, such as "a JPEG"; None where it keeps them.
+
+    Raises:
+        FileNotFoundError, PermissionError, ValueError: as `read_image`.
+    """
+    data = _read_bytes(path)
+    return _lossy_kind(path, data, _find_kind(path, data))
+
+
+def read_orientation(path: str | Path) -> int:
+    """Read how a file's rows and columns lie: 1 as they are shown, 2 to 8 as in EXIF; 1 where there is no such tag."""
+    try:
+        with Image.open(path) as picture:
+            return _exif_orientation(picture, np.fromfile(path, np.uint8) if picture.format == "PNG" else None)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return 1
+
+
+def _exif_orientation(picture: Image.Image, data: np.ndarray | None) -> int:
+    """Return the orientation tag, 1 to 8; of a PNG's bytes only where they have one: Pillow decodes it to look."""
+    if picture.format == "PNG" and b"eXIf" not in data.tobytes():
+        return 1
+    return picture.getexif().get(EXIF_ORIENTATION, 1)
 
 
 def read_frame_wh(path: Path) -> tuple[int, int] | None:
@@ -166,17 +276,113 @@ def read_frame_wh(path: Path) -> tuple[int, int] | None:
         return None
 
 
+def remark_on_values(image: np.ndarray) -> tuple[str, str] | None:
+    """Say what looks wrong with a picture's values, unscaled as its file holds them: (kind, what was seen), or None."""
+    lowest, largest, full = int(image.min()), int(image.max()), np.iinfo(image.dtype).max
+    if lowest == largest:
+        return "one value all over", str(largest)
+    if largest < full / 4:
+        return "unused intensity range", f"largest value {largest} of {full}"
+    return None
+
+
 def _read_bytes(path: str | Path) -> np.ndarray:
-    """Return a file's bytes, uint8 (N,), refusing a missing, empty or cut-off one."""
+    """Return a file's bytes, uint8 (N,), refusing a missing or empty one."""
     path = Path(path)
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(
+            f"{path} is a link to {os.readlink(path)}, which is not there; fetch it or remove the link"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     data = np.fromfile(path, np.uint8)
     if not data.size:
         raise ValueError(f"{path} is empty (0 bytes); copy it again or remove it")
-    if _is_jpeg(data) and not _is_whole_jpeg(data.tobytes()):
-        raise ValueError(f"{path} is a JPEG that ends in the middle; copy it again or remove it")
     return data
+
+
+def _find_kind(path: str | Path, data: np.ndarray) -> str:
+    """Tell by a file's first bytes which of the formats that are read it is.
+
+    Raises:
+        ValueError: for another one, saying which, and for a JPEG that is cut off.
+    """
+    head = data[:256].tobytes()
+    kinds = READ_KINDS | OTHER_KINDS
+    kind = next((kind for kind, (offset, marks) in kinds.items() if head.startswith(marks, offset)), None)
+    if kind not in READ_KINDS:
+        if kind is None:
+            raise ValueError(f"{path} cannot be decoded as a picture (damaged, or not one); copy it again or remove it")
+        raise ValueError(f"{path} is {kind}, which is not read; save it as {', '.join(READ_KINDS)}")
+    if kind == "JPEG" and not _is_whole_jpeg(data.tobytes()):
+        raise ValueError(f"{path} is a JPEG that ends in the middle; copy it again or remove it")
+    return kind
+
+
+def _lossy_kind(path: str | Path, data: np.ndarray, kind: str) -> str | None:
+    if kind == "TIFF":
+        with _open_tiff(path, data) as tiff:
+            return "a TIFF of JPEG" if any("JPEG" in page.compression.name for page in _pages(tiff)) else None
+    if kind == "WebP" and b"VP8 " in data[:64].tobytes():
+        return "a lossy WebP"
+    return "a JPEG" if kind == "JPEG" else None
+
+
+def _num_pages(path: str | Path, data: np.ndarray, kind: str) -> int:
+    if kind == "TIFF":
+        with _open_tiff(path, data) as tiff:
+            return len(_pages(tiff))
+    if kind in ("PNG", "WebP", "GIF"):
+        with _open_with_pillow(path, data) as picture:
+            return getattr(picture, "n_frames", 1)
+    return 1
+
+
+def _check_page(path: str | Path, num_pages: int, page: int | None) -> int:
+    if page is None and num_pages > 1:
+        raise ValueError(f"{path} has {num_pages} pages; save one file for each picture")
+    if page is not None and page >= num_pages:
+        raise ValueError(f"{path} has {num_pages} pages; page {page + 1} is not there")
+    return page or 0
+
+
+def _read_numbers(path: str | Path, page: int | None, what: str) -> np.ndarray:
+    """Read the numbers in a file, any type, turned as a picture is: (H, W), or (H, W, C) in RGB(A) order."""
+    data = _read_bytes(path)
+    kind = _find_kind(path, data)
+    if lossy := _lossy_kind(path, data, kind):
+        raise ValueError(f"{what}{path} is {lossy}, whose compression changes ids; save it as PNG or TIFF without")
+    if kind == "TIFF":
+        with _open_tiff(path, data) as tiff:
+            pages = _pages(tiff)
+            tiff_page = pages[_check_page(path, len(pages), page)]
+            return _read_tiff_numbers(path, tiff_page)
+    page = _check_page(path, _num_pages(path, data, kind), page)
+    with _open_with_pillow(path, data) as picture:
+        if picture.mode in ("P", "1") or kind == "GIF":  # OpenCV would turn them into colours
+            picture.seek(page)
+            return _turn(np.array(picture).astype(np.uint8), _exif_orientation(picture, data))
+        orientation = _exif_orientation(picture, data)
+    numbers = _decode(path, data, cv2.IMREAD_UNCHANGED)  # (H, W) or (H, W, C) in OpenCV's channel order
+    if numbers is None:
+        raise ValueError(_damaged(path, kind))
+    if numbers.ndim == 3:
+        numbers = np.concatenate([numbers[..., 2::-1], numbers[..., 3:]], 2)  # OpenCV's order is BGR
+    depth = int(data[24]) if kind == "PNG" else 8
+    if depth < 8:  # grey of 2 or 4 bits, which OpenCV spreads over 0..255
+        numbers = numbers // (255 // (2**depth - 1))
+    return _turn(numbers, orientation)
+
+
+def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Lay rows and columns as the orientation tag of EXIF and TIFF, 1 to 8, says that they are shown."""
+    if orientation in LYING:
+        pixels = pixels.swapaxes(0, 1)  # now 5 is done, 6, 7 and 8 are mirrored
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def _decode(path: str | Path, data: np.ndarray, flags: int) -> np.ndarray | None:
@@ -186,27 +392,17 @@ def _decode(path: str | Path, data: np.ndarray, flags: int) -> np.ndarray | None
         raise ValueError(f"{path} cannot be decoded as a picture: {' '.join(str(error).split())}") from error
 
 
-def _decode_unchanged(path: str | Path, data: np.ndarray) -> np.ndarray:
-    """Decode without any conversion: (H, W) or (H, W, C) in OpenCV's channel order, any dtype."""
-    decoded = _decode(path, data, cv2.IMREAD_UNCHANGED)
-    if decoded is None:
-        raise ValueError(f"{path} cannot be decoded as a picture (damaged, or not one); copy it again or remove it")
-    return decoded
+def _damaged(path: str | Path, kind: str) -> str:
+    return f"{path} cannot be decoded as a picture (damaged {kind}); copy it again or remove it"
 
 
-def _read_with_pillow(path: str | Path, data: np.ndarray) -> np.ndarray | None:
-    """Read what OpenCV would turn into colours (a palette's index) or cannot read in all its versions (32 bit)."""
+@contextlib.contextmanager
+def _open_with_pillow(path: str | Path, data: np.ndarray):
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            if getattr(picture, "n_frames", 1) > 1:
-                raise ValueError(f"label map {path} has {picture.n_frames} pages; save one file for each image")
-            return np.array(picture) if picture.mode in ("P", "I") else None
-    except (OSError, SyntaxError, Image.DecompressionBombError):  # OpenCV reads it or says so
-        return None
-
-
-def _is_jpeg(data: np.ndarray) -> bool:
-    return data[:2].tobytes() == b"\xff\xd8"
+            yield picture
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be decoded as a picture ({error}); copy it again or remove it") from error
 
 
 def _is_whole_jpeg(data: bytes) -> bool:
@@ -218,6 +414,70 @@ def _is_whole_jpeg(data: bytes) -> bool:
         else:
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")  # a segment, such as a thumbnail
     return data.find(b"\xff\xd9", position) >= 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# read TIFF, whose decoders disagree on what they show: numbers come from tifffile, and are rendered here
+
+
+@contextlib.contextmanager
+def _open_tiff(path: str | Path, data: np.ndarray):
+    try:
+        with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+            yield tiff
+    except (tifffile.TiffFileError, struct.error, IndexError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be decoded as a picture (a damaged TIFF: {error}); copy it again") from error
+
+
+def _pages(tiff: tifffile.TiffFile) -> list[tifffile.TiffPage]:
+    """List the pictures of a file: no overviews or thumbnails (bit 1 of NewSubfileType), no masks (bit 4)."""
+    pages = [page.aspage() for page in tiff.pages]
+    return [page for page in pages if not page.subfiletype & 5] or pages[:1]
+
+
+def _read_tiff_numbers(path: str | Path, page: tifffile.TiffPage) -> np.ndarray:
+    """Read the numbers of a page, turned by its orientation tag: (H, W), or (H, W, C) in the file's order."""
+    ends = [offset + count for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True)]
+    if max(ends, default=math.inf) > page.parent.filehandle.size:
+        raise ValueError(_damaged(path, "TIFF, which ends in the middle"))
+    try:
+        numbers = page.asarray()
+    except (ValueError, NotImplementedError) as error:  # a compression that is not known, or a damaged one
+        raise ValueError(
+            f"{path} cannot be decoded as a picture (TIFF: {error}); save it without compression"
+        ) from error
+    if numbers.ndim == 3 and page.planarconfig == 2:
+        numbers = numbers.transpose(1, 2, 0)  # separate planes
+    if numbers.ndim not in (2, 3) or not numbers.size:
+        raise ValueError(f"{path} has a page of shape {numbers.shape}; save pictures of (height, width, bands)")
+    orientation = page.tags.get("Orientation")
+    numbers = numbers.astype(np.uint8) if numbers.dtype == bool else numbers
+    return _turn(numbers, orientation.value if orientation else 1)
+
+
+def _render_tiff(path: str | Path, data: np.ndarray, page: int | None) -> np.ndarray:
+    """Turn one page's numbers into colours, uint8 or uint16 (H, W, 3) RGB."""
+    with _open_tiff(path, data) as tiff:
+        pages = _pages(tiff)
+        tiff_page = pages[_check_page(path, len(pages), page)]
+        numbers, photometric = _read_tiff_numbers(path, tiff_page), tiff_page.photometric.name
+        bits, colormap = tiff_page.bitspersample, tiff_page.colormap
+    if numbers.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"image {path} has dtype {numbers.dtype}; save it as 8-bit or 16-bit unsigned integers")
+    if photometric == "PALETTE":
+        return (colormap.T[numbers] >> 8).astype(np.uint8)  # (H, W, 3); colormap (3, 2**bits) has 16 bits
+    if photometric not in ("MINISWHITE", "MINISBLACK", "RGB", "YCBCR"):
+        with _open_with_pillow(path, data) as picture:  # CMYK, L*a*b*
+            picture.seek(page or 0)
+            return np.array(picture.convert("RGB"))
+    bands = numbers.reshape(*numbers.shape[:2], -1)
+    if bands.shape[2] not in (1, 3, 4) and not (bands.shape[2] == 2 and tiff_page.extrasamples in ((1,), (2,))):
+        raise ValueError(f"image {path} has {bands.shape[2]} bands; save one (grey), or three of them as R, G, B")
+    bands = bands[..., :3] if bands.shape[2] > 2 else bands[..., :1].repeat(3, 2)  # without alpha or further bands
+    full = np.iinfo(bands.dtype).max
+    if bits not in (8, 16):  # such as 1, 4 or 12: spread over the type
+        bands = np.rint(bands * (full / (2**bits - 1))).astype(bands.dtype)
+    return full - bands if photometric == "MINISWHITE" else np.ascontiguousarray(bands)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,8 +497,8 @@ def write_image(path: str | Path, image_rgb: np.ndarray) -> Path:
     """
     path = Path(path)
     assert image_rgb.dtype == np.uint8, image_rgb.dtype
-    if path.suffix.lower() not in PICTURE_SUFFIXES:
-        raise ValueError(f"cannot write {path}: suffix {path.suffix!r} is not one of {', '.join(PICTURE_SUFFIXES)}")
+    if path.suffix.lower() not in WRITTEN_SUFFIXES:
+        raise ValueError(f"cannot write {path}: suffix {path.suffix!r} is not one of {', '.join(WRITTEN_SUFFIXES)}")
     channels_last = image_rgb if image_rgb.ndim == 2 else cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR)
     is_encoded, data = cv2.imencode(path.suffix.lower(), channels_last)
     assert is_encoded, path

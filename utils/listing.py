@@ -1,7 +1,10 @@
 """Which files a dataset has, which picture belongs to which annotation, and which of them validate or test."""
 
+import codecs
 import hashlib
+import json
 import os
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -46,10 +49,12 @@ def first_few(lines: list[str], most: int | None = MAX_LISTED) -> list[str]:
 
 
 def list_folders(root: Path) -> list[Path]:
-    """List the folders in a folder, sorted by name; hidden ones and files are passed over."""
+    """List the folders in a folder, sorted by name, and links to nothing; hidden ones and files are passed over."""
     _check_folder(root)
     with os.scandir(root) as entries:
-        return [root / name for name in sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))]
+        names = [entry.name for entry in entries if entry.is_dir() or (entry.is_symlink() and not entry.is_file())]
+    folders = [root / name for name in sorted(names) if not name.startswith(".")]
+    return [folder for folder in folders if not (is_dead_link(folder) and folder.suffix)]
 
 
 def files_by_name(
@@ -60,7 +65,8 @@ def files_by_name(
 ) -> dict[str, Path]:
     """List the files of a folder whose stem is <start><name><ending>: {name: path}, in the order of the paths.
 
-    Hidden files and folders, and files with other suffixes, are passed over.
+    Hidden files and folders, and files with other suffixes, are passed over. Links are followed; one to nothing is a
+    file, whose reading says so. A letter with an accent is one character in names, however the file system writes it.
 
     Args:
         affixes: (start, ending).
@@ -72,14 +78,14 @@ def files_by_name(
     _check_folder(folder)
     start, ending = affixes
     files = {}
-    for path in sorted(folder.rglob("*") if with_subfolders else folder.iterdir()):
+    for path in sorted(_walk(folder) if with_subfolders else folder.iterdir()):
         below = path.relative_to(folder)
-        if any(part.startswith(".") for part in below.parts) or path.suffix.lower() not in suffixes:
+        if any(part.startswith(".") for part in below.parts) or path.suffix.lower() not in suffixes or path.is_dir():
             continue
         stem = path.stem.removeprefix(start).removesuffix(ending)
-        if not stem or start + stem + ending != path.stem or not path.is_file():
+        if not stem or start + stem + ending != path.stem:
             continue
-        name = below.with_name(stem).as_posix()
+        name = unicodedata.normalize("NFC", below.with_name(stem).as_posix())
         if name in files:
             raise ValueError(f"{files[name]} and {path} have the same name but for the suffix; keep one of them")
         files[name] = path
@@ -124,9 +130,12 @@ def pair_files(
 
 
 def find_missing(paths: list[tuple[Path, Path]]) -> tuple[list[tuple[Path, Path]], list[tuple[Path, Path]]]:
-    """Find the (picture, annotation) paths without an annotation, and those without a picture."""
-    without_annotation = [pair for pair in paths if not pair[1].exists()]  # a folder of masks, too
-    return without_annotation, [pair for pair in paths if not pair[0].is_file()]
+    """Find the (picture, annotation) paths without an annotation, and those without a picture.
+
+    A link to nothing is there, and cannot be read.
+    """
+    without_annotation = [pair for pair in paths if not os.path.lexists(pair[1])]  # a folder of masks, too
+    return without_annotation, [pair for pair in paths if not os.path.lexists(pair[0])]
 
 
 def stop_at_missing(paths: list[tuple[Path, Path]], on_bad: str, kind: str = "annotation", remedy: str = "") -> None:
@@ -150,6 +159,23 @@ def stop_at_missing(paths: list[tuple[Path, Path]], on_bad: str, kind: str = "an
         )
 
 
+def is_dead_link(path: Path) -> bool:
+    """Tell whether a path is a link to a file that is not there, as those of git-annex and DVC before a fetch."""
+    return path.is_symlink() and not path.exists()
+
+
+def _walk(folder: Path, above: tuple[str, ...] = ()) -> list[Path]:
+    """List the files in a folder and below, through links to folders too, but not in a circle."""
+    above = (*above, os.path.realpath(folder))
+    files = []
+    for path in folder.iterdir():
+        if path.is_dir():
+            files += [] if os.path.realpath(path) in above else _walk(path, above)
+        else:
+            files.append(path)
+    return files
+
+
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}; see data/README.md for the layout, or change data.root")
@@ -159,11 +185,39 @@ def _check_folder(folder: Path) -> None:
 # list files and splits
 
 
+def read_text(path: str | Path) -> str:
+    """Read a text file in UTF-8, or in UTF-16 with its mark, as spreadsheets and Windows' editor write it.
+
+    Raises:
+        OSError: where it cannot be read.
+        ValueError: for another encoding, naming the file and the line.
+    """
+    data = Path(path).read_bytes()
+    try:
+        return data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path} is not text in UTF-8 (line {line}: {error.reason}); save it as UTF-8") from error
+
+
+def read_json(path: str | Path) -> object:
+    """Read a json file, in the encodings of `read_text`.
+
+    Raises:
+        OSError: where it cannot be read.
+        ValueError: for one that is not json, naming it.
+    """
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:  # RecursionError: lists in lists in lists, thousands deep
+        raise ValueError(f"{path} is not valid json ({error}); copy or export it again") from error
+
+
 def read_lines(path: str | Path) -> list[str]:
     """Return a text file's lines, less empty ones and those that start with #."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no list file {path} (seen from {Path.cwd()}); see data/README.md for the layout")
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    lines = [line.strip() for line in read_text(path).splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -174,23 +228,34 @@ def read_list(path: str | Path, names: set[str], affixes: tuple[str, str] = ("",
         names: those of the dataset.
         affixes: what stands before and after the name in the stem of a picture's file.
     Returns:
-        of each line the one among names that is: the line; its first word; the end of that path, less suffix and
-        affixes; its file name; or the folder of the file (DAVIS 2016 lists a sequence by the paths of its frames).
+        of each line the one among names that is: the line, or its first word where columns follow; the end of that
+        path, less suffix and affixes; its file name; or the folder of the file (DAVIS 2016 lists a sequence by the
+        paths of its frames).
     Raises:
         FileNotFoundError, ValueError: for a file that is not there; a line that is no name.
     """
     named = []
     for line in read_lines(path):
-        entry = Path(line.split()[0])
-        parts = [*entry.parts[:-1], entry.stem.removeprefix(affixes[0]).removesuffix(affixes[1])]
-        ends = ["/".join(parts[start:]) for start in range(len(parts))]
-        candidates = [line, line.split()[0], *ends, entry.name, entry.parent.name]
-        name = next((candidate for candidate in candidates if candidate in names), None)
+        line = unicodedata.normalize("NFC", line.replace("\\", "/"))
+        words = line.split()
+        has_columns = len(words) > 1 and all(_is_column(word) for word in words[1:])
+        name = None
+        for entry in (line, words[0])[: 1 + has_columns]:
+            entry_path = Path(entry)
+            parts = [*entry_path.parts[:-1], entry_path.stem.removeprefix(affixes[0]).removesuffix(affixes[1])]
+            ends = ["/".join(parts[start:]) for start in range(len(parts))]
+            candidates = [entry, *ends, entry_path.name, entry_path.parent.name]
+            name = name or next((candidate for candidate in candidates if candidate in names), None)
         if name is None:
             example = min(names, default="")
             raise ValueError(f"{path} names {line!r}, which the dataset lacks; names look like {example!r}")
         named.append(name)
     return named
+
+
+def _is_column(word: str) -> bool:
+    """Tell whether a word after a name is of a further column: a number (pets, VOC), or a path (CamVid, DAVIS)."""
+    return "/" in word or word.lstrip("+-").replace(".", "", 1).isdigit()
 
 
 def draw_split(
@@ -216,7 +281,7 @@ def draw_split(
     if 0 < len(names) < len(wanted) and test_fraction == 0:
         raise ValueError(
             f"data.val_fraction is {val_fraction}, but there is only {min(names)} to split; "
-            "set data.val_fraction=0 to train on all, or 1 to only evaluate"
+            "add a second one, or set data.val_fraction=1 to evaluate alone, with train.steps=0"
         )
     if 0 < len(names) < len(wanted):
         raise ValueError(

@@ -191,6 +191,15 @@ def values_of_step(rows: list[dict], step: int) -> dict[str, float]:
     }
 
 
+@contextlib.contextmanager
+def drawing(path: Path):
+    """Go on with a printed line where a picture for the eye cannot be drawn or written: a training is worth more."""
+    try:
+        yield
+    except Exception as error:  # whatever matplotlib, OpenCV or the disk says
+        print(f"{path} could not be drawn ({type(error).__name__}: {error}); all else goes on")
+
+
 def metric_lines(names: Sequence[str], columns: dict[str, dict[str, float]]) -> list[str]:
     """Put metrics into lines to print: a row for each name, a column for each measurement.
 
@@ -213,6 +222,11 @@ def plot_curves(rows: list[dict[str, int | float]], path: Path) -> None:
         rows: as `MetricsLog.rows`; a name may be missing from most rows, and values that are not finite are left out.
         path: the picture to write, .png.
     """
+    with drawing(path):
+        _plot_curves(rows, path)
+
+
+def _plot_curves(rows: list[dict[str, int | float]], path: Path) -> None:
     from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no screen and no global state
 
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}  # {"loss": {"train/loss": [(step, value), ...]}}

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.listing import first_few
 from utils.log import git_state
 from utils.run import choose_num_workers
 
@@ -43,11 +44,16 @@ class LoopState:
     rows: list[dict[str, int | float]] = field(default_factory=list)  # of the metrics log
 
     def take(self, metrics: dict[str, float], select_by: str) -> bool:
-        """Take over what an evaluation measured at this step, and tell whether it is the best so far."""
+        """Take over what an evaluation measured at this step, and tell whether it is the best so far.
+
+        Of two that are equal, as perfect scores are, the one with the lower val/loss is better, where it is measured.
+        """
         self.evaluated_step = self.step
         metrics = {"step": self.step, **metrics}
         self.start_metrics = self.start_metrics or metrics
         is_best = not self.best or metrics[select_by] > self.best[select_by]
+        if not is_best and metrics[select_by] == self.best[select_by] and "val/loss" in metrics:
+            is_best = metrics["val/loss"] < self.best["val/loss"]
         self.bad_evals = 0 if is_best else self.bad_evals + 1
         self.best = metrics if is_best else self.best
         return is_best
@@ -60,16 +66,20 @@ def save_run(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     description: dict,
+    splits: dict[str, list[str]],
     is_best: bool,
 ) -> None:
     """Write last.pt, then best.pt where these weights are the best: `resume_run` mends what a kill between them leaves.
 
     Args:
         description: what both files hold beside the weights, plain types: {"script": ..., "config": ..., ...}.
+        splits: names of the samples of each split, for last.pt; see `keep_splits`.
     """
     best = {"format": 1, **description, "model": model.state_dict(), "git": git_state()}
     state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "torch_rng": torch.get_rng_state()}
-    save_checkpoint(run_dir / "last.pt", best | state | {"loop": asdict(loop), "best_keys": list(best)})
+    save_checkpoint(
+        run_dir / "last.pt", best | state | {"loop": asdict(loop), "splits": splits, "best_keys": list(best)}
+    )
     if is_best:
         save_checkpoint(run_dir / "best.pt", best | {"metrics": loop.best})
 
@@ -101,6 +111,41 @@ def resume_run(
     save_checkpoint(run_dir / "best.pt", best)
     print(f"resumed from {resume_path} at step {loop.step}")
     return loop
+
+
+def stored_splits(resume_path: Path | None) -> dict[str, list[str]]:
+    """Read the names of the samples of each split that a run to resume has; none for a new run and an older file."""
+    state = {} if resume_path is None else load_checkpoint(resume_path)
+    return state["splits"] if "splits" in state else {}
+
+
+def split_names(splits: dict[str, list]) -> dict[str, list[str]]:
+    """Name the samples of each split, for last.pt."""
+    return {split: [sample.name for sample in samples] for split, samples in splits.items()}
+
+
+def keep_splits(stored: dict[str, list[str]], splits: dict[str, list]) -> dict[str, list]:
+    """Give a resumed run the samples that it had, each in the split that it had, whatever came to the dataset since.
+
+    Args:
+        stored: {split: names} from last.pt; a split that is not in it stays as it is (an older file has none).
+        splits: {split: samples that are there now}, each with a `name` that no other has.
+    Returns:
+        {split: those with the stored names, in their order}.
+    Raises:
+        ValueError: for names that are in none of the splits any more.
+    """
+    present = {sample.name: sample for split in stored for sample in splits[split]}
+    stored_names = {name for names in stored.values() for name in names}
+    if gone := [f"{split} {name}" for split, names in stored.items() for name in names if name not in present]:
+        raise ValueError(
+            f"{len(gone)} of the {len(stored_names)} samples of the run to resume are not in the dataset, or not "
+            f"usable, any more: {', '.join(first_few(gone))}; put them back, or start a new run"
+        )
+    if new := [name for name in present if name not in stored_names]:
+        listed = ", ".join(first_few(new))
+        print(f"resumed with the samples that the run had; left out {len(new)} others, new or unusable then: {listed}")
+    return splits | {split: [present[name] for name in names] for split, names in stored.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

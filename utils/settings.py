@@ -5,6 +5,9 @@ import dataclasses
 import inspect
 import logging
 import math
+import os
+import re
+import shlex
 import sys
 import types
 import typing
@@ -12,10 +15,19 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+
 TYPE_WORDS = {
     int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list",
     dict: "keys and values", type(None): "null",
 }  # fmt: skip
+PATH_KEYS = re.compile(  # keys of the command line whose values are paths
+    r"\+{0,2}(input|checkpoint|resume|region|mask|prompts_file|cache|data_root|model\.checkpoint"
+    r"|data\.(\w+\.)*(root|index|groundtruth|\w+_(dir|list|folder|images|annotations))|hydra\.(run|sweep)\.dir)"
+)
 # Marks of a field whose keys stand in the same section as its neighbours', and of one that takes all keys left over.
 SAME_SECTION, ALL_OTHERS = "same section", "all others"
 
@@ -178,7 +190,7 @@ def check_terms(terms: dict, known: Collection[str]) -> None:
     for term, weight in terms.items():
         if term not in known:
             raise ValueError(f"unknown term loss.terms.{term}; must be among {', '.join(known)}")
-        check_value(weight, Annotated[float, at_least(0)], f"loss.terms.{term}")
+        check_value(weight, Annotated[float, at_least(0), FINITE], f"loss.terms.{term}")
     if not any(terms.values()):
         raise ValueError(f"loss.terms is 0 in all its terms; must be above 0 in one of {', '.join(known)}")
 
@@ -208,7 +220,7 @@ def check_value(value, kind: type, name: str) -> None:
 def is_numbers(value, count: int) -> bool:
     """Tell whether a value is a list of `count` finite numbers, such as a box or a point."""
     is_list = isinstance(value, list) and len(value) == count
-    return is_list and all(type(number) in (int, float) and math.isfinite(number) for number in value)
+    return is_list and all(type(number) in (int, float) and abs(number) < math.inf for number in value)
 
 
 def check_modes(given: list[str], modes: dict[str, tuple[str, ...]], mode: str) -> None:
@@ -252,6 +264,57 @@ def _describe_type(kind: type) -> str:
 # what a user reads where something is wrong
 
 
+def read_command_line(task: str) -> None:
+    """Let Hydra take the paths of the command line as they are: `input=IMG (2).jpg` fails in its grammar otherwise.
+
+    Values of keys that are a path (PATH_KEYS) are quoted for Hydra in `sys.argv`, unless they are quoted already, are
+    null, or are a list; under --multirun Hydra's grammar holds, in which `input=a,b` are two runs.
+
+    Args:
+        task: the script's folder in configs/: sam2, unet or tracking.
+    Raises:
+        SystemExit: with one line, for a value that Hydra cannot read, for a file of configs/ that has moved, and for a
+            run folder that cannot be made.
+    """
+    is_multirun = bool({"-m", "--multirun"} & set(sys.argv[1:]))
+    arguments = sys.argv[1:] if is_multirun else [quote_path(argument) for argument in sys.argv[1:]]
+    for argument in arguments:
+        if "=" in argument and not argument.startswith("-"):
+            try:
+                OverridesParser.create().parse_override(argument)
+            except HydraException:
+                key, value = argument.split("=", 1)
+                quoted = shlex.quote(f"{key}={QuotedString(value, Quote.single).with_quotes()}")
+                sys.exit(f"error: Hydra cannot read {argument}; quote the value, for the shell and for Hydra: {quoted}")
+    stop_at_moved_files(task, arguments)
+    folder = next((a.split("=", 1)[1].strip("'") for a in arguments if a.startswith("hydra.run.dir=")), "outputs")
+    existing = next(path for path in [Path(folder), *Path(folder).absolute().parents] if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        sys.exit(
+            f"error: {existing} is not a folder that may be written; give hydra.run.dir=<a folder for the results>"
+        )
+    sys.argv[1:] = arguments
+
+
+def quote_path(argument: str) -> str:
+    """Quote the value of key=value for Hydra where the key is a path; all else stays as it is."""
+    key, _, value = argument.partition("=")
+    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    is_list = value.startswith("[") and value.endswith("]")
+    if not PATH_KEYS.fullmatch(key) or value in ("", "null") or is_quoted or is_list:
+        return argument
+    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+
+
+def show_command(start: str, **paths: str | Path) -> str:
+    """Write a command to paste into a shell: show_command("train_unet.py mode=predict", input="IMG (2).jpg")."""
+    words = []
+    for key, path in paths.items():
+        is_taken_as_it_is = quote_path(f"{key}={path}") != f"{key}={path}"
+        words.append(f"{key}={path if is_taken_as_it_is else QuotedString(str(path), Quote.single).with_quotes()}")
+    return f"python {start} {shlex.join(words)}"
+
+
 def stop_at_moved_files(task: str, arguments: list[str]) -> None:
     """Exit with one line where an argument, such as data=cells, names a file that lies where files lay before.
 
@@ -271,12 +334,21 @@ def stop_at_moved_files(task: str, arguments: list[str]) -> None:
 
 @contextlib.contextmanager
 def one_line_errors(script: str):
-    """End the program with one line and status 1 at an error that input, files or values can cause."""
+    """End the program with one line and status 1 at an error that input, files or values can cause, 130 at Ctrl-C."""
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
         logging.getLogger(script).debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true
         sys.exit(f"error: {describe_error(error)}")
+    except KeyboardInterrupt:
+        run_dir = Path(HydraConfig.get().runtime.output_dir)
+        shown_dir = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
+        if (run_dir / "last.pt").is_file():
+            command = show_command(f"{script}.py", resume=shown_dir)
+            print(f"interrupted; {shown_dir}/last.pt is saved, go on with: {command}", file=sys.stderr)
+        else:
+            print(f"interrupted; what was finished is in {shown_dir}", file=sys.stderr)
+        sys.exit(130)
 
 
 def describe_error(error: Exception) -> str:

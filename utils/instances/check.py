@@ -10,13 +10,21 @@ import numpy as np
 
 from utils import dataset_check
 from utils.dataset_check import CheckReport, ItemReport
-from utils.images import read_image_unscaled, remark_on_values
+from utils.images import LYING, read_image_unscaled, read_orientation, remark_on_values
 from utils.instances.readers import Instances, Item, check_same_size, object_ids
 from utils.listing import MAX_LISTED
+from utils.log import drawing
 
 TINY_PX = 16  # an object of fewer pixels is remarked on
+TURNS = {
+    2: "mirrored", 3: "turned by 180 degrees", 4: "upside down", 5: "mirrored and turned", 6: "turned by 90 degrees",
+    7: "mirrored and turned", 8: "turned by 270 degrees",
+}  # fmt: skip
 REMEDIES = {  # kind of remark -> what to do about it
     "no objects": "left out of training; remove the picture, or annotate it",
+    "crowd regions alone": "left out of training; if each is one object (CVAT marks all masks so), data.crowd=keep",
+    "broken annotations": "what is broken is left out, other objects are not; export them again, or remove them",
+    "a turn by EXIF and masks that fit with and without it": "look whether they lie right; if not, turn them, too",
     "empty masks": "they are no objects and are passed over; remove them, or draw them",
     f"objects below {TINY_PX} px": "remove stray pixels; real objects this small need larger pictures",
     "a single id 255": "a mask, taken as one object; if it covers several, give each its own id (1, 2, 3, ...)",
@@ -30,15 +38,16 @@ class Objects:
     areas_px: np.ndarray  # int64 (N,)
     centers_xy: np.ndarray  # float64 (N, 2), mean position of the object's pixels, as a share of width and height, 0..1
     num_crowd: int  # crowd regions left out
+    num_broken: int  # broken annotations, left out whole or in part
 
 
 def check_data(
-    splits: list[list[Item]], min_area_px: int, on_bad: str, run_dir: Path, list_all: bool
-) -> tuple[list[list[Item]], dict[str, int]]:
+    splits: dict[str, list[Item]], min_area_px: int, on_bad: str, run_dir: Path, list_all: bool
+) -> tuple[dict[str, list[Item]], dict[str, int]]:
     """Check a dataset, print what was found, draw its statistics, and leave out what cannot be used.
 
     Args:
-        splits: training and validation items.
+        splits: {"train": items, "val": items}.
         min_area_px: smaller objects do not count.
         on_bad: "stop" or "skip", what to do about faulty files.
         run_dir: for dataset.png.
@@ -48,20 +57,21 @@ def check_data(
     Raises:
         ValueError: for faulty files where on_bad is "stop".
     """
-    report = dataset_check.check_items([item for items in splits for item in items], check_item)
+    report = dataset_check.check_items([item for items in splits.values() for item in items], check_item)
     print("\n".join(report_lines(report, None if list_all else MAX_LISTED)))
-    plot_statistics(report, run_dir / "dataset.png")
+    with drawing(run_dir / "dataset.png"):
+        plot_statistics(report, run_dir / "dataset.png")
     with_large = {item.name for item in report.usable if item.content.areas_px.max() >= min_area_px}
-    splits = [dataset_check.keep_usable(items, report, on_bad) for items in splits]
-    splits = [[item for item in items if item.name in with_large] for items in splits]
+    usable = {split: dataset_check.keep_usable(items, report, on_bad) for split, items in splits.items()}
+    splits = {split: [item for item in items if item.name in with_large] for split, items in usable.items()}
     num_small = sum(int((item.content.areas_px < min_area_px).sum()) for item in report.items)
     counts = count(report) | {
-        "train_images": len(splits[0]),
-        "val_images": len(splits[1]),
+        "train_images": len(splits["train"]),
+        "val_images": len(splits["val"]),
         "num_small_objects_left_out": num_small,
     }
     print(
-        f"train on {len(splits[0])} images, validate on {len(splits[1])}; {num_small} objects below "
+        f"train on {len(splits['train'])} images, validate on {len(splits['val'])}; {num_small} objects below "
         f"data.min_area_px={min_area_px} left out; statistics in {run_dir / 'dataset.png'}"
     )
     return splits, counts
@@ -73,6 +83,7 @@ def count(report: CheckReport) -> dict[str, int]:
         "num_without_objects": len(report.empty),
         "num_objects": sum(len(item.content.areas_px) for item in report.usable),
         "num_crowd": sum(item.content.num_crowd for item in report.items),
+        "num_broken": sum(item.content.num_broken for item in report.items),
     }
 
 
@@ -80,7 +91,7 @@ def check_item(item: Item) -> ItemReport:
     """Check one item."""
     faults, remarks = [], []
     orig_hw = bits = instances = None
-    areas_px, centers_xy, num_crowd = np.zeros(0, np.int64), np.zeros((0, 2)), 0
+    areas_px, centers_xy, num_crowd, num_broken = np.zeros(0, np.int64), np.zeros((0, 2)), 0, 0
     try:
         image_rgb = read_image_unscaled(item.image_path)
         orig_hw, bits = image_rgb.shape[:2], 8 * image_rgb.itemsize
@@ -90,7 +101,7 @@ def check_item(item: Item) -> ItemReport:
         faults.append(str(error))
     try:
         instances = item.read()
-        num_crowd = instances.num_crowd
+        num_crowd, num_broken = instances.num_crowd, len(instances.broken)
         if orig_hw is not None:
             check_same_size(item, orig_hw, instances.layers.shape[1:])
     except (OSError, ValueError) as error:
@@ -100,7 +111,12 @@ def check_item(item: Item) -> ItemReport:
         areas_px = np.array([area for _, _, area in objects], np.int64)
         centers_xy = _centers(instances.layers)
         remarks += _remark_on_objects(item, instances, objects)
-    content = Objects(areas_px, centers_xy, num_crowd)
+        orientation = read_orientation(item.image_path)
+        is_size_kept = orientation not in LYING or orig_hw[0] == orig_hw[1]
+        if orientation not in (1, read_orientation(item.annotation_path)) and is_size_kept:
+            turn = ("a turn by EXIF and masks that fit with and without it", f"{item.image_path}: {TURNS[orientation]}")
+            remarks.append(turn)
+    content = Objects(areas_px, centers_xy, num_crowd, num_broken)
     return ItemReport(item.name, tuple(faults), tuple(remarks), orig_hw, bits, len(areas_px) > 0, content)
 
 
@@ -124,7 +140,7 @@ def report_lines(report: CheckReport, max_listed: int | None = MAX_LISTED) -> li
             f"{in_middle:.0%} in the middle ninth (11% if even)",
         ]
     if num_crowd := count(report)["num_crowd"]:
-        lines.append(f"crowd regions left out: {num_crowd}")
+        lines.append(f"crowd regions left out: {num_crowd}; data.crowd=keep trains on them and clicks them")
     return lines + dataset_check.finding_lines(report, REMEDIES, max_listed)
 
 
@@ -162,7 +178,9 @@ def _remark_on_objects(item: Item, instances: Instances, objects: list[tuple[int
     remarks = []
     ids = {object_id for _, object_id, _ in objects}
     if not objects:
-        remarks.append(("no objects", str(item.annotation_path)))
+        kind = "crowd regions alone" if instances.num_crowd else "no objects"
+        remarks.append((kind, f"{item.image_path} ({item.annotation_path})"))
+    remarks += [("broken annotations", which) for which in instances.broken]
     empty = [name for index, name in enumerate(instances.mask_names) if index + 1 not in ids]
     if empty:
         remarks.append(("empty masks", f"{item.annotation_path} ({item.name}): {', '.join(empty)}"))

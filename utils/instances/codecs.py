@@ -3,6 +3,8 @@
 import numpy as np
 
 POLYGON_SCALE = 5  # COCO draws polygons on a grid this much finer than the pixels
+FAR_PX = 500  # beyond the picture, an outline is followed so far
+FARTHEST_PX = 1e12  # of a polygon's corner; farther ones are moved here, where numbers are still exact to a pixel
 
 
 NUM_COUNT_DIGITS = 7  # 5 bits each: more than any run length or difference of two has
@@ -47,7 +49,7 @@ def rle_to_mask(rle: dict) -> np.ndarray:
     if isinstance(counts, (str, bytes)):
         counts = decode_rle_counts(counts)
     counts = np.asarray(counts, np.int64)
-    if counts.sum() != height * width or (counts < 0).any():
+    if counts.sum() != height * width or (counts < 0).any() or (counts > height * width).any():
         raise ValueError(
             f"run lengths add up to {counts.sum()} pixels, but the mask is {height} x {width} = {height * width}"
         )
@@ -92,15 +94,38 @@ def polygons_to_mask(polygons: list[list[float]], height: int, width: int) -> np
     Raises:
         ValueError: for a polygon of fewer than 3 points or an odd number of values.
     Source: COCO's maskApi, rleFrPoly: the outline is walked on a grid 5 times finer; where it steps sideways, all
-        pixels below in that column, and all columns after it, are switched.
+        pixels below in that column, and all columns after it, are switched. Of an outline that leaves the picture by
+        more than its sides and FAR_PX, the part that far away is cut off first: the walk there would take memory for
+        each of its steps.
     """
     mask = np.zeros((height, width), bool)
     for polygon in polygons:
         points = np.asarray(polygon, np.float64)
         if points.ndim != 1 or len(points) < 6 or len(points) % 2 or not np.isfinite(points).all():
             raise ValueError(f"a polygon is {str(polygon)[:60]}; it must be numbers x1, y1, x2, y2, x3, y3, ...")
-        mask |= _polygon_to_mask(points.reshape(-1, 2), height, width)
+        points, reach = points.reshape(-1, 2).clip(-FARTHEST_PX, FARTHEST_PX), height + width + FAR_PX
+        for axis, side in ((0, width), (1, height)):
+            points = _cut_off(points, axis, -reach)
+            points[:, axis] *= -1
+            points = _cut_off(points, axis, -(side + reach))
+            points[:, axis] *= -1
+        mask |= _polygon_to_mask(points, height, width) if len(points) else False
     return mask
+
+
+def _cut_off(points: np.ndarray, axis: int, limit: float) -> np.ndarray:
+    """Cut off the part of an outline, (K, 2), that lies below a limit in x (axis 0) or y (axis 1)."""
+    is_inside = points[:, axis] >= limit
+    if is_inside.all():
+        return points.copy()
+    corners = []
+    for start, end, *inside in zip(np.roll(points, 1, 0), points, np.roll(is_inside, 1), is_inside, strict=True):
+        if inside[0] != inside[1]:  # the edge crosses the limit
+            share = (limit - start[axis]) / (end[axis] - start[axis])
+            corners.append(start + share * (end - start))
+        if inside[1]:
+            corners.append(end)
+    return np.array(corners, np.float64).reshape(-1, 2)
 
 
 def _polygon_to_mask(points: np.ndarray, height: int, width: int) -> np.ndarray:

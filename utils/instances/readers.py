@@ -13,16 +13,20 @@ that reads the objects of a picture, which each item carries with its files.
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+import os
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from utils import listing
-from utils.images import read_channels, read_image, read_label_map
+from utils.images import PICTURE_SUFFIXES, read_channels, read_frame_wh, read_image, read_label_map
 from utils.instances.codecs import polygons_to_mask, rle_to_mask
 from utils.settings import check_keys
+
+LARGE_PX = 2**24  # a mask of more pixels is made once its picture's own size has been seen, so that memory follows that
 
 
 class Instances(NamedTuple):
@@ -31,6 +35,7 @@ class Instances(NamedTuple):
     layers: np.ndarray  # int32 (L, H, W), L >= 1; 0 is background, every id lies in one layer only
     mask_names: tuple[str, ...] = ()  # of the masks whose ids count them from 1; empty for maps, whose ids are stored
     num_crowd: int = 0  # crowd regions left out
+    broken: tuple[str, ...] = ()  # objects left out, whole or a part, because their annotation is broken; each says why
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +130,7 @@ def _split(
 
 def list_labpics(
     root: Path,
-    subsets: Sequence[str] = ("Simple", "Complex"),
+    subsets: list[str] = ("Simple", "Complex"),
     train_folder: str = "Train",
     val_folder: str | None = None,
     vessel: str = "visible",
@@ -151,7 +156,7 @@ def list_label_maps(
     image_dir: str = "images",
     label_dir: str = "labels",
     label_ending: str = "",
-    ignore_ids: Sequence[int] = (),
+    ignore_ids: list[int] = (),
 ) -> tuple[list[Item], None]:
     """List pictures <root>/<image_dir>/<stem>.* with maps of ids <root>/<label_dir>/<stem><label_ending>.*"""
     if image_dir == label_dir and not label_ending:
@@ -184,38 +189,140 @@ def list_coco(
     train_annotations: str = "annotations/instances_train2017.json",
     val_images: str = "val2017",
     val_annotations: str | None = None,
+    crowd: str = "skip",
 ) -> tuple[list[Item], list[Item] | None]:
-    """List COCO: pictures <root>/<images>/<file_name> with <root>/<annotations>, polygons or run lengths; no crowds."""
-    train_items = _list_coco_file(root / train_images, root / train_annotations, train_images)
+    """List COCO: pictures <root>/<images>/<file_name> with <root>/<annotations>, polygons or run lengths.
+
+    Args:
+        crowd: of regions marked iscrowd; skip, as COCO's rule is, or keep: each is an object like all others.
+    """
+    if crowd not in ("skip", "keep"):
+        raise ValueError(f"data.crowd is {crowd!r}; must be skip or keep")
+    train_items = _list_coco_file(root / train_images, root / train_annotations, train_images, crowd == "keep")
     if val_annotations is None:
         return train_items, None
-    return train_items, _list_coco_file(root / val_images, root / val_annotations, val_images)
+    return train_items, _list_coco_file(root / val_images, root / val_annotations, val_images, crowd == "keep")
 
 
-def _list_coco_file(image_dir: Path, annotation_path: Path, image_dir_name: str) -> list[Item]:
+def _list_coco_file(image_dir: Path, annotation_path: Path, image_dir_name: str, with_crowds: bool) -> list[Item]:
     content = _read_json(annotation_path)
     annotations = {}  # image id -> its annotations, in the order of the file
-    for annotation in _field(content, "annotations", annotation_path):
-        annotations.setdefault(_field(annotation, "image_id", annotation_path), []).append(annotation)
-    items = []
-    for image in _field(content, "images", annotation_path):
-        image_path = image_dir / _field(image, "file_name", annotation_path)
-        image_annotations = annotations.get(_field(image, "id", annotation_path), [])
-        single = [annotation for annotation in image_annotations if not annotation.get("iscrowd", 0)]
-        entry = {
-            "orig_hw": [image.get("height"), image.get("width")],
-            "annotations": [{key: annotation.get(key) for key in ("id", "segmentation")} for annotation in single],
-        }
-        num_crowd = len(image_annotations) - len(single)
-        read = functools.partial(read_coco, annotation_path, image_path.name, json.dumps(entry), num_crowd)
-        items.append(Item(f"{image_dir_name}/{image['file_name']}", image_path, annotation_path, read))
+    for annotation in _list_field(content, "annotations", annotation_path):
+        image_id = _plain_id(annotation.get("image_id")) if isinstance(annotation, dict) else None
+        annotations.setdefault(image_id, []).append(annotation)
+    images, num_nameless = {}, 0  # image id -> the entries that have it
+    for image in _list_field(content, "images", annotation_path):
+        if isinstance(image, dict) and isinstance(image.get("file_name"), str) and image["file_name"]:
+            images.setdefault(_plain_id(image.get("id")), []).append(image)
+        else:
+            num_nameless += 1
+    if num_nameless:
+        print(f"{annotation_path}: {num_nameless} entries of its images are left out: they have no file_name")
+    strange = [image_id for image_id in annotations if image_id is None or image_id not in images]
+    if strange:
+        ids = ", ".join(listing.first_few([str(image_id) for image_id in strange], 5))
+        print(
+            f"{annotation_path}: {sum(len(annotations[image_id]) for image_id in strange)} annotations are left out: "
+            f"their image_id is that of no picture: {ids}"
+        )
+    items, names_there = [], {}
+    for image_id, entries in images.items():
+        file_names = sorted({image["file_name"] for image in entries})
+        for image in entries:
+            image_path = _find_picture(image_dir, image["file_name"], names_there)
+            if len(file_names) > 1 or image_id is None:
+                problem = f"{annotation_path} gives the id {image_id} to {', '.join(listing.first_few(file_names, 3))}"
+                read = functools.partial(_refuse, f"{problem}; give each picture an id of its own, and its annotations")
+            else:
+                entry, num_crowd = _coco_entry(image, annotations.get(image_id, []), with_crowds)
+                read = functools.partial(read_coco, annotation_path, image_path, entry, num_crowd)
+            name = unicodedata.normalize("NFC", f"{image_dir_name}/{image['file_name']}")
+            items.append(Item(name, image_path, annotation_path, read))
     return items
 
 
+def _coco_entry(image: dict, annotations: list[dict], with_crowds: bool) -> tuple[str, int]:
+    """Return what `read_coco` reads of a picture, and how many crowd regions are left out."""
+    objects = [one for one in annotations if with_crowds or one.get("iscrowd") not in (1, "1", "true")]
+    entry = {
+        "orig_hw": [image.get("height"), image.get("width")],
+        "annotations": [{key: one.get(key) for key in ("id", "segmentation")} for one in objects],
+    }
+    return json.dumps(entry), len(annotations) - len(objects)
+
+
+def _find_picture(image_dir: Path, file_name: str, names_there: dict[str, Path]) -> Path:
+    """Find a picture by the name that a json file has for it, also where accents or slashes are written otherwise.
+
+    Args:
+        names_there: of the folder's files, made here once a name is not found as it is.
+    """
+    path = image_dir / file_name
+    if os.path.lexists(path):
+        return path
+    if not file_name.isascii() and not names_there:
+        paths = sorted(image_dir.rglob("*"))
+        names_there |= {unicodedata.normalize("NFC", path.relative_to(image_dir).as_posix()): path for path in paths}
+    name = unicodedata.normalize("NFC", file_name.replace("\\", "/"))
+    return names_there.get(name, image_dir / name)
+
+
+def _refuse(problem: str) -> Instances:
+    """Read nothing: say what is wrong with a picture's entry."""
+    raise ValueError(problem)
+
+
+def _plain_id(value: object) -> int | str | None:
+    """Return an id as a number where it is one: 7, 7.0 and "7" are the same."""
+    number = _whole_number(value)
+    return str(value) if number is None and value is not None else number
+
+
+def _whole_number(value: object) -> int | None:
+    """Return a whole number that json has as a number or as text; None for anything else."""
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return int(value) if float(value) == int(value) else None
+        except (ValueError, OverflowError):
+            return None
+    return None
+
+
 def list_sa1b(root: Path, image_dir: str = ".", annotation_dir: str = ".") -> tuple[list[Item], None]:
-    """List SA-1B: pictures <root>/<image_dir>/<stem>.jpg with <root>/<annotation_dir>/<stem>.json."""
-    pairs = listing.pair_files(root / image_dir, root / annotation_dir, annotation_suffixes=(".json",))
-    return [Item(*pair, functools.partial(read_sa1b, pair.annotation_path)) for pair in pairs], None
+    """List SA-1B: pictures <root>/<image_dir>/<stem>.jpg with <root>/<annotation_dir>/<stem>.json.
+
+    Where no picture, or more than one, has a file's stem, the file's own word counts: infer_sam2.py writes a_jpg.json
+    and a_png.json for a.jpg and a.png, and its record run.json, which is of no picture.
+    """
+    pictures = {}  # stem -> files
+    for suffix in PICTURE_SUFFIXES:
+        for stem, path in listing.files_by_name(root / image_dir, suffixes=(suffix,)).items():
+            pictures.setdefault(stem, []).append(path)
+    annotations = listing.files_by_name(root / annotation_dir, suffixes=(".json",))
+    if "run" not in pictures:
+        annotations.pop("run", None)
+    items, used = [], set()
+    for name, path in annotations.items():
+        image_path, *others = pictures.get(name, [root / image_dir / f"{name}.jpg"])
+        if others or name not in pictures:
+            named = [each for paths in pictures.values() for each in paths if each.name == _named_picture(path)]
+            image_path = named[0] if named else image_path
+        used.add(image_path)
+        items.append(Item(name, image_path, path, functools.partial(read_sa1b, path, image_path)))
+    for stem, paths in pictures.items():
+        for image_path in [each for each in paths if each not in used]:
+            path = root / annotation_dir / f"{stem}.json"
+            name = stem if len(paths) == 1 else image_path.name
+            items.append(Item(name, image_path, path, functools.partial(read_sa1b, path, image_path)))
+    return items, None
+
+
+def _named_picture(path: Path) -> str | None:
+    """Return the file name of the picture that an SA-1B file says it is of; None where it cannot be read."""
+    try:
+        return _read_json(path)["image"]["file_name"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def list_davis(
@@ -345,46 +452,79 @@ def read_masks_per_file(folder: Path, image_path: Path) -> Instances:
     return Instances(stack_masks(masks, orig_hw), tuple(path.name for path in paths))
 
 
-def read_coco(path: Path, image_name: str, entry_json: str, num_crowd: int) -> Instances:
+def read_coco(path: Path, image_path: Path, entry_json: str, num_crowd: int) -> Instances:
     """Read a picture's part of a COCO file.
 
     Args:
-        path, image_name: the file and the picture, for messages.
+        path: the file, for messages.
+        image_path: the picture.
         entry_json: {"orig_hw": [height, width], "annotations": [{"id", "segmentation"}, ...]} as text.
         num_crowd: annotations left out of it.
     """
     entry = json.loads(entry_json)
-    instances = _read_segmentations(entry["annotations"], entry["orig_hw"], f"{path}, image {image_name}")
-    return instances._replace(num_crowd=num_crowd)
+    where = f"{path}, image {image_path.name}"
+    return _read_segmentations(entry["annotations"], entry["orig_hw"], image_path, where)._replace(num_crowd=num_crowd)
 
 
-def read_sa1b(path: Path) -> Instances:
-    """Read an SA-1B file, a picture's size and annotations with run lengths."""
+def read_sa1b(path: Path, image_path: Path) -> Instances:
+    """Read an SA-1B file, a picture's size and annotations with run lengths.
+
+    Args:
+        image_path: the picture.
+    """
     content = _read_json(path)
     image = _field(content, "image", path)
     orig_hw = [_field(image, "height", path), _field(image, "width", path)]
-    return _read_segmentations(_field(content, "annotations", path), orig_hw, str(path))
+    return _read_segmentations(_list_field(content, "annotations", path), orig_hw, image_path, str(path))
 
 
-def _read_segmentations(annotations: list[dict], orig_hw: list[int | None], where: str) -> Instances:
-    """Read COCO's `segmentation`s: polygons, or run lengths, compressed or not; ids are 1, 2, ... in file order."""
-    if not all(isinstance(side, int) and side > 0 for side in orig_hw):
-        raise ValueError(f"{where}: height and width are {orig_hw}; the picture's entry must give both in pixels")
-    masks, names = [], []
+def _read_segmentations(annotations: list, sides: list, image_path: Path, where: str) -> Instances:
+    """Read COCO's `segmentation`s: polygons, or run lengths, compressed or not; ids are 1, 2, ... in file order.
+
+    An annotation that is broken costs its own object, and a part of fewer than 3 points, which covers nothing, itself.
+
+    Args:
+        sides: [height, width], as the file has them.
+        image_path: the picture, whose size is looked at before a large mask is made.
+        where: for messages.
+    """
+    orig_hw = tuple(map(_whole_number, sides))
+    if None in orig_hw or min(orig_hw) <= 0:
+        raise ValueError(f"{where}: height and width are {sides}; the picture's entry must give both in pixels")
+    if orig_hw[0] * orig_hw[1] > LARGE_PX and read_frame_wh(image_path) != orig_hw[::-1]:
+        raise ValueError(f"{where}: height and width are {sides}, which are not those of {image_path}")
+    masks, names, broken = [], [], []
     for annotation in annotations:
-        segmentation = annotation.get("segmentation")
-        names.append(f"annotation {annotation.get('id', '?')}")
-        which = f"{where}, {names[-1]}"
-        if segmentation is None:
-            raise ValueError(f"{which}: has no segmentation (a box alone is no mask); remove it or add the mask")
-        if isinstance(segmentation, dict) and list(segmentation.get("size", [])) != list(orig_hw):
-            raise ValueError(f"{which}: its mask is {segmentation.get('size')} px, but the picture is {orig_hw}")
+        name = f"annotation {annotation.get('id', '?') if isinstance(annotation, dict) else '?'}"
+        segmentation = annotation.get("segmentation") if isinstance(annotation, dict) else None
+        if isinstance(segmentation, dict) and _sides_of(segmentation) != orig_hw:
+            raise ValueError(
+                f"{where}, {name}: its mask is {segmentation.get('size')} px, but the picture is {[*orig_hw]}"
+            )
         try:
-            is_rle = isinstance(segmentation, dict)
-            masks.append(rle_to_mask(segmentation) if is_rle else polygons_to_mask(segmentation, *orig_hw))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{which}: {error}") from error
-    return Instances(stack_masks(masks, tuple(orig_hw)), tuple(names))
+            if not segmentation:
+                raise ValueError("has no segmentation (a box alone is no mask)")
+            if isinstance(segmentation, dict):
+                masks.append(rle_to_mask(segmentation | {"size": orig_hw}))
+            else:
+                parts = [part for part in segmentation if not isinstance(part, list) or len(part) >= 6]
+                if len(parts) < len(segmentation):
+                    broken.append(
+                        f"{where}, {name}: {len(segmentation) - len(parts)} of {len(segmentation)} parts have fewer "
+                        "than 3 points"
+                    )
+                if not parts:
+                    continue
+                masks.append(polygons_to_mask(parts, *orig_hw))
+            names.append(name)
+        except (ValueError, LookupError, TypeError, OverflowError) as error:
+            broken.append(f"{where}, {name}: {error}")
+    return Instances(stack_masks(masks, orig_hw), tuple(names), broken=tuple(broken))
+
+
+def _sides_of(rle: dict) -> tuple[int | None, ...] | None:
+    size = rle.get("size")
+    return tuple(map(_whole_number, size)) if isinstance(size, list) else None
 
 
 def stack_masks(masks: list[np.ndarray], orig_hw: tuple[int, int]) -> np.ndarray:
@@ -407,12 +547,9 @@ def stack_masks(masks: list[np.ndarray], orig_hw: tuple[int, int]) -> np.ndarray
 
 def _read_json(path: Path) -> dict:
     """Read a json file that holds an object, naming the file if it does not."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"no file {path}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid json ({error}); copy or export it again") from error
+    content = listing.read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a json {type(content).__name__}; must be an object with named fields")
     return content
@@ -423,3 +560,11 @@ def _field(record: dict, name: str, path: Path) -> object:
     if not isinstance(record, dict) or name not in record:
         raise ValueError(f"{path}: no {name!r} in {str(record)[:60]}; is it in the format that data.format names?")
     return record[name]
+
+
+def _list_field(record: dict, name: str, path: Path) -> list:
+    """Return a field that is a list, empty where it is null."""
+    entries = _field(record, name, path)
+    if not isinstance(entries, list | None):
+        raise ValueError(f"{path}: {name!r} is {str(entries)[:60]}; must be a list")
+    return entries or []

@@ -60,10 +60,11 @@ class AutomaticSettings:
 class GeneratedMasks(NamedTuple):
     """The masks of one image, and the time they took."""
 
-    annotations: list[dict]  # best first; the keys are those of `annotate_mask`
+    annotations: list[dict]  # a grid's best first; the keys are those of `annotate_mask`
     num_prompts: int
     encode_ms: float  # preprocessing and image encoder
     prompts_ms: float  # all the rest
+    without_mask: tuple[int, ...] = ()  # prompts, counted from 0, whose mask is empty; a grid's do not count
 
 
 class Candidates(NamedTuple):

@@ -21,7 +21,7 @@ from torch import nn
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import check_script, find_weights, load_checkpoint
 from utils.run import REPOSITORY
 from utils.sam2.fast_decoder import decode_fast
 
@@ -352,10 +352,10 @@ def build_sam2(
         print(f"{name}: random weights (model.checkpoint=none)")
     else:
         path = find_checkpoint(name, url, checkpoint)
-        state_dict = load_checkpoint(path).get("model")
-        if not isinstance(state_dict, dict):
-            raise ValueError(f"checkpoint {path} has no 'model' entry, so it is not a SAM 2 checkpoint")
-        _load_weights(model, state_dict, name, path)
+        state = load_checkpoint(path)
+        if "script" in state:
+            check_script(state, path, "train_sam2")
+        _load_weights(model, find_weights(state, path), name, path)
     model.fast_decoder = fast_decoder
     return model.to(device).eval()
 

@@ -85,8 +85,8 @@ def center_point(mask: np.ndarray, pred_mask: np.ndarray) -> tuple[np.ndarray, i
         (x, y) float32 (2,) in the mask's frame, and its label: 1 where foreground was missed, 0 where overpainted.
     Source: RITM (Sofiiuk et al. 2021); SAM 2's `sample_one_point_from_error_center`.
     """
-    missed_depth, overpainted_depth = (
-        cv2.distanceTransform(np.pad(region, 1).astype(np.uint8), cv2.DIST_L2, 0)[1:-1, 1:-1]
+    missed_depth, overpainted_depth = (  # squared, px^2: whole numbers, where OpenCV 5's roots differ from call to call
+        np.rint(np.square(cv2.distanceTransform(np.pad(region, 1).astype(np.uint8), cv2.DIST_L2, 0)))[1:-1, 1:-1]
         for region in (mask & ~pred_mask, pred_mask & ~mask)
     )
     label = int(missed_depth.max() > overpainted_depth.max())

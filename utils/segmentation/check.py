@@ -1,8 +1,8 @@
 """Check a dataset of pictures with class maps before training on it, and describe it: what the masks hold.
 
-Where values lack a class, the report proposes the YAML lines that mend it. Remarks are on grey pictures among colour,
-and on masks of a single class; a mask whose pixels are all ignored is left out and counted. utils/dataset_check.py has
-what all kinds of annotation share.
+Where values lack a class, or files a partner, the report proposes the YAML lines that mend it. Remarks are on grey
+pictures among colour, on masks of a single class, and on orientation tags that one of a pair lacks; a mask whose pixels
+are all ignored is left out and counted. utils/dataset_check.py has what all kinds of annotation share.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import numpy as np
 
 from utils import dataset_check
 from utils.dataset_check import CheckReport, ItemReport
-from utils.images import IGNORE_INDEX, read_image_unscaled, remark_on_values
+from utils.images import IGNORE_INDEX, LYING, read_image_unscaled, read_orientation, remark_on_values
 from utils.listing import MAX_LISTED
 from utils.segmentation import readers
 from utils.segmentation.readers import Item, MaskCoding, yaml_value
@@ -22,6 +22,8 @@ REMEDIES = {  # kind of remark -> what to do about it
     "a single class": "usable; if there should be more, see class_values in the data YAML",
     "grey for three channels": "repeated to three channels; if all pictures are grey, set channels: 1 in the data YAML",
     "colour for one channel": "turned to grey; to train on the colours, set channels: 3 in the data YAML",
+    "an orientation that the other of the pair lacks": "each is turned as its own tag says, so a mask drawn on the "
+    "unturned picture lies elsewhere on it; turn the mask likewise, or remove the tag",
 } | dataset_check.PICTURE_REMEDIES
 
 
@@ -29,7 +31,7 @@ REMEDIES = {  # kind of remark -> what to do about it
 class Classes:
     """What the check found in one mask."""
 
-    coding: MaskCoding
+    item: Item
     is_grey: bool | None  # the picture; None if it cannot be read
     class_pixels: np.ndarray  # int64 (num_classes,); zeros if there is a fault
     num_ignored: int  # pixels
@@ -69,8 +71,8 @@ def check_item(item: Item) -> ItemReport:
     orig_hw = bits = is_grey = None
     is_color, class_pixels, num_ignored = False, np.zeros(num_classes, np.int64), 0
     try:
-        path, page = item.image_path, item.page
-        image = read_image_unscaled(path) if page is None else readers.read_page(path, page)
+        path = item.image_path
+        image = read_image_unscaled(path, item.page)
         orig_hw, bits = image.shape[:2], 8 * image.itemsize
         is_grey = image.ndim == 2 or bool((image[..., 1:] == image[..., :1]).all())
         if is_grey and item.channels == 3:
@@ -97,9 +99,14 @@ def check_item(item: Item) -> ItemReport:
         present = np.flatnonzero(class_pixels)
         if not len(present):
             remarks.append(("all pixels ignored", str(item.mask_path)))
+        orientations = read_orientation(item.image_path), read_orientation(item.mask_path)
+        fits_either_way = orig_hw[0] == orig_hw[1] or (orientations[0] in LYING) == (orientations[1] in LYING)
+        if orientations[0] != orientations[1] and fits_either_way:
+            what = f"{item.image_path}: orientation {orientations[0]}, {item.mask_path}: {orientations[1]}"
+            remarks.append(("an orientation that the other of the pair lacks", what))
         if len(present) == 1:
             remarks.append(("a single class", f"{item.mask_path}: {item.coding.class_names[present[0]]}"))
-    content = Classes(item.coding, is_grey, class_pixels, num_ignored, known, tuple(unknown.items()), is_color)
+    content = Classes(item, is_grey, class_pixels, num_ignored, known, tuple(unknown.items()), is_color)
     is_usable = bool(class_pixels.any())
     return ItemReport(item.name, tuple(faults), tuple(remarks), orig_hw, bits, is_usable, content)
 
@@ -128,20 +135,43 @@ def count_class_pixels(report: CheckReport, items: list[Item]) -> np.ndarray:
     return sum(item.content.class_pixels for item in report.usable if item.name in names)
 
 
+def remark_on_parts(report: CheckReport, train_items: list[Item], val_items: list[Item]) -> list[str]:
+    """Say which classes of the dataset the training part lacks, and whether validation has a single class."""
+    lines, names = [], _coding(report).class_names
+    if train_items:
+        train_pixels = count_class_pixels(report, train_items)
+        if absent := [names[index] for index in present_classes(report) if not train_pixels[index]]:
+            lines.append(
+                f"no pixel of the training pictures is {', '.join(absent)}: that cannot be learned; divide the dataset "
+                "otherwise (data.split_seed, or the lists and folders of its parts)"
+            )
+    if val_items:
+        present = np.flatnonzero(count_class_pixels(report, val_items))
+        if len(present) == 1:
+            lines.append(
+                f"the validation pictures are {names[present[0]]} alone: what answers nothing else is perfect on them, "
+                "so best.pt says little; validate on others (data.split_seed, data.val_list), or on more of them"
+            )
+    return lines
+
+
 def present_classes(report: CheckReport) -> list[int]:
     """List the classes that occur."""
     return np.flatnonzero(sum(item.content.class_pixels for item in report.usable)).tolist()
 
 
 def suggestions(report: CheckReport) -> list[str]:
-    """Propose YAML lines for the whole dataset: values without a class, classes without a pixel."""
+    """Propose YAML lines for the whole dataset: files without a partner, values and pixels without a class."""
     lines, coding = [], _coding(report)
+    if partners := readers.suggest_partners([item.content.item for item in report.items]):
+        lines.append(f"to mend: {partners}")
     for is_color in (False, True):
         masks = [item.content for item in report.items if item.content.is_color == is_color]
         unknown = {value for mask in masks for value, _ in mask.unknown}
         if unknown:
             known = {value for mask in masks for value in mask.known}
-            lines.append(f"to mend: {suggest_coding(coding, known, unknown, is_color)}")
+            is_blurred = np.median([len(mask.unknown) for mask in masks if mask.unknown]) > readers.BLURRED
+            lines.append(f"to mend: {suggest_coding(coding, known, unknown, is_color, is_blurred)}")
     present, names = present_classes(report), coding.class_names
     absent = [f"{index} ({names[index]})" for index in range(len(names)) if index not in present]
     if report.usable and len(present) < 2:
@@ -160,13 +190,14 @@ def suggestions(report: CheckReport) -> list[str]:
     return lines
 
 
-def suggest_coding(coding: MaskCoding, known: set[int], unknown: set[int], is_color: bool) -> str:
+def suggest_coding(coding: MaskCoding, known: set[int], unknown: set[int], is_color: bool, is_blurred: bool) -> str:
     """Propose the YAML lines that give every value a class.
 
     Args:
         known: values seen that have a class, or are ignored.
         unknown: values seen that have none.
         is_color: these are colours.
+        is_blurred: most masks have more values than there are classes.
     Returns:
         words and YAML lines, for one message.
     """
@@ -177,7 +208,7 @@ def suggest_coding(coding: MaskCoding, known: set[int], unknown: set[int], is_co
     if is_color and is_grey:  # where colours are expected
         is_color, is_new = False, True
         known, unknown = {value & 255 for value in known}, {value & 255 for value in unknown}
-    if len(unknown) > readers.BLURRED:
+    if is_blurred:
         return (
             f"{len(unknown)} values are more than there are classes, so the mask has been compressed, smoothed or "
             "resized: export it again with nearest-neighbour resizing, or, with the true values in class_values, take "
@@ -190,26 +221,33 @@ def suggest_coding(coding: MaskCoding, known: set[int], unknown: set[int], is_co
             f"ignore_values: [{left_out}]"
         )
     seen = sorted(known - set(ignored) | unknown)
+    classes_seen = [value for value in seen if is_color or value != IGNORE_INDEX]
+    # Far above the others, as in PASCAL VOC, 255 marks pixels to leave out; as one of several greys it is a class.
+    gaps = np.diff(classes_seen)
+    is_ignored = len(gaps) and len(seen) > len(classes_seen) and IGNORE_INDEX - classes_seen[-1] > 4 * np.median(gaps)
     if not is_color and not is_new:
         if unknown == {IGNORE_INDEX} and len(seen) > 2:
             return (
                 "if 255 marks pixels to leave out, in the data YAML: "
                 f"ignore_values: [{', '.join(map(str, [*ignored, IGNORE_INDEX]))}]"
             )
-        classes_seen = [value for value in seen if value != IGNORE_INDEX]
         if 0 in seen and num_classes < max(classes_seen) + 1 <= 2 * len(classes_seen):
             left_out = f", ignore_values: {[*ignored, IGNORE_INDEX]}" if IGNORE_INDEX in seen else ""
             return (
                 f"in the data YAML: num_classes: {max(classes_seen) + 1}, with as many class_names (or null){left_out}"
                 "; or give the surplus values a class in class_values"
             )
-    pairs = ", ".join(f"{yaml_value(value, is_color)}: {index}" for index, value in enumerate(seen))
+    classes = classes_seen if is_ignored else seen
+    pairs = ", ".join(f"{yaml_value(value, is_color)}: {index}" for index, value in enumerate(classes))
     lines = f"class_values: {{{pairs}}}"
-    if is_new and ignored:
+    if is_ignored:
+        lines += f", ignore_values: {[*([] if is_new else ignored), IGNORE_INDEX]}"
+    elif is_new and ignored:
         lines += ", ignore_values: []"
-    if len(seen) != num_classes and len(seen) > 1:
-        lines += f", num_classes: {len(seen)}, class_names: null"
-    return f"in the data YAML, with your order of classes: {lines}"
+    if len(classes) != num_classes and len(classes) > 1:
+        lines += f", num_classes: {len(classes)}, class_names: null"
+    doubt = " (255 is taken to mark pixels to leave out; if it is a class, class_values has it)" if is_ignored else ""
+    return f"in the data YAML, with your order of classes: {lines}{doubt}"
 
 
 def report_lines(report: CheckReport, max_listed: int | None = MAX_LISTED) -> list[str]:
@@ -254,7 +292,7 @@ def plot_statistics(report: CheckReport, path: str | Path) -> None:
 
 def _coding(report: CheckReport) -> MaskCoding:
     """Return the mask coding, which all items share."""
-    return report.items[0].content.coding
+    return report.items[0].content.item.coding
 
 
 def _measure_classes(report: CheckReport) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:

@@ -5,6 +5,8 @@ import torch
 
 from utils.images import IGNORE_INDEX
 
+BAND_PX = 2**20  # of a picture at a time, where probabilities need double precision
+
 # ---------------------------------------------------------------------------------------------------------------------
 # class maps: one integer confusion matrix over the whole set, and everything that is reported from it
 
@@ -92,8 +94,12 @@ def soft_iou(probs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         float64 (B,); nan for an image without a pixel that counts. The value of a set is the mean over its images.
     Source: Matani and Naresh 2023, "Efficient Image Segmentation Using PyTorch"; without their smoothing of 0.001.
     """
-    valid = target != IGNORE_INDEX  # (B, H, W)
-    prob_of_truth = probs.double().gather(1, target.masked_fill(~valid, 0).long()[:, None])[:, 0]  # (B, H, W)
-    overlap = (prob_of_truth * valid).sum((1, 2))
-    total = (probs.double() * valid[:, None]).sum((1, 2, 3)) + valid.sum((1, 2))
+    overlap = total = 0
+    for first in range(0, target.shape[1], rows := max(1, BAND_PX // target.shape[2])):
+        band = slice(first, first + rows)
+        valid = target[:, band] != IGNORE_INDEX  # (B, rows, W)
+        band_probs = probs[:, :, band].double()  # (B, C, rows, W)
+        true_class = target[:, band].masked_fill(~valid, 0).long()
+        overlap = overlap + (band_probs.gather(1, true_class[:, None])[:, 0] * valid).sum((1, 2))
+        total = total + (band_probs * valid[:, None]).sum((1, 2, 3)) + valid.sum((1, 2))
     return overlap / (total - overlap)

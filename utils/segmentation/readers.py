@@ -8,16 +8,27 @@ that neither train nor count. Which value (or colour) of a mask file is which cl
 
 import contextlib
 import functools
+import os
+import re
+import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from utils import listing
-from utils.images import IGNORE_INDEX, read_image, read_label_map
+from utils.images import (
+    IGNORE_INDEX,
+    PICTURE_SUFFIXES,
+    count_pages,
+    lossy_kind,
+    read_image,
+    read_image_unscaled,
+    read_label_map,
+)
 from utils.settings import check_keys
 
 UNKNOWN = 254  # in class maps under way: a value of the file that the YAML gives no class
@@ -81,7 +92,8 @@ def split_items(
         class_names: one for each class; None: "class 0", "class 1", ...
         class_values: {value of the mask file: class index}; a value is an integer or a colour "r,g,b"; None: the
             values are the class indices.
-        ignore_values: values (or colours) of the mask file whose pixels become IGNORE_INDEX.
+        ignore_values: values (or colours) of the mask file whose pixels become IGNORE_INDEX; where class_values is None
+            also classes, which then have no pixels.
         nearest_value: take any other value as the nearest of these, instead of refusing it.
         on_bad: what to do with a picture that lacks its mask, or the reverse: "stop" raises; with "skip" such an item
             is listed, and the dataset check leaves it out and counts it.
@@ -133,8 +145,9 @@ def list_oxford_pet(root: Path, item) -> tuple[list[Item], None, list[Item]]:
     listed = []
     for list_name in ("trainval.txt", "test.txt"):
         lines = listing.read_lines(root / "annotations" / list_name)
-        names = [line.split()[0] for line in lines]  # name, class, species, breed
-        listed.append([item(name, image_dir / f"{name}.jpg", mask_dir / f"{name}.png") for name in names])
+        names = [re.sub(r"(\s+\d+){3}$", "", line) for line in lines]  # less class, species and breed
+        paths = [(_as_on_disk(image_dir / f"{name}.jpg"), _as_on_disk(mask_dir / f"{name}.png")) for name in names]
+        listed.append([item(name, *pair) for name, pair in zip(names, paths, strict=True)])
     return listed[0], None, listed[1]
 
 
@@ -144,11 +157,11 @@ def list_isbi(root: Path, item) -> tuple[list[Item], None, None]:
     The challenge's own test slices have no public labels and are not listed. Both forms give the same split.
     """
     volume_path, labels_path = root / "train-volume.tif", root / "train-labels.tif"
-    if volume_path.is_file() or labels_path.is_file():
-        num_pages = _num_pages(volume_path)
-        if num_pages != _num_pages(labels_path):
+    if os.path.lexists(volume_path) or os.path.lexists(labels_path):  # a link to nothing, too
+        num_pages, num_label_pages = count_pages(volume_path), count_pages(labels_path)
+        if num_pages != num_label_pages:
             raise ValueError(
-                f"{volume_path} has {num_pages} pages, but {labels_path} has {_num_pages(labels_path)}; copy both again"
+                f"{volume_path} has {num_pages} pages, but {labels_path} has {num_label_pages}; copy both again"
             )
         return [item(str(page), volume_path, labels_path, page=page) for page in range(num_pages)], None, None
     image_dir, mask_dir = root / "train" / "image", root / "train" / "label"
@@ -170,11 +183,11 @@ def list_camvid(root: Path, item) -> tuple[list[Item], list[Item], list[Item]]:
         items = []
         list_path = root / f"{split}.txt"
         for line in listing.read_lines(list_path):
-            words = line.split()
-            if len(words) != 2:
+            two = re.fullmatch(r"(.*\S\.\w+)\s+(\S.*\.\w+)", line)  # names may have spaces
+            if two is None:
                 raise ValueError(f"{list_path} has the line {line!r}; must be two paths, of a picture and of its mask")
-            image_path, mask_path = (root.joinpath(*Path(word).parts[-2:]) for word in words)
-            items.append(item(image_path.stem, image_path, mask_path))
+            image_path, mask_path = (root.joinpath(*Path(path).parts[-2:]) for path in two.groups())
+            items.append(item(image_path.stem, _as_on_disk(image_path), _as_on_disk(mask_path)))
         splits.append(items)
     return tuple(splits)
 
@@ -213,6 +226,12 @@ def list_two_folders(
                 "001.png and 001_mask.png, or keep the masks in a folder of their own"
             )
         pairs = listing.pair_files(*dirs, *affixes, with_subfolders=True)
+        suffixes = Counter(path.suffix for path in dirs[0].iterdir() if path.suffix and path.is_file())
+        if not pairs and suffixes and (suffix := suffixes.most_common(1)[0][0]).lower() not in PICTURE_SUFFIXES:
+            raise ValueError(
+                f"{dirs[0]} has {suffixes[suffix]} files of {suffix}, which are not read: save them as one of "
+                + ", ".join(PICTURE_SUFFIXES)
+            )
         return [item(f"{folder}/{name}" if folder else name, *paths) for name, *paths in pairs]
 
     lists = {"train_list": train_list, "val_list": val_list, "test_list": test_list}
@@ -249,12 +268,35 @@ LISTERS = {"oxford_pet": list_oxford_pet, "isbi": list_isbi, "camvid": list_camv
 # files and pairs
 
 
+def _as_on_disk(path: Path) -> Path:
+    """Find the file that a list names, whose accents the file system may write otherwise; itself if there is none."""
+    if os.path.lexists(path) or not path.parent.is_dir():
+        return path
+    name = unicodedata.normalize("NFC", path.name)
+    return next((other for other in path.parent.iterdir() if unicodedata.normalize("NFC", other.name) == name), path)
+
+
 def _stop_at_missing(items: list[Item], on_bad: str) -> None:
-    paths, remedy = [(item.image_path, item.mask_path) for item in items], ""
-    without_mask, without_image = listing.find_missing(paths)
-    if on_bad == "stop" and 4 * len(without_mask) > len(items):  # not a few that got lost: another rule
-        remedy = suggest_pairing([image for image, _ in without_mask], [mask for _, mask in without_image])
-    listing.stop_at_missing(paths, on_bad, "mask", remedy)
+    remedy = suggest_partners(items) if on_bad == "stop" else ""
+    listing.stop_at_missing([(item.image_path, item.mask_path) for item in items], on_bad, "mask", remedy)
+
+
+def suggest_partners(items: list[Item]) -> str:
+    """Say what gives files that lack a picture or a mask their partner; "" where a few got lost, or none."""
+    without_mask, without_image = listing.find_missing([(item.image_path, item.mask_path) for item in items])
+    missing = [mask for _, mask in without_mask] + [image for image, _ in without_image]
+    present = {}  # (folder, stem) -> a file of another suffix
+    for folder in {path.parent for path in missing if path.parent.is_dir()}:
+        present |= {(folder, path.stem): path for path in sorted(folder.iterdir()) if path.is_file()}
+    for path in missing:
+        other = present.get((path.parent, path.stem))
+        if other is not None and other.suffix.lower() not in PICTURE_SUFFIXES:
+            read = ", ".join(PICTURE_SUFFIXES)
+            return f"{other} is there, but files of {other.suffix} are not read; save them as PNG (read are {read})"
+    image_paths = [image for image, _ in without_mask if os.path.lexists(image)]
+    if 4 * len(image_paths) > len(items):  # not a few that got lost: another rule
+        return suggest_pairing(image_paths, [mask for _, mask in without_image if os.path.lexists(mask)])
+    return ""
 
 
 def suggest_pairing(image_paths: list[Path], mask_paths: list[Path]) -> str:
@@ -286,24 +328,6 @@ def suggest_pairing(image_paths: list[Path], mask_paths: list[Path]) -> str:
     keys = zip(("image_start", "image_ending", "mask_start", "mask_ending"), best, strict=True)
     lines = ", ".join(f"{key}: {value}" for key, value in keys if value)
     return f"in configs/unet/data/folders.yaml set {lines}, which pairs {num_paired}"
-
-
-def _num_pages(path: Path) -> int:
-    with _open_page(path, 0) as stack:
-        return getattr(stack, "n_frames", 1)
-
-
-@contextlib.contextmanager
-def _open_page(path: Path, page: int):
-    """Open a TIFF stack at a page, from 0."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; see data/README.md for the layout, or change data.root")
-    try:
-        with Image.open(path) as stack:
-            stack.seek(page)
-            yield stack
-    except (OSError, EOFError, SyntaxError) as error:
-        raise ValueError(f"{path}, page {page}, cannot be decoded ({error}); copy the file again") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,7 +368,11 @@ def mask_coding(
             or integers and colours in one mapping.
     """
     names = name_classes(num_classes, class_names)
-    given = {index: index for index in range(num_classes)} if class_values is None else class_values
+    given = class_values
+    if given is None:  # a class can be left out, too
+        given = {index: index for index in range(num_classes) if index not in ignore_values}
+        if len(given) < 2:
+            raise ValueError(f"data.ignore_values leaves out all but {len(given)} of the {num_classes} classes")
     pairs = [(f"data.class_values[{value!r}]", value, class_index) for value, class_index in given.items()]
     pairs += [("data.ignore_values", value, IGNORE_INDEX) for value in ignore_values]
     classes, kinds = {}, set()
@@ -428,19 +456,13 @@ def read_picture(path: Path, channels: int, page: int | None = None) -> np.ndarr
 
     Args:
         channels: 1 or 3.
-        page: of a TIFF stack, 0-based.
+        page: of a file of several, 0-based.
     Returns:
         uint8 (H, W, channels).
     Raises:
         FileNotFoundError, ValueError: with the path and the reason.
     """
-    if page is None:
-        image = read_image(path)
-    else:
-        values = read_page(path, page)
-        if values.dtype == np.uint16:
-            values = np.rint(values * np.float32(255 / 65535)).astype(np.uint8)
-        image = np.repeat(values[..., None], 3, 2)
+    image = read_image(path, page)
     return image if channels == 3 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
 
 
@@ -492,11 +514,11 @@ def _read_mask_values(item: Item) -> tuple[np.ndarray, bool]:
     """Return a mask's values as stored, int32 (H, W), and whether they are colours."""
     path, coding = item.mask_path, item.coding
     if item.page is not None:
-        return read_page(path, item.page).astype(np.int32), False
-    if path.is_file() and path.open("rb").read(2) == b"\xff\xd8":
+        return read_label_map(path, item.page), False
+    if lossy := lossy_kind(path):
         if not coding.nearest_value:
             raise ValueError(
-                f"mask {path} is a JPEG, whose compression changes values; export masks as PNG, or, if there is "
+                f"mask {path} is {lossy}, whose compression changes values; export masks as PNG, or, if there is "
                 "nothing else, take each pixel as the nearest of the values in class_values with nearest_value: true"
             )
         image_rgb = read_image(path)
@@ -504,26 +526,28 @@ def _read_mask_values(item: Item) -> tuple[np.ndarray, bool]:
             return _pack(image_rgb), True
         return image_rgb[..., 1].astype(np.int32), False
     if coding.is_color:
-        return _pack(read_image(path)), True
+        return _pack(_read_colors(path)), True
     try:
         return read_label_map(path), False
     except ValueError:
+        has_colors = False
         with contextlib.suppress(ValueError):
-            image_rgb = read_image(path)
-            if np.ptp(image_rgb, 2).any():
-                return _pack(image_rgb), True
-        raise
+            has_colors = np.ptp(read_image_unscaled(path), 2).any()
+        if not has_colors:
+            raise
+    return _pack(_read_colors(path)), True
 
 
-def read_page(path: Path, page: int) -> np.ndarray:
-    """Read one page of a TIFF stack: uint8 or uint16 (H, W), grey."""
-    with _open_page(path, page) as stack:
-        values = np.array(stack.convert("L") if stack.mode == "1" else stack)
-    if values.ndim != 2 or values.dtype not in (np.uint8, np.uint16):
+def _read_colors(path: Path) -> np.ndarray:
+    """Read a mask's colours, uint8 (H, W, 3) RGB; those of 16 bits only where these are 8 bits, widened."""
+    colors = read_image_unscaled(path)
+    if colors.dtype == np.uint8:
+        return colors
+    if (colors % 257).any():
         raise ValueError(
-            f"{path}, page {page}, has shape {values.shape} and dtype {values.dtype}; must be grey of 8 or 16 bits"
+            f"mask {path} has colours of 16 bits; save it with 8 bits a channel, as class_values lists them"
         )
-    return values
+    return (colors // 257).astype(np.uint8)
 
 
 def _pack(image_rgb: np.ndarray) -> np.ndarray:

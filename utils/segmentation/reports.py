@@ -37,13 +37,17 @@ def draw_sample(image: np.ndarray, pred: np.ndarray, class_map: np.ndarray, name
 
 
 def remarks_on_predictions(matrix: np.ndarray, names: tuple[str, ...], split: str) -> list[str]:
-    """Say which classes are absent from the truth, and whether nearly all pixels are predicted to be of one class."""
+    """Say which classes are absent from the truth, and whether nearly all pixels are predicted to be of one class.
+
+    Not where nearly all are of that class: what matters is what the pixels of the others are predicted to be.
+    """
     lines = []
     truth, predicted = matrix.sum(1), matrix.sum(0)
     if absent := [name for name, count in zip(names, truth, strict=True) if count == 0]:
         lines.append(f"no pixel of the {split} pictures is {', '.join(absent)}: left out of the means")
     largest = int(predicted.argmax())
-    if predicted[largest] > ONE_CLASS_SHARE * predicted.sum():
+    missed, others = predicted[largest] - matrix[largest, largest], truth.sum() - truth[largest]
+    if predicted[largest] > ONE_CLASS_SHARE * predicted.sum() and missed > ONE_CLASS_SHARE * others:
         lines.append(
             f"warning: {predicted[largest] / predicted.sum():.2%} of all {split} pixels are predicted to be "
             f"{names[largest]} (in truth {truth[largest] / truth.sum():.2%}): train longer, or try "

@@ -120,6 +120,9 @@ class SegNet(nn.Module):
         self.decoder = nn.ModuleList(decoder)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        height, width = images.shape[-2:]
+        if min(height, width) < 16:  # of which four poolings leave nothing
+            images = F.pad(images, (0, max(0, 16 - width), 0, max(0, 16 - height)), mode="replicate")
         features = self.input_norm(images)
         sizes, indices = [], []
         for encoder in self.encoder:
@@ -130,7 +133,7 @@ class SegNet(nn.Module):
         for level in (3, 2, 1, 0):
             features = self.unpool(features, indices[level], sizes[level])
             features = self.decoder[level](features)
-        return features
+        return features[..., :height, :width]
 
 
 class Unpool(nn.Module):

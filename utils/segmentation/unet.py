@@ -16,6 +16,7 @@ from utils.settings import Rule, at_least, one_of
 # Annotations of settings: values of a config are checked against them.
 Count = Annotated[int, at_least(1)]
 DroppedShare = Annotated[float, Rule(lambda share: 0 <= share < 1, "0 or more and below 1")]
+PAPER_SIZE = 572  # px, the side of the input in the paper's figure 1
 PAPER_MARGIN = 92  # pixels of context that UNetPaper uses up on each side: 18 unpadded 3x3 convolutions at 5 scales
 
 

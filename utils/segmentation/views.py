@@ -12,9 +12,9 @@ from torchvision.transforms.v2 import functional as transforms
 
 from utils.images import IGNORE_INDEX
 from utils.segmentation.unet import check_paper_sides
-from utils.settings import Rule, at_least, between, one_of
+from utils.settings import FINITE, Rule, at_least, between, one_of
 
-RANGE = Rule(lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1], "[lowest, highest], above 0")
+RANGE = Rule(lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1] < math.inf, "[lowest, highest], above 0, finite")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Augmentation:
     vflip: bool
     rotation: Annotated[float, between(0, 180)]  # degrees
     color_jitter: Annotated[float, between(0, 1)]
-    elastic_px: Annotated[float, at_least(0)]
+    elastic_px: Annotated[float, at_least(0), FINITE]
 
 
 def side_hw(size: int | list[int]) -> tuple[int, int]:

@@ -15,12 +15,15 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
+from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace
 
-from utils.images import PICTURE_SUFFIXES, read_image
+from utils.images import PICTURE_SUFFIXES, count_pages, read_image
 
 NUM_AHEAD = 4  # decoded frames that wait for the tracker
 STOP_CHECK_S = 0.1  # how often a full queue looks whether anyone still wants frames
+NO_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
+VIDEO_CLOCK = 90_000  # ticks a second of written videos: 25, 30, 30000/1001 and milliseconds are whole numbers of them
 VIDEO_QUALITY = "20"  # x264's constant rate factor: 0 lossless, 18 looks the same, 51 worst
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,7 +65,7 @@ def picture_names(folder: Path) -> list[str]:
         names = [
             entry.name
             for entry in entries
-            if Path(entry.name).suffix.lower() in PICTURE_SUFFIXES and entry.name[0] != "." and entry.is_file()
+            if Path(entry.name).suffix.lower() in PICTURE_SUFFIXES and entry.name[0] != "." and not entry.is_dir()
         ]
     return sorted(names, key=natural_key)
 
@@ -82,7 +85,10 @@ class FrameSource:
 
     Attributes:
         num_frames: how many the folder has, or the video's header says; None where it does not say.
-        fps: the video's frames per second; None for pictures.
+        fps: the video's frames per second on average; None for pictures, and where the file does not say.
+        sample_aspect: width over height of the video's pixels, as it asks to be shown; None: square.
+        times_s: of the frames read so far, s from the first one on, ascending; empty for pictures.
+        num_before_keyframe: packets before the video's first frame that can be decoded: a cut recording; left out.
         problem: after the last frame, what was wrong with the end of the video (such as a file cut off); else None.
     """
 
@@ -99,16 +105,21 @@ class FrameSource:
         self.num_ahead = num_ahead
         self.problem: str | None = None
         self.fps: float | None = None
+        self.sample_aspect: Fraction | None = None
+        self.times_s: list[float] = []
+        self.num_before_keyframe = 0
+        self._pages: list[int | None] | None = None  # of one file that has several
         self._video_path: Path | None = None
         if not isinstance(source, (str, Path)):
             self._frame_paths = [Path(path) for path in source]
         elif Path(source).suffix.lower() in PICTURE_SUFFIXES and Path(source).is_file():
-            self._frame_paths = [Path(source)]
+            num_pages = count_pages(source)
+            self._frame_paths = [Path(source)] * num_pages
+            self._pages = [None] if num_pages == 1 else list(range(num_pages))
         elif Path(source).is_file():
             self._frame_paths = []
             self._video_path = Path(source)
-            with _open_video(self._video_path) as container:
-                stream = container.streams.video[0]
+            with _open_video(self._video_path) as (container, stream):
                 self.num_frames = stream.frames or None
                 self.fps = float(stream.average_rate) if stream.average_rate else None
         else:
@@ -116,13 +127,18 @@ class FrameSource:
         if self._video_path is None:
             self.num_frames = len(self._frame_paths)
 
+    @property
+    def name(self) -> str:
+        """Where the frames are: the video's file, or the folder of the first picture."""
+        return str(self._video_path or self._frame_paths[0].parent)
+
     def frame_name(self, index: int) -> str:
         """Name a frame for messages: its file, or its number in the video."""
         return f"{self._video_path}, frame {index}" if self._video_path else str(self._frame_paths[index])
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray | None, Exception | None]]:
         """Yield (index from 0, frame uint8 (H, W, 3) RGB or None, error or None)."""
-        self.problem = None
+        self.problem, self.times_s, self.num_before_keyframe = None, [], 0
         decoded: queue.Queue = queue.Queue(maxsize=self.num_ahead)
         stop = threading.Event()
 
@@ -157,34 +173,63 @@ class FrameSource:
     def _read_pictures(self):
         for index, path in enumerate(self._frame_paths):
             try:
-                frame, error = read_image(path), None
+                frame, error = read_image(path, self._pages[index] if self._pages else None), None
             except (OSError, ValueError) as failure:
                 frame, error = None, failure
             yield index, frame, error
 
     def _read_video(self):
-        index = 0
-        with _open_video(self._video_path) as container:
-            stream = container.streams.video[0]
+        index = num_packets = 0
+        first_s = None
+        with _open_video(self._video_path) as (container, stream):
             stream.thread_type = "AUTO"
+            end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+            is_cut = end > self._video_path.stat().st_size
             try:
                 for packet in container.demux(stream):
+                    num_packets += packet.size > 0
                     try:
                         pictures = packet.decode()
                     except av.FFmpegError as error:
+                        if index == 0:  # it cannot be decoded without what came before the cut
+                            self.num_before_keyframe += 1
+                            continue
+                        self.times_s.append(self._next_time())
                         yield index, None, ValueError(f"{self.frame_name(index)} cannot be decoded: {error.strerror}")
                         index += 1
                         continue
                     for picture in pictures:
-                        yield index, _to_rgb(picture), None
+                        shown_s = _time_of(picture)
+                        first_s = shown_s if first_s is None else first_s
+                        time_s = self._next_time() if shown_s is None else shown_s - first_s
+                        if self.times_s and time_s <= self.times_s[-1]:  # broken timestamps
+                            time_s = self._next_time()
+                        self.times_s.append(time_s)
+                        if index == 0:  # the whole film's; asked of each frame, frames would pile up in memory
+                            matrix = picture.side_data.get("DISPLAYMATRIX")
+                            matrix = None if matrix is None else np.frombuffer(matrix, np.int32).tolist()
+                            if stream.sample_aspect_ratio not in (None, 0, 1):
+                                aspect = Fraction(stream.sample_aspect_ratio)
+                                self.sample_aspect = 1 / aspect if matrix and matrix[0] == 0 else aspect
+                        frame = _to_rgb(picture, matrix)
+                        yield index, frame, None
                         index += 1
             except av.FFmpegError as error:
                 self.problem = f"{self._video_path} cannot be read after frame {index - 1}: {error.strerror}"
-        if self.problem is None and self.num_frames is not None and index < self.num_frames:
-            self.problem = f"{self._video_path} ends after {index} of the {self.num_frames} frames that it should have"
+        # A film trimmed without decoding has packets that are not shown: those that are there count, not the frames.
+        expected = 0 if self.num_frames is None else self.num_frames
+        if self.problem is None and (is_cut or (not end and num_packets < expected)):
+            of_frames = f" of the {expected} frames that it should have" if expected else " frames"
+            self.problem = f"{self._video_path} ends after {index}{of_frames}"
+
+    def _next_time(self) -> float:
+        """Guess when a frame without a time is shown: one frame after the last."""
+        return self.times_s[-1] + 1 / (self.fps or 25.0) if self.times_s else 0.0
 
 
+@contextlib.contextmanager
 def _open_video(path: Path):
+    """Open a video: its container, and the stream that is the film, no cover or thumbnail."""
     try:
         container = av.open(str(path))
     except (av.FFmpegError, OSError) as error:
@@ -192,16 +237,35 @@ def _open_video(path: Path):
             f"{path} cannot be opened as a video ({error.strerror}): not one, or cut off; give a video file, such as "
             "mp4, avi, mkv or webm, or a folder of frames"
         ) from error
-    if not container.streams.video:
-        container.close()
-        raise ValueError(f"{path} has sound but no pictures; give a video file or a folder of frames")
-    return container
+    with container:
+        films = [stream for stream in container.streams.video if not stream.disposition & NO_FILM]
+        if not films:
+            what = "a cover picture" if container.streams.video else "sound but no pictures"
+            raise ValueError(f"{path} has {what}, and no film; give a video file or a folder of frames")
+        yield container, max(films, key=lambda stream: (bool(stream.disposition & Disposition.default), stream.frames))
 
 
-def _to_rgb(picture: av.VideoFrame) -> np.ndarray:
-    """Convert to uint8 (H, W, 3) RGB, turned as the file asks to be shown (phones store upright videos lying)."""
+def _time_of(picture: av.VideoFrame) -> float | None:
+    """When a frame is shown, s; None where the file does not say."""
+    return picture.time
+
+
+def _to_rgb(picture: av.VideoFrame, matrix: list[int] | None) -> np.ndarray:
+    """Convert to uint8 (H, W, 3) RGB, turned and mirrored as the file asks to be shown: phones store upright videos
+    lying, and front cameras mirrored.
+
+    Args:
+        matrix: a, b, u, c, d, ...: shown x is a x + c y, shown y is b x + d y; None: as it is.
+    """
     frame = picture.to_ndarray(format="rgb24")
-    return np.ascontiguousarray(np.rot90(frame, round(picture.rotation / 90))) if picture.rotation else frame
+    if matrix is None:
+        return frame
+    a, b, _, c, d = matrix[:5]
+    if abs(a) < abs(b):
+        frame, a, d = frame.swapaxes(0, 1), c, b
+    frame = frame[:, ::-1] if a < 0 else frame
+    frame = frame[::-1] if d < 0 else frame
+    return np.ascontiguousarray(frame)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,14 +275,16 @@ def _to_rgb(picture: av.VideoFrame) -> np.ndarray:
 class VideoWriter:
     """A video under way, as `write_video` gives it."""
 
-    def __init__(self, container, stream, size_hw: tuple[int, int]):
-        self.num_frames = 0
+    def __init__(self, container, stream, size_hw: tuple[int, int], fps: float):
+        self.num_frames, self._last_pts, self._fps = 0, -1, fps
+        self.is_broken = False
         self._container, self._stream, self._size_hw = container, stream, size_hw
 
-    def add(self, image_rgb: np.ndarray) -> None:
+    def add(self, image_rgb: np.ndarray, time_s: float | None = None) -> None:
         """Append a frame.
 
         Args:
+            time_s: when it is shown, s from the first frame on, later than the one before; None: one frame later.
             image_rgb: uint8 (H, W, 3) RGB. One of another size than the video's is fitted in, between black borders.
         """
         assert image_rgb.dtype == np.uint8 and image_rgb.ndim == 3 and image_rgb.shape[2] == 3, image_rgb.shape
@@ -228,23 +294,33 @@ class VideoWriter:
         image_rgb = np.pad(image_rgb, padding, mode="edge")
         picture = av.VideoFrame.from_ndarray(image_rgb, format="rgb24")
         picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
-        picture.pts = self.num_frames  # in units of 1 / fps
-        self._container.mux(self._stream.encode(picture))
+        time_s = self.num_frames / self._fps if time_s is None else time_s
+        self._last_pts = max(round(time_s * VIDEO_CLOCK), self._last_pts + 1)
+        picture.pts, picture.time_base = self._last_pts, Fraction(1, VIDEO_CLOCK)
+        self.is_broken = True  # until it is written: a video with a gap gets no name
+        try:
+            self._container.mux(self._stream.encode(picture))
+        except av.FFmpegError as error:
+            raise OSError(error.errno, error.strerror, self._container.name) from error
+        self.is_broken = False
         self.num_frames += 1
 
 
 @contextlib.contextmanager
-def write_video(path: str | Path, size_hw: tuple[int, int], fps: float) -> Iterator[VideoWriter]:
+def write_video(
+    path: str | Path, size_hw: tuple[int, int], fps: float, sample_aspect: Fraction | None = None
+) -> Iterator[VideoWriter]:
     """Open an .mp4 to write: H.264, yuv420p, index at the start, which browsers and common players show.
 
         with write_video("overlay.mp4", (height, width), fps=25) as video:
-            video.add(image_rgb)
+            video.add(image_rgb, time_s=0.04)
 
     The file is written whole or not at all: it gets its name when the block ends without an exception.
 
     Args:
         size_hw: height and width, px; an odd side gains one pixel, a copy of the last.
-        fps: frames per second.
+        fps: frames per second, about: each frame has its own time.
+        sample_aspect: width over height of a pixel; None: square.
     Raises:
         ValueError: for an fps that is not above 0, or a video without frames.
     """
@@ -257,16 +333,20 @@ def write_video(path: str | Path, size_hw: tuple[int, int], fps: float) -> Itera
             rate = Fraction(fps).limit_denominator(1001)  # 30000/1001 is exact
             stream = container.add_stream("libx264", rate=rate, options={"crf": VIDEO_QUALITY, "preset": "veryfast"})
             stream.height, stream.width, stream.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
-            stream.codec_context.time_base = 1 / rate
+            stream.codec_context.time_base = Fraction(1, VIDEO_CLOCK)
+            if sample_aspect is not None:
+                stream.codec_context.sample_aspect_ratio = sample_aspect
             stream.codec_context.colorspace = stream.codec_context.color_primaries = Colorspace.ITU709
             stream.codec_context.color_trc = Colorspace.ITU709
             stream.codec_context.color_range = ColorRange.MPEG
-            video = VideoWriter(container, stream, (height, width))
+            video = VideoWriter(container, stream, (height, width), fps)
             yield video
-            if not video.num_frames:
-                raise ValueError(f"no frame was added to {path}")
+            if video.is_broken or not video.num_frames:
+                raise ValueError(f"{path} is not written: it has no frames, or one that could not be written")
             container.mux(stream.encode())  # what the encoder still holds
         os.replace(partial, path)
+    except av.FFmpegError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from utils.images import mask_to_box, read_frame_wh, read_label_map
 from utils.instances.readers import LISTERS, Item, check_same_size, object_ids, split_items
-from utils.listing import dataset_folder, draw_split, first_few, list_folders, read_lines
+from utils.listing import dataset_folder, draw_split, first_few, list_folders, read_lines, read_text
 from utils.samples.write import write_samples
 from utils.settings import check_keys, one_of
 from utils.tracking.frames import list_frames, natural_key, picture_names
@@ -179,7 +179,7 @@ def list_got10k(
     def list_part(folder: Path) -> list[Path]:
         list_path = folder / "list.txt"
         if list_path.is_file():
-            paths = [folder / name for name in list_path.read_text(encoding="utf-8-sig").split()]
+            paths = [folder / name for name in read_text(list_path).split()]
         else:
             paths = list_folders(folder)
         return [path for path in paths if path.name not in leave_out]
@@ -329,9 +329,12 @@ def list_own_folders(root: Path, frame_dir: str | None, groundtruth: str | None,
         if frame_dir is None and not picture_names(frames):
             inside = [path for path in list_folders(frames) if picture_names(path)]
             if len(inside) != 1:
-                raise ValueError(
-                    f"{frames} has no pictures, and {len(inside)} folders with pictures; set data.frame_dir"
-                )
+                remedy = "set data.frame_dir to the one whose frames they are"
+                if not inside:  # such as LaSOT's <class>/<class>-1/img
+                    deeper = [path for path in list_folders(frames) if any(map(picture_names, list_folders(path)))]
+                    remedy = "give a folder of videos, each a folder of pictures"
+                    remedy = f"its videos lie deeper: set data.root={frames}, a class at a time" if deeper else remedy
+                raise ValueError(f"{frames} has no pictures, and {len(inside)} folders with pictures; {remedy}")
             frames = inside[0]
         named_path = root / f"{folder.name}.txt"
         path = folder / groundtruth if groundtruth else _first_groundtruth([frames, folder], named_path)
@@ -462,7 +465,7 @@ def _read_label(path: Path, num_lines: int) -> np.ndarray | None:
     """Read a GOT-10k label file, an integer a line: int64 (T,); None where there is none, as in the test set."""
     if not path.is_file():
         return None
-    words = path.read_text(encoding="utf-8-sig").split()
+    words = read_text(path).split()
     if len(words) != num_lines or not all(re.fullmatch(r"-?[0-9]+", word) for word in words):
         raise ValueError(f"{path} has {len(words)} entries; must be {num_lines} integers, as groundtruth.txt has lines")
     return np.array([int(word) for word in words], np.int64)
@@ -511,11 +514,7 @@ def read_boxes(path: str | Path, box_origin: int) -> np.ndarray:
 
 
 def _read_lines(path: Path) -> list[str]:
-    try:
-        text = _existing(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file; give one with a box a line: x,y,width,height") from error
-    lines = text.rstrip().splitlines()
+    lines = read_text(_existing(path)).rstrip().splitlines()
     if not lines:
         raise ValueError(f"{path} is empty; must have a box a line: x,y,width,height")
     return lines
@@ -537,7 +536,16 @@ def _read_box(path: str | Path, number: int, line: str) -> np.ndarray:
         raise ValueError(f"{path}, line {number}, is {line[:60]!r}; infinity is no pixel")
     if np.isnan(numbers).any():
         return np.full(4, np.nan)
-    return corners_to_boxes(numbers[None])[0] if len(numbers) == 8 else numbers
+    if len(numbers) == 8:
+        first, second, third, fourth = numbers.reshape(4, 2)
+        apart_px = np.abs((first + third) - (second + fourth)).max() / 2
+        if apart_px > max(1.0, 0.05 * np.ptp(numbers.reshape(4, 2), 0).max()):
+            raise ValueError(
+                f"{path}, line {number}, is {line[:60]!r}; its 8 numbers are no corners of a box, whose diagonals meet "
+                "in their middles: decimal commas, or another tool's columns? Give x,y,width,height with points"
+            )
+        return corners_to_boxes(numbers[None])[0]
+    return numbers
 
 
 def corners_to_boxes(corners: np.ndarray) -> np.ndarray:
@@ -609,7 +617,7 @@ def write_result(
     time_path.parent.mkdir(parents=True, exist_ok=True)
     write_boxes(path, boxes_xywh, box_origin, box_decimals)
     if layout == "vot":
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = read_text(path).splitlines(keepends=True)
         path.write_text("".join(["1\n", *lines[1:]]), encoding="utf-8", newline="")
     times = "".join(f"{time_s:.{time_decimals}f}\n" for time_s in times_s)
     time_path.write_text(times.replace("nan", "NaN"), encoding="utf-8", newline="")
@@ -619,13 +627,13 @@ def write_result(
 def find_result(folder: str | Path, name: str) -> Path:
     """Find a sequence's result file in a tracker's folder, in any of the layouts of `write_result`.
 
-    Jogging.1, Jogging-1 and Jogging_1 mean the same: toolkits name them differently.
+    Jogging.1, Jogging-1 and Jogging_1 mean the same, and Human4, Human4-2 and Human4_2: toolkits name them differently.
 
     Raises:
         FileNotFoundError: where there is none.
     """
     base, number = re.fullmatch(r"(.*?)(?:[.\-_]([12]))?", name).groups()
-    names = [name] if number is None else [name] + [f"{base}{mark}{number}" for mark in ".-_"]
+    names = [name, *(f"{base}{mark}{each}" for each in ([number] if number else ["1", "2"]) for mark in ".-_")]
     places = [place for place, *_ in RESULT_FILES.values()] + ["baseline/{0}/{0}_001.txt"]
     paths = [Path(folder, place.format(each)) for each in names for place in places]
     result_path = next((path for path in paths if path.is_file()), None)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import check_script, find_weights, load_checkpoint
 
 EXEMPLAR_SIZE = 127  # px
 INSTANCE_SIZE = 255  # px, in tracking
@@ -124,7 +124,9 @@ def load_siamfc(checkpoint_path: Path) -> SiamFC:
         FileNotFoundError, ValueError: for a file that is missing, damaged, or holds another network.
     """
     state = load_checkpoint(checkpoint_path)
-    weights = state["model"] if isinstance(state.get("model"), dict) else state  # a published file is weights alone
+    if "config" in state:
+        check_script(state, checkpoint_path, "train_siamfc")
+    weights = find_weights(state, checkpoint_path)
     model = SiamFC(score_bias="score_bias" in weights)
     expected = model.state_dict()
     wrong = [key for key in expected if key not in weights and not key.endswith("num_batches_tracked")]

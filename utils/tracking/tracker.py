@@ -163,8 +163,13 @@ class SiamFCTracker:
 
     def _features(self, patches: list[np.ndarray]) -> torch.Tensor:
         """Compute features of B patches uint8 (S, S, 3): (B, 256, s, s)."""
-        images = torch.from_numpy(np.stack(patches)).to(self.device)  # (B, S, S, 3)
-        return self.model.features(images.permute(0, 3, 1, 2).to(self.dtype))  # stays channels_last in memory
+        if len(patches) == 1 and not self.is_fast:
+            # The published exemplar lies in memory with a batch stride of 3, which hides from PyTorch that it is
+            # channels_last: the convolutions add in another order.
+            images = torch.from_numpy(patches[0]).to(self.device).permute(2, 0, 1)[None]  # (1, 3, S, S)
+        else:
+            images = torch.from_numpy(np.stack(patches)).to(self.device).permute(0, 3, 1, 2)  # (B, 3, S, S)
+        return self.model.features(images.to(self.dtype))  # stays channels_last in memory
 
     def _responses(self, image: np.ndarray, scale_factors: np.ndarray) -> np.ndarray:
         """Search all objects around their last places: float32 (K, N, r, r) logits for K scales."""

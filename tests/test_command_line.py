@@ -1,0 +1,122 @@
+"""The command line of the five scripts: paths as they are, what Hydra cannot read, printed commands, Ctrl-C."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from options import CONFIGS
+
+from utils import settings
+
+NAMES = [
+    "photo.jpg", "IMG (2).jpg", "a,b.png", "x=3.png", "~draft.png", "it's.png", 'say "hi".png', "über.png", "照片.png",
+    "été 2024/café.png", "[1].png", "{a}.png", "a:b.png", "100%.png", "a&b;c.png", "back\\slash.png", "ends\\'",
+    "@home.png", "#1.png", "  two  spaces .png", "$HOME.png", "a*b?.png", "2024", "true", "1e3", "null.png", "a|b.png",
+    "-dash.png", "tab\there.png", "!x.png", "`date`.png", "e\u0301.png", "'half.png", "key: value.png", "\\'",
+]  # fmt: skip
+
+
+def read_by_hydra(argument: str):
+    """What the script's config holds of an argument of infer_sam2.py."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS / "sam2"), version_base="1.3"):
+        return compose("infer_sam2", [argument])[argument.split("=")[0]]
+
+
+def on_command_line(monkeypatch, *arguments: str) -> list[str]:
+    monkeypatch.setattr(sys, "argv", ["infer_sam2.py", *arguments])
+    settings.read_command_line("sam2")
+    return sys.argv[1:]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_is_taken_as_it_is(name, monkeypatch):
+    """13 of 17 ordinary names ended in four lines of Hydra's parser."""
+    (argument,) = on_command_line(monkeypatch, f"input={name}")
+    assert read_by_hydra(argument) == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_printed_command_runs_when_pasted(name, monkeypatch):
+    command = settings.show_command("infer_sam2.py", input=name, checkpoint="out (1)/best.pt")
+    command = command.replace(
+        "python infer_sam2.py", shlex.join([sys.executable, "-c", "import sys; print(sys.argv[1:])"])
+    )
+    arguments = eval(subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout)
+    read = [read_by_hydra(argument) for argument in on_command_line(monkeypatch, *arguments)]
+    assert read == [name, "out (1)/best.pt"]
+
+
+@pytest.mark.parametrize("name", ["null", "'quoted'", '"quoted"', "[1,2]"])
+def test_a_printed_command_quotes_what_hydra_would_read_otherwise(name, monkeypatch):
+    argument = shlex.split(settings.show_command("infer_sam2.py", input=name))[-1]
+    (argument,) = on_command_line(monkeypatch, argument)
+    assert read_by_hydra(argument) == name
+
+
+def test_what_is_quoted_for_hydra_or_null_means_the_same_as_before(monkeypatch):
+    given = ["input='a b.jpg'", 'region="c,d.png"', "checkpoint=null", "mode=automatic", "overlay=false"]
+    assert on_command_line(monkeypatch, *given) == given
+    assert [read_by_hydra(argument) for argument in given[:3]] == ["a b.jpg", "c,d.png", None]
+    given = ["data_root=${oc.env:HOME}/x", "+data.root=a b", "hydra.run.dir=x/${now:%Y}"]
+    quoted = ["data_root='${oc.env:HOME}/x'", "+data.root='a b'", "hydra.run.dir='x/${now:%Y}'"]
+    assert on_command_line(monkeypatch, *given) == quoted
+
+
+def test_keys_that_are_no_path_and_multirun_stay_hydras(monkeypatch):
+    given = ["train.eval_images=0", "-m", "input=a.png,b.png", "points=[[3,4]]"]
+    assert on_command_line(monkeypatch, *given) == given
+
+
+@pytest.mark.parametrize("arguments", [["--multirun", "input=IMG (2).jpg"], ["points=[[3,4]"], ["split=a(b"]])
+def test_what_hydra_cannot_read_is_one_line_that_says_how_to_quote(arguments, monkeypatch):
+    with pytest.raises(SystemExit) as stop:
+        on_command_line(monkeypatch, *arguments)
+    key, value = arguments[-1].split("=")
+    quoted = shlex.quote(f"{key}='{value}'")
+    assert (
+        stop.value.code
+        == f"error: Hydra cannot read {arguments[-1]}; quote the value, for the shell and for Hydra: {quoted}"
+    )
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for argument in (f"hydra.run.dir={tmp_path / 'file' / 'run'}", f"hydra.run.dir={tmp_path}/no/run"):
+        monkeypatch.setattr("os.access", lambda path, mode: False)
+        with pytest.raises(SystemExit, match="is not a folder that may be written; give hydra.run.dir="):
+            on_command_line(monkeypatch, argument)
+
+
+@pytest.mark.parametrize("has_saved", [True, False])
+def test_ctrl_c_is_one_line_with_the_command_that_goes_on(has_saved, tmp_path, monkeypatch, capsys):
+    run_dir = tmp_path / "out (1)"
+    run_dir.mkdir()
+    if has_saved:
+        (run_dir / "last.pt").write_bytes(b"")
+    runtime = type("Runtime", (), {"output_dir": str(run_dir)})
+    monkeypatch.setattr(settings.HydraConfig, "get", lambda: type("Hydra", (), {"runtime": runtime}))
+    with pytest.raises(SystemExit) as stop, settings.one_line_errors("train_unet"):
+        raise KeyboardInterrupt
+    assert stop.value.code == 130
+    message = capsys.readouterr().err
+    if has_saved:
+        command = shlex.join(["python", "train_unet.py", f"resume={run_dir}"])
+        assert message == f"interrupted; {run_dir}/last.pt is saved, go on with: {command}\n"
+    else:
+        assert message == f"interrupted; what was finished is in {run_dir}\n"
+
+
+@pytest.mark.slow
+def test_a_name_of_every_sort_passes_a_real_script(tmp_path):
+    """The message of a file that is not there shows what the script got."""
+    name = "IMG (2), it's=é 照.jpg"
+    command = [sys.executable, "infer_sam2.py", f"input={tmp_path / name}", f"hydra.run.dir={tmp_path / 'a (b)'}"]
+    done = subprocess.run(command, cwd=Path(settings.__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(
+        f"error: input {tmp_path / name} does not exist"
+    )
