@@ -65,14 +65,7 @@ from utils.sam2 import embedding_cache, mask_generation
 from utils.sam2 import model as models
 from utils.sam2.embedding_cache import CachePlan
 from utils.sam2.mask_generation import AutomaticSettings, GeneratedMasks
-from utils.settings import (
-    SAME_SECTION,
-    CommonSettings,
-    at_least,
-    check_keys,
-    one_of,
-    read_settings,
-)
+from utils.settings import SAME_SECTION, CommonSettings, at_least, check_keys, one_of, read_settings
 
 log = logging.getLogger("infer_sam2")
 REPOSITORY = Path(__file__).resolve().parent

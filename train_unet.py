@@ -69,7 +69,6 @@ from utils.settings import (
     at_least,
     between,
     check_keys,
-    check_value,
     one_of,
     read_settings,
 )
@@ -145,8 +144,6 @@ class LossSettings:
 
     def __post_init__(self):
         sections.check_terms(self.terms, TERMS)
-        for term, weight in self.terms.items():
-            check_value(weight, Annotated[float, FINITE], f"loss.terms.{term}")
 
 
 @dataclass(frozen=True)
@@ -691,6 +688,8 @@ def checkpoint_config(state: dict, current: dict, overrides: list[str]) -> dict:
         ValueError: for a checkpoint of another script, a key that has no effect, another model or other classes.
     """
     name, mode = current["checkpoint"], current["mode"]
+    if "script" not in state:  # its own files always say so
+        raise ValueError(f"checkpoint {name} was not written by train_unet.py; give one of its files")
     check_script(state, name, "train_unet")
     stored = stored_config(Config, state, name, is_resumed=False)
     given = given_keys(overrides)

@@ -1023,7 +1023,7 @@ def test_fault_in_a_part_names_it(root, tmp_path):
             script.list_data({"parts": {"a": part, "b": part | change}, "turns": turns})
     copy = tiny.write_got10k(tmp_path / "copy", 1, 1, 2)
     (copy / "train" / "list.txt").write_bytes("träin".encode("latin-1"))  # an error that cannot be made anew
-    with pytest.raises(ValueError, match="^data.parts.b: .*utf-8"):
+    with pytest.raises(ValueError, match="^data.parts.b: .*UTF-8"):
         script.list_data({"parts": {"a": part, "b": part | {"root": str(copy)}}, "turns": turns})
 
 
