@@ -4,10 +4,14 @@ Every file is written by Pillow, tifffile or OpenCV from numbers that the test h
 Inputs beside those of the bug reports, tried for this file: MPO of two pictures, a TIFF whose first page is the
 thumbnail, SubIFDs, BigTIFF, big-endian and tiled files, 12-bit packed numbers, 4-bit palettes, a sparse TIFF, files cut
 at 40 places for 5 compressions, lossy WebP as a map, 2-bit PNG, 1-bit BMP, an animated GIF with frames that differ,
-signed and 64-bit maps, CMYK in TIFF and JPEG, a page of 0 pixels, a web page, an LFS pointer and a film named .png.
+signed and 64-bit maps, CMYK in TIFF and JPEG, a page of 0 pixels, a web page, an LFS pointer and a film named .png,
+a TIFF whose pages are a circle, ImageJ's stack of one page, and bytes of each of these files changed at random.
 """
 
 import re
+import struct
+import warnings
+import zlib
 from pathlib import Path
 
 import cv2
@@ -21,7 +25,9 @@ from utils.images import (
     count_pages,
     list_images,
     list_pictures,
+    lossy_kind,
     read_channels,
+    read_frame_wh,
     read_image,
     read_image_unscaled,
     read_label_map,
@@ -67,6 +73,50 @@ def exif(orientation: int) -> Image.Exif:
     return tags
 
 
+def small_png(numbers: np.ndarray, bits: int):
+    """Write a grey PNG of 2 or 4 bits by hand: no library here does."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width = numbers.shape
+    digits = np.unpackbits(numbers[..., None], axis=2)[..., 8 - bits :].reshape(height, -1)
+    rows = b"".join(b"\0" + row.tobytes() for row in np.packbits(digits, axis=1))
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return lambda path: path.write_bytes(data)
+
+
+def one_page_stack(path):
+    """Write a stack as ImageJ does above 4 GB: one page, and further slices after its pixels."""
+    tifffile.imwrite(path, np.stack([GREY8, 255 - GREY8]), imagej=True)
+    data = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as file:
+        end = file.pages[0].offset + 2 + 12 * len(file.pages[0].tags)  # where the place of the next page stands
+    data[end : end + 4] = bytes(4)
+    path.write_bytes(data)
+
+
+def circle_of_pages(path):
+    tiff_pages((GREY8, {}), (GREY8, {}))(path)
+    data = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as file:
+        end = file.pages[1].offset + 2 + 12 * len(file.pages[1].aspage().tags)
+        data[end : end + 4] = struct.pack("<I", file.pages[0].offset)
+    path.write_bytes(data)
+
+
+def resized(tag: int, size: int):
+    """Write a TIFF of 24 x 20 px whose tag of width (256) or height (257) says another size."""
+
+    def write(path):
+        tiff(GREY8)(path)
+        with tifffile.TiffFile(path, mode="r+b") as file:
+            file.pages[0].tags[tag].overwrite(size)
+
+    return write
+
+
 def tiff_pages(*pages: tuple[np.ndarray, dict]):
     def write(path):
         with tifffile.TiffWriter(path) as file:
@@ -92,6 +142,10 @@ def sub_ifd(path):
 COLOUR, JPEG, PAGES = "3 different channels", "compression changes ids", "2 pages; save one file for each picture"
 CASES = {
     "PNG, grey, 1 bit": [("png", pillow(BINARY), grey(BINARY * np.uint8(255)), BINARY)],
+    "PNG, grey, 2 or 4 bits": [
+        ("png", small_png(GREY8 >> 6, 2), grey((GREY8 >> 6) * np.uint8(85)), GREY8 >> 6),
+        ("png", small_png(GREY8 >> 4, 4), grey((GREY8 >> 4) * np.uint8(17)), GREY8 >> 4),
+    ],
     "PNG, grey, 8 bits": [("png", pillow(GREY8), grey(GREY8), GREY8)],
     "PNG, grey, 16 bits": [("png", opencv(GREY16), grey(GREY16), GREY16)],
     "PNG, grey and alpha": [
@@ -156,12 +210,13 @@ CASES = {
         ("tif", tiff(GREY16 >> 4, bitspersample=12),
          grey(np.rint((GREY16 >> 4) * (65535 / 4095)).astype(np.uint16)), GREY16 >> 4),
     ],
-    "TIFF, signed or 32-bit integers": [
+    "TIFF, signed, 32-bit or 64-bit integers": [
         ("tif", tiff(GREY8.astype(np.int16)), "dtype int16", GREY8),
         ("tif", tiff(GREY16.astype(np.int32)), "dtype int32", GREY16),
         ("tif", tiff(GREY16.astype(np.uint32) * 9), "dtype uint32", GREY16.astype(int) * 9),
         ("tif", tiff(GREY16.astype(np.uint32) * 65536), "dtype uint32", "must be in 0..2147483647"),
         ("tif", tiff(GREY8.astype(np.int16) - 9), "dtype int16", "has ids from -9"),
+        ("tif", tiff(GREY16.astype(np.int64)), "dtype int64", GREY16),
     ],
     "TIFF, floats": [("tif", tiff(GREY8.astype(np.float32)), "dtype float32", "dtype float32")],
     "TIFF, palette": [
@@ -202,6 +257,8 @@ CASES = {
         ("tif", tiff(RGB8, "rgb", tile=(16, 16)), RGB8, COLOUR),
         ("tif", tiff(GREY16, bigtiff=True), grey(GREY16), GREY16),
         ("tif", tiff(GREY16, byteorder=">"), grey(GREY16), GREY16),
+        ("tif", lambda path: tifffile.imwrite(path, shape=(20, 24), dtype=np.uint8, tile=(16, 16)),
+         0 * grey(GREY8), 0 * GREY8),  # sparse: no tile of it is in the file
     ],
     "TIFF, compressed: JPEG": [
         ("tif", tiff(SMOOTH, "rgb", compression="jpeg", compressionargs={"level": 100}), "lossy", JPEG),
@@ -217,6 +274,7 @@ CASES = {
         ("tif", tiff_pages((GREY8, {}), (255 - GREY8, {})), PAGES, PAGES),
         ("tif", lambda path: tifffile.imwrite(path, RGB8[:, :, :2].transpose(2, 0, 1), imagej=True,
                                               metadata={"axes": "CYX", "mode": "composite"}), PAGES, PAGES),
+        ("tif", one_page_stack, r"holds \(2, 20, 24\) in one page", r"holds \(2, 20, 24\) in one page"),
     ],
     "orientation tag, in any of them": [
         case
@@ -338,3 +396,60 @@ def test_orientation_is_read_of_any_file(tmp_path):
     pillow(GREY8)(tmp_path / "c.png")
     (tmp_path / "d.png").write_bytes(b"x")
     assert [read_orientation(tmp_path / name) for name in ("a.tif", "b.jpg", "c.png", "d.png")] == [6, 3, 1, 1]
+
+
+def test_a_damaged_file_is_one_error_that_names_it(tmp_path):
+    """Each kind of file with 1 to 5 of its bytes changed, mostly in its header, is read or is refused by its name."""
+    rng, num_refused = np.random.default_rng(3), 0
+    readers = (read_image, read_label_map, read_channels, count_pages, lossy_kind, read_orientation, read_frame_wh)
+    for suffix, write, _, _ in [case for cases in CASES.values() for case in cases]:
+        path = tmp_path / f"file.{suffix}"
+        write(path)
+        whole = np.fromfile(path, np.uint8)
+        for _ in range(4):
+            changed, num_changes = whole.copy(), rng.integers(1, 6)
+            end = min(len(changed), 400) if rng.random() < 0.6 else len(changed)
+            changed[rng.integers(2, end, num_changes)] = rng.integers(0, 256, num_changes)
+            changed.tofile(path)
+            for reader in readers:
+                try:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")
+                        reader(path)
+                except (OSError, ValueError) as error:
+                    assert str(path) in str(error), (reader, error)
+                    num_refused += 1
+    assert num_refused > 100
+
+
+@pytest.mark.parametrize(
+    "write, match",
+    [
+        (circle_of_pages, "its list of pages is a circle"),
+        (resized(256, 40), r"480 bytes for \(20, 40\) numbers of 8 bits"),  # was black but for its start
+        (resized(257, 0), "damaged or unusual TIFF"),
+        (
+            resized(256, 2**30),
+            r"page of shape \(20, 1073741824\); 1 to 1073741824 numbers are read",
+        ),  # a damaged width filled the memory
+    ],
+)
+def test_a_tiff_whose_tags_contradict_each_other_is_refused(write, match, tmp_path):
+    path = tmp_path / "odd.tif"
+    write(path)
+    for reader in (read_image, read_label_map):
+        with pytest.raises(ValueError, match=match) as error:
+            reader(path)
+        assert str(path) in str(error.value)
+
+
+def test_the_pixels_of_a_file_are_not_read_to_tell_its_kind_pages_or_size(tmp_path, monkeypatch):
+    """Folders are looked through before they are begun: of each file only its header."""
+    for name in ("a.tif", "b.png", "c.webp", "d.jpg"):
+        pillow(RGB8)(tmp_path / name)
+    monkeypatch.setattr(Image.Image, "load", None)
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", None)
+    monkeypatch.setattr(cv2, "imdecode", None)
+    for name in ("a.tif", "b.png", "c.webp", "d.jpg"):
+        path = tmp_path / name
+        assert (count_pages(path), read_orientation(path), read_frame_wh(path)) == (1, 1, (24, 20))

@@ -5,11 +5,11 @@ Pictures are uint8 (H, W, 3) RGB. A label map is int32 (H, W), 0 is background. 
 """
 
 import contextlib
+import functools
 import io
 import logging
 import math
 import os
-import struct
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,8 @@ from PIL import Image
 # Every failure becomes an exception that names the file, so the libraries' own lines are noise.
 (cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+MAX_PX = 2**30  # of one picture: OpenCV's own bound, held by all decoders, so that a damaged size does not fill memory
+Image.MAX_IMAGE_PIXELS = MAX_PX // 2  # Pillow refuses twice as many
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 WRITTEN_SUFFIXES = PICTURE_SUFFIXES[:-1]
@@ -165,23 +167,18 @@ def read_image_unscaled(path: str | Path, page: int | None = None) -> np.ndarray
     Returns:
         uint8 or uint16 (H, W, 3), RGB.
     """
-    data = _read_bytes(path)
-    kind = _find_kind(path, data)
+    kind = _find_kind(path)
     if kind == "TIFF":
-        return _render_tiff(path, data, page)
+        return _render_tiff(path, page)
     if kind != "JPEG":  # the further pictures of a phone's JPEG are reduced or depths
-        page = _check_page(path, _num_pages(path, data, kind), page)
+        page = _check_page(path, count_pages(path), page)
     if kind == "GIF" or page:  # OpenCV decodes the first page
-        with _open_with_pillow(path, data) as picture:
+        with _decoding(path, kind), Image.open(path) as picture:
             picture.seek(page)
             return np.array(picture.convert("RGB"))
     if kind == "JPEG" and hasattr(cv2, "IMREAD_COLOR_RGB"):  # from OpenCV 4.11 on: the same pixels, faster
-        rgb = _decode(path, data, cv2.IMREAD_COLOR_RGB)
-        if rgb is not None:
-            return rgb
-    decoded = _decode(path, data, cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR)  # (H, W, 3) BGR
-    if decoded is None:
-        raise ValueError(_damaged(path, kind))
+        return _decode(path, kind, cv2.IMREAD_COLOR_RGB)
+    decoded = _decode(path, kind, cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR)  # (H, W, 3) BGR
     return cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)
 
 
@@ -236,8 +233,14 @@ def count_pages(path: str | Path) -> int:
     Raises:
         FileNotFoundError, PermissionError, ValueError: as `read_image`.
     """
-    data = _read_bytes(path)
-    return _num_pages(path, data, _find_kind(path, data))
+    kind = _find_kind(path)
+    with _decoding(path, kind):
+        if kind == "TIFF":
+            return len(_tiff_pages(path, os.stat(path).st_mtime_ns))
+        if kind in ("PNG", "WebP", "GIF"):
+            with Image.open(path) as picture:
+                return getattr(picture, "n_frames", 1)
+    return 1
 
 
 def lossy_kind(path: str | Path) -> str | None:
@@ -246,34 +249,51 @@ def lossy_kind(path: str | Path) -> str | None:
     Raises:
         FileNotFoundError, PermissionError, ValueError: as `read_image`.
     """
-    data = _read_bytes(path)
-    return _lossy_kind(path, data, _find_kind(path, data))
+    kind = _find_kind(path)
+    if kind == "TIFF":
+        with _decoding(path, kind), tifffile.TiffFile(path) as tiff:
+            pages = [tiff.pages[number].aspage() for number in _tiff_pages(path, os.stat(path).st_mtime_ns)]
+            return "a TIFF of JPEG" if any("JPEG" in repr(page.compression) for page in pages) else None
+    if kind == "WebP" and b"VP8 " in _read_head(path)[:64]:
+        return "a lossy WebP"
+    return "a JPEG" if kind == "JPEG" else None
 
 
 def read_orientation(path: str | Path) -> int:
     """Read how a file's rows and columns lie: 1 as they are shown, 2 to 8 as in EXIF; 1 where there is no such tag."""
-    try:
-        with Image.open(path) as picture:
-            return _exif_orientation(picture, np.fromfile(path, np.uint8) if picture.format == "PNG" else None)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return 1
-
-
-def _exif_orientation(picture: Image.Image, data: np.ndarray | None) -> int:
-    """Return the orientation tag, 1 to 8; of a PNG's bytes only where they have one: Pillow decodes it to look."""
-    if picture.format == "PNG" and b"eXIf" not in data.tobytes():
-        return 1
-    return picture.getexif().get(EXIF_ORIENTATION, 1)
+    header = _read_header(path)
+    return header[1] if header else 1
 
 
 def read_frame_wh(path: Path) -> tuple[int, int] | None:
     """Read a picture's width and height from its header, as `read_image` turns it; None if it has none."""
-    try:
-        with Image.open(path) as picture:
-            is_lying = picture.getexif().get(EXIF_ORIENTATION) in LYING
-            return picture.size[::-1] if is_lying else picture.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    header = _read_header(path)
+    if header is None:
         return None
+    (width, height), orientation = header
+    return (height, width) if orientation in LYING else (width, height)
+
+
+def _read_header(path: str | Path) -> tuple[tuple[int, int], int] | None:
+    """Read ((width, height) as stored, orientation 1 to 8), without the pixels; None where Pillow knows no header."""
+    try:
+        with _decoding(path, "header"), Image.open(path) as picture:
+            if picture.format == "PNG" and not _has_exif_chunk(path):
+                return picture.size, 1
+            return picture.size, picture.getexif().get(EXIF_ORIENTATION, 1)
+    except (OSError, ValueError):
+        return None
+
+
+def _has_exif_chunk(path: str | Path) -> bool:
+    """Tell whether a PNG has a chunk of EXIF: asked for it, Pillow decodes the whole picture to look."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(start := file.read(8)) == 8:
+            if start[4:] == b"eXIf":
+                return True
+            file.seek(int.from_bytes(start[:4], "big") + 4, os.SEEK_CUR)  # the chunk and its checksum
+    return False
 
 
 def remark_on_values(image: np.ndarray) -> tuple[str, str] | None:
@@ -286,8 +306,8 @@ def remark_on_values(image: np.ndarray) -> tuple[str, str] | None:
     return None
 
 
-def _read_bytes(path: str | Path) -> np.ndarray:
-    """Return a file's bytes, uint8 (N,), refusing a missing or empty one."""
+def _read_head(path: str | Path) -> bytes:
+    """Return a file's first 256 bytes, refusing a missing or empty one."""
     path = Path(path)
     if path.is_symlink() and not path.exists():
         raise FileNotFoundError(
@@ -295,47 +315,26 @@ def _read_bytes(path: str | Path) -> np.ndarray:
         )
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    data = np.fromfile(path, np.uint8)
-    if not data.size:
+    head = np.fromfile(path, np.uint8, 256).tobytes()
+    if not head:
         raise ValueError(f"{path} is empty (0 bytes); copy it again or remove it")
-    return data
+    return head
 
 
-def _find_kind(path: str | Path, data: np.ndarray) -> str:
+def _find_kind(path: str | Path) -> str:
     """Tell by a file's first bytes which of the formats that are read it is.
 
     Raises:
-        ValueError: for another one, saying which, and for a JPEG that is cut off.
+        ValueError: for another one, saying which.
     """
-    head = data[:256].tobytes()
+    head = _read_head(path)
     kinds = READ_KINDS | OTHER_KINDS
     kind = next((kind for kind, (offset, marks) in kinds.items() if head.startswith(marks, offset)), None)
+    if kind is None:
+        raise ValueError(f"{path} cannot be decoded as a picture (damaged, or not one); copy it again or remove it")
     if kind not in READ_KINDS:
-        if kind is None:
-            raise ValueError(f"{path} cannot be decoded as a picture (damaged, or not one); copy it again or remove it")
         raise ValueError(f"{path} is {kind}, which is not read; save it as {', '.join(READ_KINDS)}")
-    if kind == "JPEG" and not _is_whole_jpeg(data.tobytes()):
-        raise ValueError(f"{path} is a JPEG that ends in the middle; copy it again or remove it")
     return kind
-
-
-def _lossy_kind(path: str | Path, data: np.ndarray, kind: str) -> str | None:
-    if kind == "TIFF":
-        with _open_tiff(path, data) as tiff:
-            return "a TIFF of JPEG" if any("JPEG" in page.compression.name for page in _pages(tiff)) else None
-    if kind == "WebP" and b"VP8 " in data[:64].tobytes():
-        return "a lossy WebP"
-    return "a JPEG" if kind == "JPEG" else None
-
-
-def _num_pages(path: str | Path, data: np.ndarray, kind: str) -> int:
-    if kind == "TIFF":
-        with _open_tiff(path, data) as tiff:
-            return len(_pages(tiff))
-    if kind in ("PNG", "WebP", "GIF"):
-        with _open_with_pillow(path, data) as picture:
-            return getattr(picture, "n_frames", 1)
-    return 1
 
 
 def _check_page(path: str | Path, num_pages: int, page: int | None) -> int:
@@ -348,27 +347,21 @@ def _check_page(path: str | Path, num_pages: int, page: int | None) -> int:
 
 def _read_numbers(path: str | Path, page: int | None, what: str) -> np.ndarray:
     """Read the numbers in a file, any type, turned as a picture is: (H, W), or (H, W, C) in RGB(A) order."""
-    data = _read_bytes(path)
-    kind = _find_kind(path, data)
-    if lossy := _lossy_kind(path, data, kind):
+    kind = _find_kind(path)
+    if lossy := lossy_kind(path):
         raise ValueError(f"{what}{path} is {lossy}, whose compression changes ids; save it as PNG or TIFF without")
     if kind == "TIFF":
-        with _open_tiff(path, data) as tiff:
-            pages = _pages(tiff)
-            tiff_page = pages[_check_page(path, len(pages), page)]
-            return _read_tiff_numbers(path, tiff_page)
-    page = _check_page(path, _num_pages(path, data, kind), page)
-    with _open_with_pillow(path, data) as picture:
+        return _read_tiff(path, page)[0]
+    page = _check_page(path, count_pages(path), page)
+    orientation = read_orientation(path)
+    with _decoding(path, kind), Image.open(path) as picture:
         if picture.mode in ("P", "1") or kind == "GIF":  # OpenCV would turn them into colours
             picture.seek(page)
-            return _turn(np.array(picture).astype(np.uint8), _exif_orientation(picture, data))
-        orientation = _exif_orientation(picture, data)
-    numbers = _decode(path, data, cv2.IMREAD_UNCHANGED)  # (H, W) or (H, W, C) in OpenCV's channel order
-    if numbers is None:
-        raise ValueError(_damaged(path, kind))
+            return _turn(np.array(picture).astype(np.uint8), orientation)
+    numbers = _decode(path, kind, cv2.IMREAD_UNCHANGED)  # (H, W) or (H, W, C) in OpenCV's channel order
     if numbers.ndim == 3:
         numbers = np.concatenate([numbers[..., 2::-1], numbers[..., 3:]], 2)  # OpenCV's order is BGR
-    depth = int(data[24]) if kind == "PNG" else 8
+    depth = _read_head(path)[24] if kind == "PNG" else 8
     if depth < 8:  # grey of 2 or 4 bits, which OpenCV spreads over 0..255
         numbers = numbers // (255 // (2**depth - 1))
     return _turn(numbers, orientation)
@@ -385,24 +378,32 @@ def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def _decode(path: str | Path, data: np.ndarray, flags: int) -> np.ndarray | None:
-    try:
-        return cv2.imdecode(data, flags)
-    except cv2.error as error:  # such as a picture of more than 2**30 pixels
-        raise ValueError(f"{path} cannot be decoded as a picture: {' '.join(str(error).split())}") from error
-
-
-def _damaged(path: str | Path, kind: str) -> str:
-    return f"{path} cannot be decoded as a picture (damaged {kind}); copy it again or remove it"
+def _decode(path: str | Path, kind: str, flags: int) -> np.ndarray:
+    data = np.fromfile(path, np.uint8)
+    if kind == "JPEG" and not _is_whole_jpeg(data.tobytes()):
+        raise ValueError(f"{path} is a JPEG that ends in the middle; copy it again or remove it")
+    with _decoding(path, kind):
+        decoded = cv2.imdecode(data, flags)
+    if decoded is None:
+        raise ValueError(f"{path} cannot be decoded as a picture (damaged {kind}); copy it again or remove it")
+    return decoded
 
 
 @contextlib.contextmanager
-def _open_with_pillow(path: str | Path, data: np.ndarray):
+def _decoding(path: str | Path, kind: str):
+    """Turn whatever a decoder raises on a damaged file, which can be any exception, into an error that names it."""
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            yield picture
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be decoded as a picture ({error}); copy it again or remove it") from error
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise  # a refusal of ours
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # the disk's, such as no permission
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{path} cannot be decoded as a picture (damaged or unusual {kind}: {reason}); copy it again, save it anew "
+            "or remove it"
+        ) from error
 
 
 def _is_whole_jpeg(data: bytes) -> bool:
@@ -420,55 +421,68 @@ def _is_whole_jpeg(data: bytes) -> bool:
 # read TIFF, whose decoders disagree on what they show: numbers come from tifffile, and are rendered here
 
 
-@contextlib.contextmanager
-def _open_tiff(path: str | Path, data: np.ndarray):
-    try:
-        with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-            yield tiff
-    except (tifffile.TiffFileError, struct.error, IndexError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be decoded as a picture (a damaged TIFF: {error}); copy it again") from error
+@functools.lru_cache(maxsize=8)  # each page of a stack of 1,000 would list them all again
+def _tiff_pages(path: str | Path, mtime_ns: int) -> tuple[int, ...]:
+    """List the pages that are pictures: no overviews or thumbnails (bit 1 of NewSubfileType), no masks (bit 4)."""
+    numbers, offsets = [], set()
+    with tifffile.TiffFile(path) as tiff:
+        for number, page in enumerate(tiff.pages):
+            if page.offset in offsets:
+                raise ValueError("its list of pages is a circle")
+            offsets.add(page.offset)
+            if not page.aspage().subfiletype & 5:
+                numbers.append(number)
+        if len(offsets) == 1 and tiff.series and tiff.series[0].size > tiff.pages[0].size:  # ImageJ's, above 4 GB
+            raise ValueError(f"{path} holds {tiff.series[0].shape} in one page; save one page for each picture")
+    return tuple(numbers or [0])
 
 
-def _pages(tiff: tifffile.TiffFile) -> list[tifffile.TiffPage]:
-    """List the pictures of a file: no overviews or thumbnails (bit 1 of NewSubfileType), no masks (bit 4)."""
-    pages = [page.aspage() for page in tiff.pages]
-    return [page for page in pages if not page.subfiletype & 5] or pages[:1]
+def _check_tiff_data(page: tifffile.TiffPage) -> None:
+    """Refuse a page whose strips or tiles are not all in the file: decoders fill in 0 and say nothing.
+
+    One that is all 0 may be left out on purpose (sparse files): it then has place 0 and 0 bytes.
+
+    Raises:
+        EOFError: without the path.
+    """
+    starts, counts = np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64)
+    is_short = len(starts) != len(counts) or len(starts) < math.prod(page.chunked)
+    if is_short or ((starts == 0) != (counts == 0)).any() or (starts + counts).max() > page.parent.filehandle.size:
+        raise EOFError("its strips or tiles are not all there")
+    if page.compression == 1 and starts.all() and counts.sum() * 8 < math.prod(page.shape) * page.bitspersample:
+        raise EOFError(f"{counts.sum()} bytes for {page.shape} numbers of {page.bitspersample} bits")
 
 
-def _read_tiff_numbers(path: str | Path, page: tifffile.TiffPage) -> np.ndarray:
-    """Read the numbers of a page, turned by its orientation tag: (H, W), or (H, W, C) in the file's order."""
-    ends = [offset + count for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True)]
-    if max(ends, default=math.inf) > page.parent.filehandle.size:
-        raise ValueError(_damaged(path, "TIFF, which ends in the middle"))
-    try:
-        numbers = page.asarray()
-    except (ValueError, NotImplementedError) as error:  # a compression that is not known, or a damaged one
-        raise ValueError(
-            f"{path} cannot be decoded as a picture (TIFF: {error}); save it without compression"
-        ) from error
-    if numbers.ndim == 3 and page.planarconfig == 2:
-        numbers = numbers.transpose(1, 2, 0)  # separate planes
-    if numbers.ndim not in (2, 3) or not numbers.size:
-        raise ValueError(f"{path} has a page of shape {numbers.shape}; save pictures of (height, width, bands)")
-    orientation = page.tags.get("Orientation")
-    numbers = numbers.astype(np.uint8) if numbers.dtype == bool else numbers
-    return _turn(numbers, orientation.value if orientation else 1)
+def _read_tiff(path: str | Path, page: int | None) -> tuple[np.ndarray, tifffile.TiffPage, np.ndarray | None]:
+    """Read a page: its numbers, (H, W) or (H, W, C) in the file's order, turned as its tag says; tags; palette."""
+    with _decoding(path, "TIFF"), tifffile.TiffFile(path) as tiff:
+        page_numbers = _tiff_pages(path, os.stat(path).st_mtime_ns)
+        tiff_page = tiff.pages[page_numbers[_check_page(path, len(page_numbers), page)]].aspage()
+        if not 0 < math.prod(tiff_page.shape) <= MAX_PX:
+            raise ValueError(f"{path} has a page of shape {tiff_page.shape}; 1 to {MAX_PX} numbers are read")
+        _check_tiff_data(tiff_page)
+        numbers = tiff_page.asarray()
+        if numbers.ndim == 3 and tiff_page.planarconfig == 2:
+            numbers = numbers.transpose(1, 2, 0)  # separate planes
+        if numbers.ndim not in (2, 3):
+            raise ValueError(f"{path} has a page of shape {numbers.shape}; save pictures of (height, width, bands)")
+        orientation = tiff_page.tags.get("Orientation")
+        numbers = numbers.astype(np.uint8) if numbers.dtype == bool else numbers
+        return _turn(numbers, orientation.value if orientation else 1), tiff_page, tiff_page.colormap
 
 
-def _render_tiff(path: str | Path, data: np.ndarray, page: int | None) -> np.ndarray:
+def _render_tiff(path: str | Path, page: int | None) -> np.ndarray:
     """Turn one page's numbers into colours, uint8 or uint16 (H, W, 3) RGB."""
-    with _open_tiff(path, data) as tiff:
-        pages = _pages(tiff)
-        tiff_page = pages[_check_page(path, len(pages), page)]
-        numbers, photometric = _read_tiff_numbers(path, tiff_page), tiff_page.photometric.name
-        bits, colormap = tiff_page.bitspersample, tiff_page.colormap
+    numbers, tiff_page, colormap = _read_tiff(path, page)
     if numbers.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"image {path} has dtype {numbers.dtype}; save it as 8-bit or 16-bit unsigned integers")
+    photometric, bits = getattr(tiff_page.photometric, "name", "unknown"), tiff_page.bitspersample
     if photometric == "PALETTE":
-        return (colormap.T[numbers] >> 8).astype(np.uint8)  # (H, W, 3); colormap (3, 2**bits) has 16 bits
+        with _decoding(path, "TIFF"):
+            return (colormap.T[numbers] >> 8).astype(np.uint8)  # (H, W, 3); (3, 2**bits) has 16 bits
     if photometric not in ("MINISWHITE", "MINISBLACK", "RGB", "YCBCR"):
-        with _open_with_pillow(path, data) as picture:  # CMYK, L*a*b*
-            picture.seek(page or 0)
+        with _decoding(path, "TIFF"), Image.open(path) as picture:  # CMYK, L*a*b*
+            picture.seek(tiff_page.index)
             return np.array(picture.convert("RGB"))
     bands = numbers.reshape(*numbers.shape[:2], -1)
     if bands.shape[2] not in (1, 3, 4) and not (bands.shape[2] == 2 and tiff_page.extrasamples in ((1,), (2,))):
