@@ -90,6 +90,8 @@ def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
         monkeypatch.setattr("os.access", lambda path, mode: False)
         with pytest.raises(SystemExit, match="is not a folder that may be written; give hydra.run.dir="):
             on_command_line(monkeypatch, argument)
+        for flags in (["--cfg", "job"], ["--cfg=job"], ["-c", "all"], ["--info"], ["--hydra-help"]):
+            on_command_line(monkeypatch, argument, *flags)  # nothing is written
 
 
 @pytest.mark.parametrize("has_saved", [True, False])

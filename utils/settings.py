@@ -28,6 +28,7 @@ PATH_KEYS = re.compile(  # keys of the command line whose values are paths
     r"\+{0,2}(input|checkpoint|resume|region|mask|prompts_file|cache|data_root|model\.checkpoint"
     r"|data\.(\w+\.)*(root|index|groundtruth|\w+_(dir|list|folder|images|annotations))|hydra\.(run|sweep)\.dir)"
 )
+FLAGS_WITHOUT_RUN = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--help", "-h", "--version")
 # Marks of a field whose keys stand in the same section as its neighbours', and of one that takes all keys left over.
 SAME_SECTION, ALL_OTHERS = "same section", "all others"
 
@@ -289,7 +290,8 @@ def read_command_line(task: str) -> None:
     stop_at_moved_files(task, arguments)
     folder = next((a.split("=", 1)[1].strip("'") for a in arguments if a.startswith("hydra.run.dir=")), "outputs")
     existing = next(path for path in [Path(folder), *Path(folder).absolute().parents] if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    has_run = not any(argument.partition("=")[0] in FLAGS_WITHOUT_RUN for argument in arguments)
+    if has_run and not (existing.is_dir() and os.access(existing, os.W_OK)):
         sys.exit(
             f"error: {existing} is not a folder that may be written; give hydra.run.dir=<a folder for the results>"
         )
