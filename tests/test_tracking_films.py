@@ -240,3 +240,5 @@ def test_pages_of_a_file_are_frames(suffix, tmp_path):
     pages[0].save(tmp_path / f"film.{suffix}", save_all=True, append_images=pages[1:])
     assert run(tmp_path / "run", f"input={tmp_path / f'film.{suffix}'}", f"box={as_text(boxes[0])}") == []
     assert len(read_lines(tmp_path / "run" / "boxes.txt")) == 4
+    source = FrameSource(tmp_path / f"film.{suffix}")
+    assert source.name == str(tmp_path / f"film.{suffix}") and source.frame_name(2) == f"{source.name}, page 3"

@@ -82,7 +82,9 @@ def test_pictures_of_any_kind_and_size_come_as_rgb(tmp_path):
     assert frames[3][1].shape == (20, 31, 3)
     source = FrameSource(tmp_path)
     assert source.num_frames == 4 and source.fps is None and source.frame_name(1) == str(tmp_path / "2.png")
+    assert source.name == FrameSource([tmp_path / "2.png"]).name == str(tmp_path)
     assert len(read_all(tmp_path / "1.png")) == 1  # one picture is a video of one frame
+    assert FrameSource(tmp_path / "1.png").name == str(tmp_path / "1.png")
 
 
 def test_an_unreadable_frame_is_named_and_the_next_ones_follow(tmp_path):

@@ -530,23 +530,38 @@ def test_objects_of_pictures_are_sequences_of_one_frame_with_tight_boxes(tmp_pat
         assert sequence.frame_paths == (tmp_path / "images" / f"{name}.jpg",) and sequence.frame_wh == (40, 30)
         assert sequence.visible.tolist() == [True] and sequence.box_origin == 0 and sequence.cover is None
         assert (sequence.video, sequence.num_annotated) == (name, 1)
-    kept, _ = datasets.split_pictures(**data_keys("label_map", tmp_path, val_fraction=0, ignore_ids=[1, 7]))
-    assert names(kept) == [name for name in sorted(expected) if name.endswith(".2")] != []
+    others, _ = datasets.split_pictures(**data_keys("label_map", tmp_path, val_fraction=0, ignore_ids=[1, 7]))
+    assert names(others) == [name for name in sorted(expected) if name.endswith(".2")] != []
+
+
+def write_coco(root: Path, jpeg: Path, annotations: list[dict]) -> dict:
+    """Write a COCO dataset of one picture, 40 x 30 px; returns the keys that read it."""
+    write_frames(root / "train2017", jpeg, 1)
+    annotations = [{"id": key, "image_id": 1} | annotation for key, annotation in enumerate(annotations)]
+    content = {"images": [{"id": 1, "file_name": "0001.jpg", "width": 40, "height": 30}], "annotations": annotations}
+    (root / "annotations").mkdir()
+    (root / "annotations" / "all.json").write_text(json.dumps(content))
+    changes = {"train_images": "train2017", "train_annotations": "annotations/all.json", "val_annotations": None}
+    return data_keys("coco", root, val_fraction=0, **changes)
+
+
+def test_objects_of_a_picture_that_are_left_out_are_named(tmp_path, jpeg, capsys):
+    square = [[4, 4, 24, 4, 24, 14, 4, 14]]
+    keys = write_coco(
+        tmp_path, jpeg, [{"segmentation": square}, {"segmentation": "x"}, {"segmentation": square, "iscrowd": 1}]
+    )
+    assert len(datasets.split_pictures(**keys)[0]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out of ")]
+    assert len(lines) == 2 and "annotation 1" in lines[0], lines
+    assert lines[1].endswith("0001.jpg: 1 regions marked as crowds"), lines
+    assert len(datasets.split_pictures(**(keys | {"crowd": "keep"}))[0]) == 2
 
 
 def test_objects_that_overlap_have_boxes_of_their_own(tmp_path, jpeg):
     """COCO's polygons, and a file per mask: what another object covers belongs to the box too."""
     polygons = {5: [4, 4, 24, 4, 24, 14, 4, 14], 9: [10, 8, 30, 8, 30, 28, 10, 28]}
-    write_frames(tmp_path / "coco" / "train2017", jpeg, 1)
-    annotations = [
-        {"id": key, "image_id": 1, "iscrowd": 0, "segmentation": [points]} for key, points in polygons.items()
-    ]
-    content = {"images": [{"id": 1, "file_name": "0001.jpg", "width": 40, "height": 30}], "annotations": annotations}
-    (tmp_path / "coco" / "annotations").mkdir()
-    path = tmp_path / "coco" / "annotations" / "all.json"
-    path.write_text(json.dumps(content))
-    changes = {"train_images": "train2017", "train_annotations": "annotations/all.json", "val_annotations": None}
-    coco, _ = datasets.split_pictures(**data_keys("coco", tmp_path / "coco", val_fraction=0, **changes))
+    annotations = [{"iscrowd": 0, "segmentation": [points]} for points in polygons.values()]
+    coco, _ = datasets.split_pictures(**write_coco(tmp_path / "coco", jpeg, annotations))
     masks = {}
     for key, points in polygons.items():
         xs, ys = points[::2], points[1::2]

@@ -84,6 +84,7 @@ class FrameSource:
     started again.
 
     Attributes:
+        name: where the frames are: the file or folder given, or that of the first picture of a list.
         num_frames: how many the folder has, or the video's header says; None where it does not say.
         fps: the video's frames per second on average; None for pictures, and where the file does not say.
         sample_aspect: width over height of the video's pixels, as it asks to be shown; None: square.
@@ -112,6 +113,7 @@ class FrameSource:
         self._video_path: Path | None = None
         if not isinstance(source, (str, Path)):
             self._frame_paths = [Path(path) for path in source]
+            source = self._frame_paths[0].parent
         elif Path(source).suffix.lower() in PICTURE_SUFFIXES and Path(source).is_file():
             num_pages = count_pages(source)
             self._frame_paths = [Path(source)] * num_pages
@@ -126,15 +128,14 @@ class FrameSource:
             self._frame_paths = list_frames(source)
         if self._video_path is None:
             self.num_frames = len(self._frame_paths)
-
-    @property
-    def name(self) -> str:
-        """Where the frames are: the video's file, or the folder of the first picture."""
-        return str(self._video_path or self._frame_paths[0].parent)
+        self.name = str(source)
 
     def frame_name(self, index: int) -> str:
-        """Name a frame for messages: its file, or its number in the video."""
-        return f"{self._video_path}, frame {index}" if self._video_path else str(self._frame_paths[index])
+        """Name a frame for messages: its file, or its number in the video or file of pages."""
+        if self._video_path:
+            return f"{self._video_path}, frame {index}"
+        is_page = self._pages is not None and len(self._pages) > 1
+        return f"{self._frame_paths[index]}, page {index + 1}" if is_page else str(self._frame_paths[index])
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray | None, Exception | None]]:
         """Yield (index from 0, frame uint8 (H, W, 3) RGB or None, error or None)."""

@@ -385,8 +385,10 @@ def _read_picture(item: Item) -> list[Sequence]:
     path, frame_wh = item.image_path, read_frame_wh(item.image_path)
     if frame_wh is None:
         raise ValueError(f"image {path} is missing or cannot be read; copy it again, or remove its annotation")
-    layers = item.read().layers  # int32 (L, H, W)
+    layers, _, num_crowd, broken = item.read()  # layers int32 (L, H, W)
     check_same_size(item, frame_wh[::-1], layers.shape[1:])
+    for reason in [*broken, *([f"{num_crowd} regions marked as crowds"] if num_crowd else [])]:
+        print(f"left out of {item.name}: {reason}")
     sequences = []
     for layer, object_id, _ in object_ids(layers):
         box_xywh = np.array([_to_xywh(*mask_to_box(layers[layer] == object_id))], np.float64)
