@@ -380,8 +380,8 @@ def test_weights_are_found_in_what_others_wrap_round_them(wrapper, prefix, capsy
     weights = {"conv.weight": torch.ones(2), "conv.bias": torch.zeros(1)}
     wrapped = {prefix + name: values for name, values in weights.items()}
     state = {"epoch": 3, wrapper: wrapped} if wrapper else wrapped
-    found = checkpoint.find_weights(state, "x.pt")
-    assert found.keys() == weights.keys() and all(found[name] is weights[name] for name in weights)
+    read = checkpoint.find_weights(state, "x.pt")
+    assert read.keys() == weights.keys() and all(read[name] is weights[name] for name in weights)
     says = capsys.readouterr().out
     assert ("the entry" in says, "the prefix" in says) == (wrapper not in (None, "model"), prefix != "")
 

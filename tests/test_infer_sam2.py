@@ -60,7 +60,7 @@ compose_config = functools.partial(tiny.compose_config, "infer_sam2", "device=cp
 def run(folder, run_dir, *overrides):
     """Run infer in this process; {name: json}, label maps by name, and the failures."""
     run_dir.mkdir(exist_ok=True)
-    if not any(one.startswith("checkpoint=") for one in overrides):
+    if not any(override.startswith("checkpoint=") for override in overrides):
         overrides = [f"checkpoint={folder / 'best.pt'}", *overrides]
     failures = infer(compose_config(*overrides), run_dir)
     records = {path.stem: json.loads(path.read_text()) for path in run_dir.glob("*.json") if path.stem != "run"}
@@ -75,7 +75,7 @@ def run_command(*arguments, cwd):
 
 
 def masks_of(record):
-    return [coco_mask.decode(one["segmentation"]).astype(bool) for one in record["annotations"]]
+    return [coco_mask.decode(annotation["segmentation"]).astype(bool) for annotation in record["annotations"]]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_prompts_give_the_masks_of_the_official_predictor(folder, tmp_path, pred
         multimask_output=is_single_click,
     )
     assert len(masks) == (3 if is_single_click else 1)
-    assert [one["multimask_output"] for one in asked] == [is_single_click]
+    assert [prompt["multimask_output"] for prompt in asked] == [is_single_click]
     expected = masks[ious.argmax()] > 0
     (annotation,) = records["photo"]["annotations"]
     (mask,) = masks_of(records["photo"])
@@ -163,12 +163,15 @@ def test_several_objects_at_once_equal_one_at_a_time(folder, tmp_path, monkeypat
             "automatic.points_per_batch=2",
         ]
         record = run(folder, tmp_path / name, *arguments)[0]["photo"]
-        return {one["predicted_iou"]: mask for one, mask in zip(record["annotations"], masks_of(record), strict=True)}
+        return {
+            annotation["predicted_iou"]: mask
+            for annotation, mask in zip(record["annotations"], masks_of(record), strict=True)
+        }
 
     together = predict("together", objects)
     assert len(together) == len(objects)
-    for index, one in enumerate(objects):
-        ((iou, mask),) = predict(f"object{index}", [one]).items()
+    for index, object_prompt in enumerate(objects):
+        ((iou, mask),) = predict(f"object{index}", [object_prompt]).items()
         nearest = min(together, key=lambda other: abs(other - iou))
         assert nearest == pytest.approx(iou, abs=1e-5)
         assert (together[nearest] != mask).mean() < 1e-3
@@ -213,10 +216,10 @@ def test_fast_decoder_finds_the_same_masks(folder, tmp_path, mode, monkeypatch):
     fast = run(folder, tmp_path / "fast", f"input={folder / 'photo.png'}", *mode, "fast_decoder=true")
     assert calls
     assert (fast[1]["photo"] != exact[1]["photo"]).mean() < 1e-3
-    found, expected = masks_of(fast[0]["photo"]), masks_of(exact[0]["photo"])
-    assert len(found) == len(expected) >= 1
-    for one, other in zip(found, expected, strict=True):
-        assert (one & other).sum() >= 0.999 * (one | other).sum()
+    masks, expected = masks_of(fast[0]["photo"]), masks_of(exact[0]["photo"])
+    assert len(masks) == len(expected) >= 1
+    for mask, other in zip(masks, expected, strict=True):
+        assert (mask & other).sum() >= 0.999 * (mask | other).sum()
 
 
 def test_automatic_masks_and_their_files(folder, tmp_path):
@@ -226,7 +229,7 @@ def test_automatic_masks_and_their_files(folder, tmp_path):
     count = len(record["annotations"])
     assert 50 < count <= 3 * 6 * 6
     assert label_map.dtype == np.uint16 and label_map.max() >= 2
-    assert [one["id"] for one in record["annotations"]] == list(range(1, count + 1))
+    assert [annotation["id"] for annotation in record["annotations"]] == list(range(1, count + 1))
     taken = np.zeros(label_map.shape, bool)
     for annotation, mask in zip(record["annotations"], masks_of(record), strict=True):
         ys, xs = np.nonzero(mask)
@@ -367,7 +370,9 @@ def test_best_checkpoint_of_training_predicts_the_same_in_an_untouched_sam2(fold
     prompts_path.write_text(json.dumps([{"points": POINTS[:1]}, {"box": BOX}]))
     arguments = [f"checkpoint={best_path}", f"input={picture}", "mode=prompts", f"prompts_file={prompts_path}"]
     annotations = run(folder, tmp_path / "ours", *arguments)[0]["photo"]["annotations"]
-    ours = {len(one["point_coords"]): coco_mask.decode(one["segmentation"]) > 0 for one in annotations}
+    ours = {
+        len(annotation["point_coords"]): coco_mask.decode(annotation["segmentation"]) > 0 for annotation in annotations
+    }
 
     command = [sys.executable, "-c", UNTOUCHED_SAM2, best_path, picture, POINTS[0], BOX, tmp_path / "masks.npy"]
     done = subprocess.run([str(word) for word in command], cwd=tmp_path, capture_output=True, text=True)
@@ -439,7 +444,7 @@ def test_bad_input_is_one_clear_line(folder, tmp_path, monkeypatch, arguments, m
     write_image("empty.png", np.zeros((120, 160), np.uint8))
     Path("other.json").write_text('{"other.png": [{"box": [1, 2, 3, 4]}]}')
     Path("typo.json").write_text('[{"boxes": [1, 2, 3, 4]}]')
-    if not any(one.startswith("input=") for one in arguments):
+    if not any(argument.startswith("input=") for argument in arguments):
         arguments = ["input=photo.png", *arguments]
     with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
         run(folder, tmp_path / "run", *arguments)
@@ -482,6 +487,6 @@ def test_the_bundled_nano_finds_things_in_real_photographs(data_root, tmp_path):
     for path in sorted(pictures.glob("*.jpg")):
         annotations = json.loads((tmp_path / "run" / f"{path.stem}.json").read_text())["annotations"]
         label_map = cv2.imread(str(tmp_path / "run" / f"{path.stem}_labels.png"), cv2.IMREAD_UNCHANGED)
-        assert all(one["predicted_iou"] > 0.5 for one in annotations)
+        assert all(annotation["predicted_iou"] > 0.5 for annotation in annotations)
         num_masks, num_objects = num_masks + len(annotations), num_objects + int(label_map.max())
     assert num_masks >= 30 and num_objects >= 20

@@ -717,12 +717,12 @@ def test_real_coco(data_root):
     assert (count(report)["num_objects"], count(report)["num_crowd"]) == (47, 3)  # 50 segments
     content = json.loads((root / "panoptic_coco_detection_format.json").read_text())
     for item in items:
-        kept = [
+        masks_left = [
             coco_mask.decode(annotation["segmentation"]).astype(bool)
             for annotation in content["annotations"]
             if annotation["image_id"] == int(item.image_path.stem) and not annotation["iscrowd"]
         ]
-        assert_layers_hold(read_item(item)[1], kept)
+        assert_layers_hold(read_item(item)[1], masks_left)
     changes = {**COCO, "train_images": ".", "train_annotations": "annotations.json"}
     report = check_items(list_all("coco", data_root / "COCO_labelme_voc3" / "data_dataset_coco", **changes), check_item)
     assert count(report)["num_usable"] == 3 and count(report)["num_objects"] == 12

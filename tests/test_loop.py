@@ -101,7 +101,7 @@ def test_a_worse_evaluation_leaves_the_best_as_it_is(tmp_path):
     run, loop = make_run(), LoopState()
     assert update(*run[:2], loop, value=0.5) and loop.bad_evals == 0
     loops.save_run(tmp_path, loop, *run, {}, {}, is_best=True)
-    kept = load_checkpoint(tmp_path / "best.pt")["model"]
+    weights = load_checkpoint(tmp_path / "best.pt")["model"]
     for number, value in enumerate([0.5, 0.4], start=1):  # as good is not better
         assert not update(*run[:2], loop, value=value) and loop.bad_evals == number
     loops.save_run(tmp_path, loop, *run, {}, {}, is_best=False)
@@ -109,7 +109,7 @@ def test_a_worse_evaluation_leaves_the_best_as_it_is(tmp_path):
     (tmp_path / "new").mkdir()
     resume_run(tmp_path / "last.pt", tmp_path / "new", *make_run(seed=1))
     best = load_checkpoint(tmp_path / "new" / "best.pt")["model"]
-    assert all(torch.equal(best[name], kept[name]) for name in kept)
+    assert all(torch.equal(best[name], weights[name]) for name in weights)
 
 
 def test_running_means_are_those_of_the_closed_form():

@@ -49,7 +49,7 @@ COMMANDS = {
     "infer_automatic": (
         "train_sam2",
         infer_sam2,
-        " ".join(["input=DATA/images/101.png checkpoint=RUN/best.pt", *(f"automatic.{one}" for one in AUTOMATIC)]),
+        " ".join(["input=DATA/images/101.png checkpoint=RUN/best.pt", *(f"automatic.{key}" for key in AUTOMATIC)]),
     ),
     "siamfc_resume": ("train_siamfc", train_siamfc, "resume=RUN"),
     "track": ("train_siamfc", track, "checkpoint=RUN/best.pt input=DATA/val/val_001"),

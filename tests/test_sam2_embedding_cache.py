@@ -142,12 +142,12 @@ def test_entry_brings_back_what_was_encoded(name, is_projected, precision, root,
             pairs = [*zip(restored[:3], maps[:3], strict=True)]
             pairs += [(embedded.image_embeddings, expected.image_embeddings)]
             pairs += [*zip(embedded.high_res_features, expected.high_res_features, strict=True)]
-            for one, other in pairs:
-                assert one.dtype == other.dtype and one.shape == other.shape and one.stride() == other.stride()
+            for ours, other in pairs:
+                assert ours.dtype == other.dtype and ours.shape == other.shape and ours.stride() == other.stride()
                 if stored == "fp32":
-                    assert torch.equal(one, other)
+                    assert torch.equal(ours, other)
                 limit = 2e-2 if precision == "bf16" else 4e-3
-                torch.testing.assert_close(one, other, atol=limit, rtol=limit)
+                torch.testing.assert_close(ours, other, atol=limit, rtol=limit)
         joined = join_pictures(parts)
         for level in range(3):
             assert torch.equal(joined[level], torch.cat([part[level] for part in parts]))
@@ -322,14 +322,14 @@ def test_two_processes_fill_one_folder_at_once(root, tmp_path, filled):
     script = FILLER.format(root=str(tiny.ROOT), tests=str(tiny.ROOT / "tests"), data=str(root), folder=folder)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     both = [subprocess.Popen([sys.executable, "-c", script], **pipes) for _ in range(2)]
-    for one in both:  # both have listed the empty folder before either writes
-        assert any(line.startswith(f"ready {NUM_ENTRIES}") for line in iter(one.stdout.readline, ""))
-    for one in both:
-        one.stdin.write("go\n")
-        one.stdin.flush()
-    for one in both:
-        _, errors = one.communicate(timeout=100)
-        assert one.returncode == 0, errors[-2000:]
+    for process in both:  # both have listed the empty folder before either writes
+        assert any(line.startswith(f"ready {NUM_ENTRIES}") for line in iter(process.stdout.readline, ""))
+    for process in both:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in both:
+        _, errors = process.communicate(timeout=100)
+        assert process.returncode == 0, errors[-2000:]
     assert list_files(tmp_path / "cache") == list_files(filled)  # whole, nothing else, and bit for bit
 
 
@@ -358,8 +358,8 @@ def test_losses_are_those_without_a_cache(trainable, root, tmp_path, quick, num_
         assert len(num_encoded) == NUM_ENTRIES
         np.testing.assert_allclose(losses[:, 0], expected[:, 0], rtol=limit, atol=0)
         assert (losses != expected).any() or stored == "fp32"  # fp16 rounds: it is no default
-        for one, other in zip(values, expected_values, strict=True):
-            assert one == pytest.approx(other, abs=1e-6 if stored == "fp32" else 0.05)
+        for value, other in zip(values, expected_values, strict=True):
+            assert value == pytest.approx(other, abs=1e-6 if stored == "fp32" else 0.05)
     assert len(list((tmp_path / "cache").glob("*/*.emb"))) == 2 * NUM_ENTRIES
 
 

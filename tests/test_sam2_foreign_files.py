@@ -155,12 +155,17 @@ def test_each_mask_names_its_prompt_and_a_prompt_without_one_is_listed(folder, t
         run_dir = tmp_path / f"run{number}"
         alone += masks_of(run(folder, run_dir, *arguments, write_prompts(tmp_path, [prompt]))[0]["photo"])
     record = run(folder, tmp_path / "all", *arguments, write_prompts(tmp_path, objects))[0]["photo"]
-    assert sorted(one["prompt"] for one in record["annotations"]) == [0, 1, 2] and record["prompts_without_mask"] == []
+    assert (
+        sorted(annotation["prompt"] for annotation in record["annotations"]) == [0, 1, 2]
+        and record["prompts_without_mask"] == []
+    )
     for annotation, mask in zip(record["annotations"], masks_of(record), strict=True):
         assert (mask != alone[annotation["prompt"]]).mean() < 1e-3
     empty_points.append([POINTS[0][:2]])
     record = run(folder, tmp_path / "two", *arguments, write_prompts(tmp_path, objects))[0]["photo"]
-    assert sorted(one["prompt"] for one in record["annotations"]) == [1, 2] and record["prompts_without_mask"] == [0]
+    assert sorted(annotation["prompt"] for annotation in record["annotations"]) == [1, 2] and record[
+        "prompts_without_mask"
+    ] == [0]
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])

@@ -202,7 +202,7 @@ def test_logits_are_those_of_the_official_predictor(tiny, prompt, multimask_outp
 def test_prompts_move_the_logits(tiny):
     """The comparison above would mean nothing if every prompt gave the same mask."""
     side = tiny[0].image_size // 4
-    one = predict_ours(tiny, POINTS[:1], [1], None, True)[0]
+    clicked = predict_ours(tiny, POINTS[:1], [1], None, True)[0]
     for other in (
         predict_ours(tiny, POINTS[1:2], [1], None, True)[0],
         predict_ours(tiny, POINTS[:1], [0], None, True)[0],
@@ -210,7 +210,7 @@ def test_prompts_move_the_logits(tiny):
         predict_ours(tiny, POINTS[:1], [1], torch.full((1, 1, side, side), 5.0), True)[0],
         predict_ours(tiny, [*POINTS[:1], [0.0, 0.0]], [1, -1], None, True)[0],  # padding moves logits: never pad
     ):
-        assert (one - other).abs().max() > 1e-3
+        assert (clicked - other).abs().max() > 1e-3
 
 
 def test_decoder_falls_back_to_the_best_of_three_in_eval_mode_as_official(tiny, monkeypatch):
@@ -265,10 +265,10 @@ def test_encoding_in_two_parts_is_sam2s_own_bit_for_bit(name, is_training, preci
             models.finish_embeddings(model, models.project_high_res(model, maps)),
             models.encode(model, images),
         ):
-            found = [*embeddings.high_res_features, embeddings.image_embeddings]
-            for one, other in zip(found, expected, strict=True):
-                assert one.dtype == other.dtype and torch.equal(one, other)
-            sum(values.float().square().sum() for values in found).backward()
+            embedded = [*embeddings.high_res_features, embeddings.image_embeddings]
+            for array, other in zip(embedded, expected, strict=True):
+                assert array.dtype == other.dtype and torch.equal(array, other)
+            sum(values.float().square().sum() for values in embedded).backward()
     still = {name for name, values in model.named_parameters() if values.requires_grad and values.grad is None}
     assert not {name for name in still if "conv_s" in name or "no_mem_embed" in name}
 
@@ -381,9 +381,9 @@ def test_many_objects_on_one_picture_equal_one_at_a_time(nano):
         zeros = torch.zeros(3, dtype=torch.long)
         together = models.decode(nano, embeddings, zeros, point_coords, point_labels, mask_inputs, False)
         for k in range(3):
-            one = slice(k, k + 1)
-            prompt = point_coords[one], point_labels[one], mask_inputs[one]
-            alone = models.decode(nano, embeddings, zeros[one], *prompt, False)
+            row = slice(k, k + 1)
+            prompt = point_coords[row], point_labels[row], mask_inputs[row]
+            alone = models.decode(nano, embeddings, zeros[row], *prompt, False)
             for part, whole in zip(alone, together, strict=True):
                 torch.testing.assert_close(part[0], whole[k], atol=1e-4, rtol=0)
     assert (together[0][0] - together[0][1]).abs().max() > 1e-2
@@ -407,18 +407,18 @@ def test_conv_trunk_has_four_strides_and_a_batch_of_one_is_the_same():
 @pytest.fixture(scope="module")
 def state_dicts() -> dict[str, dict]:
     """Shapes of every model's weights by name, and the models' parameter counts under "count <name>"."""
-    linspace, found = torch.linspace, {}
+    linspace, numbers = torch.linspace, {}
     torch.linspace = lambda *args, **keys: linspace(*args, **keys | {"device": "cpu"})  # Hiera reads its values
     try:
         for name in NAMES:
             config = model_config(name)["config"]
             with torch.device("meta"):
                 model = models._build_nano(256) if config is None else models._build_official(config, 1024)
-            found[name] = model.state_dict()
-            found[f"count {name}"] = sum(p.numel() for p in model.parameters())
+            numbers[name] = model.state_dict()
+            numbers[f"count {name}"] = sum(p.numel() for p in model.parameters())
     finally:
         torch.linspace = linspace
-    return found
+    return numbers
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -725,7 +725,7 @@ def test_gradients_are_the_same_every_time_in_several_threads():
     model = build_random("sam2_nano", 256)
     with torch.no_grad():
         image_embeddings, features = models.encode(model, torch.randn(2, 3, 256, 256))
-    features = [one.requires_grad_() for one in features]
+    features = [feature.requires_grad_() for feature in features]
     coords, labels = torch.rand(32, 1, 2) * 256, torch.ones(32, 1, dtype=torch.int32)
     image_index = torch.arange(32) % 2
     num_threads, first = torch.get_num_threads(), None
@@ -736,6 +736,6 @@ def test_gradients_are_the_same_every_time_in_several_threads():
             masks, _, _ = models.decode(model, embeddings, image_index, coords, labels, None, multimask_output=True)
             grads = torch.autograd.grad(masks.square().sum(), features)
             first = first or grads
-            assert all(torch.equal(one, other) for one, other in zip(first, grads, strict=True))
+            assert all(torch.equal(grad, other) for grad, other in zip(first, grads, strict=True))
     finally:
         torch.set_num_threads(num_threads)

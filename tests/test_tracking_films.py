@@ -221,13 +221,15 @@ def test_boxes_of_a_long_film_are_kept_as_it_goes(tmp_path, monkeypatch):
     (tmp_path / "frames").mkdir()
     for index, frame in enumerate(frames):
         write_image(tmp_path / "frames" / f"{index}.png", frame)
-    kept, write_tracks = [], script.write_tracks
+    lines, write_tracks = [], script.write_tracks
     monkeypatch.setattr(script, "KEEP_EVERY_S", 0.0)
     monkeypatch.setattr(
-        script, "write_tracks", lambda *args: write_tracks(*args) or kept.append(len(read_lines(args[0] / "boxes.txt")))
+        script,
+        "write_tracks",
+        lambda *args: write_tracks(*args) or lines.append(len(read_lines(args[0] / "boxes.txt"))),
     )
     run(tmp_path / "run", f"input={tmp_path / 'frames'}", f"box={as_text(boxes[0])}")
-    assert kept == [1, 2, 3, 4, 5, 6, 6] and count_frames(tmp_path / "run" / "overlay.mp4") == 6
+    assert lines == [1, 2, 3, 4, 5, 6, 6] and count_frames(tmp_path / "run" / "overlay.mp4") == 6
 
 
 @pytest.mark.parametrize("suffix", ["tif", "gif", "png", "webp"])

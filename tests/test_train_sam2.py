@@ -217,16 +217,16 @@ def test_fast_decoder_trains_the_same_up_to_rounding_and_off_is_the_default(cach
     cache = f"cache={tmp_path / 'cache'}" if cache == "folder" else "cache=off"
     overrides = [*tiny.tiny_overrides(root), "train.steps=2", "train.eval_every=2", "cache_precision=fp32", cache]
     overrides += ["train.clip_norm=1e9"]  # Adam's first steps are the gradients' signs: compare losses, not weights
-    found, calls = {}, []
+    rows_of, calls = {}, []
     monkeypatch.setattr(models, "decode_fast", lambda *args, **keys: calls.append(1) or decode_fast(*args, **keys))
     for name in ("default", "fast_decoder=false", "fast_decoder=true"):
         config = tiny.compose_config(*overrides, *([] if name == "default" else [name]))
-        found[name] = tiny.train_in(tmp_path / name, config)["metrics"]
+        rows_of[name] = tiny.train_in(tmp_path / name, config)["metrics"]
         assert bool(calls) == (name == "fast_decoder=true")
-    losses = {name: [row["train/loss"] for row in rows if "train/loss" in row] for name, rows in found.items()}
+    losses = {name: [row["train/loss"] for row in rows if "train/loss" in row] for name, rows in rows_of.items()}
     assert losses["default"] == losses["fast_decoder=false"] and len(losses["default"]) == 2
     np.testing.assert_allclose(losses["fast_decoder=true"], losses["default"], rtol=1e-4)
-    norms = [next(row["train/grad_norm"] for row in rows if "train/grad_norm" in row) for rows in found.values()]
+    norms = [next(row["train/grad_norm"] for row in rows if "train/grad_norm" in row) for rows in rows_of.values()]
     np.testing.assert_allclose(norms[2], norms[0], rtol=1e-4)
 
 
@@ -243,15 +243,15 @@ def test_groups_of_parameters(model):
     optim = train_sam2.OptimSettings(1e-3, 0.1, [0.9, 0.999], 0.2, 0, 0.1)
     named = dict(model.named_parameters())
     names = {id(parameter): name for name, parameter in named.items()}
-    found = {}
+    groups = {}
     for group in train_sam2.parameter_groups(named, optim):
         for parameter in group["params"]:
-            assert names[id(parameter)] not in found
-            found[names[id(parameter)]] = (group["lr_factor"], group["weight_decay"])
-    assert found.keys() == set(names.values())
-    assert found["image_encoder.trunk.stages.0.0.conv1.weight"] == (0.1, 0.2)
-    assert found["image_encoder.trunk.stages.0.0.norm.weight"] == (0.1, 0.0)
-    assert found["sam_mask_decoder.conv_s0.weight"] == (1.0, 0.2)
+            assert names[id(parameter)] not in groups
+            groups[names[id(parameter)]] = (group["lr_factor"], group["weight_decay"])
+    assert groups.keys() == set(names.values())
+    assert groups["image_encoder.trunk.stages.0.0.conv1.weight"] == (0.1, 0.2)
+    assert groups["image_encoder.trunk.stages.0.0.norm.weight"] == (0.1, 0.0)
+    assert groups["sam_mask_decoder.conv_s0.weight"] == (1.0, 0.2)
     undecayed = [
         "no_mem_embed",
         "sam_mask_decoder.conv_s0.bias",
@@ -260,7 +260,7 @@ def test_groups_of_parameters(model):
         "sam_prompt_encoder.point_embeddings.0.weight",
     ]
     for name in undecayed:
-        assert found[name] == (1.0, 0.0), name
+        assert groups[name] == (1.0, 0.0), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -362,10 +362,10 @@ def test_sample_is_aligned_in_the_square_frame(root):
 
 def test_sample_is_a_function_of_seed_and_index(root):
     config = tiny.configure(root, "data.color_jitter=0.3")
-    one, other = tiny.make_dataset(config), tiny.make_dataset(config)
-    assert not tiny.differences(one[5], [other[index] for index in (9, 5)][1])
+    dataset, other = tiny.make_dataset(config), tiny.make_dataset(config)
+    assert not tiny.differences(dataset[5], [other[index] for index in (9, 5)][1])
     other_seed = tiny.make_dataset(config | {"seed": 1})
-    assert [one[index]["name"] for index in range(8)] != [other_seed[index]["name"] for index in range(8)]
+    assert [dataset[index]["name"] for index in range(8)] != [other_seed[index]["name"] for index in range(8)]
     item = tiny.list_training_items(config)[0]  # of the same picture, other prompts
     assert tiny.differences(tiny.make_dataset(config, [item])[0], tiny.make_dataset(config | {"seed": 1}, [item])[0])
 
@@ -475,13 +475,13 @@ def test_rounds_of_prompting(name, num_rounds, num_clicks, detach, root, model, 
     starts = set()
     for sample_index in range(6):
         rounds, _ = record_rounds(root, model, monkeypatch, sample_index, f"prompts={name}")
-        counts = [one["count"] for one in rounds]
+        counts = [given["count"] for given in rounds]
         starts.add(tuple(rounds[0]["labels"]))
         assert len(rounds) == num_rounds and counts[-1] - counts[0] == num_clicks
         assert set(np.diff(counts)) <= {0, 1}
-        assert [one["multimask"] for one in rounds] == [count == 1 for count in counts]
-        assert [one["mask_inputs"] is None for one in rounds] == [True] + [False] * (num_rounds - 1)
-        assert all(one["mask_inputs"].requires_grad != detach for one in rounds[1:])
+        assert [given["multimask"] for given in rounds] == [count == 1 for count in counts]
+        assert [given["mask_inputs"] is None for given in rounds] == [True] + [False] * (num_rounds - 1)
+        assert all(given["mask_inputs"].requires_grad != detach for given in rounds[1:])
         if name == "sam_paper":
             assert counts[-1] == counts[-2]  # the last round has no new click
         for before, after in zip(rounds[:-1], rounds[1:], strict=True):  # of highest predicted IoU, limited
@@ -545,13 +545,15 @@ def test_correction_clicks_lie_in_the_error(root, model, monkeypatch):
         overrides = ("prompts=sam_paper", "prompts.mask_only_rounds=0")
         rounds, batch = record_rounds(root, model, monkeypatch, sample_index, *overrides)
         mask = batch["masks"][0]
-        for one in rounds[1:]:
-            logits = torch.nn.functional.interpolate(one["mask_inputs"], (64, 64), mode="bilinear", align_corners=False)
+        for given in rounds[1:]:
+            logits = torch.nn.functional.interpolate(
+                given["mask_inputs"], (64, 64), mode="bilinear", align_corners=False
+            )
             error = mask ^ (logits[0, 0] > 0)
-            x, y = one["coords"][-1].long().tolist()
+            x, y = given["coords"][-1].long().tolist()
             assert error[y, x] or not error.any()
-            assert one["labels"][-1] == int(mask[y, x])
-            labels.add(one["labels"][-1])
+            assert given["labels"][-1] == int(mask[y, x])
+            labels.add(given["labels"][-1])
     assert labels == {0, 1}
 
 
@@ -560,7 +562,7 @@ def test_last_round_has_no_click_for_objects_with_few_corrections(root, model, m
     for sample_index in range(8):
         overrides = ("prompts=point", "prompts.max_corrections=3", "prompts.mask_only_rounds=2")
         rounds, _ = record_rounds(root, model, monkeypatch, sample_index, *overrides)
-        counts = [one["count"] for one in rounds]
+        counts = [given["count"] for given in rounds]
         lengths.add(len(counts))
         assert counts[-1] == counts[-2] == len(counts) - 2
     assert len(lengths) > 1
@@ -620,7 +622,7 @@ def test_click_similarity_equals_a_loop():
     embeddings = Embeddings(levels[2], levels[:2])
     point_coords, image_index = torch.tensor([[10.0, 37.0], [63.0, 0.0], [0.0, 63.9]]), torch.tensor([1, 0, 0])
     logits = train_sam2.click_similarity(embeddings, image_index, point_coords, 64)
-    for (x, y), image, found in zip(point_coords.tolist(), image_index.tolist(), logits, strict=True):
+    for (x, y), image, similarities in zip(point_coords.tolist(), image_index.tolist(), logits, strict=True):
         expected = -1.0
         for level in levels:
             stride, features = 64 // level.shape[-1], level[image].numpy()
@@ -630,7 +632,7 @@ def test_click_similarity_equals_a_loop():
             )
             similarity = torch.from_numpy(similarity / np.sqrt(len(clicked))).float()[None, None]
             expected = expected + torch.nn.functional.interpolate(similarity, (16, 16), mode="bilinear")[0]
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(similarities, expected, atol=1e-4, rtol=0)
 
 
 def test_loss_size_is_the_side_on_which_the_loss_is_computed(root, tmp_path, quick, monkeypatch):
@@ -659,8 +661,8 @@ def measure_slowly(predictor, items, clicks):
     """The metrics by sam2's predictor and click sampler, object by object; and those of the first mask."""
     from sam2.modeling.sam2_utils import sample_one_point_from_error_center
 
-    found = {f"val/iou_{n}_click" + ("s" if n > 1 else ""): [] for n in clicks}
-    found |= {"val/oracle_iou_1_click": [], "val/iou_box": [], "first_mask": []}
+    measured = {f"val/iou_{n}_click" + ("s" if n > 1 else ""): [] for n in clicks}
+    measured |= {"val/oracle_iou_1_click": [], "val/iou_box": [], "first_mask": []}
 
     def iou(pred_mask, mask):
         return (pred_mask & mask).sum() / (pred_mask | mask).sum()
@@ -674,7 +676,7 @@ def measure_slowly(predictor, items, clicks):
             pred_masks, _, _ = predictor.predict(
                 box=np.array([xs.min(), ys.min(), xs.max(), ys.max()]), multimask_output=False
             )
-            found["val/iou_box"].append(iou(pred_masks[0] > 0, mask))
+            measured["val/iou_box"].append(iou(pred_masks[0] > 0, mask))
             pred_mask, low_res_mask, coords, labels = np.zeros_like(mask), None, [], []
             for count in range(1, max(clicks) + 1):
                 point, label = sample_one_point_from_error_center(
@@ -688,11 +690,11 @@ def measure_slowly(predictor, items, clicks):
                 best = scores.argmax()
                 pred_mask, low_res_mask = pred_masks[best] > 0, low_res_masks[best : best + 1]
                 if count == 1:
-                    found["val/oracle_iou_1_click"].append(max(iou(one > 0, mask) for one in pred_masks))
-                    found["first_mask"].append(iou(pred_masks[0] > 0, mask))
+                    measured["val/oracle_iou_1_click"].append(max(iou(pred_mask > 0, mask) for pred_mask in pred_masks))
+                    measured["first_mask"].append(iou(pred_masks[0] > 0, mask))
                 if count in clicks:
-                    found[f"val/iou_{count}_click" + ("s" if count > 1 else "")].append(iou(pred_mask, mask))
-    return {name: float(np.mean(values)) for name, values in found.items()}
+                    measured[f"val/iou_{count}_click" + ("s" if count > 1 else "")].append(iou(pred_mask, mask))
+    return {name: float(np.mean(values)) for name, values in measured.items()}
 
 
 def test_evaluation_equals_a_slow_loop_with_the_official_predictor(root, model, predictor, tmp_path):

@@ -515,7 +515,7 @@ def test_key_that_a_layout_of_pictures_does_not_take_is_named(tmp_path):
     with pytest.raises(ValueError, match="^unknown key data.vessel; must be among data.image_dir, .*data.on_bad$"):
         script.list_data(keys | {"vessel": "full"})
     given = {"image_dir": "images", "label_dir": "labels", "label_ending": "", "ignore_ids": []}  # what null stands for
-    lists = [[one.name for part in script.list_data(one) for one in part] for one in (keys, keys | given)]
+    lists = [[sequence.name for part in script.list_data(own) for sequence in part] for own in (keys, keys | given)]
     assert lists[0] == lists[1] and lists[0]
 
 

@@ -107,20 +107,20 @@ def without_timing(values):
     return {name: value for name, value in values.items() if name not in TIMED}
 
 
-def differences(one, other, name: str = "") -> list[str]:
+def differences(ours, other, name: str = "") -> list[str]:
     """Name the places where two nested structures of tensors and plain values differ, bit for bit."""
-    if isinstance(one, torch.Tensor):
-        return [] if isinstance(other, torch.Tensor) and torch.equal(one, other) else [name]
-    if isinstance(one, dict) and isinstance(other, dict):
-        if one.keys() != other.keys():
-            return [f"{name}: keys {sorted(map(str, one.keys() ^ other.keys()))}"]
-        return [place for key in one for place in differences(one[key], other[key], f"{name}/{key}")]
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        if len(one) != len(other):
-            return [f"{name}: {len(one)} and {len(other)} entries"]
-        pairs = enumerate(zip(one, other, strict=True))
+    if isinstance(ours, torch.Tensor):
+        return [] if isinstance(other, torch.Tensor) and torch.equal(ours, other) else [name]
+    if isinstance(ours, dict) and isinstance(other, dict):
+        if ours.keys() != other.keys():
+            return [f"{name}: keys {sorted(map(str, ours.keys() ^ other.keys()))}"]
+        return [place for key in ours for place in differences(ours[key], other[key], f"{name}/{key}")]
+    if isinstance(ours, (list, tuple)) and isinstance(other, (list, tuple)):
+        if len(ours) != len(other):
+            return [f"{name}: {len(ours)} and {len(other)} entries"]
+        pairs = enumerate(zip(ours, other, strict=True))
         return [place for index, (a, b) in pairs for place in differences(a, b, f"{name}[{index}]")]
-    return [] if one == other else [f"{name}: {one} and {other}"]
+    return [] if ours == other else [f"{name}: {ours} and {other}"]
 
 
 def run_differences(run_dir: Path, other_dir: Path) -> list[str]:

@@ -93,8 +93,8 @@ def _versions() -> dict[str, str]:
 def _machine() -> dict:
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        cpu = found.group(1) if found else cpu
+        model_name = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        cpu = model_name.group(1) if model_name else cpu
     machine = {"host": platform.node(), "system": platform.platform(), "cpu": cpu, "cores": num_cores()}
     machine["torch_threads"] = torch.get_num_threads()
     machine["cuda_devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

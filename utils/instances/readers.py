@@ -243,10 +243,11 @@ def _list_coco_file(image_dir: Path, annotation_path: Path, image_dir_name: str,
 
 def _coco_entry(image: dict, annotations: list[dict], with_crowds: bool) -> tuple[str, int]:
     """Return what `read_coco` reads of a picture, and how many crowd regions are left out."""
-    objects = [one for one in annotations if with_crowds or one.get("iscrowd") not in (1, "1", "true")]
+    are_left_out = [annotation.get("iscrowd") in (1, "1", "true") and not with_crowds for annotation in annotations]
+    objects = [annotation for annotation, is_left_out in zip(annotations, are_left_out, strict=True) if not is_left_out]
     entry = {
         "orig_hw": [image.get("height"), image.get("width")],
-        "annotations": [{key: one.get(key) for key in ("id", "segmentation")} for one in objects],
+        "annotations": [{key: annotation.get(key) for key in ("id", "segmentation")} for annotation in objects],
     }
     return json.dumps(entry), len(annotations) - len(objects)
 
