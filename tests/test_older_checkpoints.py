@@ -45,7 +45,8 @@ COMMANDS = {
     "infer_prompts": (
         "train_sam2",
         infer_sam2,
-        "mode=prompts input=DATA/images/101.png checkpoint=RUN/best.pt fast_decoder=false boxes=[[5,5,20,40],[30,10,60,40]]",
+        "mode=prompts input=DATA/images/101.png checkpoint=RUN/best.pt fast_decoder=false "
+        "boxes=[[5,5,20,40],[30,10,60,40]]",
     ),
     "infer_automatic": (
         "train_sam2",
