@@ -663,6 +663,37 @@ def draw_sample(
 # the run
 
 
+def find_cache_obstacle(trainable: dict[str, torch.nn.Parameter], settings: Config) -> str | None:
+    """Say why embeddings cannot be kept, or None."""
+    if trained := [name for name in trainable if name.startswith("image_encoder.")]:
+        return f"train.trainable has parts of the image encoder ({trained[0]}, ...), so embeddings change at every step"
+    if settings.data.augmentation.color_jitter > 0:
+        return f"data.color_jitter is {settings.data.augmentation.color_jitter}, so no picture is seen twice as it was"
+    return None
+
+
+def is_projected(trainable: dict[str, torch.nn.Parameter]) -> bool:
+    """Tell whether the cache can hold the fine maps after conv_s0 and conv_s1, because these do not train."""
+    return not any(name.startswith(embedding_cache.HIGH_RES_CONVS) for name in trainable)
+
+
+def describe_cache(
+    model: torch.nn.Module,
+    trainable: dict[str, torch.nn.Parameter],
+    settings: Config,
+    num_train: int,
+    num_val: int,
+    encoder_share: float,
+) -> str:
+    """Say what a run without a cache could save with it: the encoder's share of a step, for so much disk."""
+    num_bytes = embedding_cache.count_entry_bytes(model, is_projected(trainable), settings.cache_precision)
+    num_bytes *= num_train * (1 + settings.data.augmentation.hflip) + num_val
+    return (
+        f"the frozen image encoder takes {encoder_share:.0%} of a step: cache=auto leaves it out, for "
+        f"{num_bytes / 2**30:.2f} GiB on disk"
+    )
+
+
 def cache_embeddings(
     model: torch.nn.Module,
     trainable: dict[str, torch.nn.Parameter],
@@ -681,19 +712,13 @@ def cache_embeddings(
     Raises:
         ValueError: where a cache is asked for and cannot be, and as `fill_cache`.
     """
-    obstacle, augmentation = None, settings.data.augmentation
-    if trained := [name for name in trainable if name.startswith("image_encoder.")]:
-        obstacle = (
-            f"train.trainable has parts of the image encoder ({trained[0]}, ...), so embeddings change at every step"
-        )
-    elif augmentation.color_jitter > 0:
-        obstacle = f"data.color_jitter is {augmentation.color_jitter}, so no picture is seen twice as it was"
-    is_projected = not any(name.startswith(embedding_cache.HIGH_RES_CONVS) for name in trainable)
+    flips = (False, True)[: 1 + settings.data.augmentation.hflip]
     used_items = train_items if settings.train.steps > 0 else []
-    pictures = [(item.image_path, flip) for item in used_items for flip in (False, True)[: 1 + augmentation.hflip]]
+    pictures = [(item.image_path, is_mirrored) for item in used_items for is_mirrored in flips]
     pictures += [(item.image_path, False) for item in val_items]
+    obstacle = find_cache_obstacle(trainable, settings)
     plan = embedding_cache.plan_cache(
-        model, settings.cache, settings.cache_precision, precision, is_projected, pictures, obstacle
+        model, settings.cache, settings.cache_precision, precision, is_projected(trainable), pictures, obstacle
     )
     if plan is None:
         return None
@@ -715,6 +740,35 @@ def parameter_groups(trainable: dict[str, torch.nn.Parameter], optim: OptimSetti
     return list(groups.values())
 
 
+def list_data(settings: Config, run_dir: Path, resume_path: Path | None) -> tuple[dict[str, list[Item]], dict]:
+    """List the pictures of each split, check them, and leave out what cannot be used.
+
+    Returns:
+        {"train": items, "val": items}, and counts for the run's record.
+    Raises:
+        FileNotFoundError, ValueError: as `split_items`, `check_data` and `keep_splits`; for a split without a picture.
+    """
+    reader_keys = dict(settings.data.reader_keys)
+    generate = reader_keys.pop("generate", None)
+    check_keys(split_items, reader_keys, "data")
+    if generate is not None:
+        reader_keys["root"] = str(write_samples(generate, reader_keys["root"]))
+    root, on_bad = reader_keys["root"], reader_keys["on_bad"]
+    # check=true lists pairs that lack a file with all other faults
+    train_items, val_items = split_items(**reader_keys | {"on_bad": "skip" if settings.check else on_bad})
+    stored = loops.stored_splits(resume_path)
+    splits = loops.keep_splits(stored, {"train": train_items, "val": val_items})
+    splits, counts = check_data(splits, settings.data.min_area_px, on_bad, run_dir, list_all=settings.check)
+    if settings.check:
+        return splits, counts
+    splits = loops.keep_splits(stored, splits)  # what the run had is usable still
+    if settings.train.steps > 0 and not splits["train"]:
+        raise ValueError(f"data.root {root} has no training picture with objects")
+    if not splits["val"]:
+        raise ValueError(f"data.root {root} has no validation picture with objects: see data.val_fraction")
+    return splits, counts
+
+
 def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     """Train as configured and return the best value of `train.select_by`.
 
@@ -726,30 +780,15 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     config = fix_decoder(config)
     settings = read_settings(Config, config)
     common, train_settings, optim_settings = settings.common, settings.train, settings.optim
-    min_area_px, reader_keys = settings.data.min_area_px, dict(settings.data.reader_keys)
     device = run.choose_device(common.device)
     precision = run.choose_precision(common.precision, device)
     run.seed_everything(common.seed)
 
     # data: list, check, leave out what cannot be used
-    generate = reader_keys.pop("generate", None)
-    check_keys(split_items, reader_keys, "data")
-    root = reader_keys["root"]
-    if generate is not None:
-        root = reader_keys["root"] = str(write_samples(generate, root))
-    on_bad = reader_keys["on_bad"]  # check=true lists pairs that lack a file with all other faults
-    train_items, val_items = split_items(**reader_keys | {"on_bad": "skip" if settings.check else on_bad})
-    stored = loops.stored_splits(resume_path)
-    splits = loops.keep_splits(stored, {"train": train_items, "val": val_items})
-    splits, counts = check_data(splits, min_area_px, on_bad, run_dir, list_all=settings.check)
+    splits, counts = list_data(settings, run_dir, resume_path)
     if settings.check:
         return float("nan")
-    splits = loops.keep_splits(stored, splits)  # what the run had is usable still
     train_items, val_items = splits["train"], splits["val"][: train_settings.eval_images]
-    if train_settings.steps > 0 and not train_items:
-        raise ValueError(f"data.root {root} has no training picture with objects")
-    if not val_items:
-        raise ValueError(f"data.root {root} has no validation picture with objects: see data.val_fraction")
     start_run(run_dir, config, counts)
 
     # model and optimizer
@@ -797,6 +836,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         common.num_workers,
         device,
     )
+    hints_at_cache = settings.cache in ("off", False) and find_cache_obstacle(trainable, settings) is None
+    timed_step = loop.step + 1  # the first one is slower
     progress = tqdm(total=train_settings.steps, initial=loop.step, desc="train", disable=None)
     window = loops.SpeedWindow(loop.step)
     while True:
@@ -808,7 +849,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
                 metrics = evaluate(
                     model,
                     val_items,
-                    min_area_px,
+                    settings.data.min_area_px,
                     train_settings.eval_clicks,
                     precision,
                     samples_dir,
@@ -847,8 +888,11 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             batch |= loops.to_device({key: batch[key] for key in batch if key not in READ_ON_CPU}, device)
 
             # 3. forward and backward, part by part
+            is_timed = hints_at_cache and loop.step == timed_step
+            start_s = run.now_s(device) if is_timed else 0.0
             with run.autocast(device, precision):
                 embeddings = embedding_cache.embed(model, batch["pictures"])
+            encoded_s = run.now_s(device) if is_timed else 0.0
             cut_embeddings, leaves = models.cut(embeddings)
             for chosen, object_loss, object_iou in prompted_losses(
                 model,
@@ -879,6 +923,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         loop.step += 1
 
         # 6. log
+        if is_timed:
+            encoder_share = (encoded_s - start_s) / (run.now_s(device) - start_s)
+            tqdm.write(describe_cache(model, trainable, settings, len(train_items), len(val_items), encoder_share))
         means = loops.running_means(loop.running, {"train/loss": step_loss, "train/iou": step_iou})
         progress.update()
         if loop.step % train_settings.log_every == 0 or loop.step == train_settings.steps:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -957,3 +958,25 @@ def test_dataset_without_objects(root, tmp_path, quick):
     write_label_map(empty / "labels" / "001.png", np.ones((48, 64), np.int32))
     with pytest.raises(ValueError, match="no validation picture with objects"):
         tiny.train_in(tmp_path / "again", tiny.configure(empty))
+
+
+@pytest.mark.parametrize(
+    "overrides, is_said",
+    [
+        ([], True),
+        (["data.color_jitter=0.2"], False),
+        (["train.trainable=[neck]"], False),
+        (["cache=CACHE"], False),
+        (["train.steps=1"], False),
+    ],
+)
+def test_a_run_that_could_use_the_cache_says_once_what_it_would_save(overrides, is_said, root, tmp_path, quick, capsys):
+    overrides = [override.replace("CACHE", str(tmp_path / "cache")) for override in overrides]
+    tiny.train_in(tmp_path / "run", tiny.configure(root, "cache=off", "train.steps=4", *overrides))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "frozen image encoder takes" in line]
+    assert len(lines) == is_said
+    if is_said:
+        share, size = re.search(
+            r"takes (\d+)% of a step: cache=auto leaves it out, for ([\d.]+) GiB", lines[0]
+        ).groups()
+        assert 0 < int(share) < 100 and size == "0.00"  # 64 px

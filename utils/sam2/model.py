@@ -221,7 +221,7 @@ def decode(
             is_dense_shared=mask_inputs is None,
             multimask_output=multimask_output,
         )
-    image_index = image_index.to(image_embeddings.device)
+    image_index = image_index.to(image_embeddings.device, non_blocking=True)
     if len(image_embeddings) > 1:  # one image's are broadcast, which saves most of the memory
         high_res_features = [features.index_select(0, image_index) for features in high_res_features]
     low_res_masks, iou_predictions, _, object_score_logits = model.sam_mask_decoder(
