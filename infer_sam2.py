@@ -8,7 +8,7 @@
     python infer_sam2.py input=photo.jpg mode=prompts 'boxes=[[300,200,560,430],[10,20,90,80]]'
     python infer_sam2.py input=photos/ mode=prompts prompts_file=prompts.json
     python infer_sam2.py input=photos/ mode=prompts prompts_file=more.json cache=auto   # encode each picture once
-    python infer_sam2.py input=photos/ fast_decoder=true                         # the same masks up to rounding, sooner
+    python infer_sam2.py input=photos/ fast_decoder=false                        # sam2's own decoder, slower on a CPU
 
 Inputs: pictures (8 or 16 bit), and a checkpoint: our best.pt, an official SAM 2 file, or nothing for the bundled one.
 prompts.json is a list of objects, each with at least one positive point, a box or a mask of the picture's size
@@ -64,6 +64,7 @@ from utils.run import autocast, choose_device, choose_precision, now_s, sample_r
 from utils.sam2 import embedding_cache, mask_generation
 from utils.sam2 import model as models
 from utils.sam2.embedding_cache import CachePlan
+from utils.sam2.fast_decoder import DecoderSetting, fix_decoder
 from utils.sam2.mask_generation import AutomaticSettings, GeneratedMasks
 from utils.settings import SAME_SECTION, CommonSettings, at_least, check_keys, one_of, read_settings
 
@@ -96,7 +97,7 @@ class Config:
     max_overlap: float  # a mask of which a larger share is taken by better ones is left out of the label map, 0..1
     cache: embedding_cache.Setting  # off (false is what YAML makes of it), auto, or a folder
     cache_precision: embedding_cache.Precision
-    fast_decoder: bool  # the same masks up to rounding, sooner: see utils/sam2/fast_decoder.py
+    fast_decoder: DecoderSetting
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     Raises:
         ValueError, FileNotFoundError: for what makes the whole run impossible.
     """
+    config = fix_decoder(config)
     settings = read_settings(Config, config)
     check_mode(settings)
     pictures = images.list_pictures(Path(settings.input))

@@ -4,7 +4,7 @@
     python train_sam2.py model=sam2.1_hiera_small data=label_map data.root=/my/dataset
     python train_sam2.py check=true data=coco data.root=/my/coco   # look at a dataset and stop
     python train_sam2.py cache=auto model=sam2.1_hiera_small ...   # encode each picture once, for all runs to come
-    python train_sam2.py fast_decoder=true                         # the same masks and gradients up to rounding, sooner
+    python train_sam2.py fast_decoder=false                        # sam2's own decoder, slower on a CPU
     python train_sam2.py train.steps=0 model.checkpoint=best.pt    # evaluate and stop
     python train_sam2.py resume=outputs/train_sam2/<run>           # continue a killed run, exactly
     python train_sam2.py --cfg job                                 # print every knob with its value
@@ -28,7 +28,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before th
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
@@ -53,6 +54,7 @@ from utils.instances.readers import Item, check_same_size, object_ids, split_ite
 from utils.log import MetricsLog, drawing, finish_run, metric_lines, plot_curves, start_run, values_of_step
 from utils.sam2 import embedding_cache, losses, prompts
 from utils.sam2 import model as models
+from utils.sam2.fast_decoder import DecoderSetting, fix_decoder
 from utils.sam2.metrics import mask_iou
 from utils.sam2.model import Embeddings, FrozenMaps
 from utils.samples.write import write_samples
@@ -63,6 +65,7 @@ TERMS = {  # of a mask's shape, summed in this order: logits and truth (O, M, s,
     "dice": lambda logits, truth, knobs: losses.dice_loss(logits, truth),
     "cross_entropy": lambda logits, truth, knobs: losses.cross_entropy_loss(logits, truth, knobs.foreground_balance),
 }
+READ_ON_CPU = ("image_index", "num_points", "num_rounds", "is_click")  # of a batch: they say what is computed
 LOGIT_LIMIT = 32.0  # of logits that are fed back as a mask prompt, as SAM 2's predictor limits them
 
 
@@ -89,6 +92,7 @@ class TrainSettings:
     select_by: str  # a name of metric_names
     early_stop_evals: Annotated[int | None, at_least(1)]
     picture_images: int
+    objects_per_forward: Annotated[int | None, at_least(1)] = None  # decoded together; None: all of a batch
 
     def __post_init__(self):
         check_value(self.select_by, Annotated[str, one_of(*metric_names(self.eval_clicks))], "train.select_by")
@@ -172,7 +176,7 @@ class Config:
     train: TrainSettings
     cache: embedding_cache.Setting = "off"  # YAML makes false of off
     cache_precision: embedding_cache.Precision = "fp16"
-    fast_decoder: bool = False
+    fast_decoder: DecoderSetting = False
 
     def __post_init__(self):
         check_keys(functools.partial(models.build_sam2, device="cpu"), self.model, "model")
@@ -270,15 +274,15 @@ class PromptedMasks(Dataset):
         columns = ((np.arange(side) + 0.5) * width / side).astype(np.int64)
         small_layers = layers[:, rows[:, None], columns]  # (L, S, S)
 
-        masks, point_coords, point_labels = [], [], []
+        masks = np.zeros((len(chosen), side, side), bool)
+        point_coords, point_labels = [], []
         for place, number in enumerate(chosen):
             layer, object_id = objects[number]
             mask = layers[layer] == object_id  # (H, W)
             point = prompts.random_point(mask, rng)
-            small_mask = small_layers[layer] == object_id  # (S, S)
-            if not small_mask.any():  # thinner than a pixel of the S x S frame: keep the one under the point
-                small_mask[int(point[1] * side / height), int(point[0] * side / width)] = True
-            masks.append(small_mask)
+            np.equal(small_layers[layer], object_id, out=masks[place])
+            if not masks[place].any():  # thinner than a pixel of the S x S frame: keep the one under the point
+                masks[place, int(point[1] * side / height), int(point[0] * side / width)] = True
             if place < num_boxes:
                 point_coords.append(prompts.noised_box(mask, rng).reshape(2, 2))
                 point_labels.append([2, 3])
@@ -303,7 +307,7 @@ class PromptedMasks(Dataset):
             "picture": read_picture(  # before the draws below: it makes some, too
                 item, (height, width), is_mirrored, side, self.entries, self.augmentation.color_jitter, rng
             ),
-            "masks": torch.from_numpy(np.array(masks, bool).reshape(-1, side, side)),
+            "masks": torch.from_numpy(masks),
             "point_coords": models.scale_points(point_coords, (height, width), side),
             "point_labels": torch.from_numpy(point_labels),
             "num_points": torch.from_numpy((point_labels != -1).sum(1)),
@@ -396,75 +400,123 @@ def mask_prediction_loss(
     return mask_loss.amin(1) + loss_settings.iou * iou_loss + loss_settings.objectness * objectness_loss, iou
 
 
-def prompted_loss(
-    model: torch.nn.Module, batch: dict, prompt_settings: PromptSettings, loss_settings: LossSettings, loss_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompt every object of a batch, correct its mask round by round, and compute the loss of every round.
+def prompted_losses(
+    model: torch.nn.Module,
+    embeddings: Embeddings,
+    batch: dict,
+    prompt_settings: PromptSettings,
+    loss_settings: LossSettings,
+    loss_size: int,
+    objects_per_forward: int | None = None,
+    precision: str = "fp32",
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Prompt the objects of a batch, correct their masks round by round, and give the loss as it comes.
+
+    Each part of the loss can be sent back before the next one is computed, so that the activations of one decode are
+    held: with prompts.detach nothing but the embeddings is shared, without it a group's rounds are computed again when
+    they are sent back.
 
     Args:
-        batch: from `collate`, its tensors on the model's device.
+        embeddings: of the batch's pictures.
+        batch: from `collate`, its tensors on the model's device, but those of READ_ON_CPU.
         loss_size: side of the square on which the loss is computed, pixels.
-    Returns:
-        loss (O,): mean over the object's rounds; iou (O,): of the mask of highest predicted IoU, mean over rounds.
+        objects_per_forward: objects that are decoded together, at most; None: all.
+    Yields:
+        chosen int64 (O',), loss (O',), iou (O',) of some objects in one round or in several: what they add to their
+        object's means over its rounds; the IoU, without gradient, is that of the mask of highest predicted IoU.
     """
-    embeddings = embedding_cache.embed(model, batch["pictures"])
-    masks = batch["masks"]  # (O, S, S)
-    truth = losses.shrink_masks(masks, loss_size)  # (O, s, s)
-    num_objects, num_rounds = len(masks), batch["num_rounds"].cpu()
-    num_corrections = batch["is_click"].shape[1]
-    point_coords = torch.nn.functional.pad(batch["point_coords"], (0, 0, 0, num_corrections))  # (O, 2 + R, 2)
-    point_labels = torch.nn.functional.pad(batch["point_labels"], (0, num_corrections), value=-1)  # (O, 2 + R)
-    num_points = batch["num_points"].cpu().clone()  # (O,)
+    num_objects = len(batch["masks"])
+    group_size = objects_per_forward or num_objects
+    of_objects = {name: values for name, values in batch.items() if name not in ("pictures", "names")}
+    for first in range(0, num_objects, group_size):
+        group = {name: values[first : first + group_size] for name, values in of_objects.items()}
+        parts = _prompt_group(model, embeddings, group, prompt_settings, loss_settings, loss_size, precision)
+        if prompt_settings.detach:
+            yield from ((first + chosen, *losses_and_ious) for chosen, *losses_and_ious in parts)
+        else:  # the last round's gradient goes through all before
+            chosen, object_loss, object_iou = map(torch.cat, zip(*parts, strict=True))
+            yield first + chosen, object_loss, object_iou
+
+
+def _prompt_group(
+    model: torch.nn.Module,
+    embeddings: Embeddings,
+    group: dict,
+    prompt_settings: PromptSettings,
+    loss_settings: LossSettings,
+    loss_size: int,
+    precision: str,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Prompt a group of objects: `prompted_losses`, where all objects are decoded together."""
+    masks, image_index, num_rounds = group["masks"], group["image_index"], group["num_rounds"]  # (G, S, S), (G,), (G,)
+    device, num_objects, num_corrections = masks.device, len(masks), group["is_click"].shape[1]
+    truth = losses.shrink_masks(masks, loss_size)  # (G, s, s)
+    point_coords = torch.nn.functional.pad(group["point_coords"], (0, 0, 0, num_corrections))  # (G, 2 + R, 2)
+    point_labels = torch.nn.functional.pad(group["point_labels"], (0, num_corrections), value=-1)  # (G, 2 + R)
+    num_points = group["num_points"].clone()  # (G,)
     mask_inputs = masks.new_zeros((num_objects, 1, model.image_size // 4, model.image_size // 4), dtype=torch.float32)
-    total_loss, total_iou, extra_loss = mask_inputs.new_zeros(3, num_objects)
     if loss_settings.click_similarity > 0:
-        clicked = (num_points == 1).nonzero().squeeze(1).to(masks.device)  # not the boxes
-        logits = click_similarity(embeddings, batch["image_index"][clicked], point_coords[clicked, 0], model.image_size)
-        similarity_loss = mask_shape_loss(
-            models.upscale_masks(logits, truth.shape[-2:]), truth[clicked, None], loss_settings
-        )
-        extra_loss = extra_loss.index_add(0, clicked, loss_settings.click_similarity * similarity_loss.squeeze(1))
+        clicked = (num_points == 1).nonzero().squeeze(1)  # not the boxes
+        on_device = clicked.to(device, non_blocking=True)
+        with run.autocast(device, precision):
+            logits = click_similarity(
+                embeddings, image_index[clicked].to(device), point_coords[on_device, 0], model.image_size
+            )
+            similarity_loss = mask_shape_loss(
+                models.upscale_masks(logits, truth.shape[-2:]), truth[on_device, None], loss_settings
+            ).squeeze(1)
+        yield on_device, loss_settings.click_similarity * similarity_loss, torch.zeros_like(similarity_loss)
 
     for round_number in range(int(num_rounds.max())):
         # objects with the same number of points go through the decoder together: padding points would move the logits
         for count in num_points[num_rounds > round_number].unique().tolist():
-            chosen = ((num_points == count) & (num_rounds > round_number)).nonzero().squeeze(1).to(masks.device)
-            low_res_masks, iou_predictions, object_score_logits = models.decode(
-                model,
-                embeddings,
-                batch["image_index"][chosen],
-                point_coords[chosen, :count],
-                point_labels[chosen, :count],
-                mask_inputs[chosen] if round_number > 0 else None,
-                multimask_output=count == 1,
+            chosen = ((num_points == count) & (num_rounds > round_number)).nonzero().squeeze(1)
+            on_device = chosen.to(device, non_blocking=True)
+            inputs = (
+                *(model, embeddings, image_index[chosen], point_coords[on_device, :count]),
+                *(point_labels[on_device, :count], mask_inputs[on_device] if round_number > 0 else None),
+                *(truth[on_device], loss_settings),
             )
-            object_loss, iou = mask_prediction_loss(
-                low_res_masks, iou_predictions, object_score_logits, truth[chosen], loss_settings
-            )
-            best = iou_predictions[:, : iou.shape[1]].argmax(1, keepdim=True)
-            total_loss = total_loss.index_add(0, chosen, object_loss)
-            total_iou = total_iou.index_add(0, chosen, iou.gather(1, best).squeeze(1))
-            fed_back = pick_mask(low_res_masks, iou_predictions)
-            mask_inputs = mask_inputs.index_copy(0, chosen, fed_back.detach() if prompt_settings.detach else fed_back)
+            with run.autocast(device, precision):
+                if prompt_settings.detach:
+                    object_loss, object_iou, fed_back = _decode_round(*inputs)
+                else:
+                    object_loss, object_iou, fed_back = checkpoint(
+                        _decode_round, *inputs, use_reentrant=False, preserve_rng_state=False
+                    )
+            fed_back = fed_back.detach() if prompt_settings.detach else fed_back
+            mask_inputs = mask_inputs.index_copy(0, on_device, fed_back)
+            rounds = num_rounds[chosen].to(device, non_blocking=True)
+            yield on_device, object_loss / rounds, object_iou / rounds
         if round_number == num_corrections:
             break
         # the next click: uniform in the error, or now and then in the object
-        clicking = (num_rounds > round_number + 1) & batch["is_click"][:, round_number].cpu()
-        chosen = clicking.nonzero().squeeze(1).to(masks.device)
+        clicking = (num_rounds > round_number + 1) & group["is_click"][:, round_number]
+        chosen = clicking.nonzero().squeeze(1).to(device, non_blocking=True)
         if len(chosen) == 0:
             continue
         with torch.no_grad():
-            pred_masks = models.upscale_masks(mask_inputs[chosen], masks.shape[-2:]).squeeze(1) > 0  # (O', S, S)
-            pred_masks &= ~batch["is_truth_click"][chosen, round_number, None, None]  # as if nothing had been found
+            pred_masks = models.upscale_masks(mask_inputs[chosen], masks.shape[-2:]).squeeze(1) > 0  # (G', S, S)
+            pred_masks &= ~group["is_truth_click"][chosen, round_number, None, None]  # as if nothing had been found
             coords, labels = prompts.random_correction_points(
-                masks[chosen], pred_masks, batch["uniform"][chosen, round_number]
+                masks[chosen], pred_masks, group["uniform"][chosen, round_number]
             )
-            place = num_points[clicking].to(masks.device)
+            place = num_points[clicking].to(device, non_blocking=True)
             point_coords[chosen, place] = coords.squeeze(1)
             point_labels[chosen, place] = labels.squeeze(1)
         num_points[clicking] += 1
-    rounds = batch["num_rounds"].to(total_loss)
-    return total_loss / rounds + extra_loss, (total_iou / rounds).detach()
+
+
+def _decode_round(
+    model, embeddings, image_index, point_coords, point_labels, mask_inputs, truth, loss_settings
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Decode objects that have the same number of points: loss (O,), IoU (O,) of the chosen mask, and its logits."""
+    low_res_masks, iou_predictions, object_score_logits = models.decode(
+        model, embeddings, image_index, point_coords, point_labels, mask_inputs, point_coords.shape[1] == 1
+    )
+    object_loss, iou = mask_prediction_loss(low_res_masks, iou_predictions, object_score_logits, truth, loss_settings)
+    best = iou_predictions[:, : iou.shape[1]].argmax(1, keepdim=True)
+    return object_loss, iou.gather(1, best).squeeze(1), pick_mask(low_res_masks, iou_predictions)
 
 
 def pick_mask(low_res_masks: torch.Tensor, iou_predictions: torch.Tensor) -> torch.Tensor:
@@ -611,6 +663,37 @@ def draw_sample(
 # the run
 
 
+def find_cache_obstacle(trainable: dict[str, torch.nn.Parameter], settings: Config) -> str | None:
+    """Say why embeddings cannot be kept, or None."""
+    if trained := [name for name in trainable if name.startswith("image_encoder.")]:
+        return f"train.trainable has parts of the image encoder ({trained[0]}, ...), so embeddings change at every step"
+    if settings.data.augmentation.color_jitter > 0:
+        return f"data.color_jitter is {settings.data.augmentation.color_jitter}, so no picture is seen twice as it was"
+    return None
+
+
+def is_projected(trainable: dict[str, torch.nn.Parameter]) -> bool:
+    """Tell whether the cache can hold the fine maps after conv_s0 and conv_s1, because these do not train."""
+    return not any(name.startswith(embedding_cache.HIGH_RES_CONVS) for name in trainable)
+
+
+def describe_cache(
+    model: torch.nn.Module,
+    trainable: dict[str, torch.nn.Parameter],
+    settings: Config,
+    num_train: int,
+    num_val: int,
+    encoder_share: float,
+) -> str:
+    """Say what a run without a cache could save with it: the encoder's share of a step, for so much disk."""
+    num_bytes = embedding_cache.count_entry_bytes(model, is_projected(trainable), settings.cache_precision)
+    num_bytes *= num_train * (1 + settings.data.augmentation.hflip) + num_val
+    return (
+        f"the frozen image encoder takes {encoder_share:.0%} of a step: cache=auto leaves it out, for "
+        f"{num_bytes / 2**30:.2f} GiB on disk"
+    )
+
+
 def cache_embeddings(
     model: torch.nn.Module,
     trainable: dict[str, torch.nn.Parameter],
@@ -629,19 +712,13 @@ def cache_embeddings(
     Raises:
         ValueError: where a cache is asked for and cannot be, and as `fill_cache`.
     """
-    obstacle, augmentation = None, settings.data.augmentation
-    if trained := [name for name in trainable if name.startswith("image_encoder.")]:
-        obstacle = (
-            f"train.trainable has parts of the image encoder ({trained[0]}, ...), so embeddings change at every step"
-        )
-    elif augmentation.color_jitter > 0:
-        obstacle = f"data.color_jitter is {augmentation.color_jitter}, so no picture is seen twice as it was"
-    is_projected = not any(name.startswith(embedding_cache.HIGH_RES_CONVS) for name in trainable)
+    flips = (False, True)[: 1 + settings.data.augmentation.hflip]
     used_items = train_items if settings.train.steps > 0 else []
-    pictures = [(item.image_path, flip) for item in used_items for flip in (False, True)[: 1 + augmentation.hflip]]
+    pictures = [(item.image_path, is_mirrored) for item in used_items for is_mirrored in flips]
     pictures += [(item.image_path, False) for item in val_items]
+    obstacle = find_cache_obstacle(trainable, settings)
     plan = embedding_cache.plan_cache(
-        model, settings.cache, settings.cache_precision, precision, is_projected, pictures, obstacle
+        model, settings.cache, settings.cache_precision, precision, is_projected(trainable), pictures, obstacle
     )
     if plan is None:
         return None
@@ -663,6 +740,35 @@ def parameter_groups(trainable: dict[str, torch.nn.Parameter], optim: OptimSetti
     return list(groups.values())
 
 
+def list_data(settings: Config, run_dir: Path, resume_path: Path | None) -> tuple[dict[str, list[Item]], dict]:
+    """List the pictures of each split, check them, and leave out what cannot be used.
+
+    Returns:
+        {"train": items, "val": items}, and counts for the run's record.
+    Raises:
+        FileNotFoundError, ValueError: as `split_items`, `check_data` and `keep_splits`; for a split without a picture.
+    """
+    reader_keys = dict(settings.data.reader_keys)
+    generate = reader_keys.pop("generate", None)
+    check_keys(split_items, reader_keys, "data")
+    if generate is not None:
+        reader_keys["root"] = str(write_samples(generate, reader_keys["root"]))
+    root, on_bad = reader_keys["root"], reader_keys["on_bad"]
+    # check=true lists pairs that lack a file with all other faults
+    train_items, val_items = split_items(**reader_keys | {"on_bad": "skip" if settings.check else on_bad})
+    stored = loops.stored_splits(resume_path)
+    splits = loops.keep_splits(stored, {"train": train_items, "val": val_items})
+    splits, counts = check_data(splits, settings.data.min_area_px, on_bad, run_dir, list_all=settings.check)
+    if settings.check:
+        return splits, counts
+    splits = loops.keep_splits(stored, splits)  # what the run had is usable still
+    if settings.train.steps > 0 and not splits["train"]:
+        raise ValueError(f"data.root {root} has no training picture with objects")
+    if not splits["val"]:
+        raise ValueError(f"data.root {root} has no validation picture with objects: see data.val_fraction")
+    return splits, counts
+
+
 def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     """Train as configured and return the best value of `train.select_by`.
 
@@ -671,32 +777,18 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         run_dir: a new folder.
         resume_path: the last.pt to continue from, or None.
     """
+    config = fix_decoder(config)
     settings = read_settings(Config, config)
     common, train_settings, optim_settings = settings.common, settings.train, settings.optim
-    min_area_px, reader_keys = settings.data.min_area_px, dict(settings.data.reader_keys)
     device = run.choose_device(common.device)
     precision = run.choose_precision(common.precision, device)
     run.seed_everything(common.seed)
 
     # data: list, check, leave out what cannot be used
-    generate = reader_keys.pop("generate", None)
-    check_keys(split_items, reader_keys, "data")
-    root = reader_keys["root"]
-    if generate is not None:
-        root = reader_keys["root"] = str(write_samples(generate, root))
-    on_bad = reader_keys["on_bad"]  # check=true lists pairs that lack a file with all other faults
-    train_items, val_items = split_items(**reader_keys | {"on_bad": "skip" if settings.check else on_bad})
-    stored = loops.stored_splits(resume_path)
-    splits = loops.keep_splits(stored, {"train": train_items, "val": val_items})
-    splits, counts = check_data(splits, min_area_px, on_bad, run_dir, list_all=settings.check)
+    splits, counts = list_data(settings, run_dir, resume_path)
     if settings.check:
         return float("nan")
-    splits = loops.keep_splits(stored, splits)  # what the run had is usable still
     train_items, val_items = splits["train"], splits["val"][: train_settings.eval_images]
-    if train_settings.steps > 0 and not train_items:
-        raise ValueError(f"data.root {root} has no training picture with objects")
-    if not val_items:
-        raise ValueError(f"data.root {root} has no validation picture with objects: see data.val_fraction")
     start_run(run_dir, config, counts)
 
     # model and optimizer
@@ -744,6 +836,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         common.num_workers,
         device,
     )
+    hints_at_cache = settings.cache in ("off", False) and find_cache_obstacle(trainable, settings) is None
+    timed_step = loop.step + 1  # the first one is slower
     progress = tqdm(total=train_settings.steps, initial=loop.step, desc="train", disable=None)
     window = loops.SpeedWindow(loop.step)
     while True:
@@ -755,7 +849,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
                 metrics = evaluate(
                     model,
                     val_items,
-                    min_area_px,
+                    settings.data.min_area_px,
                     train_settings.eval_clicks,
                     precision,
                     samples_dir,
@@ -787,23 +881,39 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
 
-        step_loss, step_iou, step_names = 0.0, 0.0, []
+        loss_and_iou, step_names = torch.zeros(2, device=device), []
         for _ in range(train_settings.accumulate):
             batch = window.next_batch(batches)
             step_names += batch["names"]
-            batch = loops.to_device(batch, device)
+            batch |= loops.to_device({key: batch[key] for key in batch if key not in READ_ON_CPU}, device)
 
-            # 3. forward
+            # 3. forward and backward, part by part
+            is_timed = hints_at_cache and loop.step == timed_step
+            start_s = run.now_s(device) if is_timed else 0.0
             with run.autocast(device, precision):
-                object_loss, object_iou = prompted_loss(model, batch, settings.prompts, settings.loss, loss_size)
-            weight = batch["object_weight"] / train_settings.accumulate
-            micro_loss = (object_loss * weight).sum()
-            step_loss += loops.check_finite(micro_loss.item(), loop.step, f"pictures {', '.join(batch['names'])}")
-            step_iou += (object_iou * weight).sum().item()
+                embeddings = embedding_cache.embed(model, batch["pictures"])
+            encoded_s = run.now_s(device) if is_timed else 0.0
+            cut_embeddings, leaves = models.cut(embeddings)
+            for chosen, object_loss, object_iou in prompted_losses(
+                model,
+                cut_embeddings,
+                batch,
+                settings.prompts,
+                settings.loss,
+                loss_size,
+                train_settings.objects_per_forward,
+                precision,
+            ):
+                weight = batch["object_weight"][chosen] / train_settings.accumulate
+                loss = (object_loss * weight).sum()
+                scaler.scale(loss).backward()
+                loss_and_iou += torch.stack([loss.detach(), (object_iou * weight).sum()])
+            models.send_back(embeddings, leaves)
 
-            # 4. backward and clip
-            scaler.scale(micro_loss).backward()
+        # 4. read and clip
         samples = f"pictures {', '.join(step_names)}"
+        step_loss, step_iou = loss_and_iou.tolist()  # the first wait for the device
+        loops.check_finite(step_loss, loop.step, samples)
         grad_norm = loops.clip_gradients(trainable.values(), train_settings.clip_norm, optimizer, scaler, loop, samples)
 
         # 5. update (the scaler leaves out a step whose fp16 gradients overflowed)
@@ -813,6 +923,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         loop.step += 1
 
         # 6. log
+        if is_timed:
+            encoder_share = (encoded_s - start_s) / (run.now_s(device) - start_s)
+            tqdm.write(describe_cache(model, trainable, settings, len(train_items), len(val_items), encoder_share))
         means = loops.running_means(loop.running, {"train/loss": step_loss, "train/iou": step_iou})
         progress.update()
         if loop.step % train_settings.log_every == 0 or loop.step == train_settings.steps:
@@ -852,7 +965,7 @@ def main(cfg) -> float:
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         hydra_config = HydraConfig.get()
         config, resume_path = config_to_resume(
-            Config, "train_sam2", config, list(hydra_config.overrides.task), RESUMABLE
+            Config, "train_sam2", config, list(hydra_config.overrides.task), RESUMABLE, fix_decoder
         )
         return train(config, Path(hydra_config.runtime.output_dir), resume_path)
 

@@ -9,7 +9,7 @@ Both ways train prompt encoder and mask decoder of the same model (random weight
 generated pictures of S x S px with 8 objects each, one click an object, one picture a step, in turn, in one warm
 process. A step goes from the files on disk to the updated weights.
 
-Ours: the dataset, collate, prompted_loss, clipping and AdamW of train_sam2.py with cache=<folder>, loss on masks of
+Ours: the dataset, collate, prompted_losses, clipping and AdamW of train_sam2.py with cache=<folder>, loss on masks of
 S/4, as it is by default. Plain: the usual way as tutorials have it: read picture and annotation, set_image of SAM 2's
 own predictor, encode the prompts, decode, bring all masks to the picture's size, loss there, AdamW.
 Both use the tutorial's loss (cross-entropy of the first mask and 0.05 times the error of its score).
@@ -43,7 +43,7 @@ from train_sam2 import (
     PromptSettings,
     collate,
     parameter_groups,
-    prompted_loss,
+    prompted_losses,
 )
 from utils.images import write_image, write_label_map
 from utils.instances.readers import Item, read_ids
@@ -97,8 +97,9 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict:
     def step_ours(sample_index: int) -> None:
         model.train()
         batch = collate([dataset[sample_index]])
-        object_loss, _ = prompted_loss(model, batch, prompts, loss, side // 4)
-        (object_loss * batch["object_weight"]).sum().backward()
+        embeddings = embed(model, batch["pictures"])
+        for chosen, object_loss, _ in prompted_losses(model, embeddings, batch, prompts, loss, side // 4):
+            (object_loss * batch["object_weight"][chosen]).sum().backward()
         torch.nn.utils.clip_grad_norm_(trainable.values(), CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -261,7 +262,8 @@ def find_differences(
         plain_loss, plain_masks = plain_forward(predictor, items_by_path[sample["name"]], find_points(sample)["points"])
         model.train()
         batch = collate([sample])
-        object_loss, _ = prompted_loss(model, batch, prompts, loss, model.image_size)
+        embeddings = embed(model, batch["pictures"])
+        ((_, object_loss, _),) = prompted_losses(model, embeddings, batch, prompts, loss, model.image_size)
         our_loss = (object_loss * batch["object_weight"]).sum()
         loss_differences.append((abs(our_loss - plain_loss) / plain_loss).item())
         masks, _, _ = decode(

@@ -5,7 +5,8 @@ tiny run (before step 4 of 5 in train_unet.py, 4 of 4 in train_sam2.py, 3 of 3 i
 that their configs show): all values but those of tensors, of which they keep types and shapes. A seed fills these, as
 `rebuild` says. "results" are what the commands below then wrote with that commit on such files and the same pictures,
 in one thread and with MKL_CBWR=AUTO,STRICT (conftest.py): numbers, and hashes of weights and files; "recorded on" says
-on which torch and processor.
+on which torch and processor. The weights of sam2_resume were recorded anew when the rounds' gradients came to be added
+up in the order of the rounds.
 """
 
 import json
@@ -39,17 +40,19 @@ COMMANDS = {
     ),
     "unet_evaluate": ("train_unet", train_unet, "mode=evaluate checkpoint=RUN/best.pt"),
     "unet_resume": ("train_unet", train_unet, "resume=RUN"),
-    "sam2_evaluate": ("train_sam2", train_sam2, "TINY train.steps=0 model.checkpoint=RUN/best.pt"),
+    "sam2_evaluate": ("train_sam2", train_sam2, "TINY train.steps=0 fast_decoder=false model.checkpoint=RUN/best.pt"),
     "sam2_resume": ("train_sam2", train_sam2, "resume=RUN"),
     "infer_prompts": (
         "train_sam2",
         infer_sam2,
-        "mode=prompts input=DATA/images/101.png checkpoint=RUN/best.pt boxes=[[5,5,20,40],[30,10,60,40]]",
+        "mode=prompts input=DATA/images/101.png checkpoint=RUN/best.pt fast_decoder=false "
+        "boxes=[[5,5,20,40],[30,10,60,40]]",
     ),
     "infer_automatic": (
         "train_sam2",
         infer_sam2,
-        " ".join(["input=DATA/images/101.png checkpoint=RUN/best.pt", *(f"automatic.{key}" for key in AUTOMATIC)]),
+        "input=DATA/images/101.png checkpoint=RUN/best.pt fast_decoder=false "
+        + " ".join(f"automatic.{key}" for key in AUTOMATIC),
     ),
     "siamfc_resume": ("train_siamfc", train_siamfc, "resume=RUN"),
     "track": ("train_siamfc", track, "checkpoint=RUN/best.pt input=DATA/val/val_001"),

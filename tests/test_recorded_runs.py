@@ -2,7 +2,8 @@
 
 recorded_runs.json holds them, recorded with that commit in one thread and MKL_CBWR=AUTO,STRICT (conftest.py), and
 "recorded on" says on what; train_unet's were recorded anew since, when distances in its weight map lost their noise and
-equal scores came to be told apart by val/loss. Each recipe names all that a result depends on, so that a later default
+equal scores came to be told apart by val/loss, and train_sam2's weights when the rounds' gradients came to be added up
+in the order of the rounds, last bits alone. Each recipe names all that a result depends on, so that a later default
 leaves it alone.
 """
 

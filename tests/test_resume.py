@@ -264,7 +264,7 @@ CASES = {
         # 13 objects, 2 clicks: within the second evaluation
         "mid_validation": {"die": ["utils.sam2.prompts", "center_point", 13 * 2 + 9]},
         # between the third step's two forwards
-        "mid_accumulation": {"die": ["train_sam2", "prompted_loss", 2 * 2 + 2]},
+        "mid_accumulation": {"die": ["train_sam2", "prompted_losses", 2 * 2 + 2]},
         # wherever a clock says
         **{f"random_{number}": {"share": share} for number, share in enumerate([0.1, 0.28, 0.37, 0.53, 0.71])},
     },

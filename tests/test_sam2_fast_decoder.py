@@ -52,8 +52,8 @@ def run(model, inputs: dict, image_index: torch.Tensor, multimask_output: bool, 
     high_res_features = [inputs["stride_4"], inputs["stride_8"]]
     if fast:
         outputs = decode_fast(
-            model, inputs["image_embeddings"], high_res_features, image_index, inputs["sparse_embeddings"], dense,
-            is_shared, multimask_output,
+            model, inputs["image_embeddings"], high_res_features, image_index,
+            model.sam_prompt_encoder.get_dense_pe(), inputs["sparse_embeddings"], dense, is_shared, multimask_output,
         )  # fmt: skip
     else:
         masks, ious, _, scores = model.sam_mask_decoder(

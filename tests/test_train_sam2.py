@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -18,14 +19,16 @@ from options import read_option
 from test_sam2_losses import naive
 
 import train_sam2
-from train_sam2 import LossSettings, PromptSettings, collate, evaluate, mask_prediction_loss, prompted_loss
+from train_sam2 import LossSettings, PromptSettings, collate, evaluate, mask_prediction_loss, prompted_losses
+from utils import run
 from utils.images import read_image, write_image, write_label_map
-from utils.instances.readers import Item, read_ids, read_item
+from utils.instances.readers import Item, read_ids, read_item, split_items
 from utils.run import seed_everything
 from utils.sam2 import embedding_cache
 from utils.sam2 import model as models
-from utils.sam2.fast_decoder import decode_fast
+from utils.sam2.fast_decoder import decode_fast, fix_decoder
 from utils.sam2.model import Embeddings, build_sam2, preprocess, scale_points
+from utils.samples.write import write_samples
 
 SAM_LOSS = LossSettings(**read_option("sam2", "loss", "sam"))
 TUTORIAL_LOSS = LossSettings(**read_option("sam2", "loss", "tutorial"))
@@ -54,6 +57,17 @@ def make_batch(root, sample_indices, *overrides):
     config = tiny.configure(root, *overrides)
     dataset = tiny.make_dataset(config)
     return collate([dataset[index] for index in sample_indices]), PromptSettings(**config["prompts"])
+
+
+def prompted_loss(model, batch, prompts, loss_settings, loss_size, *options):
+    """Loss (O,) and IoU (O,) of a batch's objects, with gradient to all that is behind them."""
+    embeddings = embedding_cache.embed(model, batch["pictures"])
+    loss, iou = torch.zeros(2, len(batch["masks"]))
+    for chosen, part_loss, part_iou in prompted_losses(
+        model, embeddings, batch, prompts, loss_settings, loss_size, *options
+    ):
+        loss, iou = loss.index_add(0, chosen, part_loss), iou.index_add(0, chosen, part_iou)
+    return loss, iou
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,7 +182,7 @@ def train_parts(root, run_dir, trainable, *overrides):
     """
     config = tiny.configure(root, f"train.trainable={trainable}", "train.steps=4", "train.batch_size=4", "seed=6",
         "train.objects_per_image=8", "prompts.repeat_objects=true", "optim.weight_decay=0.0",
-        "optim.encoder_lr_factor=1", *overrides,
+        "optim.encoder_lr_factor=1", "fast_decoder=false", *overrides,  # the fast one gives keys' biases no gradient
     )  # fmt: skip
     trained = tiny.train_in(run_dir, config)["model"]
     seed_everything(config["seed"])  # the weights that the run started from
@@ -213,7 +227,9 @@ def test_encoding_without_gradient_would_leave_three_parts_untrained(root, tmp_p
 
 
 @pytest.mark.parametrize("cache", ["off", "folder"])
-def test_fast_decoder_trains_the_same_up_to_rounding_and_off_is_the_default(cache, root, tmp_path, quick, monkeypatch):
+def test_fast_decoder_trains_the_same_up_to_rounding_and_is_the_default_on_a_cpu(
+    cache, root, tmp_path, quick, monkeypatch
+):
     cache = f"cache={tmp_path / 'cache'}" if cache == "folder" else "cache=off"
     overrides = [*tiny.tiny_overrides(root), "train.steps=2", "train.eval_every=2", "cache_precision=fp32", cache]
     overrides += ["train.clip_norm=1e9"]  # Adam's first steps are the gradients' signs: compare losses, not weights
@@ -222,12 +238,24 @@ def test_fast_decoder_trains_the_same_up_to_rounding_and_off_is_the_default(cach
     for name in ("default", "fast_decoder=false", "fast_decoder=true"):
         config = tiny.compose_config(*overrides, *([] if name == "default" else [name]))
         rows_of[name] = tiny.train_in(tmp_path / name, config)["metrics"]
-        assert bool(calls) == (name == "fast_decoder=true")
+        assert bool(calls) == (name != "fast_decoder=false")
+        stored = tiny.read_last(tmp_path / name)["config"]["fast_decoder"]
+        assert stored is (name != "fast_decoder=false")
+        calls.clear()
     losses = {name: [row["train/loss"] for row in rows if "train/loss" in row] for name, rows in rows_of.items()}
-    assert losses["default"] == losses["fast_decoder=false"] and len(losses["default"]) == 2
-    np.testing.assert_allclose(losses["fast_decoder=true"], losses["default"], rtol=1e-4)
+    assert losses["default"] == losses["fast_decoder=true"] and len(losses["default"]) == 2
+    np.testing.assert_allclose(losses["fast_decoder=false"], losses["default"], rtol=1e-4)
     norms = [next(row["train/grad_norm"] for row in rows if "train/grad_norm" in row) for rows in rows_of.values()]
-    np.testing.assert_allclose(norms[2], norms[0], rtol=1e-4)
+    np.testing.assert_allclose(norms[1], norms[0], rtol=1e-4)
+
+
+def test_auto_is_sams_own_decoder_where_the_fast_one_is_not_measured(monkeypatch):
+    monkeypatch.setattr("utils.sam2.fast_decoder.choose_device", torch.device)
+    devices = {"cpu": True, "cuda": False, "mps": False}
+    for device, is_fast in devices.items():
+        assert fix_decoder({"fast_decoder": "auto", "device": device})["fast_decoder"] is is_fast
+        for given in ({"fast_decoder": True}, {"fast_decoder": False}, {}):  # of a run, and of one older than the key
+            assert fix_decoder(given | {"device": device}) == given | {"device": device}
 
 
 def test_loss_tutorial_trains_one_of_four_mask_tokens(root, tmp_path, quick, monkeypatch):
@@ -293,8 +321,120 @@ def test_batch_equals_one_picture_at_a_time(root, model):
         torch.testing.assert_close(gradient, single_gradients[name], atol=limit, rtol=0, msg=name)
 
 
+def send_parts_back(model, batch, prompts, objects_per_forward, precision, scale):
+    """Loss of every object, and the gradients of their weighted loss, sent back part by part as `train` does."""
+    model.zero_grad(set_to_none=True)
+    with run.autocast(torch.device("cpu"), precision):
+        embeddings = embedding_cache.embed(model, batch["pictures"])
+    cut, leaves = models.cut(embeddings)
+    losses, num_parts = torch.zeros(len(batch["masks"])), 0
+    settings = dataclasses.replace(SAM_LOSS, click_similarity=0.5)
+    for chosen, loss, _ in prompted_losses(model, cut, batch, prompts, settings, 16, objects_per_forward, precision):
+        (scale * (loss * batch["object_weight"][chosen]).sum()).backward()
+        losses, num_parts = losses.index_add(0, chosen, loss.detach()), num_parts + 1
+    models.send_back(embeddings, leaves)
+    gradients = [p.grad / scale if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    return losses, torch.cat([gradient.flatten() for gradient in gradients]), num_parts
+
+
+@pytest.mark.parametrize("prompt_style", ["point", "mixed", "official"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_groups_of_objects_have_the_losses_and_gradients_of_all_at_once(prompt_style, precision, root):
+    """With the encoder trained, and GELU: regrouping moves a unit across the ReLU's kink, where its gradient jumps."""
+    model = build_sam2(**tiny.configure(root)["model"] | {"checkpoint": "auto"}, device="cpu").train()
+    for module in model.modules():
+        if isinstance(getattr(module, "act", None), torch.nn.ReLU):
+            module.act = torch.nn.GELU()
+    batch, prompts = make_batch(root, range(3), "train.objects_per_image=4", f"prompts={prompt_style}")
+    settings = dataclasses.replace(SAM_LOSS, click_similarity=0.5)
+    with run.autocast(torch.device("cpu"), precision):
+        loss, _ = prompted_loss(model, batch, prompts, settings, 16, None, precision)
+    (loss * batch["object_weight"]).sum().backward()  # all at once, through the embeddings
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    at_once = torch.cat([gradient.flatten() for gradient in gradients])
+    limit, scale = (1e-6, 1.0) if precision == "fp32" else (3e-3, 1024.0)
+    num_parts = []
+    for objects_per_forward in (None, 1, 5):
+        in_parts = send_parts_back(model, batch, prompts, objects_per_forward, precision, scale)
+        torch.testing.assert_close(in_parts[0], loss.detach(), rtol=limit, atol=limit)
+        assert (in_parts[1] - at_once).norm() <= limit * at_once.norm() > 0
+        num_parts.append(in_parts[2])
+    assert num_parts[0] < num_parts[2] < num_parts[1]
+
+
+class Held:
+    """A tensor that autograd holds for backward; `most` is the largest sum of bytes held at once."""
+
+    now = most = 0
+
+    def __init__(self, tensor):
+        self.tensor, self.size = tensor, tensor.untyped_storage().nbytes()
+        Held.now += self.size
+        Held.most = max(Held.most, Held.now)
+
+    def __del__(self):
+        Held.now -= self.size
+
+
+@pytest.mark.parametrize("prompt_style, share", [("sam_paper", 0.15), ("official", 0.3)])
+def test_what_is_held_for_backward_is_that_of_one_decode(prompt_style, share, root, model):
+    """All rounds were held: 11 of sam_paper, which are sent back one by one, 8 of official, which are decoded again."""
+    batch, prompts = make_batch(root, [0], f"prompts={prompt_style}", "train.objects_per_image=4")
+    embeddings, peaks = embedding_cache.embed(model, batch["pictures"]), []
+    for is_sent_back in (False, True):
+        Held.now = Held.most = 0
+        cut, _ = models.cut(embeddings)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor),
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            if not is_sent_back:
+                patch.setattr(train_sam2, "checkpoint", lambda function, *inputs, **_: function(*inputs))
+            parts = prompted_losses(model, cut, batch, prompts, SAM_LOSS, 16)
+            for _, loss, _ in parts if is_sent_back else list(parts):
+                loss.sum().backward()
+        peaks.append(Held.most)
+    assert peaks[1] < share * peaks[0], peaks
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # precision, and numbers that are not finite
+
+
+@pytest.mark.parametrize("is_fast", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_predicted_ious_and_prompts_are_computed_in_fp32(precision, is_fast, root):
+    """In bf16 an IoU is a multiple of 1/256, and a click lies up to 2 px of 1024 beside itself."""
+    nano = build_sam2(**tiny.configure(root)["model"] | {"checkpoint": "auto"}, device="cpu", fast_decoder=is_fast)
+    prompt = torch.tensor([0, 0]), torch.tensor([[[10.0, 20.0]], [[33.0, 7.0]]]), torch.ones(2, 1, dtype=torch.int32)
+    outputs, codes = [], []
+    nano.sam_prompt_encoder.register_forward_hook(lambda module, inputs, output: codes.append(output[0]))
+    with torch.no_grad():
+        embeddings = models.encode(nano, torch.randn(1, 3, 64, 64))
+        for own_precision in ("fp32", precision):
+            with run.autocast(torch.device("cpu"), own_precision):
+                outputs.append(models.decode(copy.deepcopy(nano), embeddings, *prompt, None, True)[1])
+    assert outputs[1].dtype == torch.float32 and torch.equal(codes[0], codes[1])
+    assert (outputs[1] != outputs[1].bfloat16()).all()
+    torch.testing.assert_close(outputs[1], outputs[0], atol=0.01, rtol=0)
+    with torch.no_grad():  # a copy computes with its own weights
+        other = copy.deepcopy(nano)
+        other.sam_mask_decoder.iou_prediction_head.layers[-1].bias += 10
+        assert (models.decode(other, embeddings, *prompt, None, True)[1] > outputs[0]).all()
+
+
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_all_precisions_measure_the_same(is_fast, tmp_path):
+    """The bundled nano on glassware: bf16 took the box's IoU from 0.597 to 0.587 with the fast decoder."""
+    config = tiny.compose_config()
+    root = str(write_samples("glassware", str(tmp_path / "data")))
+    keys = {key: config["data"][key] for key in ("format", "subsets", "train_folder", "val_folder", "vessel", "on_bad")}
+    _, items = split_items(root=root, val_fraction=0.1, split_seed=0, **keys)
+    nano = build_sam2(**config["model"], device="cpu", fast_decoder=is_fast)
+    measured = [evaluate(nano, items, 1, [1], precision, None, 0) for precision in ("fp32", "bf16", "fp16")]
+    for metrics in measured[1:]:
+        assert metrics == pytest.approx(measured[0], abs=0.005)
 
 
 class ClippingFirst(torch.amp.GradScaler):
@@ -818,3 +958,25 @@ def test_dataset_without_objects(root, tmp_path, quick):
     write_label_map(empty / "labels" / "001.png", np.ones((48, 64), np.int32))
     with pytest.raises(ValueError, match="no validation picture with objects"):
         tiny.train_in(tmp_path / "again", tiny.configure(empty))
+
+
+@pytest.mark.parametrize(
+    "overrides, is_said",
+    [
+        ([], True),
+        (["data.color_jitter=0.2"], False),
+        (["train.trainable=[neck]"], False),
+        (["cache=CACHE"], False),
+        (["train.steps=1"], False),
+    ],
+)
+def test_a_run_that_could_use_the_cache_says_once_what_it_would_save(overrides, is_said, root, tmp_path, quick, capsys):
+    overrides = [override.replace("CACHE", str(tmp_path / "cache")) for override in overrides]
+    tiny.train_in(tmp_path / "run", tiny.configure(root, "cache=off", "train.steps=4", *overrides))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "frozen image encoder takes" in line]
+    assert len(lines) == is_said
+    if is_said:
+        share, size = re.search(
+            r"takes (\d+)% of a step: cache=auto leaves it out, for ([\d.]+) GiB", lines[0]
+        ).groups()
+        assert 0 < int(share) < 100 and size == "0.00"  # 64 px

@@ -29,7 +29,7 @@ MISTAKES = {  # in a preset, whose keys Hydra does not mind
         "prompts: {detach: 3}": "prompts.detach is 3; must be true or false",
         "optim: {betas: 0.9}": "optim.betas is 0.9; must be a list, each a number",
         "data: {hflip: maybe}": "data.hflip is 'maybe'; must be true or false",
-        "fast_decoder: 3": "fast_decoder is 3; must be true or false",
+        "fast_decoder: 3": "fast_decoder is 3; must be true or false or text",
     },
     "train_unet": {
         "loss: {focl: 1}": "unknown key loss.focl",

@@ -18,6 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+import utils.loop
 from utils.checkpoint import load_checkpoint
 from utils.settings import read_command_line
 
@@ -144,17 +145,16 @@ def run_differences(run_dir: Path, other_dir: Path) -> list[str]:
 
 
 def crash_at_step(monkeypatch, step: int) -> None:
-    """Let the backward pass of the update after `step` done ones raise."""
-    calls = []
-    real_backward = torch.Tensor.backward
+    """Let the update after `step` done ones raise, after its backward."""
+    calls, real_clip = [], utils.loop.clip_gradients
 
     def crash(*args):
         calls.append(1)
         if len(calls) == step + 1:
             raise KeyboardInterrupt
-        return real_backward(*args)
+        return real_clip(*args)
 
-    monkeypatch.setattr(torch.Tensor, "backward", crash)
+    monkeypatch.setattr("utils.loop.clip_gradients", crash)
 
 
 # Every run is a child that is forked before anything is computed, so that importing is paid for once. A child with

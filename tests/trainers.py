@@ -14,7 +14,7 @@ import train_sam2
 import train_siamfc
 import train_unet
 
-LOSSES = {"train_sam2": "prompted_loss", "train_unet": "weighted_loss", "train_siamfc": "balanced_loss"}
+LOSSES = {"train_sam2": "prompted_losses", "train_unet": "weighted_loss", "train_siamfc": "balanced_loss"}
 
 
 class Trainer(NamedTuple):
@@ -46,16 +46,22 @@ class Trainer(NamedTuple):
 
         def changed_loss(*args):
             calls.append(1)
-            result = real_loss(*args)
-            is_pair = isinstance(result, tuple)  # SAM 2's comes with the IoU
-            return (change(result[0], len(calls)), *result[1:]) if is_pair else change(result, len(calls))
+            return change(real_loss(*args), len(calls))
+
+        def changed_parts(*args):  # SAM 2's loss comes in parts: (objects, loss, IoU)
+            parts = real_loss(*args)
+            calls.append(1)
+            chosen, loss, iou = next(parts)
+            yield chosen, change(loss, len(calls)), iou
+            yield from parts
 
         def record_names(samples):
             batch = real_collate(samples)
             names.extend(batch["names"])
             return batch
 
-        monkeypatch.setattr(self.script, LOSSES[self.name], changed_loss)
+        is_in_parts = self.name == "train_sam2"
+        monkeypatch.setattr(self.script, LOSSES[self.name], changed_parts if is_in_parts else changed_loss)
         monkeypatch.setattr(self.script, "collate", record_names)
         return names
 

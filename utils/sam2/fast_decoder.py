@@ -2,8 +2,8 @@
 
 `decode` of utils/sam2/model.py runs sam2's own MaskDecoder; with fast_decoder=true it runs `decode_fast`. In exact
 arithmetic both are the same function. In float32 they round differently, by 1e-6 of the largest logit, hence the
-switch; a gradient can jump where rounding moves a unit of an MLP across its ReLU's kink. Measured on CPUs only: on a
-GPU, images are decoded one after another, and no fused attention kernel is used.
+switch; a gradient can jump where rounding moves a unit of an MLP across its ReLU's kink. "auto" is on where it was
+measured to be faster, on CPUs: on a GPU, images are decoded one after another, and no fused attention kernel is used.
 What is saved, for O objects of one image with T tokens each (8 for one click), N = (S/16)**2 pixels and C channels:
 
 * Until the first layer has written to them, an image's pixels are the same for all its objects (without mask prompts):
@@ -16,12 +16,25 @@ What is saved, for O objects of one image with T tokens each (8 for one click), 
   (pixel, channel) order to the end, and only the finished masks are put in image order.
 """
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.run import choose_device
+from utils.settings import Rule
+
+DecoderSetting = Annotated[bool | str, Rule(lambda setting: setting in (True, False, "auto"), "auto, true or false")]
 # Pixels decoded at once on a CPU where no gradient is wanted, 4 objects at 1024 px: what they need fits the caches.
 PIXELS_ON_CPU = 4 * 64 * 64
+
+
+def fix_decoder(config: dict) -> dict:
+    """Put true or false in the place of a config's fast_decoder "auto": true on a CPU."""
+    if config.get("fast_decoder") != "auto":
+        return config
+    return config | {"fast_decoder": choose_device(config["device"]).type == "cpu"}
 
 
 def decode_fast(
@@ -29,6 +42,7 @@ def decode_fast(
     image_embeddings: torch.Tensor,
     high_res_features: list[torch.Tensor],
     image_index: torch.Tensor,
+    image_pe: torch.Tensor,
     sparse_embeddings: torch.Tensor,
     dense_embeddings: torch.Tensor,
     is_dense_shared: bool,
@@ -40,7 +54,8 @@ def decode_fast(
         model: SAM 2, with high-resolution features and object scores as in all its configs.
         image_embeddings: (B, C, S/16, S/16).
         high_res_features: (B, C/8, S/4, S/4) and (B, C/4, S/8, S/8).
-        image_index: int64 (O,), which of the B images each object lies in.
+        image_index: int64 (O,), which of the B images each object lies in; best on the CPU, which reads it.
+        image_pe: (1, C, S/16, S/16), the position code of pixels.
         sparse_embeddings: (O, T', C) of points and boxes.
         dense_embeddings: (O, C, S/16, S/16) of mask prompts.
         is_dense_shared: there are no mask prompts, so dense_embeddings are the same for all objects.
@@ -54,30 +69,36 @@ def decode_fast(
             "the decoder lacks high-resolution features, object scores or four masks, which all configs of SAM 2 have; "
             "use fast_decoder=false"
         )
-    pixel_pe = to_pixels(model.sam_prompt_encoder.get_dense_pe())  # (1, N, C)
+    pixel_pe = to_pixels(image_pe)  # (1, N, C)
     most_objects = len(image_index)
     if image_embeddings.device.type == "cpu" and not torch.is_grad_enabled():
         most_objects = max(1, PIXELS_ON_CPU // pixel_pe.shape[1])
-    groups = []  # objects of one image that are decoded together
-    for image in range(len(image_embeddings)):
-        objects = (image_index == image).nonzero().squeeze(1)
-        groups += [(image, group) for group in objects.split(most_objects) if len(group) > 0]
-    order = torch.cat([objects for _, objects in groups])  # the objects as they are decoded
-    assert len(order) == len(image_index), (image_index, len(image_embeddings))
-    parts = []
-    for image, objects in groups:
-        dense = dense_embeddings[:1] if is_dense_shared else dense_embeddings.index_select(0, objects)
-        parts.append(
-            _decode_image(
-                decoder,
-                image_embeddings[image : image + 1] + dense,
-                [features[image : image + 1] for features in high_res_features],
-                sparse_embeddings.index_select(0, objects),
-                pixel_pe,
+    counts, order = [len(image_index)], None  # objects of each image; the order that brings them together
+    if len(image_embeddings) > 1:
+        image_index = image_index.cpu()
+        counts = image_index.bincount(minlength=len(image_embeddings)).tolist()
+        if (image_index.diff() < 0).any():
+            order = image_index.argsort(stable=True).to(sparse_embeddings.device)
+            sparse_embeddings = sparse_embeddings.index_select(0, order)
+            dense_embeddings = dense_embeddings if is_dense_shared else dense_embeddings.index_select(0, order)
+    assert len(counts) == len(image_embeddings), (counts, len(image_embeddings))
+    parts, stop = [], 0
+    for image, count in enumerate(counts):
+        first, stop = stop, stop + count
+        for start in range(first, stop, most_objects):  # objects of one image that are decoded together
+            objects = slice(start, min(start + most_objects, stop))
+            dense = dense_embeddings[:1] if is_dense_shared else dense_embeddings[objects]
+            parts.append(
+                _decode_image(
+                    decoder,
+                    image_embeddings[image : image + 1] + dense,
+                    [features[image : image + 1] for features in high_res_features],
+                    sparse_embeddings[objects],
+                    pixel_pe,
+                )
             )
-        )
     outputs = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
-    if not torch.equal(order, torch.arange(len(order), device=order.device)):
+    if order is not None:
         outputs = [output.index_select(0, order.argsort()) for output in outputs]
     low_res_masks, iou_predictions, object_score_logits = outputs
     if multimask_output:

@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import importlib.resources
 import os
+import types
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -192,7 +193,7 @@ def decode(
 
     Args:
         model: from `build_sam2`, which sets `model.fast_decoder`.
-        image_index: int64 (O,), which of the B images each object lies in.
+        image_index: int64 (O,), which of the B images each object lies in; best on the CPU.
         point_coords: float (O, P, 2), (x, y) pixels of the S x S frame; a box is two points (its corners) put first.
         point_labels: int (O, P), 1 foreground, 0 background, 2 and 3 box corners.
         mask_inputs: (O, 1, S/4, S/4) logits of an earlier prediction, or None.
@@ -200,26 +201,32 @@ def decode(
     Returns:
         low_res_masks (O, M, S/4, S/4) logits, iou_predictions (O, M), object_score_logits (O, 1); M is 3 or 1.
     """
-    sparse_embeddings, dense_embeddings = model.sam_prompt_encoder(
-        points=(point_coords, point_labels), boxes=None, masks=mask_inputs
-    )
-    high_res_features = embeddings.high_res_features
+    prompt_encoder, (image_embeddings, high_res_features) = model.sam_prompt_encoder, embeddings
+    with torch.autocast(image_embeddings.device.type, enabled=False):  # bf16 would move a click by up to 2 px of 1024
+        sparse_embeddings, dense_embeddings = prompt_encoder(
+            points=(point_coords, point_labels), boxes=None, masks=None
+        )
+        image_pe = prompt_encoder.get_dense_pe().to(image_embeddings.dtype)
+    if mask_inputs is not None:
+        _, dense_embeddings = prompt_encoder(points=None, boxes=None, masks=mask_inputs)
     if model.fast_decoder:
         return decode_fast(
             model,
-            embeddings.image_embeddings,
+            image_embeddings,
             high_res_features,
             image_index,
+            image_pe,
             sparse_embeddings,
             dense_embeddings,
             is_dense_shared=mask_inputs is None,
             multimask_output=multimask_output,
         )
-    if len(embeddings.image_embeddings) > 1:  # one image's are broadcast, which saves most of the memory
+    image_index = image_index.to(image_embeddings.device, non_blocking=True)
+    if len(image_embeddings) > 1:  # one image's are broadcast, which saves most of the memory
         high_res_features = [features.index_select(0, image_index) for features in high_res_features]
     low_res_masks, iou_predictions, _, object_score_logits = model.sam_mask_decoder(
-        image_embeddings=embeddings.image_embeddings.index_select(0, image_index),
-        image_pe=model.sam_prompt_encoder.get_dense_pe(),
+        image_embeddings=image_embeddings.index_select(0, image_index),
+        image_pe=image_pe,
         sparse_prompt_embeddings=sparse_embeddings,
         dense_prompt_embeddings=dense_embeddings,
         multimask_output=multimask_output,
@@ -227,6 +234,29 @@ def decode(
         high_res_features=high_res_features,
     )
     return low_res_masks, iou_predictions, object_score_logits
+
+
+def cut(embeddings: Embeddings) -> tuple[Embeddings, list[torch.Tensor]]:
+    """Cut embeddings off the encoder, so that several losses can be sent back one after the other.
+
+    Returns:
+        the same embeddings, for the decoder; and fp32 leaves below them, whose .grad adds up what comes back, for
+        `send_back` to hand it on to the encoder, once.
+    """
+    tensors = [embeddings.image_embeddings, *embeddings.high_res_features]
+    leaves = [tensor.detach().float().requires_grad_() if tensor.requires_grad else tensor for tensor in tensors]
+    image_embeddings, *high_res = [leaf.to(tensor.dtype) for leaf, tensor in zip(leaves, tensors, strict=True)]
+    return Embeddings(image_embeddings, high_res), leaves
+
+
+def send_back(embeddings: Embeddings, leaves: list[torch.Tensor]) -> None:
+    """Send the gradients that the leaves of `cut` have gathered back through what made the embeddings."""
+    tensors = [embeddings.image_embeddings, *embeddings.high_res_features]
+    pairs = [(tensor, leaf.grad) for tensor, leaf in zip(tensors, leaves, strict=True) if leaf.grad is not None]
+    if pairs:
+        torch.autograd.backward(
+            [tensor for tensor, _ in pairs], [gradient.to(tensor.dtype) for tensor, gradient in pairs]
+        )
 
 
 def upscale_masks(low_res_masks: torch.Tensor, orig_hw: tuple[int, int]) -> torch.Tensor:
@@ -357,7 +387,15 @@ def build_sam2(
             check_script(state, path, "train_sam2")
         _load_weights(model, find_weights(state, path), name, path)
     model.fast_decoder = fast_decoder
+    head = model.sam_mask_decoder.iou_prediction_head
+    head.forward = types.MethodType(_forward_without_autocast, head)
     return model.to(device).eval()
+
+
+def _forward_without_autocast(head: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Compute predicted IoUs in their weights' fp32: in steps of bf16, 1/256, they tie, and the wrong mask wins."""
+    with torch.autocast(tokens.device.type, enabled=False):
+        return type(head).forward(head, tokens.to(head.layers[0].weight.dtype))
 
 
 def find_checkpoint(name: str, url: str | None, checkpoint: str) -> Path:
