@@ -674,8 +674,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     settings = read_settings(Config, config)
     common, train_settings, optim_settings = settings.common, settings.train, settings.optim
     min_area_px, reader_keys = settings.data.min_area_px, dict(settings.data.reader_keys)
-    device = run.choose_device(common.device)
-    precision = run.choose_precision(common.precision, device)
+    device, precision = run.set_up_device(common.device, common.precision)
     run.seed_everything(common.seed)
 
     # data: list, check, leave out what cannot be used
@@ -703,7 +702,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     weights = {} if resume_path is None else {"checkpoint": str(resume_path)}  # the file it started from may be gone
     model = models.build_sam2(**settings.model | weights, device=device, fast_decoder=settings.fast_decoder)
     trainable = models.freeze_except(model, train_settings.trainable)
-    if train_settings.channels_last:
+    if run.choose_channels_last(train_settings.channels_last, device):
         model = model.to(memory_format=torch.channels_last)
     num_trainable, num_all = sum(p.numel() for p in trainable.values()), sum(p.numel() for p in model.parameters())
     print(
@@ -715,7 +714,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     )
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if train_settings.compile:
-        model.image_encoder.forward = torch.compile(model.image_encoder.forward)
+        plain, compiled = model.image_encoder.forward, run.compile_forward(model.image_encoder, device)
+        model.image_encoder.forward = lambda images: (compiled if model.training else plain)(images)
     loss_size = train_settings.loss_size or model.image_size // 4
 
     # embeddings of a frozen encoder, from disk
@@ -788,12 +788,13 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             group["lr"] = lr * group["lr_factor"]
 
         step_loss, step_iou, step_names = 0.0, 0.0, []
-        for _ in range(train_settings.accumulate):
+        for micro_step in range(train_settings.accumulate):
             batch = window.next_batch(batches)
             step_names += batch["names"]
             batch = loops.to_device(batch, device)
 
             # 3. forward
+            run.seed_dropout(common.seed, loop.step, micro_step)
             with run.autocast(device, precision):
                 object_loss, object_iou = prompted_loss(model, batch, settings.prompts, settings.loss, loss_size)
             weight = batch["object_weight"] / train_settings.accumulate
@@ -848,7 +849,7 @@ RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data.root", "dat
 @hydra.main(version_base="1.3", config_path="configs/sam2", config_name="train_sam2")
 def main(cfg) -> float:
     """Read the config, train, and end with one line on what went wrong and status 1, if anything did."""
-    with sections.one_line_errors("train_sam2"):
+    with sections.one_line_errors("train_sam2", "a smaller train.batch_size or train.objects_per_image"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         hydra_config = HydraConfig.get()
         config, resume_path = config_to_resume(

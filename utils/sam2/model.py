@@ -347,7 +347,8 @@ def build_sam2(
     """
     if image_size % 32 != 0 or image_size <= 0:
         raise ValueError(f"model.image_size is {image_size}; must be a multiple of 32")
-    model = _build_nano(image_size) if config is None else _build_official(config, image_size)
+    with _without_cuda():
+        model = _build_nano(image_size) if config is None else _build_official(config, image_size)
     if checkpoint == "none":
         print(f"{name}: random weights (model.checkpoint=none)")
     else:
@@ -418,6 +419,20 @@ def _sam2_without_hydra():
     finally:
         if not was_initialized:
             GlobalHydra.instance().clear()
+
+
+@contextlib.contextmanager
+def _without_cuda():
+    """Let sam2 see no CUDA device: it fills a cache of positions on one, the first, that a model elsewhere never reads.
+
+    Positions are computed where they are needed, on the model's device.
+    """
+    is_available = torch.cuda.is_available
+    torch.cuda.is_available = lambda: False
+    try:
+        yield
+    finally:
+        torch.cuda.is_available = is_available
 
 
 def _build_official(config: str, image_size: int) -> nn.Module:
