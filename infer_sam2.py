@@ -60,7 +60,7 @@ from utils.checkpoint import check_script, find_weights, load_checkpoint
 from utils.dataset_check import PICTURE_REMEDIES
 from utils.listing import first_few, read_json
 from utils.log import finish_run, start_run, write_json
-from utils.run import autocast, choose_device, choose_precision, now_s, sample_rng
+from utils.run import autocast, now_s, sample_rng, set_up_device
 from utils.sam2 import embedding_cache, mask_generation
 from utils.sam2 import model as models
 from utils.sam2.embedding_cache import CachePlan
@@ -129,8 +129,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
         pictures = [picture for picture in pictures if file_name(picture) in objects_of]
     region = images.read_label_map(settings.region) > 0 if settings.mode == "region" else None  # (H, W)
 
-    device = choose_device(settings.common.device)
-    precision = choose_precision(settings.common.precision, device)
+    device, precision = set_up_device(settings.common.device, settings.common.precision)
     model_config = choose_model(settings.checkpoint, settings.image_size, settings.model)
     changed = {key: value for key, value in settings.automatic.items() if value is not None}
     automatic = read_settings(AutomaticSettings, model_config.get("automatic", {}) | changed, "automatic")
@@ -486,7 +485,7 @@ def write_results(
 @hydra.main(version_base="1.3", config_path="configs/sam2", config_name="infer_sam2")
 def main(cfg: DictConfig) -> None:
     """Read the config, segment, and end with one line on what went wrong and status 1, if anything did."""
-    with sections.one_line_errors("infer_sam2"):
+    with sections.one_line_errors("infer_sam2", "a smaller automatic.points_per_batch or image_size"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         failures = infer(config, Path(HydraConfig.get().runtime.output_dir))
     if failures:

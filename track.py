@@ -60,7 +60,7 @@ from utils import settings as sections
 from utils.images import read_image, write_image
 from utils.listing import first_few
 from utils.log import finish_run, start_run, write_json
-from utils.run import choose_device, choose_precision, seed_everything
+from utils.run import seed_everything, set_up_device
 from utils.settings import FINITE, SAME_SECTION, CommonSettings, above, check_keys, one_of, read_settings
 from utils.tracking import drawing, window
 from utils.tracking import sequences as datasets
@@ -259,9 +259,8 @@ def name_trackers(folders: list[str], taken: tuple[str, ...]) -> dict[str, Path]
 
 def build_tracker(settings: Config) -> SiamFCTracker:
     """Load the weights and make the tracker on the chosen device."""
-    device, precision = choose_device(settings.common.device), settings.common.precision
-    is_parity = settings.tracker.mode == "parity" and precision == "auto"
-    precision = choose_precision("fp32" if is_parity else precision, device)
+    is_parity = settings.tracker.mode == "parity" and settings.common.precision == "auto"
+    device, precision = set_up_device(settings.common.device, "fp32" if is_parity else settings.common.precision)
     model = load_model(settings.checkpoint, settings.common.seed).to(device)
     return SiamFCTracker(model, settings.tracker, precision)
 
@@ -646,7 +645,7 @@ def number(value: float | None, decimals: int = 3) -> str:
 @hydra.main(version_base="1.3", config_path="configs/tracking", config_name="track")
 def main(cfg: DictConfig) -> None:
     """Read the config, track, and end with one line on what went wrong and status 1, if anything did."""
-    with sections.one_line_errors("track"):
+    with sections.one_line_errors("track", "a smaller tracker.scale_num, or precision=bf16"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         failures = track(config, Path(HydraConfig.get().runtime.output_dir))
     if failures:

@@ -457,7 +457,7 @@ def _prompt_group(
     mask_inputs = masks.new_zeros((num_objects, 1, model.image_size // 4, model.image_size // 4), dtype=torch.float32)
     if loss_settings.click_similarity > 0:
         clicked = (num_points == 1).nonzero().squeeze(1)  # not the boxes
-        on_device = clicked.to(device, non_blocking=True)
+        on_device = clicked.to(device, non_blocking=run.may_overlap(device))
         with run.autocast(device, precision):
             logits = click_similarity(
                 embeddings, image_index[clicked].to(device), point_coords[on_device, 0], model.image_size
@@ -471,7 +471,7 @@ def _prompt_group(
         # objects with the same number of points go through the decoder together: padding points would move the logits
         for count in num_points[num_rounds > round_number].unique().tolist():
             chosen = ((num_points == count) & (num_rounds > round_number)).nonzero().squeeze(1)
-            on_device = chosen.to(device, non_blocking=True)
+            on_device = chosen.to(device, non_blocking=run.may_overlap(device))
             inputs = (
                 *(model, embeddings, image_index[chosen], point_coords[on_device, :count]),
                 *(point_labels[on_device, :count], mask_inputs[on_device] if round_number > 0 else None),
@@ -486,13 +486,13 @@ def _prompt_group(
                     )
             fed_back = fed_back.detach() if prompt_settings.detach else fed_back
             mask_inputs = mask_inputs.index_copy(0, on_device, fed_back)
-            rounds = num_rounds[chosen].to(device, non_blocking=True)
+            rounds = num_rounds[chosen].to(device, non_blocking=run.may_overlap(device))
             yield on_device, object_loss / rounds, object_iou / rounds
         if round_number == num_corrections:
             break
         # the next click: uniform in the error, or now and then in the object
         clicking = (num_rounds > round_number + 1) & group["is_click"][:, round_number]
-        chosen = clicking.nonzero().squeeze(1).to(device, non_blocking=True)
+        chosen = clicking.nonzero().squeeze(1).to(device, non_blocking=run.may_overlap(device))
         if len(chosen) == 0:
             continue
         with torch.no_grad():
@@ -501,7 +501,7 @@ def _prompt_group(
             coords, labels = prompts.random_correction_points(
                 masks[chosen], pred_masks, group["uniform"][chosen, round_number]
             )
-            place = num_points[clicking].to(device, non_blocking=True)
+            place = num_points[clicking].to(device, non_blocking=run.may_overlap(device))
             point_coords[chosen, place] = coords.squeeze(1)
             point_labels[chosen, place] = labels.squeeze(1)
         num_points[clicking] += 1
@@ -780,8 +780,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     config = fix_decoder(config)
     settings = read_settings(Config, config)
     common, train_settings, optim_settings = settings.common, settings.train, settings.optim
-    device = run.choose_device(common.device)
-    precision = run.choose_precision(common.precision, device)
+    device, precision = run.set_up_device(common.device, common.precision)
     run.seed_everything(common.seed)
 
     # data: list, check, leave out what cannot be used
@@ -795,7 +794,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     weights = {} if resume_path is None else {"checkpoint": str(resume_path)}  # the file it started from may be gone
     model = models.build_sam2(**settings.model | weights, device=device, fast_decoder=settings.fast_decoder)
     trainable = models.freeze_except(model, train_settings.trainable)
-    if train_settings.channels_last:
+    if run.choose_channels_last(train_settings.channels_last, device):
         model = model.to(memory_format=torch.channels_last)
     num_trainable, num_all = sum(p.numel() for p in trainable.values()), sum(p.numel() for p in model.parameters())
     print(
@@ -807,7 +806,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     )
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if train_settings.compile:
-        model.image_encoder.forward = torch.compile(model.image_encoder.forward)
+        plain, compiled = model.image_encoder.forward, run.compile_forward(model.image_encoder, device)
+        model.image_encoder.forward = lambda images: (compiled if model.training else plain)(images)
     loss_size = train_settings.loss_size or model.image_size // 4
 
     # embeddings of a frozen encoder, from disk
@@ -882,12 +882,13 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             group["lr"] = lr * group["lr_factor"]
 
         loss_and_iou, step_names = torch.zeros(2, device=device), []
-        for _ in range(train_settings.accumulate):
+        for micro_step in range(train_settings.accumulate):
             batch = window.next_batch(batches)
             step_names += batch["names"]
             batch |= loops.to_device({key: batch[key] for key in batch if key not in READ_ON_CPU}, device)
 
             # 3. forward and backward, part by part
+            run.seed_dropout(common.seed, loop.step, micro_step)
             is_timed = hints_at_cache and loop.step == timed_step
             start_s = run.now_s(device) if is_timed else 0.0
             with run.autocast(device, precision):
@@ -961,7 +962,7 @@ RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data.root", "dat
 @hydra.main(version_base="1.3", config_path="configs/sam2", config_name="train_sam2")
 def main(cfg) -> float:
     """Read the config, train, and end with one line on what went wrong and status 1, if anything did."""
-    with sections.one_line_errors("train_sam2"):
+    with sections.one_line_errors("train_sam2", "a smaller train.batch_size or train.objects_per_image"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         hydra_config = HydraConfig.get()
         config, resume_path = config_to_resume(

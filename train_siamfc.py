@@ -549,8 +549,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     """
     settings = read_settings(Config, config)
     common, train_settings, pair_settings = settings.common, settings.train, settings.pairs
-    device = run.choose_device(common.device)
-    precision = run.choose_precision(common.precision, device)
+    device, precision = run.set_up_device(common.device, common.precision)
     tracker_precision = precision if settings.tracker.mode == "fast" else "fp32"
     labels = siamfc.response_labels(RESPONSE_SIZE, train_settings.r_pos).to(device)  # (15, 15)
     weights = siamfc.balanced_weights(labels)
@@ -584,12 +583,13 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
 
     # model and optimizer
     model = model.to(device)
-    if train_settings.channels_last:
+    is_channels_last = run.choose_channels_last(train_settings.channels_last, device)
+    if is_channels_last:
         model = model.to(memory_format=torch.channels_last)
     print(f"siamfc: {sum(p.numel() for p in model.parameters()):,} parameters; {device}, {precision}")
     optimizer = build_optimizer(model, settings.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    respond = torch.compile(model) if train_settings.compile else model
+    forward = run.compile_forward(model, device) if train_settings.compile else model
 
     is_resumed = resume_path is not None
     loop = loops.resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else loops.LoopState()
@@ -643,20 +643,21 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             group["lr"] = lr
 
         step_loss, step_hit_rate, step_names = 0.0, 0.0, []
-        for _ in range(train_settings.accumulate):
+        for micro_step in range(train_settings.accumulate):
             batch = window.next_batch(batches)
             step_names += batch["names"]
-            exemplars, instances = (
-                batch[key].to(device, non_blocking=True).float() for key in ("exemplars", "instances")
-            )  # (B, 3, 127, 127), (B, 3, 239, 239), 0..255
-            if train_settings.channels_last:
+            batch = loops.to_device(batch, device)
+            # (B, 3, 127, 127), (B, 3, 239, 239), 0..255
+            exemplars, instances = batch["exemplars"].float(), batch["instances"].float()
+            if is_channels_last:
                 exemplars, instances = (
                     images.to(memory_format=torch.channels_last) for images in (exemplars, instances)
                 )
 
             # 3. forward
+            run.seed_dropout(common.seed, loop.step, micro_step)
             with run.autocast(device, precision):
-                response = respond(exemplars, instances)  # (B, 1, 15, 15)
+                response = forward(exemplars, instances)  # (B, 1, 15, 15)
             micro_loss = balanced_loss(response, labels, weights) / train_settings.accumulate
             step_loss += loops.check_finite(micro_loss.item(), loop.step, f"pairs {', '.join(batch['names'])}")
             step_hit_rate += hit_rate(response, labels).item() / train_settings.accumulate
@@ -703,7 +704,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
 @hydra.main(version_base="1.3", config_path="configs/tracking", config_name="train_siamfc")
 def main(cfg) -> float:
     """Read the config, train, and end with one line on what went wrong and status 1, if anything did."""
-    with sections.one_line_errors("train_siamfc"):
+    with sections.one_line_errors("train_siamfc", "a smaller train.batch_size, or precision=bf16"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         hydra_config = HydraConfig.get()
         config, resume_path = config_to_resume(

@@ -477,8 +477,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     config = fix_tiles(config)
     settings = read_settings(Config, config)
     common, train_settings, reader_keys = settings.common, settings.train, settings.data.reader_keys
-    device = run.choose_device(common.device)
-    precision = run.choose_precision(common.precision, device)
+    device, precision = run.set_up_device(common.device, common.precision)
     run.seed_everything(common.seed)
     if train_settings.steps > 0 and not settings.check:
         check_batch(settings)
@@ -508,7 +507,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
 
     # model and optimizer
     model = model.to(device)
-    if train_settings.channels_last:
+    is_channels_last = run.choose_channels_last(train_settings.channels_last, device)
+    if is_channels_last:
         model = model.to(memory_format=torch.channels_last)
     predictor = build_predictor(settings, model, device, precision)
     print(
@@ -517,8 +517,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     )
     optimizer = build_optimizer(model, settings.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    if train_settings.compile:
-        model.forward = torch.compile(model.forward)
+    forward = run.compile_forward(model, device) if train_settings.compile else model
 
     is_resumed = resume_path is not None
     loop = loops.resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else loops.LoopState()
@@ -569,17 +568,18 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             group["lr"] = lr
 
         step_loss, step_accuracy, step_names = 0.0, 0.0, []
-        for _ in range(train_settings.accumulate):
+        for micro_step in range(train_settings.accumulate):
             batch = window.next_batch(batches)
             step_names += batch["names"]
             batch = loops.to_device(batch, device)
             images, targets = batch["images"].float() / 255, batch["targets"]  # (B, channels, h, w), (B, h', w')
-            if train_settings.channels_last:
+            if is_channels_last:
                 images = images.to(memory_format=torch.channels_last)
 
             # 3. forward
+            run.seed_dropout(common.seed, loop.step, micro_step)
             with run.autocast(device, precision):
-                logits = model(images)  # (B, C, h', w')
+                logits = forward(images)  # (B, C, h', w')
             micro_loss = weighted_loss(logits, targets, loss_settings, batch["pixel_weight"])
             micro_loss = micro_loss / train_settings.accumulate
             step_loss += loops.check_finite(micro_loss.item(), loop.step, f"pictures {', '.join(batch['names'])}")
@@ -656,7 +656,8 @@ def load_network(config: dict, state: dict | None, device: torch.device) -> torc
             f"checkpoint {config['checkpoint']} does not hold the weights of its model {config['model']['name']}: "
             + " ".join(str(error).split())[:300]
         ) from error
-    if config["train"]["channels_last"]:  # as it was trained: other layouts round differently
+    # as it was trained: other layouts round differently
+    if run.choose_channels_last(config["train"]["channels_last"], device):
         model = model.to(memory_format=torch.channels_last)
     return model.to(device).eval()
 
@@ -719,8 +720,7 @@ def checkpoint_config(state: dict, current: dict, overrides: list[str]) -> dict:
 def load_predictor(config: dict, state: dict) -> prediction.Predictor:
     """Rebuild the network of a checkpoint, and how it predicts pictures; arguments as those of `predict`."""
     settings = read_settings(Config, config)
-    device = run.choose_device(settings.common.device)
-    precision = run.choose_precision(settings.common.precision, device)
+    device, precision = run.set_up_device(settings.common.device, settings.common.precision)
     return build_predictor(settings, load_network(config, state, device), device, precision)
 
 
@@ -779,7 +779,7 @@ def predict(config: dict, state: dict, run_dir: Path) -> list[str]:
         try:
             image = read_picture(picture.path, reader_keys["channels"], picture.page)  # uint8 (H, W, channels)
             logits = predictor.predict(image)
-        except (ValueError, OSError, RuntimeError) as error:  # torch's, such as one for a picture beyond all memory
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:  # a picture can be beyond all memory
             if len(pictures) == 1:
                 raise
             failures.append(f"{picture}: {' '.join(str(error).split())[:300]}")
@@ -810,8 +810,7 @@ def print_summary(config: dict, state: dict | None) -> None:
         state: the checkpoint, or None for random weights.
     """
     settings = read_settings(Config, config)
-    device = run.choose_device(settings.common.device)
-    precision = run.choose_precision(settings.common.precision, device)
+    device, precision = run.set_up_device(settings.common.device, settings.common.precision)
     input_hw, channels = settings.data.framing.input_hw, settings.data.reader_keys["channels"]
     model = load_network(config, state, device)
     print(model_summary.format_summary(model_summary.summarize(model, input_hw, channels)))
@@ -831,7 +830,10 @@ def check_mode(settings: Config) -> None:
 @hydra.main(version_base="1.3", config_path="configs/unet", config_name="train_unet")
 def main(cfg) -> float | None:
     """Read the config, do what `mode` says, and end with one line on what went wrong and status 1, if anything did."""
-    with sections.one_line_errors("train_unet"):
+    less_memory = "a smaller train.batch_size or data.image_size"
+    if cfg.mode != "train":
+        less_memory = "a smaller tiles.size, or precision=bf16"
+    with sections.one_line_errors("train_unet", less_memory):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         hydra_config = HydraConfig.get()
         run_dir, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)

@@ -102,7 +102,7 @@ def test_ctrl_c_is_one_line_with_the_command_that_goes_on(has_saved, tmp_path, m
         (run_dir / "last.pt").write_bytes(b"")
     runtime = type("Runtime", (), {"output_dir": str(run_dir)})
     monkeypatch.setattr(settings.HydraConfig, "get", lambda: type("Hydra", (), {"runtime": runtime}))
-    with pytest.raises(SystemExit) as stop, settings.one_line_errors("train_unet"):
+    with pytest.raises(SystemExit) as stop, settings.one_line_errors("train_unet", "less"):
         raise KeyboardInterrupt
     assert stop.value.code == 130
     message = capsys.readouterr().err

@@ -9,7 +9,19 @@ import torch
 
 from utils import loop as loops
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.loop import LoopState, SpeedWindow, check_finite, clip_gradients, load_batches, resume_run, running_means
+from utils.loop import (
+    LoopState,
+    SpeedWindow,
+    check_finite,
+    clip_gradients,
+    load_batches,
+    resume_run,
+    running_means,
+    to_device,
+)
+from utils.run import seed_dropout
+from utils.sam2.embedding_cache import restore_maps
+from utils.sam2.model import FrozenMaps
 
 CPU = torch.device("cpu")
 
@@ -23,6 +35,7 @@ def make_run(seed=0):
 
 
 def update(model, optimizer, loop, select_by="val/iou", value=None):
+    seed_dropout(0, loop.step, 0)
     loss = model(torch.ones(2, 3)).square().mean()
     optimizer.zero_grad()
     loss.backward()
@@ -67,7 +80,20 @@ def test_last_pt_is_plain_and_best_pt_has_no_optimizer(tmp_path):
     best, last = load_checkpoint(tmp_path / "best.pt"), load_checkpoint(tmp_path / "last.pt")
     assert best.keys() == {"format", "script", "config", "class_weights", "model", "git", "metrics"}
     assert best["metrics"] == {"step": 1, "val/iou": 0.5} and best["class_weights"] == [1.0, 2.0]
-    assert last.keys() - best.keys() == {"optimizer", "scaler", "torch_rng", "loop", "splits", "best_keys"}
+    assert last.keys() - best.keys() == {"optimizer", "scaler", "loop", "splits", "best_keys"}
+
+
+@pytest.mark.parametrize("was_on, is_on", [(False, True), (True, False), (True, True)])
+def test_a_run_goes_on_where_precision_auto_is_another(was_on, is_on, tmp_path):
+    """One in bf16 has no scale to give to one in fp16: PyTorch raised a RuntimeError."""
+    *run, _ = make_run()
+    loop, scaler = LoopState(), torch.amp.GradScaler("cpu", init_scale=8.0, enabled=was_on)
+    update(*run, loop, value=0.5)
+    loops.save_run(tmp_path, loop, *run, scaler, {}, {}, is_best=True)
+    (tmp_path / "new").mkdir()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=is_on)
+    resume_run(tmp_path / "last.pt", tmp_path / "new", *run, scaler)
+    assert scaler.get_scale() == (1.0 if not is_on else 8.0 if was_on else 4.0)
 
 
 @pytest.mark.parametrize("is_killed_between", [False, True])
@@ -167,6 +193,21 @@ def test_overflows_are_counted_and_too_many_in_a_row_stop():
             clip([math.inf, 0.0], scaler, loop)
     with pytest.raises(FloatingPointError, match="gradient norm is inf at step 0, pairs a, b"):
         clip([math.inf, 0.0], HalfScaler(False), LoopState())
+
+
+@pytest.mark.parametrize("name", ["cpu", "mps", "cuda"])
+def test_batches_overlap_the_program_on_cuda_alone(name, monkeypatch):
+    """On mps a batch that has been freed could be read."""
+    overlaps = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking: overlaps.append(non_blocking) or self)
+    batch = {"images": torch.zeros(2), "names": ["a", "b"]}
+    assert to_device(batch, torch.device(name)) == batch and overlaps == [name == "cuda"]
+    pictures = FrozenMaps(*torch.zeros(3, 1), is_projected=True, dtypes=[CPU] * 3)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, *args, non_blocking=None: overlaps.append(non_blocking) or self
+    )
+    restore_maps(pictures, torch.device(name))
+    assert overlaps[1::2] == [name == "cuda"] * 3  # each goes to the device, then to its type
 
 
 class Indices(torch.utils.data.Dataset):

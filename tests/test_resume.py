@@ -9,6 +9,7 @@ import re
 import shutil
 
 import pytest
+import torch
 from tiny import differences, kill_and_resume, read_last, run_differences, without_timing
 from trainers import train_and_crash
 
@@ -77,6 +78,13 @@ def test_resumed_run_equals_the_uninterrupted_one(trainer, whole, crashed, tmp_p
     # a run that was complete: nothing is trained, and the new folder has all that the old one had
     status, _ = run_main(monkeypatch, capfd, tmp_path / "again", f"resume={tmp_path / 'resumed' / 'last.pt'}")
     assert status == 0 and run_differences(whole, tmp_path / "again") == unlike
+
+
+def test_dropout_goes_on_though_no_stream_of_random_numbers_is_restored(trainer, whole, crashed, tmp_path, monkeypatch):
+    """Only the CPU's was: on a GPU a resumed run repeated the dropout of its first steps."""
+    monkeypatch.setattr(torch, "set_rng_state", lambda state: None)
+    trainer.tiny.train_in(tmp_path / "resumed", configure(trainer), crashed / "last.pt")
+    assert not run_differences(whole, tmp_path / "resumed")
 
 
 def test_more_steps_go_on_with_the_samples_that_come_next_and_fewer_end_at_once(trainer, whole, tmp_path, monkeypatch):

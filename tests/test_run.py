@@ -1,6 +1,7 @@
 """What all scripts share: device, precision, seeds, sample stream, learning rate, records of a run."""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ def set_devices(monkeypatch, cuda: int, mps: bool, bf16: bool = True):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "an old GPU")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
 
 
@@ -66,9 +68,77 @@ def test_precision(monkeypatch):
     with pytest.raises(ValueError, match="precision is half"):
         run.choose_precision("half", CPU)
     set_devices(monkeypatch, cuda=1, mps=False, bf16=False)  # emulated only: correct, and slower than fp32
-    assert run.choose_precision("auto", cuda) == "fp32"
+    assert run.choose_precision("auto", cuda) == "fp16"
     with pytest.raises(ValueError, match="an old GPU lacks it"):
         run.choose_precision("bf16", cuda)
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_numbered_device_becomes_the_current_one_which_is_asked_for_bf16(has_bf16, monkeypatch, capsys):
+    """GPU 0 was asked, and used by sam2 and by the thread that pins batches."""
+    set_devices(monkeypatch, cuda=2, mps=False)
+    calls = []
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **keys: calls.append("bf16") or has_bf16)
+    device = torch.device("cuda", 1)
+    assert run.set_up_device("cuda:1", "auto") == (device, "bf16" if has_bf16 else "fp16")
+    assert calls == [device, "bf16"]
+    line = "" if has_bf16 else "precision=auto is fp16 here: an old GPU does not compute in bf16\n"
+    assert capsys.readouterr().out == line
+    run.set_up_device("cuda:1", "fp16")
+    assert capsys.readouterr().out == ""  # as it was asked for
+    assert run.set_up_device("cpu", "auto") == (CPU, "fp32") and calls[2:] == [device, "bf16"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fp32_is_never_tf32(precision):
+    torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
+    torch.backends.cuda.matmul.allow_tf32 = True  # that of NVIDIA's containers
+    run.set_up_device("cpu", precision)
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.gpu
+def test_fp32_products_and_convolutions_on_a_gpu_are_those_of_the_cpu():
+    """TF32 is off by 1e-3 of the largest value, fp32 by 1e-6."""
+    device, _ = run.set_up_device("cuda", "fp32")
+    torch.manual_seed(0)
+    conv, images, factors = nn.Conv2d(64, 64, 3), torch.randn(2, 64, 32, 32), torch.randn(256, 256)
+    expected = [conv(images), factors @ factors]
+    computed = [conv.to(device)(images.to(device)), factors.to(device) @ factors.to(device)]
+    for ours, theirs in zip(computed, expected, strict=True):
+        assert (ours.cpu() - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("name", ["train_sam2", "infer_sam2", "train_unet", "train_siamfc", "track"])
+def test_every_script_sets_its_device_up(name):
+    source = (run.REPOSITORY / f"{name}.py").read_text(encoding="utf-8")
+    assert "set_up_device(" in source and "choose_device(" not in source
+
+
+@pytest.mark.parametrize(
+    "name, is_used, line", [("mps", False, "ignored on mps"), ("cpu", True, ""), ("cuda", True, "")]
+)
+def test_channels_last_is_ignored_on_mps(name, is_used, line, capsys):
+    assert run.choose_channels_last(True, torch.device(name)) is is_used
+    printed = capsys.readouterr().out
+    assert line in printed and printed.count("\n") == bool(line)
+    assert run.choose_channels_last(False, torch.device(name)) is False and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("device, variable, needed", [("cuda", "CC", "gcc or clang or cc"), ("cpu", "CXX", "g\\+\\+")])
+def test_compiling_without_a_compiler_is_refused(device, variable, needed, monkeypatch):
+    monkeypatch.setattr(run.sys, "platform", "linux")
+    monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(run.shutil, "which", lambda name: "/opt/cc" if name == "mine" else None)
+    with pytest.raises(
+        ValueError, match=rf"^train.compile is true; must be .* no compiler \({needed}\): .* {variable}$"
+    ):
+        run.compile_forward(nn.Identity(), torch.device(device))
+    monkeypatch.setenv(variable, "mine")
+    monkeypatch.setattr(torch, "compile", lambda forward: forward)
+    module = nn.Identity()
+    assert run.compile_forward(module, torch.device(device)) == module.forward
 
 
 def test_autocast_computes_in_the_precision_asked_for():
@@ -121,6 +191,17 @@ def test_sample_rng_depends_on_seed_and_index_and_on_nothing_else():
     seeds, indices = (0, 1, 2, 2**32 - 1), (0, 1, 2, 2**31, 2**40)
     streams = {tuple(run.sample_rng(seed, i).random(2)) for seed in seeds for i in indices}
     assert len(streams) == 20  # no two share a stream, not even (0, 1) and (1, 0)
+
+
+def test_dropout_depends_on_seed_step_and_forward_and_on_nothing_else():
+    def dropped(*keys):
+        run.seed_dropout(*keys)
+        return tuple(nn.functional.dropout(torch.ones(64)).tolist())
+
+    first = dropped(0, 7, 1)
+    torch.rand(5)
+    assert dropped(0, 7, 1) == first
+    assert len({dropped(*keys) for keys in itertools.product((0, 1, 2**32 - 1), (0, 1, 2**40), (0, 1))}) == 18
 
 
 def test_shuffled_item_passes_over_all_items_once_an_epoch_in_a_new_order():

@@ -519,6 +519,19 @@ def test_damaged_and_foreign_weights_say_what_does_not_fit(tmp_path, nano):
         load({"model": None})
 
 
+@pytest.mark.parametrize("name", ["sam2_nano", "sam2.1_hiera_tiny"])
+def test_a_model_for_another_device_puts_nothing_on_the_first_gpu(name, monkeypatch):
+    """sam2 fills caches of positions on a CUDA device that it sees, for device=cpu and device=cuda:1 too."""
+
+    def is_available():
+        return True
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    model = models.build_sam2(**read_option("sam2", "model", name) | {"checkpoint": "none"}, device=torch.device("cpu"))
+    assert torch.cuda.is_available is is_available
+    assert not model.image_encoder.neck.position_encoding.cache
+
+
 def test_random_weights_only_on_request_and_said_so(capsys):
     model = build_random("sam2_nano", 64)
     assert "random weights" in capsys.readouterr().out

@@ -46,6 +46,18 @@ SCALARS = ("pixel_accuracy", "mean_iou", "weighted_iou", "dice")
 PER_CLASS = ("class_iou", "class_dice", "class_precision", "class_recall")
 
 
+class OnMps(torch.Tensor):
+    """A tensor that says it is on mps, which has no float64."""
+
+    device = property(lambda self: torch.device("mps"))
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    def to(self, dtype):
+        return self.double() if dtype == torch.float64 else super().to(dtype)
+
+
 def class_maps(seed: int = 0, num_images: int = 24, num_classes: int = 5, ignored: float = 0.1):
     """Draw predictions (N, H, W) that are often right and targets; class 3 occurs in image 5 alone."""
     rng = np.random.default_rng(seed)
@@ -218,3 +230,12 @@ def test_soft_iou_leaves_ignored_pixels_out():
     assert soft_iou(probs, target).isnan().tolist() == [False, True, False]
     sure = F.one_hot(target.clamp(max=3), 4).movedim(-1, 1).float()
     assert soft_iou(sure, target).nan_to_num(9).tolist() == [1, 9, 1]
+
+
+def test_soft_iou_on_mps_is_computed_in_fp32():
+    """`.double()` there ended every run of train_unet.py at step 0."""
+    torch.manual_seed(0)
+    probs, target = torch.randn(2, 3, 40, 50).softmax(1), torch.randint(0, 3, (2, 40, 50))
+    on_mps = soft_iou(probs.as_subclass(OnMps), target)
+    assert on_mps.dtype == torch.float32
+    torch.testing.assert_close(torch.tensor(on_mps.tolist()), soft_iou(probs, target).float(), atol=1e-6, rtol=0)

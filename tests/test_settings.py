@@ -2,11 +2,15 @@
 
 import functools
 import logging
+import re
 from dataclasses import dataclass, field
 from typing import Annotated
 
+import numpy as np
 import pytest
 import tiny
+import torch
+from omegaconf import OmegaConf
 
 import infer_sam2
 import track
@@ -256,14 +260,55 @@ def test_an_error_of_a_data_loading_process_is_described_by_its_last_line():
     ],
 )  # fmt: skip
 def test_what_a_user_can_mend_ends_in_one_line(error, caplog):
-    with caplog.at_level(logging.DEBUG), pytest.raises(SystemExit) as stop, settings.one_line_errors("track"):
+    with caplog.at_level(logging.DEBUG), pytest.raises(SystemExit) as stop, settings.one_line_errors("track", "less"):
         raise error
     assert stop.value.code == f"error: {error}" and "\n" not in stop.value.code
     assert [record.name for record in caplog.records] == ["track"] and caplog.records[0].exc_info[1] is error
 
 
+CUDA_MESSAGE = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.57 GiB of which 12.75 MiB is "
+    "free. Including non-PyTorch memory, this process has 14.55 GiB memory in use. Of the allocated memory ..."
+)
+
+
+def fill_memory():
+    torch.empty(10**15)
+
+
+def fill_memory_of_numpy():
+    np.empty(10**15)
+
+
+def fill_device():
+    raise torch.OutOfMemoryError(CUDA_MESSAGE)
+
+
+@pytest.mark.parametrize("script, work", SCRIPTS)
+@pytest.mark.parametrize(
+    "fill, amounts",
+    [
+        (fill_memory, r"DefaultCPUAllocator: .* allocate 4000000000000000 bytes\..*; this machine has [\d.]+ GiB"),
+        (fill_memory_of_numpy, r"Unable to allocate 7.11 PiB .*; this machine has [\d.]+ GiB"),
+        (fill_device, r".* 2.00 GiB. GPU 0 has a total capacity of 14.57 GiB of which 12.75 MiB is free"),
+    ],
+)
+def test_out_of_memory_is_one_line_in_every_script(fill, amounts, script, work, tmp_path, monkeypatch, capfd):
+    """What was done, how much there is, and two settings, which are there."""
+    monkeypatch.setattr(script, work, lambda *args: fill())
+    arguments = ["input=photo.png"] if work == "infer" else []
+    status, message = tiny.run_script(script, tmp_path / "run", *arguments)
+    assert status == 1 and "Traceback" not in "".join(capfd.readouterr())
+    found = re.fullmatch(rf"error: out of memory in main: {amounts}; try a smaller (\S+?),? or (\S+)", message)
+    assert found, message
+    config = OmegaConf.create(tiny.compose_config(script.__name__, *arguments))
+    for key in found.groups():
+        section, _, name = key.partition("=")[0].rpartition(".")
+        assert name in (OmegaConf.select(config, section) if section else config), key
+
+
 def test_mistakes_of_ours_keep_their_traceback():
-    with pytest.raises(KeyError), settings.one_line_errors("track"):
+    with pytest.raises(KeyError), settings.one_line_errors("track", "less"):
         raise KeyError("channels")
 
 

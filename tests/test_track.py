@@ -614,7 +614,7 @@ def test_parity_is_fp32_where_precision_is_auto(monkeypatch):
         return script.build_tracker(read_settings(Config, compose_config(*overrides))).dtype
 
     # as on a device that computes in bf16
-    monkeypatch.setattr(script, "choose_precision", lambda name, device: "bf16" if name == "auto" else name)
+    monkeypatch.setattr("utils.run.choose_precision", lambda name, device: "bf16" if name == "auto" else name)
     assert built() == torch.bfloat16
     assert built("tracker.mode=parity") == torch.float32 == built("precision=fp32")
     with pytest.raises(ValueError, match="precision is bf16; tracker.mode=parity computes in fp32"):

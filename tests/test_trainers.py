@@ -188,6 +188,26 @@ def test_compile_is_a_switch(trainer, tmp_path, monkeypatch):
     assert len(compiled) == 1 and not differences(*states)  # the names of the weights too
 
 
+def test_compiling_without_a_compiler_is_one_line(trainer, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("utils.run.shutil.which", lambda name: None)
+    arguments = [*trainer.tiny.tiny_overrides(trainer.root), "train.steps=1", "train.compile=true"]
+    status, output = trainer.tiny.run_main(monkeypatch, capfd, tmp_path / "run", *arguments)
+    assert status == 1 and "error: train.compile is true; must be false where there is no compiler" in output
+    assert "Traceback" not in output
+
+
+def test_memory_that_ends_in_a_step_is_one_line(trainer, tmp_path, monkeypatch, capfd):
+    trainer.replace_loss(monkeypatch, lambda loss, number: loss if number < 6 else torch.empty(10**15))
+    arguments = [*trainer.tiny.tiny_overrides(trainer.root), "train.steps=20", "train.eval_images=1"]
+    arguments = [argument for argument in arguments if trainer.name != "train_siamfc" or "eval_images" not in argument]
+    status, output = trainer.tiny.run_main(monkeypatch, capfd, tmp_path / "run", *arguments)
+    (line,) = [line for line in output.splitlines() if "out of memory" in line]
+    assert status == 1 and "Traceback" not in output
+    assert re.search(r"^error: out of memory in main > train( > \w+)*, step \d+: DefaultCPUAllocator: can't all", line)
+    assert "you tried to allocate 4000000000000000 bytes" in line
+    assert re.search(r"; this machine has [\d.]+ GiB; try a smaller train.batch_size(,)? or ", line)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # numbers that are not finite
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from utils.settings import fill_defaults
+from utils.settings import fill_defaults, is_out_of_memory
 
 # What files of earlier commits have: keys that are no more, with the value that means what is done today; weights of a
 # loss that stand beside its other keys; the fields of a loop.
@@ -71,6 +71,8 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"checkpoint {path} cannot be read: damaged, not a PyTorch checkpoint, or holds more than tensors and "
             f"plain types; give another file, or copy it again"
@@ -132,7 +134,7 @@ def load_run(resume_path: Path, script: str) -> dict:
     """
     state = load_checkpoint(resume_path)
     check_script(state, resume_path, script)
-    if missing := [name for name in ("optimizer", "scaler", "torch_rng", "loop") if name not in state]:
+    if missing := [name for name in ("optimizer", "scaler", "loop") if name not in state]:
         raise ValueError(
             f"resume is {resume_path}, which has no {missing[0]}; give the last.pt of a run of {script}.py"
         )

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.listing import first_few
 from utils.log import git_state
-from utils.run import choose_num_workers
+from utils.run import choose_num_workers, may_overlap
 
 RUNNING_MEAN_DECAY = 0.99
 MAX_SKIPPED_IN_A_ROW = 50  # steps whose fp16 gradients overflowed, each at half the scale of the one before
@@ -29,8 +29,8 @@ MAX_SKIPPED_IN_A_ROW = 50  # steps whose fp16 gradients overflowed, each at half
 
 @dataclass
 class LoopState:
-    """What a training loop carries from step to step, plain types: with the weights, the optimizer, the scaler and
-    torch's random state it is all that a resumed run takes over.
+    """What a training loop carries from step to step, plain types: with the weights, the optimizer and the scaler
+    it is all that a resumed run takes over.
     """
 
     step: int = 0  # updates attempted
@@ -76,10 +76,8 @@ def save_run(
         splits: names of the samples of each split, for last.pt; see `keep_splits`.
     """
     best = {"format": 1, **description, "model": model.state_dict(), "git": git_state()}
-    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "torch_rng": torch.get_rng_state()}
-    save_checkpoint(
-        run_dir / "last.pt", best | state | {"loop": asdict(loop), "splits": splits, "best_keys": list(best)}
-    )
+    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "loop": asdict(loop)}
+    save_checkpoint(run_dir / "last.pt", best | state | {"splits": splits, "best_keys": list(best)})
     if is_best:
         save_checkpoint(run_dir / "best.pt", best | {"metrics": loop.best})
 
@@ -101,8 +99,8 @@ def resume_run(
     state = load_checkpoint(resume_path)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["torch_rng"])
+    if state["scaler"]:  # none of a run that computed in bf16 or fp32, on another device
+        scaler.load_state_dict(state["scaler"])
     loop = LoopState(**state["loop"])
     if loop.best["step"] == loop.step:
         best = {key: state[key] for key in state["best_keys"]} | {"metrics": loop.best}
@@ -178,7 +176,7 @@ def load_batches(
             num_workers=num_workers,
             collate_fn=collate,
             worker_init_fn=limit_threads,
-            generator=torch.Generator(),  # torch's own stream, which a resumed run restores, must not be drawn from
+            generator=torch.Generator(),  # torch's own stream, which dropout follows, must not be drawn from
             pin_memory=device.type == "cuda",
             persistent_workers=num_workers > 0,
         )
@@ -193,7 +191,7 @@ def limit_threads(worker: int) -> None:
 def to_device(batch: dict, device: torch.device) -> dict:
     """Bring a batch's tensors to a device; all else stays as it is."""
     return {
-        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        key: value.to(device, non_blocking=may_overlap(device)) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()
     }
 

@@ -6,7 +6,10 @@ import math
 import os
 import random
 import re
+import shutil
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,24 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # ---------------------------------------------------------------------------------------------------------------------
 # where and how to compute
+
+
+def set_up_device(device_name: str, precision_name: str) -> tuple[torch.device, str]:
+    """Choose the device and the precision of a run, and set the process up for them: what every script calls.
+
+    The numbered CUDA device becomes the current one, for all that asks for no other. What is computed in fp32 is so
+    throughout: not in TF32, which rounds factors to 11 bits, and is PyTorch's default in convolutions.
+
+    Args, Raises: as those of `choose_device` and `choose_precision`.
+    """
+    device = choose_device(device_name)
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    precision = choose_precision(precision_name, device)
+    if precision_name == "auto" and precision == "fp16":
+        print(f"precision=auto is fp16 here: {torch.cuda.get_device_name(device)} does not compute in bf16")
+    return device, precision
 
 
 def choose_device(name: str) -> torch.device:
@@ -45,7 +66,8 @@ def choose_precision(name: str, device: torch.device) -> str:
     """Turn the setting `precision` into "fp32", "bf16" or "fp16".
 
     Args:
-        name: one of those three, or "auto": bf16 on a CUDA device that computes in it, else fp32.
+        name: one of those three, or "auto": bf16 on a CUDA device that computes in it, fp16 on others, fp32 elsewhere.
+        device: of CUDA's, the current one.
     Raises:
         ValueError: for another name, and for bf16 on a CUDA device that only emulates it.
     """
@@ -53,10 +75,48 @@ def choose_precision(name: str, device: torch.device) -> str:
         raise ValueError(f"precision is {name}; must be auto, fp32, bf16 or fp16")
     has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
-        return "bf16" if device.type == "cuda" and has_bf16 else "fp32"
+        return "fp32" if device.type != "cuda" else "bf16" if has_bf16 else "fp16"
     if name == "bf16" and not has_bf16:
         raise ValueError(f"precision is bf16; {torch.cuda.get_device_name(device)} lacks it: use fp16 or fp32")
     return name
+
+
+def choose_channels_last(is_wanted: bool, device: torch.device) -> bool:
+    """Turn the setting `train.channels_last` into whether tensors lie so in memory: never on mps.
+
+    There, gradients of batch norm were wrong with it up to June 2026 (PyTorch's issue 175189).
+    """
+    if is_wanted and device.type == "mps":
+        print(
+            "train.channels_last=true is ignored on mps, where PyTorch's gradients of batch norm may be wrong with it"
+        )
+    return is_wanted and device.type != "mps"
+
+
+def may_overlap(device: torch.device) -> bool:
+    """Tell whether tensors may be on their way to a device while the program goes on (`non_blocking`): to CUDA's alone.
+
+    On mps, a copy can read its source after that has been freed (PyTorch's issue 189690).
+    """
+    return device.type == "cuda"
+
+
+def compile_forward(module: torch.nn.Module, device: torch.device) -> Callable:
+    """Make a compiled form of a module's forward, for training: the module itself stays plain.
+
+    Pictures have one size in training, and a compiled form of it is made once. In evaluation each size would need one.
+
+    Raises:
+        ValueError: where the system has no compiler, which PyTorch calls.
+    """
+    variable, names = ("CC", ["gcc", "clang", "cc"]) if device.type == "cuda" else ("CXX", ["g++"])
+    names = [os.environ[variable]] if variable in os.environ else names
+    if sys.platform != "win32" and not any(map(shutil.which, names)):
+        raise ValueError(
+            f"train.compile is true; must be false where there is no compiler ({' or '.join(names)}): install one, or "
+            f"name yours in the environment variable {variable}"
+        )
+    return torch.compile(module.forward)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
@@ -106,7 +166,7 @@ def num_cores() -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch (every device), numpy and random: weights made from scratch and dropout, not data (`sample_rng`).
+    """Seed torch (every device), numpy and random: weights made from scratch, not data and dropout (see below).
 
     Args:
         seed: 0 to 2**32 - 1.
@@ -146,6 +206,17 @@ def shuffled_item(seed: int, sample_index: int, num_items: int) -> int:
 def _epoch_order(seed: int, epoch: int, num_items: int) -> np.ndarray:
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1, epoch)))
     return rng.permutation(num_items)
+
+
+def seed_dropout(seed: int, step: int, micro_step: int) -> None:
+    """Seed torch on every device before a forward, so that its dropout follows from these three alone.
+
+    Args:
+        step: updates already done.
+        micro_step: which of the step's forwards, from 0.
+    """
+    words = np.random.SeedSequence(seed, spawn_key=(2, step, micro_step)).generate_state(1, np.uint64)
+    torch.manual_seed(int(words[0]))
 
 
 def cosine_lr(step: int, steps: int, lr: float, warmup_steps: int, min_lr_factor: float) -> float:

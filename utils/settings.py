@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Collection
@@ -29,6 +30,7 @@ PATH_KEYS = re.compile(  # keys of the command line whose values are paths
     r"|data\.(\w+\.)*(root|index|groundtruth|\w+_(dir|list|folder|images|annotations))|hydra\.(run|sweep)\.dir)"
 )
 FLAGS_WITHOUT_RUN = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--help", "-h", "--version")
+OUT_OF_MEMORY = re.compile("(?i)out of memory|can't allocate|not enough memory|insufficient memory|_ALLOC_FAILED")
 # Marks of a field whose keys stand in the same section as its neighbours', and of one that takes all keys left over.
 SAME_SECTION, ALL_OTHERS = "same section", "all others"
 
@@ -335,13 +337,23 @@ def stop_at_moved_files(task: str, arguments: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def one_line_errors(script: str):
-    """End the program with one line and status 1 at an error that input, files or values can cause, 130 at Ctrl-C."""
+def one_line_errors(script: str, less_memory: str):
+    """End the program with one line and status 1 at an error that input, files or values can cause, 130 at Ctrl-C.
+
+    Args:
+        script: its name, such as "train_unet".
+        less_memory: two settings that need less memory, such as "a smaller train.batch_size or data.image_size".
+    """
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
         logging.getLogger(script).debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true
         sys.exit(f"error: {describe_error(error)}")
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        logging.getLogger(script).debug("where it was raised", exc_info=True)
+        sys.exit(f"error: {describe_out_of_memory(error, script)}; try {less_memory}")
     except KeyboardInterrupt:
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         shown_dir = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
@@ -351,6 +363,25 @@ def one_line_errors(script: str):
         else:
             print(f"interrupted; what was finished is in {shown_dir}", file=sys.stderr)
         sys.exit(130)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether memory ran out, the device's or the machine's: PyTorch, OpenCV and Python each say so their way."""
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
+
+
+def describe_out_of_memory(error: Exception, script: str) -> str:
+    """Say in which functions of a script memory ran out, at which step of a training, and how much there is."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    frames = [frame for frame in frames if Path(frame.f_code.co_filename).stem == script]
+    place = " > ".join(frame.f_code.co_name for frame in frames if frame.f_code.co_name.isidentifier())
+    steps = [f", step {frame.f_locals['loop'].step}" for frame in frames if "loop" in frame.f_locals]
+    message = re.sub(r"\[enforce fail.*?\. ", "", " ".join(describe_error(error).split()))
+    message = ". ".join(message.split(". ")[:3]).rstrip(".")  # what follows is about PyTorch's allocator
+    if not re.search("CUDA|HIP|MPS", message) and hasattr(os, "sysconf"):
+        gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        message += f"; this machine has {gigabytes:.1f} GiB"
+    return f"out of memory in {place}{''.join(steps)}: {message}"
 
 
 def describe_error(error: Exception) -> str:

@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from utils.images import read_image
-from utils.run import REPOSITORY, autocast, num_cores
+from utils.run import REPOSITORY, autocast, may_overlap, num_cores
 from utils.sam2 import model as models
 from utils.sam2.model import Embeddings, FrozenMaps
 from utils.settings import Rule, one_of
@@ -68,14 +68,15 @@ def embed(model: torch.nn.Module, pictures: torch.Tensor | FrozenMaps) -> Embedd
         Embeddings on the model's device.
     """
     if isinstance(pictures, torch.Tensor):
-        return models.encode(model, pictures.to(model.device, non_blocking=True))
+        return models.encode(model, pictures.to(model.device, non_blocking=may_overlap(model.device)))
     return models.finish_embeddings(model, restore_maps(pictures, model.device))
 
 
 def restore_maps(maps: FrozenMaps, device: torch.device) -> FrozenMaps:
     """Bring maps from the cache to a device, then to the types in which the encoder gave them."""
     pairs = zip(maps[:3], maps.dtypes, strict=True)
-    return FrozenMaps(*(level.to(device, non_blocking=True).to(dtype) for level, dtype in pairs), maps.is_projected)
+    levels = (level.to(device, non_blocking=may_overlap(device)).to(dtype) for level, dtype in pairs)
+    return FrozenMaps(*levels, maps.is_projected)
 
 
 def join_pictures(parts: list[torch.Tensor] | list[FrozenMaps]) -> torch.Tensor | FrozenMaps:

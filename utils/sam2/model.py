@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from utils.checkpoint import check_script, find_weights, load_checkpoint
-from utils.run import REPOSITORY
+from utils.run import REPOSITORY, may_overlap
 from utils.sam2.fast_decoder import decode_fast
 
 # What sam2.build_sam.build_sam2 sets by default: where the single mask is unstable, the best of three is given instead.
@@ -221,7 +221,8 @@ def decode(
             is_dense_shared=mask_inputs is None,
             multimask_output=multimask_output,
         )
-    image_index = image_index.to(image_embeddings.device, non_blocking=True)
+    device = image_embeddings.device
+    image_index = image_index.to(device, non_blocking=may_overlap(device))
     if len(image_embeddings) > 1:  # one image's are broadcast, which saves most of the memory
         high_res_features = [features.index_select(0, image_index) for features in high_res_features]
     low_res_masks, iou_predictions, _, object_score_logits = model.sam_mask_decoder(
@@ -377,7 +378,8 @@ def build_sam2(
     """
     if image_size % 32 != 0 or image_size <= 0:
         raise ValueError(f"model.image_size is {image_size}; must be a multiple of 32")
-    model = _build_nano(image_size) if config is None else _build_official(config, image_size)
+    with _without_cuda():
+        model = _build_nano(image_size) if config is None else _build_official(config, image_size)
     if checkpoint == "none":
         print(f"{name}: random weights (model.checkpoint=none)")
     else:
@@ -456,6 +458,20 @@ def _sam2_without_hydra():
     finally:
         if not was_initialized:
             GlobalHydra.instance().clear()
+
+
+@contextlib.contextmanager
+def _without_cuda():
+    """Let sam2 see no CUDA device: it fills a cache of positions on one, the first, that a model elsewhere never reads.
+
+    Positions are computed where they are needed, on the model's device.
+    """
+    is_available = torch.cuda.is_available
+    torch.cuda.is_available = lambda: False
+    try:
+        yield
+    finally:
+        torch.cuda.is_available = is_available
 
 
 def _build_official(config: str, image_size: int) -> nn.Module:

@@ -91,14 +91,16 @@ def soft_iou(probs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         probs: (B, C, H, W), softmax probabilities.
         target: int (B, H, W), 0..C-1 or 255 = ignore.
     Returns:
-        float64 (B,); nan for an image without a pixel that counts. The value of a set is the mean over its images.
+        float64 (B,), on mps float32; nan for an image without a pixel that counts. The value of a set is the mean over
+        its images.
     Source: Matani and Naresh 2023, "Efficient Image Segmentation Using PyTorch"; without their smoothing of 0.001.
     """
     overlap = total = 0
+    dtype = torch.float32 if probs.device.type == "mps" else torch.float64
     for first in range(0, target.shape[1], rows := max(1, BAND_PX // target.shape[2])):
         band = slice(first, first + rows)
         valid = target[:, band] != IGNORE_INDEX  # (B, rows, W)
-        band_probs = probs[:, :, band].double()  # (B, C, rows, W)
+        band_probs = probs[:, :, band].to(dtype)  # (B, C, rows, W)
         true_class = target[:, band].masked_fill(~valid, 0).long()
         overlap = overlap + (band_probs.gather(1, true_class[:, None])[:, 0] * valid).sum((1, 2))
         total = total + (band_probs * valid[:, None]).sum((1, 2, 3)) + valid.sum((1, 2))

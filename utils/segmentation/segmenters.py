@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import get_model
 
-from utils.segmentation.unet import Count, DroppedShare
+from utils.segmentation.unet import Count, DroppedShare, resize_bilinear
 from utils.settings import one_of
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ class FCN(nn.Module):
         scores = self.score_32(self.head(pooled[4]))  # (B, num_classes, H/32, W/32)
         scores = self.up_32(scores) + self.score_16(pooled[3])  # H/16
         scores = self.up_16(scores) + self.score_8(pooled[2])  # H/8
-        scores = F.interpolate(scores, scale_factor=8, mode="bilinear", align_corners=False)  # H
+        scores = resize_bilinear(scores, (8 * scores.shape[-2], 8 * scores.shape[-1]))  # H
         return scores[..., :height, :width]
 
 
@@ -262,6 +262,8 @@ class DeepLabV3(nn.Module):
         weights = "DEFAULT" if pretrained else None
         self.network = get_model(f"deeplabv3_{backbone}", weights=weights, weights_backbone=None)
         self.network.aux_classifier = None
+        atrous_convs = self.network.classifier[0].convs
+        atrous_convs[-1] = PooledContext(*atrous_convs[-1])
         self.network.classifier[-1] = nn.Conv2d(self.network.classifier[-1].in_channels, num_classes, 1)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
@@ -270,7 +272,17 @@ class DeepLabV3(nn.Module):
         if self.training and len(images) == 1:  # batch norm of one value a channel, the mean over the picture
             raise ValueError("train.batch_size is 1; must be 2 or more for model=deeplabv3")
         images = (images.expand(-1, 3, -1, -1) - self.mean) / self.std  # (B, 3, H, W)
-        return self.network(images)["out"]  # (B, num_classes, H, W)
+        scores = self.network.classifier(self.network.backbone(images)["out"])  # (B, num_classes, H/8, W/8)
+        return resize_bilinear(scores, images.shape[-2:])  # (B, num_classes, H, W)
+
+
+class PooledContext(nn.Sequential):
+    """torchvision's ASPPPooling: the picture's mean through a convolution, spread over (B, C, H, W); see
+    `resize_bilinear`.
+    """
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return resize_bilinear(super().forward(features), features.shape[-2:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
