@@ -60,7 +60,7 @@ from utils.checkpoint import check_script, find_weights, load_checkpoint
 from utils.dataset_check import PICTURE_REMEDIES
 from utils.listing import first_few, read_json
 from utils.log import finish_run, start_run, write_json
-from utils.run import autocast, now_s, sample_rng, set_up_device
+from utils.run import autocast, now_s, read_ahead, sample_rng, set_up_device
 from utils.sam2 import embedding_cache, mask_generation
 from utils.sam2 import model as models
 from utils.sam2.embedding_cache import CachePlan
@@ -144,25 +144,32 @@ def infer(config: dict, run_dir: Path) -> list[str]:
 
     is_single = len(pictures) == 1
     failures, remarks, num_done, num_masks = [], {}, 0, 0
+
+    def read(image_index: int) -> tuple[np.ndarray, list[ObjectPrompt], tuple[str, str] | None]:
+        picture = pictures[image_index]
+        image_unscaled = images.read_image_unscaled(picture.path, picture.page)  # uint8 or uint16 (H, W, 3)
+        orig_hw, objects = image_unscaled.shape[:2], []
+        if settings.mode == "region":
+            rng = sample_rng(settings.common.seed, image_index)
+            objects = objects_in_region(region, orig_hw, settings.num_points, rng)
+        elif settings.mode == "prompts":
+            objects = [parse_object(prompt, orig_hw) for prompt in objects_of[file_name(picture)]]
+        return images.scale_to_8_bits(image_unscaled), objects, images.remark_on_values(image_unscaled)
+
     with (run_dir / "summary.csv").open("w", encoding="utf-8", newline="") as summary_file:
         summary = csv.writer(summary_file)
         summary.writerow(["name", "masks", "objects", "encode_ms", "ms_per_prompt"])
-        for image_index, picture in enumerate(tqdm(pictures, desc="segment", unit="image", disable=is_single)):
+        progress = tqdm(pictures, desc="segment", unit="image", disable=is_single)
+        readings = read_ahead(read, range(len(pictures)))
+        for image_index, (picture, reading) in enumerate(zip(progress, readings, strict=True)):
             try:
-                image_unscaled = images.read_image_unscaled(picture.path, picture.page)  # uint8 or uint16 (H, W, 3)
-                image_rgb, orig_hw = images.scale_to_8_bits(image_unscaled), image_unscaled.shape[:2]
-                if settings.mode == "region":
-                    objects = objects_in_region(
-                        region, orig_hw, settings.num_points, sample_rng(settings.common.seed, image_index)
-                    )
-                elif settings.mode == "prompts":
-                    objects = [parse_object(prompt, orig_hw) for prompt in objects_of[file_name(picture)]]
+                image_rgb, objects, remark = reading.result()
             except (ValueError, OSError) as error:
                 if is_single:
                     raise
                 failures.append(f"{picture}: {error}")
                 continue
-            if remark := images.remark_on_values(image_unscaled):
+            if remark:
                 remarks.setdefault(remark[0], []).append(f"{picture}: {remark[1]}")
             with torch.inference_mode(), autocast(device, precision):
                 if settings.mode == "automatic":
@@ -172,7 +179,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
             label_map, ids = mask_generation.stitch_masks(
                 [annotation["segmentation"] for annotation in generated.annotations],
                 [annotation["predicted_iou"] for annotation in generated.annotations],
-                orig_hw,
+                image_rgb.shape[:2],
                 settings.max_overlap,
             )
             write_results(run_dir, picture.name, picture.path.name, image_rgb, label_map, ids, generated, image_index)
@@ -387,7 +394,7 @@ def segment_objects(
     start = now_s(model.device)
     key = picture.path, False
     if plan is None or picture.page is not None:
-        encoder_input = models.preprocess(image_rgb, model.image_size)[None]
+        encoder_input = models.preprocess(image_rgb, model.image_size, model.device)[None]
     else:
         if key in plan.missing:  # then read: the first run rounds as all others do
             embedding_cache.fill_entry(model, plan, key, image_rgb)
@@ -414,19 +421,18 @@ def segment_objects(
             multimask_output=point_labels.shape[1] == 1 and not masks,
         )  # (O, M, h, w), (O, M)
         predicted_ious, best = iou_predictions.float().max(1)
-        best_masks = low_res_masks[torch.arange(len(batch)), best].float()  # (O, h, w)
+        best_masks = low_res_masks[torch.arange(len(batch), device=best.device), best].float()  # (O, h, w)
         stability_scores, _ = mask_generation.measure_full_size(best_masks, orig_hw, automatic.stability_score_offset)
-        for k, index in enumerate(batch):
-            is_click = np.isin(objects[index].point_labels, (0, 1))
-            annotations[index] = mask_generation.annotate_mask(
-                best_masks[k].cpu().numpy(),
-                predicted_ious[k].item(),
-                stability_scores[k].item(),
-                objects[index].point_coords[is_click].tolist(),
-                (0, 0, orig_hw[1], orig_hw[0]),
-                orig_hw,
-                automatic.min_region_area,
-            )
+        annotated = mask_generation.annotate_masks(
+            best_masks,
+            predicted_ious,
+            stability_scores,
+            [objects[i].point_coords[np.isin(objects[i].point_labels, (0, 1))].tolist() for i in batch],
+            (0, 0, orig_hw[1], orig_hw[0]),
+            orig_hw,
+            automatic.min_region_area,
+        )
+        annotations |= dict(zip(batch, annotated, strict=True))
     filled = [annotations[i] | {"prompt": i} for i in range(len(objects)) if annotations[i]["area"] > 0]
     empty = tuple(i for i in range(len(objects)) if annotations[i]["area"] == 0)
     if empty:

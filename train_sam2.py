@@ -29,6 +29,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before th
 import functools
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -66,6 +67,11 @@ TERMS = {  # of a mask's shape, summed in this order: logits and truth (O, M, s,
     "cross_entropy": lambda logits, truth, knobs: losses.cross_entropy_loss(logits, truth, knobs.foreground_balance),
 }
 READ_ON_CPU = ("image_index", "num_points", "num_rounds", "is_click")  # of a batch: they say what is computed
+# Validation: objects of a picture that are decoded together, at most 64, by the size of their true masks; and how many
+# of their masks are brought to full size together. Another size of groups would round differently on a CPU.
+GROUP_PIXELS_ON_CPU, GROUP_PIXELS_ON_GPU = 2**26, 2**29
+FULL_SIZE_PIXELS_ON_CPU, FULL_SIZE_PIXELS_ON_GPU = 2**20, 2**26
+MOST_THREADS = 8  # a click for each
 LOGIT_LIMIT = 32.0  # of logits that are fed back as a mask prompt, as SAM 2's predictor limits them
 
 
@@ -538,7 +544,7 @@ def predict_masks(
     mask_inputs: torch.Tensor | None,
     orig_hw: tuple[int, int],
     precision: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Predict the masks of O objects of one picture, prompted in the picture's own frame.
 
     Args:
@@ -546,7 +552,7 @@ def predict_masks(
         point_coords: float32 (O, P, 2), pixels of the picture.
         point_labels: int32 (O, P).
     Returns:
-        low_res_masks (O, M, S/4, S/4) logits, iou_predictions (O, M), masks bool (O, M, H, W).
+        low_res_masks (O, M, S/4, S/4) logits, iou_predictions (O, M).
     """
     coords = models.scale_points(torch.from_numpy(point_coords), orig_hw, model.image_size).to(model.device)
     labels = torch.from_numpy(point_labels).to(model.device)
@@ -555,13 +561,84 @@ def predict_masks(
         low_res_masks, iou_predictions, _ = models.decode(
             model, embeddings, image_index, coords, labels, mask_inputs, multimask_output=coords.shape[1] == 1
         )
-    return low_res_masks, iou_predictions, models.upscale_masks(low_res_masks, orig_hw) > 0
+    return low_res_masks, iou_predictions
+
+
+def measure_masks(
+    low_res_masks: torch.Tensor, iou_predictions: torch.Tensor, truth: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compare masks with the truth at the picture's own size, a few objects at once.
+
+    Args:
+        low_res_masks: (O, M, h, w) logits.
+        iou_predictions: (O, M).
+        truth: bool (O, H, W), on the same device.
+    Returns:
+        iou (O,) of each object's mask of highest predicted IoU; best_iou (O,), the highest of all M; pred_masks bool
+        (O, H, W), of highest predicted IoU.
+    """
+    num_pixels = truth[0].numel()
+    at_once = max(1, (FULL_SIZE_PIXELS_ON_CPU if truth.device.type == "cpu" else FULL_SIZE_PIXELS_ON_GPU) // num_pixels)
+    best = iou_predictions.argmax(1)
+    ious, best_ious, pred_masks = [], [], []
+    for logits, chosen, true_masks in zip(*(t.split(at_once) for t in (low_res_masks, best, truth)), strict=True):
+        all_masks = models.upscale_masks(logits, truth.shape[1:]) > 0  # (o, M, H, W)
+        all_ious = mask_iou(all_masks, true_masks[:, None])  # (o, M)
+        best_ious.append(all_ious.amax(1))
+        ious.append(all_ious.gather(1, chosen[:, None])[:, 0])
+        pred_masks.append(all_masks[torch.arange(len(chosen), device=chosen.device), chosen])
+    return torch.cat(ious), torch.cat(best_ious), torch.cat(pred_masks)
 
 
 def metric_names(clicks: list[int]) -> list[str]:
     """Name what `evaluate` measures of each object: after these numbers of clicks, then the others."""
     names = [f"val/iou_{count}_click" + ("s" if count > 1 else "") for count in clicks]
     return [*names, "val/oracle_iou_1_click", "val/iou_box"]
+
+
+def measure_objects(
+    model: torch.nn.Module,
+    embeddings: Embeddings,
+    masks: np.ndarray,
+    clicks: list[int],
+    precision: str,
+    threads: ThreadPoolExecutor,
+) -> tuple[dict[str, torch.Tensor], list[np.ndarray], np.ndarray]:
+    """Prompt objects of one picture with their boxes, then click by click, all together.
+
+    Args:
+        embeddings: of this picture alone.
+        masks: bool (O, H, W), truth.
+        clicks: as for `evaluate`.
+        threads: where clicks are computed, one object each.
+    Returns:
+        {name: (O,)} for `metric_names`; the objects' first clicks and what was predicted from them, bool (O, H, W).
+    """
+    *click_names, oracle_name, box_name = metric_names(clicks)
+    name_of = dict(zip(clicks, click_names, strict=True))
+    orig_hw, measured = masks.shape[1:], {}
+    truth = torch.from_numpy(masks).to(model.device)  # (O, H, W)
+    boxes = np.stack(list(threads.map(mask_to_box, masks))).reshape(-1, 2, 2)
+    box_labels = np.full((len(masks), 2), [2, 3], np.int32)
+    prediction = predict_masks(model, embeddings, boxes, box_labels, None, orig_hw, precision)
+    measured[box_name], _, _ = measure_masks(*prediction, truth)
+
+    point_coords = np.zeros((len(masks), 0, 2), np.float32)
+    point_labels = np.zeros((len(masks), 0), np.int32)
+    pred_masks, mask_inputs = np.zeros_like(masks), None
+    for count in range(1, max(clicks) + 1):
+        points, labels = zip(*threads.map(prompts.center_point, masks, pred_masks), strict=True)
+        point_coords = np.concatenate([point_coords, np.stack(points)[:, None]], 1)
+        point_labels = np.concatenate([point_labels, np.array(labels, np.int32)[:, None]], 1)
+        prediction = predict_masks(model, embeddings, point_coords, point_labels, mask_inputs, orig_hw, precision)
+        mask_inputs = pick_mask(*prediction)
+        iou, highest_iou, pred_masks = measure_masks(*prediction, truth)
+        pred_masks = pred_masks.cpu().numpy()  # (O, H, W)
+        if count in clicks:
+            measured[name_of[count]] = iou
+        if count == 1:
+            measured[oracle_name], first = highest_iou, (list(points), pred_masks)
+    return measured, *first
 
 
 @torch.no_grad()
@@ -585,55 +662,39 @@ def evaluate(
     Returns:
         {"val/iou_1_click": mean over objects, ...} for `metric_names`, and "val/num_images", "val/num_objects".
     """
-    model.eval()
-    names = metric_names(clicks)
-    *click_names, oracle_name, box_name = names
-    measured: dict[str, list[torch.Tensor]] = {name: [] for name in names}  # (O,) of each chunk of objects
-    num_objects = 0
-    for number, item in enumerate(tqdm(items, desc="evaluate", leave=False, disable=None)):
-        layers = item.read().layers  # (L, H, W)
-        orig_hw = layers.shape[1:]
-        objects = kept_objects(layers, min_area_px)
-        num_objects += len(objects)
-        with run.autocast(model.device, precision):
-            picture = read_picture(item, orig_hw, False, model.image_size, entries)
-            embeddings = embedding_cache.embed(model, picture)
-        is_pictured = samples_dir is not None and number < picture_images
-        pictured = []  # (click, predicted mask, true mask) of this picture's objects, if it is drawn
-        chunk_size = max(1, min(64, 2**26 // (orig_hw[0] * orig_hw[1])))  # bounds the full-size logits
-        for start in range(0, len(objects), chunk_size):
-            masks = np.stack([layers[layer] == object_id for layer, object_id in objects[start : start + chunk_size]])
-            truth = torch.from_numpy(masks).to(model.device)  # (O, H, W)
-            boxes = np.stack([mask_to_box(mask) for mask in masks]).reshape(-1, 2, 2)
-            box_labels = np.full((len(masks), 2), [2, 3], np.int32)
-            _, _, pred_masks = predict_masks(model, embeddings, boxes, box_labels, None, orig_hw, precision)
-            measured[box_name].append(mask_iou(pred_masks[:, 0], truth))
 
-            point_coords = np.zeros((len(masks), 0, 2), np.float32)
-            point_labels = np.zeros((len(masks), 0), np.int32)
-            pred_mask, mask_inputs = np.zeros_like(masks), None
-            for count in range(1, max(clicks) + 1):
-                points, labels = zip(*map(prompts.center_point, masks, pred_mask), strict=True)
-                point_coords = np.concatenate([point_coords, np.stack(points)[:, None]], 1)
-                point_labels = np.concatenate([point_labels, np.array(labels, np.int32)[:, None]], 1)
-                low_res_masks, iou_predictions, pred_masks = predict_masks(
-                    model, embeddings, point_coords, point_labels, mask_inputs, orig_hw, precision
-                )
-                mask_inputs = pick_mask(low_res_masks, iou_predictions)
-                best = iou_predictions.argmax(1)
-                best_masks = pred_masks[torch.arange(len(best)), best]  # (O, H, W)
-                pred_mask = best_masks.cpu().numpy()
-                if count in clicks:
-                    measured[click_names[clicks.index(count)]].append(mask_iou(best_masks, truth))
-                if count == 1:
-                    measured[oracle_name].append(mask_iou(pred_masks, truth[:, None]).amax(1))
-                if count == 1 and is_pictured:
-                    pictured += zip(points, pred_mask, masks, strict=True)
-        if is_pictured:
-            path = samples_dir / f"{item.name.replace('/', '_')}.png"  # stems repeat across folders
-            with drawing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_image(path, draw_sample(read_image(item.image_path), *zip(*pictured, strict=True)))
+    def read(item: Item) -> tuple[np.ndarray, torch.Tensor | FrozenMaps]:
+        layers = item.read().layers  # (L, H, W)
+        return layers, read_picture(item, layers.shape[1:], False, model.image_size, entries)
+
+    model.eval()
+    measured: dict[str, list[torch.Tensor]] = {name: [] for name in metric_names(clicks)}  # (O,) of each group
+    num_objects = 0
+    most_pixels = GROUP_PIXELS_ON_CPU if model.device.type == "cpu" else GROUP_PIXELS_ON_GPU
+    progress = tqdm(items, desc="evaluate", leave=False, disable=None)
+    with ThreadPoolExecutor(min(MOST_THREADS, run.num_cores())) as threads:
+        for number, (item, reading) in enumerate(zip(progress, run.read_ahead(read, items), strict=True)):
+            layers, picture = reading.result()
+            objects = kept_objects(layers, min_area_px)
+            num_objects += len(objects)
+            with run.autocast(model.device, precision):
+                embeddings = embedding_cache.embed(model, picture)
+            is_pictured = samples_dir is not None and number < picture_images
+            pictured = []  # (click, predicted mask, true mask) of this picture's objects, if it is drawn
+            group_size = max(1, min(64, most_pixels // layers[0].size))
+            for start in range(0, len(objects), group_size):
+                group = objects[start : start + group_size]
+                masks = np.stack([layers[layer] == object_id for layer, object_id in group])  # (O, H, W)
+                of_group, points, pred_masks = measure_objects(model, embeddings, masks, clicks, precision, threads)
+                for name, chunks in measured.items():
+                    chunks.append(of_group[name])
+                if is_pictured:
+                    pictured += zip(points, pred_masks, masks, strict=True)
+            if is_pictured:
+                path = samples_dir / f"{item.name.replace('/', '_')}.png"  # stems repeat across folders
+                with drawing(path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_image(path, draw_sample(read_image(item.image_path), *zip(*pictured, strict=True)))
     means = {name: torch.cat(chunks).mean().item() for name, chunks in measured.items()}
     return means | {"val/num_images": len(items), "val/num_objects": num_objects}
 

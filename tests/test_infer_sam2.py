@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import cv2
@@ -289,6 +290,29 @@ def test_a_folder_goes_on_past_a_picture_that_cannot_be_read(folder, tmp_path):
     rows = list(csv.DictReader((tmp_path / "run" / "summary.csv").open()))
     assert [row["name"] for row in rows] == ["a.png", "c.jpg", "c.png"]
     assert all(float(row["encode_ms"]) > 0 and float(row["ms_per_prompt"]) > 0 for row in rows)
+
+
+def test_the_next_picture_is_read_while_one_is_segmented(folder, tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    for name in "abc":
+        shutil.copy(folder / "photo.png", tmp_path / "photos" / f"{name}.png")
+    was_read = {name: threading.Event() for name in "abc"}
+    real_read, real_segment = infer_sam2.images.read_image_unscaled, infer_sam2.segment_objects
+
+    def read(path, page):
+        was_read[path.stem].set()
+        return real_read(path, page)
+
+    def segment(model, image_rgb, objects, automatic, plan, picture):
+        following = {"a": "b", "b": "c"}.get(picture.path.stem)
+        assert following is None or was_read[following].wait(10), following
+        return real_segment(model, image_rgb, objects, automatic, plan, picture)
+
+    monkeypatch.setattr(infer_sam2.images, "read_image_unscaled", read)
+    monkeypatch.setattr(infer_sam2, "segment_objects", segment)
+    arguments = [f"input={tmp_path / 'photos'}", "mode=prompts", f"boxes=[{BOX}]"]
+    records, _, failures = run(folder, tmp_path / "run", *arguments)
+    assert sorted(records) == ["a", "b", "c"] and failures == []
 
 
 def test_prompts_of_a_folder(folder, tmp_path):

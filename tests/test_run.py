@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 
 import cv2
 import numpy as np
@@ -165,6 +166,30 @@ def test_only_cores_that_the_process_may_use_are_counted():
         assert run.num_cores() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+def test_reading_ahead_is_one_call_ahead_and_keeps_order_and_errors():
+    started, was_read = [], threading.Event()
+
+    def read(number):
+        started.append(number)
+        if number == 1:
+            was_read.set()
+        if number == 2:
+            raise ValueError("broken")
+        return 10 * number
+
+    outcomes = []
+    for number, reading in enumerate(run.read_ahead(read, range(5))):
+        if number == 0:
+            assert was_read.wait(10)  # while the first is worked on
+        try:
+            outcomes.append(reading.result())
+        except ValueError as error:
+            outcomes.append(str(error))
+        assert max(started) <= number + 1
+    assert outcomes == [0, 10, "broken", 30, 40] and started == [0, 1, 2, 3, 4]
+    assert list(run.read_ahead(read, [])) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

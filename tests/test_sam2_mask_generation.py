@@ -122,6 +122,28 @@ def assert_same_masks(theirs, ours):
     assert num_same >= 0.9 * len(ours)
 
 
+def test_masks_and_their_scores_leave_the_device_together(monkeypatch):
+    """On a GPU each of these calls waits for all that came before."""
+    calls = []
+    for name in ("item", "cpu", "tolist"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, real=real, name=name: calls.append(name) or real(self))
+    settings = AutomaticSettings(points_per_side=8, stability_score_thresh=0.5)
+    generated = generate_masks(BlobModel(), smooth_image(96, 128), settings)
+    assert len(generated.annotations) > 20 and len(calls) <= 4, calls
+
+
+def test_annotated_together_is_annotated_one_by_one():
+    low_res_masks = torch.from_numpy(np.stack([smooth_image(32, 32, seed)[..., 0] for seed in range(12)])).float() - 120
+    scores, points = torch.rand(2, 12), [[[float(k), 1.5]] for k in range(12)]
+    geometry = (10, 20, 74, 84), (100, 90), 5
+    together = mask_generation.annotate_masks(low_res_masks, *scores, points, *geometry)
+    for k, annotation in enumerate(together):
+        assert annotation == mask_generation.annotate_mask(
+            low_res_masks[k].numpy(), scores[0, k].item(), scores[1, k].item(), points[k], *geometry
+        )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # against sam2's own generator
 

@@ -304,6 +304,16 @@ def test_preprocess_and_scale_points_are_sam2s_own_transforms(height, width, ima
     assert points[0, 0].tolist() == [0, 0] and points[1, 1].tolist() == [5, 7]  # left as they were
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("height, width", [(333, 517), (37, 1500), (4500, 300), (1, 1)])
+def test_a_gpu_resizes_pictures_up_to_rounding_as_the_cpu_does(height, width):
+    """The third is too high for the kernel of CUDA: the CPU resizes it."""
+    image_rgb = picture(height, width)
+    image = models.preprocess(image_rgb, 64, "cuda")
+    assert image.device.type == "cuda"
+    torch.testing.assert_close(image.cpu(), models.preprocess(image_rgb, 64), atol=1e-5, rtol=0)
+
+
 def test_half_precision_logits_are_upscaled_in_fp32():
     low_res_masks = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).half()
     masks = models.upscale_masks(low_res_masks, (17, 29))

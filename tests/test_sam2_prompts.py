@@ -49,6 +49,57 @@ def test_center_clicks_are_those_of_sam2():
     assert 10 < sum(labels_seen) < 70  # both kinds were compared
 
 
+def click_from_whole_pictures(mask: np.ndarray, pred_mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """As `center_point`, by distance transforms of the whole picture."""
+    missed_depth, overpainted_depth = (
+        np.rint(np.square(cv2.distanceTransform(np.pad(region, 1).astype(np.uint8), cv2.DIST_L2, 0)))[1:-1, 1:-1]
+        for region in (mask & ~pred_mask, pred_mask & ~mask)
+    )
+    label = int(missed_depth.max() > overpainted_depth.max())
+    depth = missed_depth if label else overpainted_depth
+    y, x = np.unravel_index(depth.argmax(), depth.shape)
+    return np.array([x, y], np.float32), label
+
+
+def test_center_clicks_of_bounding_boxes_are_those_of_whole_pictures():
+    rng = np.random.default_rng(1)
+    num_ties = 0
+    for number in range(600):
+        height, width = rng.integers(1, 100, 2)
+        mask, pred_mask = blobs(rng, height, width), blobs(rng, height, width, rng.uniform(0.2, 0.9))
+        match number % 6:
+            case 0:  # ragged
+                mask, pred_mask = mask ^ (rng.random(mask.shape) < 0.1), pred_mask ^ (rng.random(mask.shape) < 0.1)
+            case 1:
+                pred_mask[:] = False
+            case 2:  # both regions are equally deep, and each deepest pixel is one of many
+                mask[:] = False
+                mask[: height // 2, width // 3 :] = True
+                pred_mask = mask[::-1, ::-1]
+            case 3:
+                mask[:], pred_mask[:] = False, number % 12 == 3
+            case 4:
+                pred_mask = mask.copy()
+        point, label = center_point(mask, pred_mask)
+        expected_point, expected_label = click_from_whole_pictures(mask, pred_mask)
+        assert (point.tolist(), label) == (expected_point.tolist(), expected_label), number
+        assert point.dtype == expected_point.dtype and type(label) is int
+        num_ties += click_from_whole_pictures(pred_mask, mask)[1] == label == 0  # neither region is the deeper one
+    assert num_ties > 200
+
+
+def test_center_click_looks_at_the_error_alone(monkeypatch):
+    areas, real = [], cv2.distanceTransform
+    monkeypatch.setattr(
+        cv2, "distanceTransform", lambda region, *args: areas.append(region.size) or real(region, *args)
+    )
+    mask, pred_mask = np.zeros((2, 1080, 1920), bool)
+    mask[500:520, 1000:1030] = True
+    pred_mask[505:525, 1000:1030] = True
+    assert center_point(mask, pred_mask)[0].tolist() == [1002, 522]
+    assert areas == [7 * 32, 7 * 32]
+
+
 def test_center_click_lies_in_the_middle_of_the_larger_error():
     mask, pred_mask = np.zeros((2, 40, 60), bool)
     mask[10:21, 30:51] = True  # centre row 15, a ridge of columns 35..45

@@ -852,6 +852,26 @@ def test_evaluation_equals_a_slow_loop_with_the_official_predictor(root, model, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["001.png", "002.png"]
 
 
+def test_evaluation_is_the_same_in_groups_and_parts_of_any_size(root, model, monkeypatch):
+    """On a GPU, all objects of a picture are decoded together, and many of their masks brought to full size."""
+    items, shapes = tiny.list_training_items(tiny.configure(root)), []
+    real = train_sam2.models.upscale_masks
+    monkeypatch.setattr(
+        train_sam2.models, "upscale_masks", lambda masks, hw: shapes.append((len(masks), *hw)) or real(masks, hw)
+    )
+    whole = evaluate(model, items, 1, [1, 2], "fp32", None, 0)
+    height, width = shapes[0][1:]
+    shapes.clear()
+    monkeypatch.setattr(train_sam2, "FULL_SIZE_PIXELS_ON_CPU", 2 * height * width)
+    in_parts = evaluate(model, items, 1, [1, 2], "fp32", None, 0)
+    assert max(num_objects for num_objects, *_ in shapes) == 2
+    monkeypatch.setattr(train_sam2, "GROUP_PIXELS_ON_CPU", 2 * height * width)
+    in_groups = evaluate(model, items, 1, [1, 2], "fp32", None, 0)
+    model.train()
+    assert in_parts == whole  # to the bit
+    assert in_groups == pytest.approx(whole, abs=1e-3)
+
+
 def test_evaluation_leaves_out_small_objects(root, model):
     items = tiny.list_training_items(tiny.configure(root))
     areas = sorted(int((read_item(items[0])[1] == object_id).sum()) for object_id in (1, 2, 3))

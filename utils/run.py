@@ -9,7 +9,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,21 @@ def now_s(device: torch.device) -> float:
     elif device.type == "mps":
         torch.mps.synchronize()
     return time.perf_counter()
+
+
+def read_ahead(read: Callable, arguments: Iterable) -> Iterator[Future]:
+    """Call a function on each argument in turn, in a thread that is one call ahead of what is asked for.
+
+    Yields:
+        the calls in their order; `result()` waits for one, and raises what it has raised.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        calls = (thread.submit(read, argument) for argument in arguments)
+        current = next(calls, None)
+        while current is not None:
+            following = next(calls, None)
+            yield current
+            current = following
 
 
 def num_cores() -> int:

@@ -155,7 +155,7 @@ def plan_cache(
 
 def describe_recipe(model: torch.nn.Module, is_projected: bool, stored: str, precision: str) -> tuple:
     """List all that the content of entries depends on but the pictures; each device type rounds in its own way."""
-    computed = f"{model.device.type} {precision}"
+    computed = f"{model.device.type} {precision}" + (", resized there" if model.device.type == "cuda" else "")
     return FORMAT, hash_weights(model, is_projected), model.image_size, is_projected, stored, computed
 
 
@@ -252,9 +252,9 @@ def fill_cache(model: torch.nn.Module, plan: CachePlan) -> None:
 def fill_entry(model: torch.nn.Module, plan: CachePlan, picture: tuple[Path, bool], image_rgb: np.ndarray) -> None:
     """Encode one picture and write its entry: as `fill_cache`, with the picture uint8 (H, W, 3), not mirrored."""
     image_path, is_mirrored = picture
-    image = models.preprocess(image_rgb[:, ::-1] if is_mirrored else image_rgb, model.image_size)
+    image = models.preprocess(image_rgb[:, ::-1] if is_mirrored else image_rgb, model.image_size, model.device)
     with autocast(model.device, plan.precision):
-        maps = models.encode_frozen(model, image[None].to(model.device))
+        maps = models.encode_frozen(model, image[None])
         if plan.is_projected:
             maps = models.project_high_res(model, maps)
     write_entry(plan.entries[picture], maps, plan.stored, image_path)

@@ -13,6 +13,7 @@ import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Annotated, NamedTuple
 
 import cv2
@@ -100,7 +101,7 @@ def generate_masks(model: torch.nn.Module, image_rgb: np.ndarray, settings: Auto
         x1, y1, x2, y2 = crop_xyxy
         crop_hw = (y2 - y1, x2 - x1)
         encode_start = now_s(model.device)
-        images = preprocess(image_rgb[y1:y2, x1:x2], model.image_size)[None].to(model.device)  # (1, 3, S, S)
+        images = preprocess(image_rgb[y1:y2, x1:x2], model.image_size, model.device)[None]  # (1, 3, S, S)
         embeddings = encode(model, images)
         encode_s += now_s(model.device) - encode_start
 
@@ -110,19 +111,18 @@ def generate_masks(model: torch.nn.Module, image_rgb: np.ndarray, settings: Auto
         candidates = find_candidates(model, embeddings, point_coords, crop_hw, settings)
         whole = torch.nonzero(~is_cut_off(candidates.boxes_xyxy, crop_xyxy, orig_hw))[:, 0]
         best = whole[nms(candidates.boxes_xyxy[whole], candidates.predicted_ious[whole], settings.box_nms_thresh)]
-        for k in best.tolist():
-            annotations.append(
-                annotate_mask(
-                    candidates.low_res_masks[k].cpu().numpy(),
-                    candidates.predicted_ious[k].item(),
-                    candidates.stability_scores[k].item(),
-                    [[x1 + candidates.point_coords[k, 0].item(), y1 + candidates.point_coords[k, 1].item()]],
-                    crop_xyxy,
-                    orig_hw,
-                    settings.min_region_area,
-                )
-            )
-            crop_areas.append(crop_hw[0] * crop_hw[1])
+        if len(best) == 0:
+            continue
+        annotations += annotate_masks(
+            torch.stack([candidates.low_res_masks[k] for k in best.tolist()]),
+            candidates.predicted_ious[best],
+            candidates.stability_scores[best],
+            [[[x1 + x, y1 + y]] for x, y in candidates.point_coords[best].tolist()],
+            crop_xyxy,
+            orig_hw,
+            settings.min_region_area,
+        )
+        crop_areas += [crop_hw[0] * crop_hw[1]] * len(best)
     if len(crops) > 1:  # the smaller crop shows more detail
         annotations = drop_duplicates(annotations, [1 / area for area in crop_areas], settings.crop_nms_thresh)
     if settings.min_region_area > 0:  # without its islands a mask may have become the same as another
@@ -173,10 +173,10 @@ def find_candidates(
         indices = torch.nonzero(predicted_ious > settings.pred_iou_thresh)[:, 0]  # (k,) of the 3p masks
         masks = low_res_masks.flatten(0, 1)[indices].float()  # (k, h, w)
         most_stability = bound_stability(masks, crop_hw, settings.stability_score_offset)
-        can_be_stable = most_stability >= settings.stability_score_thresh
+        can_be_stable = torch.nonzero(most_stability >= settings.stability_score_thresh)[:, 0]
         indices, masks = indices[can_be_stable], masks[can_be_stable]
         stability_scores, boxes_xyxy = measure_full_size(masks, crop_hw, settings.stability_score_offset)
-        is_stable = stability_scores >= settings.stability_score_thresh
+        is_stable = torch.nonzero(stability_scores >= settings.stability_score_thresh)[:, 0]
         indices = indices[is_stable]
         batches.append(
             Candidates(
@@ -237,9 +237,9 @@ def is_cut_off(
     Returns:
         bool (K,).
     """
-    crop = torch.tensor(crop_xyxy, device=boxes_xyxy.device)
-    image = torch.tensor([0, 0, orig_hw[1], orig_hw[0]], device=boxes_xyxy.device)
-    boxes_in_image = boxes_xyxy + crop[[0, 1, 0, 1]]
+    corner, image = (*crop_xyxy[:2], *crop_xyxy[:2]), (0, 0, orig_hw[1], orig_hw[0])
+    corner, crop, image = torch.tensor([corner, crop_xyxy, image], device=boxes_xyxy.device)
+    boxes_in_image = boxes_xyxy + corner
     is_near_crop = (boxes_in_image - crop).abs() <= CROP_EDGE_TOLERANCE_PX  # (K, 4)
     is_near_image = (boxes_in_image - image).abs() <= CROP_EDGE_TOLERANCE_PX
     return (is_near_crop & ~is_near_image).any(1)
@@ -274,7 +274,7 @@ def bound_stability(low_res_masks: torch.Tensor, full_hw: tuple[int, int], offse
     lowest = -F.max_pool2d(-padded, 2, stride=1)[:, 0]
     slack = ROUNDING * low_res_masks.abs().amax((1, 2), keepdim=True)
     rows, columns = (
-        _count_between(low_size, full_size).to(low_res_masks.device)
+        _count_between(low_size, full_size, low_res_masks.device)
         for low_size, full_size in zip(low_res_masks.shape[1:], full_hw, strict=True)
     )
     most_inner = (((highest > offset - slack) * columns).sum(2) * rows).sum(1)  # (K,) pixels
@@ -282,7 +282,8 @@ def bound_stability(low_res_masks: torch.Tensor, full_hw: tuple[int, int], offse
     return (most_inner / least_outer.clamp(min=1) * (1 + ROUNDING)).clamp(max=1)
 
 
-def _count_between(low_size: int, full_size: int) -> torch.Tensor:
+@functools.lru_cache(maxsize=16)  # the same for all points of a crop; each copy to a device waits for it
+def _count_between(low_size: int, full_size: int, device: torch.device) -> torch.Tensor:
     """Count the pixels at full size between each two at low resolution, and beyond the outermost.
 
     Returns:
@@ -290,7 +291,7 @@ def _count_between(low_size: int, full_size: int) -> torch.Tensor:
     """
     positions = (torch.arange(full_size, dtype=torch.float64) + 0.5) * low_size / full_size - 0.5
     following = (positions.floor().long() + 1).clamp(0, low_size)
-    return torch.bincount(following, minlength=low_size + 1).int()
+    return torch.bincount(following, minlength=low_size + 1).int().to(device)
 
 
 def measure_full_size(
@@ -308,7 +309,7 @@ def measure_full_size(
     """
     if low_res_masks.device.type == "cpu":
         measure = functools.partial(_measure_one, full_hw=full_hw, offset=offset)
-        with ThreadPoolExecutor(min(MOST_THREADS, torch.get_num_threads())) as threads:
+        with start_threads() as threads:
             measured = list(threads.map(measure, low_res_masks.numpy()))
         measured = torch.tensor(measured, dtype=torch.float64).reshape(-1, 5)
     else:
@@ -379,6 +380,34 @@ def _align(start: int, stop: int, low_size: int, full_size: int) -> tuple[int, i
     first = max(0, (start - 1) // low_unit)
     last = min(divisor, -(-(stop + 1) // low_unit))
     return first * low_unit, last * low_unit, first * full_unit, last * full_unit
+
+
+def start_threads() -> ThreadPoolExecutor:
+    """Start threads for work on masks at full size; OpenCV and numpy let several run at once."""
+    return ThreadPoolExecutor(min(MOST_THREADS, torch.get_num_threads()))
+
+
+def annotate_masks(
+    low_res_masks: torch.Tensor,
+    predicted_ious: torch.Tensor,
+    stability_scores: torch.Tensor,
+    point_coords: list[list[list[float]]],
+    crop_xyxy: tuple[int, int, int, int],
+    orig_hw: tuple[int, int],
+    min_region_area: int,
+) -> list[dict]:
+    """Annotate K masks as `annotate_mask` does, after one copy of all from their device, in threads.
+
+    Args:
+        low_res_masks: float32 (K, h, w) logits, of the crop.
+        predicted_ious, stability_scores: float32 (K,).
+        point_coords: K lists of [x, y] px of the image.
+    """
+    scores = torch.stack([predicted_ious, stability_scores]).tolist()  # waits once for the device, not for each mask
+    masks = low_res_masks.cpu().numpy()
+    shared = repeat(crop_xyxy), repeat(orig_hw), repeat(min_region_area)
+    with start_threads() as threads:
+        return list(threads.map(annotate_mask, masks, *scores, point_coords, *shared))
 
 
 def annotate_mask(

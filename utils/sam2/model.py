@@ -39,6 +39,8 @@ PREFIXES = {  # of the parameters of each part that can be trained
     "image_encoder": ("image_encoder.",),
 }
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as SAM 2 was trained with
+# Larger pictures are resized on the CPU: as floats these take 0.8 GB; a kernel of CUDA holds the weights of a scale.
+RESIZED_ON_GPU_PX, RESIZED_ON_GPU_SCALE = 2**26, 64
 
 
 class Embeddings(NamedTuple):
@@ -65,18 +67,24 @@ class FrozenMaps(NamedTuple):
 # forward: one image and its prompts through the model
 
 
-def preprocess(image_rgb: np.ndarray, image_size: int) -> torch.Tensor:
+def preprocess(image_rgb: np.ndarray, image_size: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Turn a picture into the model's input: float, square antialiased resize, normalised.
 
     Args:
         image_rgb: uint8 (H, W, 3).
         image_size: side S of the model's input, pixels.
+        device: where the input is needed; a CUDA device also resizes, which rounds differently, unless the picture is
+            too large for its memory or kernel.
     Returns:
-        float32 (3, S, S), the same values as sam2's own SAM2Transforms.
+        float32 (3, S, S) on the device, on a CPU the same values as sam2's own SAM2Transforms.
     """
-    image = torch.from_numpy(image_rgb.copy()).permute(2, 0, 1).float() / 255  # (3, H, W)
-    image = resize(image, [image_size, image_size], antialias=True)  # (3, S, S)
-    return (image - torch.tensor(IMAGE_MEAN).view(3, 1, 1)) / torch.tensor(IMAGE_STD).view(3, 1, 1)
+    height, width = image_rgb.shape[:2]
+    is_small = height * width <= RESIZED_ON_GPU_PX and max(height, width) <= RESIZED_ON_GPU_SCALE * image_size
+    resized_on = device if torch.device(device).type == "cuda" and is_small else "cpu"
+    image = torch.from_numpy(image_rgb.copy()).to(resized_on).permute(2, 0, 1).float().div_(255)  # (3, H, W)
+    image = resize(image, [image_size, image_size], antialias=True).to(device)  # (3, S, S)
+    mean, std = torch.tensor([IMAGE_MEAN, IMAGE_STD], device=device).view(2, 3, 1, 1)
+    return (image - mean) / std
 
 
 def scale_points(point_coords: torch.Tensor, orig_hw: tuple[int, int], image_size: int) -> torch.Tensor:
@@ -88,7 +96,8 @@ def scale_points(point_coords: torch.Tensor, orig_hw: tuple[int, int], image_siz
         The same shape, pixels of the S x S frame.
     """
     height, width = orig_hw
-    return point_coords * point_coords.new_tensor([image_size / width, image_size / height])
+    x, y = point_coords.unbind(-1)
+    return torch.stack([x * (image_size / width), y * (image_size / height)], -1)  # no copy of factors to a device
 
 
 def encode(model: nn.Module, images: torch.Tensor) -> Embeddings:

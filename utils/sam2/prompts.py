@@ -85,11 +85,27 @@ def center_point(mask: np.ndarray, pred_mask: np.ndarray) -> tuple[np.ndarray, i
         (x, y) float32 (2,) in the mask's frame, and its label: 1 where foreground was missed, 0 where overpainted.
     Source: RITM (Sofiiuk et al. 2021); SAM 2's `sample_one_point_from_error_center`.
     """
-    missed_depth, overpainted_depth = (  # squared, px^2: whole numbers, where OpenCV 5's roots differ from call to call
-        np.rint(np.square(cv2.distanceTransform(np.pad(region, 1).astype(np.uint8), cv2.DIST_L2, 0)))[1:-1, 1:-1]
-        for region in (mask & ~pred_mask, pred_mask & ~mask)
+    (missed_depth, missed_xy), (overpainted_depth, overpainted_xy) = (
+        _deepest_pixel(mask & ~pred_mask),
+        _deepest_pixel(pred_mask & ~mask),
     )
-    label = int(missed_depth.max() > overpainted_depth.max())
-    depth = missed_depth if label else overpainted_depth
+    label = int(missed_depth > overpainted_depth)
+    return np.array(missed_xy if label else overpainted_xy, np.float32), label
+
+
+def _deepest_pixel(region: np.ndarray) -> tuple[float, tuple[int, int]]:
+    """Find the pixel of a region, bool (H, W), that is farthest from all others, the frame's surroundings among them.
+
+    Only the region's bounding box is looked at: the nearest pixel outside the region lies in it or touches it.
+
+    Returns:
+        squared distance in px^2, and (x, y) of the first such pixel row by row; 0 and (0, 0) for an empty region.
+    """
+    left, top, width, height = cv2.boundingRect(region.view(np.uint8))
+    if width == 0:
+        return 0.0, (0, 0)
+    part = np.pad(region[top : top + height, left : left + width].view(np.uint8), 1)
+    # squared, px^2: whole numbers, where OpenCV 5's roots differ from call to call
+    depth = np.rint(np.square(cv2.distanceTransform(part, cv2.DIST_L2, 0)))
     y, x = np.unravel_index(depth.argmax(), depth.shape)
-    return np.array([x, y], np.float32), label
+    return depth[y, x], (left + x - 1, top + y - 1)
