@@ -26,9 +26,9 @@ from utils.images import write_image
 WAITS = {
     ("train_sam2", "step"): 17,
     ("train_sam2", "evaluation"): 10,
-    ("train_unet", "step"): 3,
-    ("train_unet", "evaluation"): 16,
-    ("train_siamfc", "step"): 3,
+    ("train_unet", "step"): 2,
+    ("train_unet", "evaluation"): 10,
+    ("train_siamfc", "step"): 2,
     ("train_siamfc", "evaluation"): 7,
     ("infer_sam2", "automatic"): 156,
     ("infer_sam2", "prompts"): 13,
