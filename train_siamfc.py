@@ -659,11 +659,13 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             with run.autocast(device, precision):
                 response = forward(exemplars, instances)  # (B, 1, 15, 15)
             micro_loss = balanced_loss(response, labels, weights) / train_settings.accumulate
-            step_loss += loops.check_finite(micro_loss.item(), loop.step, f"pairs {', '.join(batch['names'])}")
-            step_hit_rate += hit_rate(response, labels).item() / train_settings.accumulate
+            share_of_hits = hit_rate(response, labels)
 
             # 4. backward and clip
             scaler.scale(micro_loss).backward()
+            micro_loss, share_of_hits = torch.stack([micro_loss.detach(), share_of_hits]).tolist()  # waits once
+            step_loss += loops.check_finite(micro_loss, loop.step, f"pairs {', '.join(batch['names'])}")
+            step_hit_rate += share_of_hits / train_settings.accumulate
         samples = f"pairs {', '.join(step_names)}"
         grad_norm = loops.clip_gradients(model.parameters(), train_settings.clip_norm, optimizer, scaler, loop, samples)
 

@@ -313,25 +313,27 @@ def evaluate(
     """
     predictor.model.eval()
     names = items[0].coding.class_names
-    matrix, loss_values, soft_ious = np.zeros((len(names), len(names)), np.int64), [], []
+    matrix, loss_values, soft_ious = 0, [], []  # on the device up to the end: one wait for it a picture, in the matrix
     for number, item in enumerate(tqdm(items, desc="evaluate", leave=False, disable=None)):
         image, class_map = read_item(item)
         logits = predictor.predict(image)  # (C, H, W)
         target = torch.from_numpy(class_map).to(predictor.device)  # (H, W)
         pixel_weight = border_weights(class_map, loss_settings)  # (H, W) or None
         pixel_weight = None if pixel_weight is None else pixel_weight[None]
-        loss_values.append(weighted_loss(logits[None], target[None], loss_settings, pixel_weight).item())
-        soft_ious.append(metrics.soft_iou(logits.softmax(0)[None], target[None].long()).item())
+        loss_values.append(weighted_loss(logits[None], target[None], loss_settings, pixel_weight))  # ()
+        soft_ious.append(metrics.soft_iou(logits.softmax(0)[None], target[None].long()))  # (1,)
         pred = logits.argmax(0)  # (H, W)
-        matrix += metrics.confusion_matrix(pred, target, len(names)).cpu().numpy()
+        matrix = matrix + metrics.confusion_matrix(pred, target, len(names))
         if number < picture_images:
             path = samples_dir / f"{item.name.replace('/', '_')}.png"  # stems repeat across folders
             with drawing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_image(path, reports.draw_sample(image, pred.cpu().numpy(), class_map, names))
+    matrix = matrix.cpu().numpy()
     measured = metrics.segmentation_metrics(matrix)
     values = {f"{split}/{name}": measured[name] for name in reports.REPORTED}
-    values |= {f"{split}/soft_iou": float(np.mean(soft_ious)), f"{split}/loss": float(np.mean(loss_values))}
+    values[f"{split}/soft_iou"] = float(np.mean(torch.cat(soft_ious).tolist()))
+    values[f"{split}/loss"] = float(np.mean(torch.stack(loss_values).tolist()))
     for index, name in enumerate(names):
         if index not in measured["absent"]:
             values[f"{split}/iou_{name}"] = float(measured["class_iou"][index])
@@ -582,12 +584,14 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
                 logits = forward(images)  # (B, C, h', w')
             micro_loss = weighted_loss(logits, targets, loss_settings, batch["pixel_weight"])
             micro_loss = micro_loss / train_settings.accumulate
-            step_loss += loops.check_finite(micro_loss.item(), loop.step, f"pictures {', '.join(batch['names'])}")
             is_right, valid = logits.argmax(1) == targets, targets != IGNORE_INDEX  # (B, h', w')
-            step_accuracy += (is_right.sum() / valid.sum().clamp(min=1)).item() / train_settings.accumulate
+            accuracy = is_right.sum() / valid.sum().clamp(min=1)
 
             # 4. backward and clip
             scaler.scale(micro_loss).backward()
+            micro_loss, accuracy = torch.stack([micro_loss.detach(), accuracy]).tolist()  # waits for the device once
+            step_loss += loops.check_finite(micro_loss, loop.step, f"pictures {', '.join(batch['names'])}")
+            step_accuracy += accuracy / train_settings.accumulate
         samples = f"pictures {', '.join(step_names)}"
         grad_norm = loops.clip_gradients(model.parameters(), train_settings.clip_norm, optimizer, scaler, loop, samples)
 

@@ -234,7 +234,7 @@ def check_finite(loss: float, step: int, samples: str) -> float:
     Args:
         samples: what it was computed from, such as "pictures a.png, b.png".
     Raises:
-        FloatingPointError: for nan or infinity, before a backward spreads it.
+        FloatingPointError: for nan or infinity, before an update spreads it.
     """
     if not math.isfinite(loss):
         raise FloatingPointError(f"loss is {loss} at step {step}, {samples}")

@@ -29,15 +29,19 @@ def confusion_matrix(pred_classes: torch.Tensor, target: torch.Tensor, num_class
     for name, values in (("prediction", pred_classes), ("target", target)):
         if values.dtype.is_floating_point or values.dtype in (torch.bool, torch.complex64):
             raise ValueError(f"dtype of the {name} is {values.dtype}; must be an integer type: class indices")
-    valid = target != IGNORE_INDEX
-    true, predicted = target[valid].long(), pred_classes[valid].long()
-    for name, values in (("prediction", predicted), ("target", true)):
-        if len(values) and not 0 <= int(values.min()) <= int(values.max()) < num_classes:
-            raise ValueError(
-                f"the {name} holds class {int(values.min())} to {int(values.max())}; must be 0 to {num_classes - 1}"
-            )
-    cells = torch.bincount(true * num_classes + predicted, minlength=num_classes**2)
-    return cells.view(num_classes, num_classes)
+    are_classes = (0 <= target) & (target < num_classes) & (0 <= pred_classes) & (pred_classes < num_classes)
+    wrong, ignored = num_classes**2, num_classes**2 + 1  # cells behind those of the matrix
+    cells = torch.where(are_classes, target.long() * num_classes + pred_classes, wrong)
+    cells = torch.where(target == IGNORE_INDEX, ignored, cells).flatten()
+    counts = torch.zeros(num_classes**2 + 2, dtype=torch.int64, device=cells.device)
+    counts.scatter_add_(0, cells, torch.ones_like(cells))  # bincount and indices by bool would wait for the device
+    if counts[wrong].item():  # the only wait
+        valid = target != IGNORE_INDEX
+        for name, classes in (("prediction", pred_classes[valid]), ("target", target[valid])):
+            lowest, highest = int(classes.min()), int(classes.max())
+            if not 0 <= lowest <= highest < num_classes:
+                raise ValueError(f"the {name} holds class {lowest} to {highest}; must be 0 to {num_classes - 1}")
+    return counts[:wrong].view(num_classes, num_classes)
 
 
 def segmentation_metrics(matrix: torch.Tensor | np.ndarray) -> dict:
