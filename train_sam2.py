@@ -1023,7 +1023,7 @@ RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data.root", "dat
 @hydra.main(version_base="1.3", config_path="configs/sam2", config_name="train_sam2")
 def main(cfg) -> float:
     """Read the config, train, and end with one line on what went wrong and status 1, if anything did."""
-    with sections.one_line_errors("train_sam2", "a smaller train.batch_size or train.objects_per_image"):
+    with sections.one_line_errors("train_sam2", "a smaller train.batch_size or train.objects_per_forward"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         hydra_config = HydraConfig.get()
         config, resume_path = config_to_resume(
