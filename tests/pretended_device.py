@@ -257,29 +257,35 @@ def find_place() -> str:
 
 def backward(tensors, grad_tensors=None, *args, **kwargs) -> None:
     """Add up gradients as torch's own engine does, which has no thread for a device that is not there."""
-    [loss] = [tensors] if isinstance(tensors, torch.Tensor) else tensors
-    with torch.no_grad():
-        gradients = {loss.grad_fn: {0: torch.ones_like(loss)}}
-        for node in reversed(list_nodes(loss.grad_fn)):
-            if node not in gradients:
+    tensors = [tensors] if isinstance(tensors, torch.Tensor) else tensors
+    for tensor, gradient in zip(tensors, grad_tensors or [torch.ones_like(tensor) for tensor in tensors], strict=True):
+        _send_back(tensor, gradient)
+
+
+@torch.no_grad()
+def _send_back(tensor: torch.Tensor, gradient: torch.Tensor) -> None:
+    """Add to the leaves what the gradient of one tensor gives them."""
+    gradients = {tensor.grad_fn: {tensor.output_nr: gradient}}
+    for node in reversed(list_nodes(tensor.grad_fn)):
+        if node not in gradients:
+            continue
+        of_outputs = gradients.pop(node)
+        if type(node).__name__ == "AccumulateGrad":
+            leaf, gradient = node.variable, of_outputs[0]
+            leaf.grad = gradient.clone() if leaf.grad is None else leaf.grad + gradient
+            continue
+        of_inputs = node(*(of_outputs.get(place) for place in range(len(node._input_metadata))))
+        of_inputs = of_inputs if isinstance(of_inputs, (tuple, list)) else (of_inputs,)
+        for (before, place), gradient in zip(node.next_functions, of_inputs, strict=False):
+            if before is None or gradient is None:
                 continue
-            of_outputs = gradients.pop(node)
-            if type(node).__name__ == "AccumulateGrad":
-                leaf, gradient = node.variable, of_outputs[0]
-                leaf.grad = gradient.clone() if leaf.grad is None else leaf.grad + gradient
-                continue
-            of_inputs = node(*(of_outputs.get(place) for place in range(len(node._input_metadata))))
-            of_inputs = of_inputs if isinstance(of_inputs, (tuple, list)) else (of_inputs,)
-            for (before, place), gradient in zip(node.next_functions, of_inputs, strict=False):
-                if before is None or gradient is None:
-                    continue
-                is_leaf = type(before).__name__ == "AccumulateGrad"
-                like = before.variable if is_leaf else before._input_metadata[place]
-                is_here = isinstance(gradient, PretendedTensor)
-                assert is_here == (like.device.type != "cpu"), f"a gradient on {gradient.device} in {before}"
-                gradient = gradient.sum_to_size(tuple(like.shape)).to(like.dtype)
-                sums = gradients.setdefault(before, {})
-                sums[place] = sums[place] + gradient if place in sums else gradient
+            is_leaf = type(before).__name__ == "AccumulateGrad"
+            like = before.variable if is_leaf else before._input_metadata[place]
+            is_here = isinstance(gradient, PretendedTensor)
+            assert is_here == (like.device.type != "cpu"), f"a gradient on {gradient.device} in {before}"
+            gradient = gradient.sum_to_size(tuple(like.shape)).to(like.dtype)
+            sums = gradients.setdefault(before, {})
+            sums[place] = sums[place] + gradient if place in sums else gradient
 
 
 def list_nodes(last) -> list:

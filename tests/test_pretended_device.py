@@ -24,15 +24,15 @@ from utils.images import write_image
 # step 0, of one picture or a sequence of three frames; in one picture, or three frames, of the others, without loading
 # the model. To lower a number: pytest tests/test_pretended_device.py -rP prints what is counted now.
 WAITS = {
-    ("train_sam2", "step"): 17,
-    ("train_sam2", "evaluation"): 10,
+    ("train_sam2", "step"): 2,
+    ("train_sam2", "evaluation"): 9,
     ("train_unet", "step"): 2,
     ("train_unet", "evaluation"): 10,
     ("train_siamfc", "step"): 2,
     ("train_siamfc", "evaluation"): 7,
-    ("infer_sam2", "automatic"): 156,
-    ("infer_sam2", "prompts"): 13,
-    ("infer_sam2", "region"): 16,
+    ("infer_sam2", "automatic"): 18,
+    ("infer_sam2", "prompts"): 9,
+    ("infer_sam2", "region"): 9,
     ("train_unet", "predict"): 5,
     ("track", "track"): 7,
 }
@@ -260,9 +260,7 @@ def test_training_and_evaluation(trainer, precision, tmp_path, monkeypatch):
         check_waits(trainer.name, "evaluation", evaluations[1] - evaluations[0])
 
 
-def test_training_and_evaluation_on_mps(trainer, tmp_path, request):
-    if trainer.name == "train_unet":
-        request.applymarker(pytest.mark.xfail(raises=TypeError, reason="soft_iou computes in float64"))
+def test_training_and_evaluation_on_mps(trainer, tmp_path):
     with PretendedDevice("mps"):
         trainer.tiny.train_in(tmp_path / "run", configure(trainer, "device=mps", "train.steps=1"))
 
