@@ -67,7 +67,7 @@ class BlobPrompts(nn.Module):
         return points[0], None  # the "sparse embeddings" are the points, S x S frame
 
     def get_dense_pe(self):
-        return None
+        return torch.zeros(1)  # not used
 
 
 class BlobDecoder(nn.Module):

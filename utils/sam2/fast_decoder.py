@@ -32,7 +32,7 @@ PIXELS_ON_CPU = 4 * 64 * 64
 
 def fix_decoder(config: dict) -> dict:
     """Put true or false in the place of a config's fast_decoder "auto": true on a CPU."""
-    if config.get("fast_decoder") != "auto":
+    if "fast_decoder" not in config or config["fast_decoder"] != "auto":  # a run's is older than the key, or settled
         return config
     return config | {"fast_decoder": choose_device(config["device"]).type == "cpu"}
 
