@@ -433,9 +433,9 @@ def prompted_losses(
     """
     num_objects = len(batch["masks"])
     group_size = objects_per_forward or num_objects
-    of_objects = {name: values for name, values in batch.items() if name not in ("pictures", "names")}
+    of_objects = {name: tensor for name, tensor in batch.items() if name not in ("pictures", "names")}
     for first in range(0, num_objects, group_size):
-        group = {name: values[first : first + group_size] for name, values in of_objects.items()}
+        group = {name: tensor[first : first + group_size] for name, tensor in of_objects.items()}
         parts = _prompt_group(model, embeddings, group, prompt_settings, loss_settings, loss_size, precision)
         if prompt_settings.detach:
             yield from ((first + chosen, *losses_and_ious) for chosen, *losses_and_ious in parts)
@@ -883,7 +883,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     if is_resumed:
         save(is_best=False)  # from now on this folder can be resumed too
 
-    objects_per_image = train_settings.objects_per_image
+    objects_per_image, group_size = train_settings.objects_per_image, train_settings.objects_per_forward
     dataset = PromptedMasks(
         train_items, common.seed, model.image_size, objects_per_image, settings.data, settings.prompts, entries
     )
@@ -957,14 +957,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             encoded_s = run.now_s(device) if is_timed else 0.0
             cut_embeddings, leaves = models.cut(embeddings)
             for chosen, object_loss, object_iou in prompted_losses(
-                model,
-                cut_embeddings,
-                batch,
-                settings.prompts,
-                settings.loss,
-                loss_size,
-                train_settings.objects_per_forward,
-                precision,
+                model, cut_embeddings, batch, settings.prompts, settings.loss, loss_size, group_size, precision
             ):
                 weight = batch["object_weight"][chosen] / train_settings.accumulate
                 loss = (object_loss * weight).sum()
