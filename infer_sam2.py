@@ -82,7 +82,7 @@ class Config:
     """All keys of this script (configs/sam2/infer_sam2.yaml explains each)."""
 
     common: Annotated[CommonSettings, SAME_SECTION]
-    model: dict | None  # of configs/sam2/model; None: as the checkpoint says
+    model: dict | None  # a file of configs/sam2/model; None: as the checkpoint says
     automatic: dict  # changes of the model's AutomaticSettings; null: none
     input: str  # a picture, or a folder of pictures
     checkpoint: str | None  # .pt file; None: the model's own, and the bundled nano if no model is named either

@@ -61,18 +61,18 @@ from utils.sam2.model import Embeddings, FrozenMaps
 from utils.samples.write import write_samples
 from utils.settings import SAME_SECTION, CommonSettings, above, at_least, check_keys, check_value, one_of, read_settings
 
-TERMS = {  # of a mask's shape, summed in this order: logits and truth (O, M, s, s) -> (O, M)
+TERMS = {  # losses of a mask's shape, summed in this order: logits and truth (O, M, s, s) -> (O, M)
     "focal": lambda logits, truth, knobs: losses.focal_loss(logits, truth),
     "dice": lambda logits, truth, knobs: losses.dice_loss(logits, truth),
     "cross_entropy": lambda logits, truth, knobs: losses.cross_entropy_loss(logits, truth, knobs.foreground_balance),
 }
-READ_ON_CPU = ("image_index", "num_points", "num_rounds", "is_click")  # of a batch: they say what is computed
+READ_ON_CPU = ("image_index", "num_points", "num_rounds", "is_click")  # what a batch says of the work to do
 # Validation: objects of a picture that are decoded together, at most 64, by the size of their true masks; and how many
 # of their masks are brought to full size together. Another size of groups would round differently on a CPU.
 GROUP_PIXELS_ON_CPU, GROUP_PIXELS_ON_GPU = 2**26, 2**29
 FULL_SIZE_PIXELS_ON_CPU, FULL_SIZE_PIXELS_ON_GPU = 2**20, 2**26
 MOST_THREADS = 8  # a click for each
-LOGIT_LIMIT = 32.0  # of logits that are fed back as a mask prompt, as SAM 2's predictor limits them
+LOGIT_LIMIT = 32.0  # the largest logit that is fed back as a mask prompt, as SAM 2's predictor limits it
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class PromptSettings:
 class LossSettings:
     """The loss (`loss:`, configs/sam2/loss/*.yaml)."""
 
-    terms: dict  # of a mask's shape: {a name in TERMS: its weight}
+    terms: dict  # losses of a mask's shape: {a name in TERMS: its weight}
     foreground_balance: float  # 0: every pixel counts the same; 1: foreground and background count the same
     iou: float  # L1 between predicted and actual IoU
     objectness: float

@@ -301,7 +301,7 @@ CASES = {
         "at_the_end": {"die": ["train_siamfc", "finish_run", 1]},
     },
 }
-# of the last.pt that each leaves, where it does not depend on the machine or the metrics
+# The step of the last.pt that each leaves, where it does not depend on the machine or the metrics
 LEFT_AT = {
     "mid_save": 2,
     "between_saves": 0,

@@ -27,7 +27,7 @@ class ItemReport:
     name: str
     faults: tuple[str, ...]  # each names the files and the remedy
     remarks: tuple[tuple[str, str], ...]  # (kind: a key of the remedies; what and where)
-    orig_hw: tuple[int, int] | None  # of the picture; None if it cannot be read
+    orig_hw: tuple[int, int] | None  # the picture's; None if it cannot be read
     bits: int | None  # 8 or 16 a channel
     is_usable: bool  # there is no fault, and something to learn from
     content: object  # what the annotation holds, as the kind's check says

@@ -22,7 +22,7 @@ from PIL import Image
 # Every failure becomes an exception that names the file, so the libraries' own lines are noise.
 (cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-MAX_PX = 2**30  # of one picture: OpenCV's own bound, held by all decoders, so that a damaged size does not fill memory
+MAX_PX = 2**30  # pixels of one picture: OpenCV's own bound, held by all decoders: a damaged size must not fill memory
 Image.MAX_IMAGE_PIXELS = MAX_PX // 2  # Pillow refuses twice as many
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
@@ -70,7 +70,7 @@ class Picture(NamedTuple):
 
     path: Path
     page: int | None  # 0-based; None: the file has one
-    name: str  # of its results; no two pictures of a list share it
+    name: str  # what its results are called; no two pictures of a list share it
 
     def __str__(self) -> str:
         return str(self.path) if self.page is None else f"{self.path}, page {self.page + 1}"

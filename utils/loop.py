@@ -41,7 +41,7 @@ class LoopState:
     start_metrics: dict[str, float] = field(default_factory=dict)  # "step" and the metrics of the first evaluation
     best: dict[str, float] = field(default_factory=dict)  # the same of the best evaluation
     running: dict[str, float] = field(default_factory=dict)  # see `running_means`
-    rows: list[dict[str, int | float]] = field(default_factory=list)  # of the metrics log
+    rows: list[dict[str, int | float]] = field(default_factory=list)  # all that the metrics log has
 
     def take(self, metrics: dict[str, float], select_by: str) -> bool:
         """Take over what an evaluation measured at this step, and tell whether it is the best so far.

@@ -250,7 +250,7 @@ def _is_of_type(value, kind: type) -> bool:
         return any(_is_of_type(value, member) for member in typing.get_args(kind))
     if typing.get_origin(kind) is list:
         return isinstance(value, list) and all(_is_of_type(item, typing.get_args(kind)[0]) for item in value)
-    if kind not in TYPE_WORDS:  # of a parameter that is no key of the config, such as a device, or without annotation
+    if kind not in TYPE_WORDS:  # a parameter that is no key of the config, such as a device, or has no annotation
         return True
     return type(value) in (int, float) if kind is float else type(value) is kind
 

@@ -4,7 +4,7 @@ import numpy as np
 
 POLYGON_SCALE = 5  # COCO draws polygons on a grid this much finer than the pixels
 FAR_PX = 500  # beyond the picture, an outline is followed so far
-FARTHEST_PX = 1e12  # of a polygon's corner; farther ones are moved here, where numbers are still exact to a pixel
+FARTHEST_PX = 1e12  # a polygon's corner that lies farther is moved here, where numbers are still exact to a pixel
 
 
 NUM_COUNT_DIGITS = 7  # 5 bits each: more than any run length or difference of two has

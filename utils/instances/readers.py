@@ -33,7 +33,7 @@ class Instances(NamedTuple):
     """The objects of one picture."""
 
     layers: np.ndarray  # int32 (L, H, W), L >= 1; 0 is background, every id lies in one layer only
-    mask_names: tuple[str, ...] = ()  # of the masks whose ids count them from 1; empty for maps, whose ids are stored
+    mask_names: tuple[str, ...] = ()  # the masks whose ids count them from 1; empty for maps, whose ids are stored
     num_crowd: int = 0  # crowd regions left out
     broken: tuple[str, ...] = ()  # objects left out, whole or a part, because their annotation is broken; each says why
 

@@ -4,8 +4,8 @@
 arithmetic both are the same function. In float32 they round differently, by 1e-6 of the largest logit, hence the
 switch; a gradient can jump where rounding moves a unit of an MLP across its ReLU's kink. "auto" is on where it was
 measured to be faster, on CPUs: on a GPU, images are decoded one after another, and no fused attention kernel is used.
-A training step's decode, 2 cores, 1 / 3 / 9 points an object: hiera_tiny at 1024 px takes 0.53 / 0.60 / 0.66 of the time
-of sam2's, the nano at 256 px 0.85 / 0.98 / 1.13, so that it loses a little where clicks are many.
+In training, on 2 cores, with 1 / 3 / 9 points an object, hiera_tiny at 1024 px takes 0.53 / 0.60 / 0.66 of the time of
+sam2's, the nano at 256 px 0.85 / 0.98 / 1.13, so that it loses a little where clicks are many.
 What is saved, for O objects of one image with T tokens each (8 for one click), N = (S/16)**2 pixels and C channels:
 
 * Until the first layer has written to them, an image's pixels are the same for all its objects (without mask prompts):

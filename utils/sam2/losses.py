@@ -58,7 +58,7 @@ def cross_entropy_loss(logits: torch.Tensor, mask: torch.Tensor, foreground_bala
     cross_entropy = F.binary_cross_entropy_with_logits(logits, mask, reduction="none")
     if foreground_balance > 0:
         num_pixels = mask.shape[-1] * mask.shape[-2]
-        share = mask.mean((-2, -1), keepdim=True).clamp(1 / num_pixels, 1 - 1 / num_pixels)  # of the foreground
+        share = mask.mean((-2, -1), keepdim=True).clamp(1 / num_pixels, 1 - 1 / num_pixels)  # the foreground's
         cross_entropy = cross_entropy * (0.5 / torch.where(mask > 0.5, share, 1 - share)) ** foreground_balance
     return cross_entropy.mean((-2, -1))
 

@@ -32,7 +32,7 @@ DECODER_ARGS = {
     "dynamic_multimask_stability_delta": 0.05,
     "dynamic_multimask_stability_thresh": 0.98,
 }
-PREFIXES = {  # of the parameters of each part that can be trained
+PREFIXES = {  # how the parameters of each part that can be trained begin
     "prompt_encoder": ("sam_prompt_encoder.",),
     "mask_decoder": ("sam_mask_decoder.", "no_mem_embed"),
     "neck": ("image_encoder.neck.",),

@@ -5,7 +5,7 @@ import torch
 
 from utils.images import IGNORE_INDEX
 
-BAND_PX = 2**20  # of a picture at a time, where probabilities need double precision
+BAND_PX = 2**20  # pixels of a picture at a time, where probabilities need double precision
 
 # ---------------------------------------------------------------------------------------------------------------------
 # class maps: one integer confusion matrix over the whole set, and everything that is reported from it

@@ -121,7 +121,7 @@ class SegNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[-2:]
-        if min(height, width) < 16:  # of which four poolings leave nothing
+        if min(height, width) < 16:  # four poolings leave nothing of it
             images = F.pad(images, (0, max(0, 16 - width), 0, max(0, 16 - height)), mode="replicate")
         features = self.input_norm(images)
         sizes, indices = [], []

@@ -109,7 +109,7 @@ class FrameSource:
         self.sample_aspect: Fraction | None = None
         self.times_s: list[float] = []
         self.num_before_keyframe = 0
-        self._pages: list[int | None] | None = None  # of one file that has several
+        self._pages: list[int | None] | None = None  # where one file has several
         self._video_path: Path | None = None
         if not isinstance(source, (str, Path)):
             self._frame_paths = [Path(path) for path in source]
