@@ -32,11 +32,14 @@ Sources: Ravi et al., "SAM 2: Segment Anything in Images and Videos", 2024; poin
 github.com/sagieppel/fine-tune-train_segment_anything_2_in_60_lines_of_code.
 """
 
+import signal
 import sys
 
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
-    print(__doc__)
-    sys.exit()
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
+        print(__doc__)
+        sys.exit()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once, up to read_command_line
 
 import csv
 import functools

@@ -34,11 +34,14 @@ Metrics, of tracking once from the first box:
 Source: Bertinetto et al. 2016, arXiv:1606.09549.
 """
 
+import signal
 import sys
 
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
-    print(__doc__)
-    sys.exit()
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
+        print(__doc__)
+        sys.exit()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once, up to read_command_line
 
 import contextlib
 import csv

@@ -20,11 +20,14 @@ Metrics, each a mean over all validation objects, at their picture's own size, o
 Sources: Ravi et al. 2024 (SAM 2) for prompts and losses; Kirillov et al. 2023 (SAM), appendix A and D.
 """
 
+import signal
 import sys
 
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
-    print(__doc__)
-    sys.exit()
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
+        print(__doc__)
+        sys.exit()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once, up to read_command_line
 
 import functools
 import os

@@ -24,11 +24,14 @@ Metrics, of tracking whole validation sequences from their first box:
 Sources: Bertinetto et al. 2016, arXiv:1606.09549; values as in github.com/huanglianghua/siamfc-pytorch.
 """
 
+import signal
 import sys
 
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
-    print(__doc__)
-    sys.exit()
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
+        print(__doc__)
+        sys.exit()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once, up to read_command_line
 
 import functools
 import math

@@ -25,11 +25,14 @@ its own size, classes that are not there left out:
 Sources: Ronneberger et al. 2015 (U-Net); Matani and Naresh 2023, "Efficient Image Segmentation Using PyTorch".
 """
 
+import signal
 import sys
 
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
-    print(__doc__)
-    sys.exit()
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):  # before the imports below, which take seconds
+        print(__doc__)
+        sys.exit()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once, up to read_command_line
 
 import csv
 import functools

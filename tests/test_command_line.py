@@ -1,6 +1,7 @@
 """The command line of the five scripts: paths as they are, what Hydra cannot read, printed commands, Ctrl-C."""
 
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -122,3 +123,17 @@ def test_a_name_of_every_sort_passes_a_real_script(tmp_path):
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(
         f"error: input {tmp_path / name} does not exist"
     )
+
+
+@pytest.mark.parametrize("script", ["train_sam2", "infer_sam2", "train_unet", "train_siamfc", "track"])
+def test_ctrl_c_while_a_script_is_still_loading_is_no_traceback(script, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-v", str(CONFIGS.parent / f"{script}.py"), "data.root=absent"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stderr:  # -v names each import
+        if line.startswith("import 'torch"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and "Traceback" not in errors

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 import traceback
 import types
@@ -279,6 +280,7 @@ def read_command_line(task: str) -> None:
         SystemExit: with one line, for a value that Hydra cannot read, for a file of configs/ that has moved, and for a
             run folder that cannot be made.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on `one_line_errors` answers Ctrl-C
     is_multirun = bool({"-m", "--multirun"} & set(sys.argv[1:]))
     arguments = sys.argv[1:] if is_multirun else [quote_path(argument) for argument in sys.argv[1:]]
     for argument in arguments:
