@@ -2,7 +2,7 @@
 
 recorded_runs.json holds them, recorded with that commit in one thread and MKL_CBWR=AUTO,STRICT (conftest.py), and
 "recorded on" says on what; train_unet's were recorded anew since, when distances in its weight map lost their noise and
-equal scores came to be told apart by val/loss, and train_sam2's weights when the rounds' gradients came to be added up
+equal scores came to be told apart by val/loss, and train_sam2's when the rounds' gradients came to be added up
 in the order of the rounds, last bits alone. Each recipe names all that a result depends on, so that a later default
 leaves it alone.
 """
@@ -89,12 +89,7 @@ RECIPES = {
     ids=lambda argument: getattr(argument, "__name__", ""),
 )
 def test_recorded_run(script, write_dataset, tmp_path, one_thread):
-    """Weights agree bit for bit where they were recorded, and in two runs elsewhere; numbers agree up to rounding.
-
-    For train_sam2.py that is all: at 51375af too, two runs of equal weights differ now and then in the last bits of
-    val/iou_3_clicks.
-    """
-    is_exact = script is not train_sam2
+    """Weights and numbers agree bit for bit where they were recorded, and in two runs elsewhere."""
     root = write_dataset(tmp_path / "data")
     arguments = f"{COMMON} {RECIPES[script.__name__]}".replace("DATA", root.as_posix()).split()
     status, message = tiny.run_script(script, tmp_path / "run", *arguments)
@@ -106,6 +101,6 @@ def test_recorded_run(script, write_dataset, tmp_path, one_thread):
     if describe_machine() != RECORDED["recorded on"]:
         tiny.run_script(script, tmp_path / "other", *arguments)
         other_numbers, other_hashes = collect_results(tmp_path / "other")
-        assert other_hashes == hashes and (other_numbers == numbers or not is_exact)
+        assert other_hashes == hashes and other_numbers == numbers
     skip_on_another_machine(RECORDED["recorded on"])
-    assert hashes == recorded["hashes"] and (numbers == recorded["numbers"] or not is_exact)
+    assert hashes == recorded["hashes"] and numbers == recorded["numbers"]
