@@ -74,7 +74,6 @@ READ_ON_CPU = ("image_index", "num_points", "num_rounds", "is_click")  # what a 
 # of their masks are brought to full size together. Another size of groups would round differently on a CPU.
 GROUP_PIXELS_ON_CPU, GROUP_PIXELS_ON_GPU = 2**26, 2**29
 FULL_SIZE_PIXELS_ON_CPU, FULL_SIZE_PIXELS_ON_GPU = 2**20, 2**26
-MOST_THREADS = 8  # a click for each
 LOGIT_LIMIT = 32.0  # the largest logit that is fed back as a mask prompt, as SAM 2's predictor limits it
 
 
@@ -675,7 +674,7 @@ def evaluate(
     num_objects = 0
     most_pixels = GROUP_PIXELS_ON_CPU if model.device.type == "cpu" else GROUP_PIXELS_ON_GPU
     progress = tqdm(items, desc="evaluate", leave=False, disable=None)
-    with ThreadPoolExecutor(min(MOST_THREADS, run.num_cores())) as threads:
+    with run.start_threads() as threads:
         for number, (item, reading) in enumerate(zip(progress, run.read_ahead(read, items), strict=True)):
             layers, picture = reading.result()
             objects = kept_objects(layers, min_area_px)

@@ -453,3 +453,14 @@ def test_the_pixels_of_a_file_are_not_read_to_tell_its_kind_pages_or_size(tmp_pa
     for name in ("a.tif", "b.png", "c.webp", "d.jpg"):
         path = tmp_path / name
         assert (count_pages(path), read_orientation(path), read_frame_wh(path)) == (1, 1, (24, 20))
+
+
+@pytest.mark.parametrize("name, decoder", [("a.png", (cv2, "imdecode")), ("a.tif", (tifffile.TiffPage, "asarray"))])
+def test_a_file_for_which_memory_runs_out_is_not_called_damaged(name, decoder, tmp_path, monkeypatch):
+    def fail(*args, **keys):
+        raise MemoryError("Unable to allocate 9 GiB")
+
+    pillow(RGB8)(tmp_path / name)
+    monkeypatch.setattr(*decoder, fail)
+    with pytest.raises(MemoryError, match="9 GiB"):
+        read_image(tmp_path / name)

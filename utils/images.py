@@ -399,6 +399,8 @@ def _decoding(path: str | Path, kind: str):
             raise  # a refusal of ours
         if isinstance(error, OSError) and error.filename is not None:
             raise  # the disk's, such as no permission
+        if isinstance(error, MemoryError) or getattr(error, "code", None) == cv2.Error.StsNoMem:
+            raise  # the file may be whole
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"{path} cannot be decoded as a picture (damaged or unusual {kind}: {reason}); copy it again, save it anew "

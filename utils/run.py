@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+MOST_THREADS = 8  # a mask at full size for each
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -153,6 +154,11 @@ def now_s(device: torch.device) -> float:
     elif device.type == "mps":
         torch.mps.synchronize()
     return time.perf_counter()
+
+
+def start_threads() -> ThreadPoolExecutor:
+    """Start threads for work on masks at full size; OpenCV and numpy let several run at once."""
+    return ThreadPoolExecutor(min(MOST_THREADS, torch.get_num_threads()))
 
 
 def read_ahead(read: Callable, arguments: Iterable) -> Iterator[Future]:

@@ -11,7 +11,6 @@ stitching is that of github.com/sagieppel/fine-tune-train_segment_anything_2_in_
 
 import functools
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Annotated, NamedTuple
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torchvision.ops import box_convert, nms
 
 from utils.instances.codecs import decode_rle_counts, mask_to_rle
-from utils.run import now_s
+from utils.run import now_s, start_threads
 from utils.sam2.model import Embeddings, decode, encode, preprocess, scale_points, upscale_masks
 from utils.settings import at_least
 
@@ -33,7 +32,6 @@ CHUNK_PIXELS = 64 * 1024**2  # full-size logits held at once on a GPU: 256 MB
 # time, as the system hands out the pages of large tensors anew. A CPU's matrix kernel goes by the number of rows: with
 # fewer than 6 points at once the masks were seen to round differently, with up to 33 the predicted IoU (by 1e-7).
 PIXELS_ON_CPU, FEWEST_POINTS = 8 * 64 * 64, 8
-MOST_THREADS = 8  # a mask at full size for each
 ROUNDING = 1e-4  # a share of the largest logit, and of a stability, by which no computation of it is off
 
 
@@ -380,11 +378,6 @@ def _align(start: int, stop: int, low_size: int, full_size: int) -> tuple[int, i
     first = max(0, (start - 1) // low_unit)
     last = min(divisor, -(-(stop + 1) // low_unit))
     return first * low_unit, last * low_unit, first * full_unit, last * full_unit
-
-
-def start_threads() -> ThreadPoolExecutor:
-    """Start threads for work on masks at full size; OpenCV and numpy let several run at once."""
-    return ThreadPoolExecutor(min(MOST_THREADS, torch.get_num_threads()))
 
 
 def annotate_masks(
