@@ -3,6 +3,7 @@
     python train_sam2.py                                           # generated glassware, the bundled nano, on a CPU
     python train_sam2.py model=sam2.1_hiera_small data=label_map data.root=/my/dataset
     python train_sam2.py check=true data=coco data.root=/my/coco   # look at a dataset and stop
+    python train_sam2.py check=fit model=sam2.1_hiera_large ...    # does it fit the memory, how fast is it
     python train_sam2.py cache=auto model=sam2.1_hiera_small ...   # encode each picture once, for all runs to come
     python train_sam2.py fast_decoder=false                        # sam2's own decoder, slower on a CPU
     python train_sam2.py train.steps=0 model.checkpoint=best.pt    # evaluate and stop
@@ -48,10 +49,11 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
+from utils import fit, run
 from utils import loop as loops
-from utils import run
 from utils import settings as sections
 from utils.checkpoint import config_to_resume
+from utils.dataset_check import CheckReport
 from utils.images import id_colors, mask_to_box, read_image, write_image
 from utils.instances.check import check_data
 from utils.instances.readers import Item, check_same_size, object_ids, split_items
@@ -74,6 +76,8 @@ READ_ON_CPU = ("image_index", "num_points", "num_rounds", "is_click")  # what a 
 # of their masks are brought to full size together. Another size of groups would round differently on a CPU.
 GROUP_PIXELS_ON_CPU, GROUP_PIXELS_ON_GPU = 2**26, 2**29
 FULL_SIZE_PIXELS_ON_CPU, FULL_SIZE_PIXELS_ON_GPU = 2**20, 2**26
+HIERA_SIZES = ("tiny", "small", "base_plus", "large")
+CONFIGS = run.REPOSITORY / "configs" / "sam2"
 LOGIT_LIMIT = 32.0  # the largest logit that is fed back as a mask prompt, as SAM 2's predictor limits it
 
 
@@ -175,7 +179,7 @@ class Config:
     """All keys of this script (configs/sam2/train_sam2.yaml explains each)."""
 
     common: Annotated[CommonSettings, SAME_SECTION]
-    check: bool
+    check: fit.Check
     model: dict  # what build_sam2 takes
     data: DataSettings
     prompts: PromptSettings
@@ -818,27 +822,70 @@ def list_data(settings: Config, run_dir: Path, resume_path: Path | None) -> tupl
         reader_keys["root"] = str(write_samples(generate, reader_keys["root"]))
     root, on_bad = reader_keys["root"], reader_keys["on_bad"]
     # check=true lists pairs that lack a file with all other faults
-    train_items, val_items = split_items(**reader_keys | {"on_bad": "skip" if settings.check else on_bad})
+    train_items, val_items = split_items(**reader_keys | {"on_bad": "skip" if settings.check is True else on_bad})
     stored = loops.stored_splits(resume_path)
     splits = loops.keep_splits(stored, {"train": train_items, "val": val_items})
-    splits, counts = check_data(splits, settings.data.min_area_px, on_bad, run_dir, list_all=settings.check)
-    if settings.check:
+    splits, counts, report = check_data(splits, settings.data.min_area_px, on_bad, run_dir, settings.check is True)
+    if settings.check is True:
         return splits, counts
     splits = loops.keep_splits(stored, splits)  # what the run had is usable still
-    if settings.train.steps > 0 and not splits["train"]:
+    if (settings.train.steps > 0 or settings.check == "fit") and not splits["train"]:
         raise ValueError(f"data.root {root} has no training picture with objects")
     if not splits["val"]:
         raise ValueError(f"data.root {root} has no validation picture with objects: see data.val_fraction")
+    if settings.check == "fit":
+        splits = {"train": [find_hardest(splits["train"], report, settings)], "val": splits["val"][:1]}
     return splits, counts
 
 
-def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
-    """Train as configured and return the best value of `train.select_by`.
+def find_hardest(items: list[Item], report: CheckReport, settings: Config) -> Item:
+    """Find, print and return the item that takes the most memory: the most objects, in the largest picture."""
+    of_name = {}
+    for item in report.usable:
+        num_objects = int((item.content.areas_px >= settings.data.min_area_px).sum())
+        num_used = min(num_objects, settings.train.objects_per_image)
+        of_name[item.name] = (num_used, item.orig_hw[0] * item.orig_hw[1], num_objects, item.orig_hw)
+    hardest = max(items, key=lambda item: of_name[item.name])
+    num_used, _, num_objects, (height, width) = of_name[hardest.name]
+    print(
+        f"the largest training picture with the most objects: {hardest.image_path}, {height} x {width} px, "
+        f"{num_used} of {num_objects} objects (train.objects_per_image={settings.train.objects_per_image})"
+    )
+    return hardest
+
+
+def list_changes(settings: Config) -> list[fit.Change]:
+    """List what needs less memory than a config, the gentlest first: changes for check=fit to try."""
+    train_settings = settings.train
+    num_objects = train_settings.batch_size * train_settings.objects_per_image
+    is_frozen = set(train_settings.trainable) <= {"prompt_encoder", "mask_decoder"}
+    changes = []
+    if settings.cache in ("off", False) and is_frozen and settings.data.augmentation.color_jitter == 0:
+        changes.append({"cache": "auto"})
+    changes += [
+        {"train.objects_per_forward": count}
+        for count in (8, 2)
+        if count < min(num_objects, train_settings.objects_per_forward or num_objects)
+    ]
+    if train_settings.batch_size > 1:
+        changes.append(
+            {"train.batch_size": 1, "train.accumulate": train_settings.accumulate * train_settings.batch_size}
+        )
+    family, is_official, size = settings.model["name"].partition("_hiera_")
+    for smaller in HIERA_SIZES[: HIERA_SIZES.index(size)] if is_official else []:
+        model = OmegaConf.load(CONFIGS / "model" / f"{family}_hiera_{smaller}.yaml")
+        changes.append({f"model.{key}": value for key, value in model.items() if key not in ("image_size", "lr")})
+    return changes
+
+
+def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | None = None) -> float | dict:
+    """Train as configured and return the best value of `train.select_by`; with check=fit the last row of the metrics.
 
     Args:
         config: the whole resolved config; of a resumed run, the stored one.
         run_dir: a new folder.
         resume_path: the last.pt to continue from, or None.
+        data: what `list_data` returned; None: list it.
     """
     config = fix_decoder(config)
     settings = read_settings(Config, config)
@@ -847,14 +894,16 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     run.seed_everything(common.seed)
 
     # data: list, check, leave out what cannot be used
-    splits, counts = list_data(settings, run_dir, resume_path)
-    if settings.check:
+    splits, counts = data or list_data(settings, run_dir, resume_path)
+    if settings.check is True:
         return float("nan")
     train_items, val_items = splits["train"], splits["val"][: train_settings.eval_images]
     start_run(run_dir, config, counts)
 
     # model and optimizer
     weights = {} if resume_path is None else {"checkpoint": str(resume_path)}  # the file it started from may be gone
+    if settings.check == "fit" and not models.has_checkpoint(settings.model):
+        weights = {"checkpoint": "none"}  # of the same size as the model's own, which would be downloaded
     model = models.build_sam2(**settings.model | weights, device=device, fast_decoder=settings.fast_decoder)
     trainable = models.freeze_except(model, train_settings.trainable)
     if run.choose_channels_last(train_settings.channels_last, device):
@@ -900,13 +949,16 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
         device,
     )
     hints_at_cache = settings.cache in ("off", False) and find_cache_obstacle(trainable, settings) is None
+    hints_at_cache = hints_at_cache and not settings.check
     timed_step = loop.step + 1  # the first one is slower
     progress = tqdm(total=train_settings.steps, initial=loop.step, desc="train", disable=None)
     window = loops.SpeedWindow(loop.step)
     while True:
         # 1. evaluate and save
         is_last = loop.step >= train_settings.steps
-        if (loop.step % train_settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
+        if settings.check == "fit":
+            pass  # some steps, to see what they take
+        elif (loop.step % train_settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
             samples_dir = run_dir / "samples" / f"step_{loop.step:06d}"
             with window.paused():  # speed is that of training alone
                 metrics = evaluate(
@@ -997,6 +1049,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             )
 
     progress.close()
+    if settings.check == "fit":
+        log.close()
+        return loop.rows[-1]
     last = {"step": loop.step, **values_of_step(loop.rows, loop.evaluated_step)}
     plot_curves(loop.rows, run_dir / "curves.png")
     log.close()
@@ -1024,7 +1079,12 @@ def main(cfg) -> float:
         config, resume_path = config_to_resume(
             Config, "train_sam2", config, list(hydra_config.overrides.task), RESUMABLE, fix_decoder
         )
-        return train(config, Path(hydra_config.runtime.output_dir), resume_path)
+        run_dir = Path(hydra_config.runtime.output_dir)
+        if config["check"] == "fit":
+            settings = read_settings(Config, config)
+            data = list_data(settings, run_dir, resume_path)
+            return fit.check_fit(train, data, config, list_changes(settings), "pictures")
+        return train(config, run_dir, resume_path)
 
 
 if __name__ == "__main__":

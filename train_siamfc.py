@@ -4,6 +4,7 @@
     python train_siamfc.py experiment=siamfc_got10k data.root=/my/GOT-10k
     python train_siamfc.py data=folder_sequences data.root=/my/videos
     python train_siamfc.py check=true data=got10k                  # look at a dataset and stop
+    python train_siamfc.py check=fit data=got10k                   # does it fit the memory, how fast is it
     python train_siamfc.py train.steps=0 model.checkpoint=best.pt  # evaluate and stop
     python train_siamfc.py resume=outputs/train_siamfc/<run>       # continue a killed run, exactly
     python train_siamfc.py --cfg job                               # print every knob with its value
@@ -51,8 +52,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
+from utils import fit, run
 from utils import loop as loops
-from utils import run
 from utils import settings as sections
 from utils.checkpoint import config_to_resume
 from utils.images import read_image, write_image
@@ -158,7 +159,7 @@ class Config:
     """All keys of this script (configs/tracking/train_siamfc.yaml explains each)."""
 
     common: Annotated[CommonSettings, SAME_SECTION]
-    check: bool
+    check: fit.Check
     model: ModelSettings
     data: dict  # a file of configs/tracking/data; its reader checks the keys
     optim: OptimSettings
@@ -542,24 +543,17 @@ def check_pairs(dataset: SiamesePairs, run_dir: Path, num_pairs: int) -> None:
     print(f"the first {num_pairs} pairs are drawn in {os.path.relpath(run_dir / 'pairs.png')}")
 
 
-def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
-    """Train as configured and return the best value of `train.select_by`.
+def list_pairs(
+    settings: Config, resume_path: Path | None
+) -> tuple[dict[str, list[Sequence]], SiamesePairs, list[Sequence], SiamesePairs]:
+    """List sequences, and leave out what cannot be used; check=fit leaves that of the largest frames to train on.
 
-    Args:
-        config: the whole resolved config; of a resumed run, the stored one.
-        run_dir: a new folder.
-        resume_path: the last.pt to continue from, or None.
+    Returns:
+        {"train": sequences, "val": sequences}; the training pairs; the sequences to track; the pairs to validate on.
+    Raises:
+        FileNotFoundError, ValueError: as `list_data` and `keep_splits`; for a split that cannot be used.
     """
-    settings = read_settings(Config, config)
-    common, train_settings, pair_settings = settings.common, settings.train, settings.pairs
-    device, precision = run.set_up_device(common.device, common.precision)
-    tracker_precision = precision if settings.tracker.mode == "fast" else "fp32"
-    labels = siamfc.response_labels(RESPONSE_SIZE, train_settings.r_pos).to(device)  # (15, 15)
-    weights = siamfc.balanced_weights(labels)
-    run.seed_everything(common.seed)
-    model = build_model(settings.model, resume_path is not None)
-
-    # data: list, leave out what cannot be used
+    train_settings, pair_settings, seed = settings.train, settings.pairs, settings.common.seed
     train_sequences, val_sequences = list_data(settings.data)
     splits = {"train": train_sequences, "val": val_sequences}
     splits = loops.keep_splits(loops.stored_splits(resume_path), splits)
@@ -568,18 +562,59 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     val_pair_sequences, val_usable = keep_usable(val_sequences[: train_settings.eval_sequences], pair_settings, "val")
     val_sequences = [sequence for sequence in val_sequences if sequence.visible[:-1].any()]
     val_sequences = val_sequences[: train_settings.eval_sequences]
-    train_dataset = SiamesePairs(train_sequences, train_usable, common.seed, pair_settings)
-    if settings.check:
-        check_pairs(train_dataset, run_dir, train_settings.picture_pairs)
-        return float("nan")
-    if train_settings.steps > 0 and not train_sequences:
+    trains = settings.check == "fit" or (not settings.check and train_settings.steps > 0)
+    if trains and not train_sequences:
         raise ValueError("the dataset has no training sequence with a usable box: see data.* and pairs.*")
-    if not val_sequences:
+    if settings.check is not True and not val_sequences:
         raise ValueError(
             "the dataset has no validation sequence with a box: see data.val_fraction, data.val_sequences; pictures "
             "alone cannot be tracked: add a part of sequences (data.parts), as data=siamfc_bundled does"
         )
-    val_pairs = SiamesePairs(val_pair_sequences, val_usable, common.seed + 1, pair_settings)
+    if settings.check == "fit":
+        areas = [math.prod(sequence.frame_wh) for sequence in train_sequences]  # usable, so they were read
+        largest = areas.index(max(areas))
+        train_sequences, train_usable = [train_sequences[largest]], [train_usable[largest]]
+        width, height = train_sequences[0].frame_wh
+        print(f"the training sequence with the largest frames: {train_sequences[0].name}, {height} x {width} px")
+    train_pairs = SiamesePairs(train_sequences, train_usable, seed, pair_settings)
+    return splits, train_pairs, val_sequences, SiamesePairs(val_pair_sequences, val_usable, seed + 1, pair_settings)
+
+
+def list_changes(settings: Config, config: dict) -> list[fit.Change]:
+    """List what needs less memory than a config, the gentlest first: changes for check=fit to try."""
+    changes = []
+    if run.choose_precision(config["precision"], run.choose_device(config["device"])) == "fp32":
+        changes.append({"precision": "bf16"})
+    size = settings.train.batch_size
+    if size > 1:
+        changes.append({"train.batch_size": 1, "train.accumulate": settings.train.accumulate * size})
+    return changes
+
+
+def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | None = None) -> float | dict:
+    """Train as configured and return the best value of `train.select_by`; with check=fit the last row of the metrics.
+
+    Args:
+        config: the whole resolved config; of a resumed run, the stored one.
+        run_dir: a new folder.
+        resume_path: the last.pt to continue from, or None.
+        data: what `list_pairs` returned; None: list it.
+    """
+    settings = read_settings(Config, config)
+    common, train_settings = settings.common, settings.train
+    device, precision = run.set_up_device(common.device, common.precision)
+    tracker_precision = precision if settings.tracker.mode == "fast" else "fp32"
+    labels = siamfc.response_labels(RESPONSE_SIZE, train_settings.r_pos).to(device)  # (15, 15)
+    weights = siamfc.balanced_weights(labels)
+    run.seed_everything(common.seed)
+    model = build_model(settings.model, resume_path is not None)
+
+    # data: list, leave out what cannot be used
+    splits, train_dataset, val_sequences, val_pairs = data or list_pairs(settings, resume_path)
+    if settings.check is True:
+        check_pairs(train_dataset, run_dir, train_settings.picture_pairs)
+        return float("nan")
+    train_sequences = train_dataset.sequences
 
     counts = {"train_sequences": len(set(map(id, train_sequences))), "val_sequences": len(val_sequences)}
     start_run(run_dir, config, counts)
@@ -618,7 +653,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     while True:
         # 1. evaluate and save
         is_last = loop.step >= train_settings.steps
-        if (loop.step % train_settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
+        if settings.check == "fit":
+            pass  # some steps, to see what they take
+        elif (loop.step % train_settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
             samples_dir = run_dir / "samples" / f"step_{loop.step:06d}"
             with window.paused():  # speed is that of training alone
                 metrics = evaluate_tracking(
@@ -692,6 +729,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             )
 
     progress.close()
+    if settings.check == "fit":
+        log.close()
+        return loop.rows[-1]
     last = {"step": loop.step, **values_of_step(loop.rows, loop.evaluated_step)}
     plot_curves(loop.rows, run_dir / "curves.png")
     log.close()
@@ -715,6 +755,10 @@ def main(cfg) -> float:
         config, resume_path = config_to_resume(
             Config, "train_siamfc", config, list(hydra_config.overrides.task), RESUMABLE
         )
+        if config["check"] == "fit":
+            settings = read_settings(Config, config)
+            data, changes = list_pairs(settings, resume_path), list_changes(settings, config)
+            return fit.check_fit(train, data, config, changes, "pairs")
         return train(config, Path(hydra_config.runtime.output_dir), resume_path)
 
 

@@ -3,6 +3,7 @@
     python train_unet.py                                           # generated pets, a small U-Net, on a CPU
     python train_unet.py model=segnet data=oxford_pet data.root=/my/oxford-iiit-pet
     python train_unet.py check=true data=folders data.root=/my/dataset       # look at a dataset and stop
+    python train_unet.py check=fit data=folders data.root=/my/dataset        # does it fit the memory, how fast is it
     python train_unet.py mode=evaluate checkpoint=best.pt split=test
     python train_unet.py mode=predict checkpoint=best.pt input=photos/       # a picture or a folder, of any size
     python train_unet.py mode=summary model=segnet_dsc             # layers, parameters, multiply-adds, latency
@@ -50,8 +51,8 @@ from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from utils import fit, run
 from utils import loop as loops
-from utils import run
 from utils import settings as sections
 from utils.checkpoint import check_script, config_to_resume, find_weights, load_checkpoint, stored_config
 from utils.dataset_check import CheckReport
@@ -170,7 +171,7 @@ class Config:
 
     common: Annotated[CommonSettings, SAME_SECTION]
     mode: Annotated[str, one_of("train", "evaluate", "predict", "summary")]
-    check: bool
+    check: fit.Check
     checkpoint: str | None
     split: str  # train, val or test
     input: str | None
@@ -471,38 +472,79 @@ def build_predictor(
     return prediction.Predictor(model, framing, margin, tile_hw, settings.tiles.overlap, device, precision, at_once)
 
 
-def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
-    """Train as configured and return the best value of `train.select_by`.
+def list_data(
+    settings: Config, run_dir: Path, resume_path: Path | None
+) -> tuple[dict[str, list[Item]], dict[str, int], CheckReport]:
+    """List the pictures of each split, check them, and leave out what cannot be used; check=fit leaves the largest.
+
+    Returns:
+        {"train": items, "val": items, "test": items}, counts for the run's record, and the check's report.
+    Raises:
+        FileNotFoundError, ValueError: as `list_splits`, `check_data` and `keep_splits`; for a split without a picture.
+    """
+    reader_keys, is_check = settings.data.reader_keys, settings.check is True
+    # a check lists pairs that lack a file with all other faults
+    splits = list_splits(reader_keys | ({"on_bad": "skip"} if is_check else {}))
+    stored = loops.stored_splits(resume_path)
+    splits = loops.keep_splits(stored, splits)
+    splits, counts, report = check_data(splits, reader_keys["on_bad"], run_dir, list_all=is_check)
+    splits = loops.keep_splits(stored, splits)  # what the run had is usable still
+    remarks = remark_on_parts(report, splits["train"], splits["val"][: settings.train.eval_images])
+    print("".join(f"{line}\n" for line in remarks), end="")
+    if is_check:
+        return splits, counts, report
+    if (settings.train.steps > 0 or settings.check == "fit") and not splits["train"]:
+        raise ValueError(f"data.root {reader_keys['root']} has no training picture")
+    if not splits["val"]:
+        raise ValueError(f"data.root {reader_keys['root']} has no validation picture: see data.val_fraction")
+    if settings.check == "fit":
+        sizes = {item.name: item.orig_hw for item in report.usable}
+        largest = max(splits["train"], key=lambda item: sizes[item.name][0] * sizes[item.name][1])
+        (height, width), framing = sizes[largest.name], settings.data.framing
+        print(f"the largest training picture: {largest.image_path}, {height} x {width} px; {framing.fit} to "
+              f"{framing.input_hw[0]} x {framing.input_hw[1]} px")  # fmt: skip
+        splits["train"] = [largest]
+    return splits, counts, report
+
+
+def list_changes(settings: Config) -> list[fit.Change]:
+    """List what needs less memory than a config, the gentlest first: changes for check=fit to try."""
+    train_settings, size = settings.train, settings.data.framing.image_size
+    changes = []
+    if train_settings.batch_size > 1:
+        changes.append(
+            {"train.batch_size": 1, "train.accumulate": train_settings.accumulate * train_settings.batch_size}
+        )
+    changes.append({"data.image_size": size // 2 if isinstance(size, int) else [side // 2 for side in size]})
+    if channels := settings.model.get("base_channels"):
+        changes.append({"model.base_channels": channels // 2})
+    return changes
+
+
+def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | None = None) -> float | dict:
+    """Train as configured and return the best value of `train.select_by`; with check=fit the last row of the metrics.
 
     Args:
         config: the whole resolved config; of a resumed run, the stored one.
         run_dir: a new folder.
         resume_path: the last.pt to continue from, or None.
+        data: what `list_data` returned; None: list it.
     """
     config = fix_tiles(config)
     settings = read_settings(Config, config)
     common, train_settings, reader_keys = settings.common, settings.train, settings.data.reader_keys
     device, precision = run.set_up_device(common.device, common.precision)
     run.seed_everything(common.seed)
-    if train_settings.steps > 0 and not settings.check:
+    if train_settings.steps > 0 and settings.check is not True:
         check_batch(settings)
     is_new = resume_path is None and not settings.check  # other weights than a checkpoint's may be asked for
     model = build_network(settings.model, reader_keys["channels"], reader_keys["num_classes"], is_new)
 
-    # data: list, check, leave out what cannot be used; a check lists pairs that lack a file with all other faults
-    splits = list_splits(reader_keys | ({"on_bad": "skip"} if settings.check else {}))
-    stored = loops.stored_splits(resume_path)
-    splits = loops.keep_splits(stored, splits)
-    splits, counts, report = check_data(splits, reader_keys["on_bad"], run_dir, list_all=settings.check)
-    splits = loops.keep_splits(stored, splits)  # what the run had is usable still
-    train_items, val_items, test_items = splits["train"], splits["val"][: train_settings.eval_images], splits["test"]
-    print("".join(f"{line}\n" for line in remark_on_parts(report, train_items, val_items)), end="")
-    if settings.check:
+    # data: list, check, leave out what cannot be used
+    splits, counts, report = data or list_data(settings, run_dir, resume_path)
+    if settings.check is True:
         return float("nan")
-    if train_settings.steps > 0 and not train_items:
-        raise ValueError(f"data.root {reader_keys['root']} has no training picture")
-    if not val_items:
-        raise ValueError(f"data.root {reader_keys['root']} has no validation picture: see data.val_fraction")
+    train_items, val_items, test_items = splits["train"], splits["val"][: train_settings.eval_images], splits["test"]
     class_names = val_items[0].coding.class_names
     loss_settings = weigh_classes(settings.loss, train_items or val_items, report)
 
@@ -544,7 +586,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
     while True:
         # 1. evaluate and save
         is_last = loop.step >= train_settings.steps
-        if (loop.step % train_settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
+        if settings.check == "fit":
+            pass  # some steps, to see what they take
+        elif (loop.step % train_settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
             samples_dir = run_dir / "samples" / f"step_{loop.step:06d}"
             with window.paused():  # speed is that of training alone
                 values, matrix = evaluate(
@@ -618,6 +662,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None) -> float:
             )
 
     progress.close()
+    if settings.check == "fit":
+        log.close()
+        return loop.rows[-1]
     last = {"step": loop.step, **values_of_step(loop.rows, loop.evaluated_step)}
     plot_curves(loop.rows, run_dir / "curves.png")
     log.close()
@@ -849,6 +896,10 @@ def main(cfg) -> float | None:
         check_mode(read_settings(Config, config))
         if config["mode"] == "train":
             config, resume_path = config_to_resume(Config, "train_unet", config, overrides, RESUMABLE, fix_tiles)
+            if config["check"] == "fit":
+                settings = read_settings(Config, config)
+                data = list_data(settings, run_dir, resume_path)
+                return fit.check_fit(train, data, config, list_changes(settings), "pictures")
             return train(config, run_dir, resume_path)
         state = None
         if config["checkpoint"] is not None:

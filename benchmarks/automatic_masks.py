@@ -33,13 +33,11 @@ from pycocotools import mask as coco_mask
 
 from benchmarks.measure import (
     CPU,
-    has_peak_memory,
     print_result,
     read_config,
-    read_peak_memory,
-    reset_peak_memory,
     time_in_turn,
 )
+from utils.fit import has_peak_memory, read_peak_memory, reset_peak_memory
 from utils.images import read_image
 from utils.run import seed_everything
 from utils.sam2.mask_generation import AutomaticSettings, find_candidates, generate_masks, make_point_grid
@@ -89,7 +87,7 @@ def main() -> None:
         many = replace(settings, crop_n_layers=0, pred_iou_thresh=0.3, stability_score_thresh=0.2, box_nms_thresh=0.95)
         ours, plain = (WAYS[way](model, many)(image_rgb) for way in ("ours", "plain"))
         checked += "; with lower thresholds: " + compare_masks(ours, plain)
-    peaks = {way: run_memory_child(arguments, settings, way) for way in WAYS} if has_peak_memory() else None
+    peaks = {way: run_memory_child(arguments, settings, way) for way in WAYS} if has_peak_memory(CPU) else None
     checked += f"; memory {peaks['ours'] / peaks['plain']:.3f} of theirs (aimed at: {MEMORY_TARGET})" if peaks else ""
     print_result(
         f"automatic masks, {arguments.model}, {points_per_side} x {points_per_side} points"
@@ -174,10 +172,10 @@ WAYS = {"ours": make_ours, "plain": make_plain}
 def measure_memory(model: torch.nn.Module, image_rgb: np.ndarray, settings: AutomaticSettings, way: str) -> int:
     """Measure the peak of resident memory of one way in this process, MiB above what is resident before it."""
     generate = WAYS[way](model, settings)
-    reset_peak_memory()
-    before = read_peak_memory()
+    reset_peak_memory(CPU)
+    before = read_peak_memory(CPU) // 2**20
     generate(image_rgb)
-    return read_peak_memory() - before
+    return read_peak_memory(CPU) // 2**20 - before
 
 
 def run_memory_child(arguments: argparse.Namespace, settings: AutomaticSettings, way: str) -> int:

@@ -18,13 +18,11 @@ import torch
 
 from benchmarks.measure import (
     CPU,
-    has_peak_memory,
     print_result,
     read_config,
-    read_peak_memory,
-    reset_peak_memory,
     time_in_turn,
 )
+from utils.fit import has_peak_memory, read_peak_memory, reset_peak_memory
 from utils.run import seed_everything
 from utils.sam2.model import Embeddings, build_sam2, decode, freeze_except
 
@@ -123,9 +121,9 @@ def compare_gradients(trainable: dict, ours, plain) -> float:
 
 def measure_peak(step) -> int | None:
     """Run a step and read the peak of resident memory in it, MiB; None where the system does not tell."""
-    reset_peak_memory()
+    reset_peak_memory(CPU)
     step()
-    return read_peak_memory() if has_peak_memory() else None
+    return read_peak_memory(CPU) // 2**20 if has_peak_memory(CPU) else None
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import cv2
 import numpy as np
 import torch
 
-from benchmarks.measure import CPU, has_peak_memory, read_config, read_peak_memory, reset_peak_memory
+from benchmarks.measure import CPU, read_config
 from train_sam2 import (
     Augmentation,
     DataSettings,
@@ -45,6 +45,7 @@ from train_sam2 import (
     parameter_groups,
     prompted_losses,
 )
+from utils.fit import has_peak_memory, read_peak_memory, reset_peak_memory
 from utils.images import write_image, write_label_map
 from utils.instances.readers import Item, read_ids
 from utils.run import seed_everything
@@ -124,11 +125,11 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict:
     peaks: dict[str, int | None] = {}
     for sample_index in range(arguments.steps + 1):
         for name, step in (("ours", step_ours), ("plain", step_plain)):
-            reset_peak_memory()
+            reset_peak_memory(CPU)
             start = time.perf_counter()
             step(sample_index)
             times[name].append(time.perf_counter() - start)
-            peaks[name] = max(peaks.get(name, 0), read_peak_memory()) if has_peak_memory() else None
+            peaks[name] = max(peaks.get(name, 0), read_peak_memory(CPU) // 2**20) if has_peak_memory(CPU) else None
     ours_s, plain_s = (statistics.median(times[name][1:]) for name in ("ours", "plain"))
     return {
         "name": f"training step, warm cache, {arguments.model}, {side} px{', fast_decoder' * arguments.fast_decoder}",

@@ -34,7 +34,8 @@ import track
 import train_sam2
 import train_siamfc
 import train_unet
-from benchmarks.measure import CONFIGS, has_peak_memory, read_peak_memory, reset_peak_memory
+from benchmarks.measure import CONFIGS
+from utils.fit import has_peak_memory, read_peak_memory, reset_peak_memory
 from utils.images import write_image
 
 TASKS = {train_sam2: "sam2", infer_sam2: "sam2", train_unet: "unet", train_siamfc: "tracking", track: "tracking"}
@@ -123,9 +124,7 @@ def measure_row(row: Row, device: str, folder: Path) -> dict:
         cfg = compose(script, [*overrides, f"device={device}", *["num_workers=0"] * (device == "cpu")])
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     result = {"name": row.name, "unit": "pictures/s", "first_step_s": None, "peak_gb": None}
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    reset_peak_memory()
+    reset_peak_memory(torch.device(device))
     with tempfile.TemporaryDirectory() as runs, contextlib.redirect_stdout(io.StringIO()):
         run_dirs = [Path(runs) / "first", Path(runs) / "run"]
         for run_dir in run_dirs:
@@ -150,10 +149,8 @@ def measure_row(row: Row, device: str, folder: Path) -> dict:
             per_step = config["train"]["batch_size"] * config["train"]["accumulate"]
             result |= {"per_s": statistics.median(per_s[1:]), "first_step_s": per_step / per_s[0]}
             result["unit"] = "pairs/s" if row.script is train_siamfc else "pictures/s"
-    if device == "cuda":
-        result["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
-    elif has_peak_memory():
-        result["peak_gb"] = read_peak_memory() / 1024
+    if has_peak_memory(torch.device(device)):
+        result["peak_gb"] = read_peak_memory(torch.device(device)) / 2**30
     return result
 
 

@@ -1,6 +1,5 @@
-"""What the speed benchmarks share: configs, time of ours and a plain reference in turn, peak memory, the JSON line."""
+"""What the speed benchmarks share: configs, time of ours and a plain reference in turn; the JSON line."""
 
-import contextlib
 import json
 import statistics
 import sys
@@ -51,20 +50,3 @@ def print_result(name: str, target: float | None, ours_s: float, plain_s: float,
     record = {"name": name, "ratio": round(plain_s / ours_s, 2), "target": target, "ours_s": round(ours_s, 4)}
     record |= {"plain_s": round(plain_s, 4), "peak_memory_gb": round(peak, 2), "checked_equal": checked}
     print(json.dumps(record | more), flush=True)
-
-
-def has_peak_memory() -> bool:
-    """Tell whether the system lets a process reset and read its own peak of resident memory (Linux)."""
-    return Path("/proc/self/clear_refs").exists()
-
-
-def reset_peak_memory() -> None:
-    """Let the peak of resident memory be what is resident now."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def read_peak_memory() -> int:
-    """Read the peak of resident memory since the last reset, MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return round(int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024)

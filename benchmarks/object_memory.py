@@ -18,9 +18,10 @@ import time
 
 import torch
 
-from benchmarks.measure import CPU, read_config, read_peak_memory, reset_peak_memory
+from benchmarks.measure import CPU, read_config
 from train_sam2 import LossSettings, PromptSettings, prompted_losses
 from utils import run
+from utils.fit import read_peak_memory, reset_peak_memory
 from utils.sam2 import model as models
 
 GROUP = 4
@@ -72,15 +73,15 @@ def measure(arguments: argparse.Namespace, num_objects: int, objects_per_forward
     }
     embeddings = models.encode(model, torch.randn(1, 3, side, side, generator=generator))
     cut_embeddings, leaves = models.cut(embeddings)
-    reset_peak_memory()
-    resident_mib, start = read_peak_memory(), time.perf_counter()
+    reset_peak_memory(CPU)
+    resident_mib, start = read_peak_memory(CPU) // 2**20, time.perf_counter()
     for _, loss, _ in prompted_losses(
         model, cut_embeddings, batch, prompts, loss_settings, side // 4, objects_per_forward
     ):
         (loss.sum() / num_objects).backward()
     models.send_back(embeddings, leaves)
     row = {"model": arguments.model, "prompts": arguments.prompts, "objects": num_objects}
-    row |= {"objects_per_forward": objects_per_forward, "peak_mib_above": read_peak_memory() - resident_mib}
+    row |= {"objects_per_forward": objects_per_forward, "peak_mib_above": read_peak_memory(CPU) // 2**20 - resident_mib}
     row |= {"true_masks_mib": masks.numel() / 2**20, "seconds": round(time.perf_counter() - start, 1)}
     print(json.dumps(row), flush=True)
 

@@ -63,7 +63,7 @@ ALL_MISTAKES = {
     "sed: 1": "unknown key sed; must be among seed, ",
     "seed: -1": "seed is -1; must be a whole number",
     "num_workers: few": "num_workers is few; must be",
-    "check: maybe": "check is 'maybe'; must be true or false",
+    "check: maybe": "check is maybe; must be true, false or fit",
 }
 OUT_OF_RANGE = {
     "train_sam2": [

@@ -43,7 +43,7 @@ class Objects:
 
 def check_data(
     splits: dict[str, list[Item]], min_area_px: int, on_bad: str, run_dir: Path, list_all: bool
-) -> tuple[dict[str, list[Item]], dict[str, int]]:
+) -> tuple[dict[str, list[Item]], dict[str, int], CheckReport]:
     """Check a dataset, print what was found, draw its statistics, and leave out what cannot be used.
 
     Args:
@@ -53,7 +53,7 @@ def check_data(
         run_dir: for dataset.png.
         list_all: print all findings, not some examples of each kind.
     Returns:
-        the usable items of each split, each with an object of at least min_area_px; the counts for run.json.
+        the usable items of each split, each with an object of at least min_area_px; counts for run.json; the report.
     Raises:
         ValueError: for faulty files where on_bad is "stop".
     """
@@ -74,7 +74,7 @@ def check_data(
         f"train on {len(splits['train'])} images, validate on {len(splits['val'])}; {num_small} objects below "
         f"data.min_area_px={min_area_px} left out; statistics in {run_dir / 'dataset.png'}"
     )
-    return splits, counts
+    return splits, counts, report
 
 
 def count(report: CheckReport) -> dict[str, int]:

@@ -409,6 +409,18 @@ def _forward_without_autocast(head: nn.Module, tokens: torch.Tensor) -> torch.Te
         return type(head).forward(head, tokens.to(head.layers[0].weight.dtype))
 
 
+def has_checkpoint(config: dict) -> bool:
+    """Tell whether the weights that a model's config asks for are on this machine, or that it asks for none."""
+    if config["checkpoint"] != "auto":
+        return True  # `find_checkpoint` says where a path leads nowhere
+    return auto_checkpoint(config["name"], config["url"]).is_file()
+
+
+def auto_checkpoint(name: str, url: str | None) -> Path:
+    """Name the file of a model's own weights in checkpoints/ of the repository."""
+    return REPOSITORY / "checkpoints" / (f"{name}.pt" if url is None else url.rsplit("/", 1)[-1])
+
+
 def find_checkpoint(name: str, url: str | None, checkpoint: str) -> Path:
     """Find the file that holds a model's weights, downloading official ones that are not there yet.
 
@@ -422,7 +434,7 @@ def find_checkpoint(name: str, url: str | None, checkpoint: str) -> Path:
                 f"give a path, auto (official or bundled weights) or none (random weights)"
             )
         return path
-    path = REPOSITORY / "checkpoints" / (f"{name}.pt" if url is None else url.rsplit("/", 1)[-1])
+    path = auto_checkpoint(name, url)
     if path.is_file():
         return path
     if url is None:
