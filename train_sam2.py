@@ -17,6 +17,7 @@ Metrics, each a mean over all validation objects, at their picture's own size, o
     val/iou_1_click          one click at the object's centre (val/iou_<n>_clicks: n clicks, each in the largest error)
     val/oracle_iou_1_click   best of the three masks after one click
     val/iou_box              the object's exact box
+    general/iou_1_click ...  the same on general_data=<a file of data>, so that forgetting is seen
     train/loss, train/iou    running means over training steps (bias-corrected, 0.99)
 Sources: Ravi et al. 2024 (SAM 2) for prompts and losses; Kirillov et al. 2023 (SAM), appendix A and D.
 """
@@ -30,11 +31,12 @@ if __name__ == "__main__":
         sys.exit()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once, up to read_command_line
 
+import copy
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -52,7 +54,7 @@ from tqdm import tqdm
 from utils import fit, run
 from utils import loop as loops
 from utils import settings as sections
-from utils.checkpoint import config_to_resume
+from utils.checkpoint import config_to_resume, load_checkpoint, save_checkpoint
 from utils.dataset_check import CheckReport
 from utils.images import id_colors, mask_to_box, read_image, write_image
 from utils.instances.check import check_data
@@ -78,6 +80,7 @@ GROUP_PIXELS_ON_CPU, GROUP_PIXELS_ON_GPU = 2**26, 2**29
 FULL_SIZE_PIXELS_ON_CPU, FULL_SIZE_PIXELS_ON_GPU = 2**20, 2**26
 HIERA_SIZES = ("tiny", "small", "base_plus", "large")
 CONFIGS = run.REPOSITORY / "configs" / "sam2"
+BLEND_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the weights at the end
 LOGIT_LIMIT = 32.0  # the largest logit that is fed back as a mask prompt, as SAM 2's predictor limits it
 
 
@@ -105,6 +108,8 @@ class TrainSettings:
     early_stop_evals: Annotated[int | None, at_least(1)]
     picture_images: int
     objects_per_forward: Annotated[int | None, at_least(1)] = None  # decoded together; None: all of a batch
+    max_forgetting: Annotated[float, above(0)] = 0.02  # mean IoU after one click on the general data
+    blend: bool = False  # best.pt is the best mixture of the weights at the start and at the end
 
     def __post_init__(self):
         check_value(self.select_by, Annotated[str, one_of(*metric_names(self.eval_clicks))], "train.select_by")
@@ -189,8 +194,11 @@ class Config:
     cache: embedding_cache.Setting = "off"  # YAML makes false of off
     cache_precision: embedding_cache.Precision = "fp16"
     fast_decoder: DecoderSetting = False
+    general_data: dict | None = None  # the keys of a reader: what is not to be forgotten
 
     def __post_init__(self):
+        if self.train.blend and self.general_data is None:
+            raise ValueError("train.blend weighs what was learned against what was forgotten: it needs general_data")
         check_keys(functools.partial(models.build_sam2, device="cpu"), self.model, "model")
 
 
@@ -811,20 +819,18 @@ def list_data(settings: Config, run_dir: Path, resume_path: Path | None) -> tupl
     """List the pictures of each split, check them, and leave out what cannot be used.
 
     Returns:
-        {"train": items, "val": items}, and counts for the run's record.
+        {"train": items, "val": items}, with general_data "general" too, and counts for the run's record.
     Raises:
         FileNotFoundError, ValueError: as `split_items`, `check_data` and `keep_splits`; for a split without a picture.
     """
-    reader_keys = dict(settings.data.reader_keys)
-    generate = reader_keys.pop("generate", None)
-    check_keys(split_items, reader_keys, "data")
-    if generate is not None:
-        reader_keys["root"] = str(write_samples(generate, reader_keys["root"]))
-    root, on_bad = reader_keys["root"], reader_keys["on_bad"]
-    # check=true lists pairs that lack a file with all other faults
-    train_items, val_items = split_items(**reader_keys | {"on_bad": "skip" if settings.check is True else on_bad})
+    root, on_bad = settings.data.reader_keys["root"], settings.data.reader_keys["on_bad"]
+    train_items, val_items = list_items(settings.data.reader_keys, "data", settings.check is True)
+    splits = {"train": train_items, "val": val_items}
+    if settings.general_data is not None:
+        _, general_items = list_items(settings.general_data, "general_data", settings.check is True)
+        splits["general"] = [replace(item, name=f"general/{item.name}") for item in general_items]  # no other's name
     stored = loops.stored_splits(resume_path)
-    splits = loops.keep_splits(stored, {"train": train_items, "val": val_items})
+    splits = loops.keep_splits(stored, splits)
     splits, counts, report = check_data(splits, settings.data.min_area_px, on_bad, run_dir, settings.check is True)
     if settings.check is True:
         return splits, counts
@@ -833,9 +839,27 @@ def list_data(settings: Config, run_dir: Path, resume_path: Path | None) -> tupl
         raise ValueError(f"data.root {root} has no training picture with objects")
     if not splits["val"]:
         raise ValueError(f"data.root {root} has no validation picture with objects: see data.val_fraction")
+    if settings.general_data is not None and not splits["general"]:
+        place = settings.general_data["root"]
+        raise ValueError(f"general_data.root {place} has no validation picture with objects: see its val_fraction")
     if settings.check == "fit":
         splits = {"train": [find_hardest(splits["train"], report, settings)], "val": splits["val"][:1]}
     return splits, counts
+
+
+def list_items(reader_keys: dict, section: str, is_check: bool) -> tuple[list[Item], list[Item]]:
+    """List a dataset's training and validation pictures, generating it if need be.
+
+    Args:
+        section: "data" or "general_data", for messages.
+        is_check: list pairs that lack a file with the others: the check names them with all other faults.
+    """
+    reader_keys = dict(reader_keys)
+    generate = reader_keys.pop("generate", None)
+    check_keys(split_items, reader_keys, section)
+    if generate is not None:
+        reader_keys["root"] = str(write_samples(generate, reader_keys["root"]))
+    return split_items(**reader_keys | ({"on_bad": "skip"} if is_check else {}))
 
 
 def find_hardest(items: list[Item], report: CheckReport, settings: Config) -> Item:
@@ -898,6 +922,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     if settings.check is True:
         return float("nan")
     train_items, val_items = splits["train"], splits["val"][: train_settings.eval_images]
+    general_items = splits["general"][: train_settings.eval_images] if "general" in splits else []
     start_run(run_dir, config, counts)
 
     # model and optimizer
@@ -923,7 +948,11 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     loss_size = train_settings.loss_size or model.image_size // 4
 
     # embeddings of a frozen encoder, from disk
-    entries = cache_embeddings(model, trainable, precision, train_items, val_items, settings)
+    entries = cache_embeddings(model, trainable, precision, train_items, val_items + general_items, settings)
+    measure = functools.partial(
+        evaluate, model, min_area_px=settings.data.min_area_px, clicks=train_settings.eval_clicks, precision=precision,
+        entries=entries,
+    )  # fmt: skip
 
     is_resumed = resume_path is not None
     loop = loops.resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else loops.LoopState()
@@ -931,6 +960,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     description = {"script": "train_sam2", "config": config}
     names = loops.split_names(splits)
     save = functools.partial(loops.save_run, run_dir, loop, model, optimizer, scaler, description, names)
+    if train_settings.blend and not settings.check:
+        keep_start(run_dir, resume_path, model)
     if is_resumed:
         save(is_best=False)  # from now on this folder can be resumed too
 
@@ -961,18 +992,12 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
         elif (loop.step % train_settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
             samples_dir = run_dir / "samples" / f"step_{loop.step:06d}"
             with window.paused():  # speed is that of training alone
-                metrics = evaluate(
-                    model,
-                    val_items,
-                    settings.data.min_area_px,
-                    train_settings.eval_clicks,
-                    precision,
-                    samples_dir,
-                    train_settings.picture_images,
-                    entries,
-                )
-                ious = [f"{name[4:]} {value:.3f}" for name, value in metrics.items() if "iou" in name]
+                metrics = measure(val_items, samples_dir=samples_dir, picture_images=train_settings.picture_images)
+                metrics |= measure_general(measure, general_items)
+                ious = [f"{name[4:]} {value:.3f}" for name, value in metrics.items() if name.startswith("val/iou")]
                 tqdm.write(f"step {loop.step}: " + "  ".join(ious))
+                if line := describe_forgetting(loop.start_metrics, metrics, train_settings.max_forgetting):
+                    tqdm.write(line)
                 log.log(loop.step, metrics)
                 plot_curves(loop.rows, run_dir / "curves.png")
                 save(is_best=loop.take(metrics, train_settings.select_by))
@@ -1055,19 +1080,92 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     last = {"step": loop.step, **values_of_step(loop.rows, loop.evaluated_step)}
     plot_curves(loop.rows, run_dir / "curves.png")
     log.close()
+    if train_settings.blend:
+        loop.best = blend_weights(run_dir, model, measure, val_items, general_items) | {"step": loop.step}
     finish_run(run_dir, {"start": loop.start_metrics, "best": loop.best, "last": last})
-    best, names = loop.best, [name.removeprefix("val/") for name in loop.best if "iou" in name]
-    change = {name: value - loop.start_metrics[name] for name, value in best.items()}
+    best, names = loop.best, [name for name in loop.best if "iou" in name]
+    if not general_items:
+        names = [name.removeprefix("val/") for name in names]
+    change = {name: best[name] - value for name, value in loop.start_metrics.items()}
     columns = {"step 0": loop.start_metrics, "best": best, "change": change, "last": last}
     print("\n" + "\n".join(metric_lines(names, columns)))
     print(f"best checkpoint: step {best['step']}; {best['val/num_objects']} objects in {best['val/num_images']} images")
+    if line := describe_forgetting(loop.start_metrics, best, train_settings.max_forgetting):
+        print(line)
     shown_dir, example = os.path.relpath(run_dir), os.path.relpath(val_items[0].image_path)
     print(f"\nWritten to {shown_dir}. Next, segment a picture with it:")
     print("  " + sections.show_command("infer_sam2.py", checkpoint=f"{shown_dir}/best.pt", input=example))
     return loop.best[train_settings.select_by]
 
 
-RESUMABLE = ("resume", "train.steps", "device", "num_workers", "data.root", "data.train_list", "data.val_list", "cache")
+# ---------------------------------------------------------------------------------------------------------------------
+# what is not to be forgotten
+
+
+def measure_general(measure: Callable[..., dict[str, float]], items: list[Item]) -> dict[str, float]:
+    """Measure the general data as `evaluate` does: {"general/iou_1_click": mean over objects, ...}; {} without."""
+    metrics = measure(items, samples_dir=None, picture_images=0) if items else {}
+    return {name.replace("val/", "general/"): value for name, value in metrics.items()}
+
+
+def describe_forgetting(start: dict[str, float], now: dict[str, float], limit: float) -> str | None:
+    """Say that more than `limit` of the general data's mean IoU after one click was lost since step 0, or nothing."""
+    name = "general/iou_1_click"
+    if name not in start or start[name] - now[name] <= limit:
+        return None
+    return (
+        f"forgetting: {name} {start[name]:.3f} -> {now[name]:.3f}, a loss above train.max_forgetting={limit}; less is "
+        "forgotten with a lower optim.lr, fewer parts in train.trainable, or train.blend=true"
+    )
+
+
+def keep_start(run_dir: Path, resume_path: Path | None, model: torch.nn.Module) -> None:
+    """Write the weights before training to start.pt; a resumed run takes over that of the run it continues."""
+    weights = model.state_dict() if resume_path is None else load_checkpoint(resume_path.parent / "start.pt")["model"]
+    save_checkpoint(run_dir / "start.pt", {"format": 1, "model": weights})
+
+
+def blend_weights(
+    run_dir: Path,
+    model: torch.nn.Module,
+    measure: Callable[..., dict[str, float]],
+    val_items: list[Item],
+    general_items: list[Item],
+) -> dict[str, float]:
+    """Mix the weights at the start and at the end, and make the mixture that knows most of both datasets best.pt.
+
+    Args:
+        model: with the weights at the end.
+        measure: `evaluate`, which takes items, samples_dir and picture_images here.
+    Returns:
+        the metrics of that mixture, with "blend": the share of the weights at the end.
+    Source: Wortsman et al. 2022 (WiSE-FT), mixtures in weight space.
+    """
+    start, end = load_checkpoint(run_dir / "start.pt")["model"], copy.deepcopy(model.state_dict())
+    print(f"\n{'weights of the end':<20}{'own':>8}{'general':>8}{'mean':>8}   iou_1_click")
+    best: dict[str, float] = {}
+    for factor in BLEND_FACTORS:
+        mixed = {
+            name: torch.lerp(start[name].to(value), value, factor) if value.is_floating_point() else value
+            for name, value in end.items()
+        }
+        model.load_state_dict(mixed)
+        metrics = measure(val_items, samples_dir=None, picture_images=0) | measure_general(measure, general_items)
+        own, general = metrics["val/iou_1_click"], metrics["general/iou_1_click"]
+        print(f"{factor:<20}{own:>8.3f}{general:>8.3f}{(own + general) / 2:>8.3f}")
+        if not best or own + general > best["val/iou_1_click"] + best["general/iou_1_click"]:
+            best = metrics | {"blend": factor}
+            chosen = mixed
+    stored = load_checkpoint(run_dir / "best.pt")
+    save_checkpoint(run_dir / "best.pt", stored | {"model": chosen, "metrics": best})
+    print(f"best.pt is the mixture with {best['blend']} of the weights at the end")
+    return best
+
+
+RESUMABLE = (
+    "resume", "train.steps", "device", "num_workers", "data.root", "data.train_list", "data.val_list", "cache",
+    "general_data.root",
+)  # fmt: skip
 
 
 @hydra.main(version_base="1.3", config_path="configs/sam2", config_name="train_sam2")

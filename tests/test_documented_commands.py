@@ -9,6 +9,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from tiny import ROOT, config_dir
 
+from utils.settings import name_group
+
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 READMES = ["README.md", "data/README.md", "checkpoints/README.md", "benchmarks/README.md"]
 
@@ -41,6 +43,6 @@ def test_documented_commands_compose(script):
     with initialize_config_dir(str(config_dir(script)), version_base="1.3"):
         for arguments in COMMANDS[script]:
             try:
-                compose(script, arguments)
+                compose(script, [name_group(argument) for argument in arguments])
             except Exception as error:
                 pytest.fail(f"python {script}.py {shlex.join(arguments)}: {error}")

@@ -1001,3 +1001,86 @@ def test_a_run_that_could_use_the_cache_says_once_what_it_would_save(overrides, 
             r"takes (\d+)% of a step: cache=auto leaves it out, for ([\d.]+) GiB", lines[0]
         ).groups()
         assert 0 < int(share) < 100 and size == "0.00"  # 64 px
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is not to be forgotten
+
+
+def general_overrides(root):
+    """Measure the tiny dataset's validation part a second time, as general data."""
+    return [*tiny.tiny_overrides(root), "general_data=label_map", f"general_data.root={root}"] + [
+        f"general_data.val_list={root / 'val.txt'}"
+    ]
+
+
+def read_column(run_dir, name):
+    with (run_dir / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+def test_general_data_is_measured_as_ones_own_at_each_evaluation(root, tmp_path, monkeypatch, capfd, quick):
+    arguments = [*general_overrides(root), "train.steps=2", "train.eval_every=1", "general_data.val_list=null"]
+    arguments += ["general_data.val_fraction=0.5", "seed=3"]
+    status, output = tiny.run_main(monkeypatch, capfd, tmp_path / "run", *arguments)
+    assert status == 0, output
+    own, general = (read_column(tmp_path / "run", f"{part}/iou_1_click") for part in ("val", "general"))
+    assert len(own) == len(general) == 3 and own != general and "general/iou_1_click" in output
+    alone = [*tiny.tiny_overrides(root), "data.val_list=null", "data.val_fraction=0.5", "train.steps=0"]
+    alone += [f"model.checkpoint={tmp_path / 'run' / 'last.pt'}"]  # the weights at the end, and the same pictures
+    status, output = tiny.run_main(monkeypatch, capfd, tmp_path / "alone", *alone)
+    assert status == 0 and read_column(tmp_path / "alone", "val/iou_1_click") == pytest.approx(general[-1:], abs=1e-6)
+
+
+def test_forgetting_is_one_warning_at_its_evaluation_and_one_at_the_end(root, tmp_path, monkeypatch, capfd, quick):
+    own, general = [0.5, 0.6, 0.7], [0.8, 0.785, 0.7]
+    tiny.script_evaluation(monkeypatch, [value for pair in zip(own, general, strict=True) for value in pair])
+    arguments = [*general_overrides(root), "train.steps=2", "train.eval_every=1"]
+    status, output = tiny.run_main(monkeypatch, capfd, tmp_path / "run", *arguments)
+    lines = [line for line in output.splitlines() if line.startswith("forgetting")]
+    assert status == 0 and len(lines) == 2 and len(set(lines)) == 1
+    assert "general/iou_1_click 0.800 -> 0.700, a loss above train.max_forgetting=0.02" in lines[0]
+    assert read_column(tmp_path / "run", "general/iou_1_click") == general
+    assert (tmp_path / "run" / "best.pt").exists()  # nothing stopped
+
+
+def test_blend_writes_the_mixture_that_is_best_on_both(root, tmp_path, monkeypatch, capfd, quick):
+    ends = [0.5, 0.9, 0.9, 0.5]  # own and general, at step 0 and at the end
+    mixtures = [0.5, 0.9, 0.7, 0.8, 0.8, 0.75, 0.85, 0.6, 0.9, 0.5]  # the means: 0.7, 0.75, 0.775, 0.725, 0.7
+    tiny.script_evaluation(monkeypatch, ends + mixtures)
+    arguments = [*general_overrides(root), "train.steps=2", "train.eval_every=2", "train.blend=true"]
+    status, output = tiny.run_main(monkeypatch, capfd, tmp_path / "run", *arguments)
+    assert status == 0, output
+    rows = [line.split() for line in output.splitlines() if re.match(r"[01]\.\d+ ", line)]
+    assert [row[0] for row in rows] == ["0.0", "0.25", "0.5", "0.75", "1.0"]
+    assert rows[2][1:] == ["0.800", "0.750", "0.775"]
+    start, best, last = (
+        torch.load(tmp_path / "run" / f"{name}.pt", weights_only=True) for name in ("start", "best", "last")
+    )
+    assert best["metrics"]["blend"] == 0.5 and best["metrics"]["general/iou_1_click"] == 0.75
+    for name, value in best["model"].items():
+        assert torch.allclose(value, (start["model"][name] + last["model"][name]) / 2, atol=1e-7), name
+    changed = [name for name, value in last["model"].items() if not torch.equal(value, start["model"][name])]
+    assert changed and build_sam2(
+        **tiny.configure(root)["model"] | {"checkpoint": str(tmp_path / "run" / "best.pt")}, device="cpu"
+    )
+
+    tiny.script_evaluation(monkeypatch)  # a resumed run blends with the weights of the first start
+    status, output = tiny.run_main(
+        monkeypatch, capfd, tmp_path / "more", f"resume={tmp_path / 'run'}", "train.steps=3", *arguments[:1]
+    )
+    assert status == 0, output
+    again = torch.load(tmp_path / "more" / "start.pt", weights_only=True)["model"]
+    assert all(torch.equal(value, again[name]) for name, value in start["model"].items())
+
+
+def test_blend_needs_general_data_and_general_data_pictures(root, tmp_path, monkeypatch, capfd):
+    status, output = tiny.run_main(monkeypatch, capfd, tmp_path / "a", *tiny.tiny_overrides(root), "train.blend=true")
+    assert status == 1 and "it needs general_data" in output
+    arguments = [*general_overrides(root), "general_data.val_fraction=0", "general_data.val_list=null"]
+    status, output = tiny.run_main(monkeypatch, capfd, tmp_path / "b", *arguments)
+    assert status == 1 and "Traceback" not in output and "general_data" in output
+    status, output = tiny.run_main(
+        monkeypatch, capfd, tmp_path / "c", *general_overrides(root), "general_data.ending=x"
+    )
+    assert status == 1 and "general_data" in output

@@ -148,7 +148,7 @@ def script_evaluation(monkeypatch, values: list[float] | None = None) -> None:
     """Let evaluate return these values, one after the other (None: always 0.5), without looking at the model."""
     values = itertools.repeat(0.5) if values is None else iter(values)
 
-    def evaluate(model, items, *rest):
+    def evaluate(model, items, **rest):
         names = ("val/iou_1_click", "val/oracle_iou_1_click", "val/iou_box")
         return dict.fromkeys(names, next(values)) | {"val/num_images": len(items), "val/num_objects": 1}
 

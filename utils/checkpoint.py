@@ -283,7 +283,7 @@ def resumed_config(stored: dict, current: dict, overrides: list[str], allowed: t
     Raises:
         ValueError: listing the differences that may not be.
     """
-    given = [override.split("=")[0].lstrip("+~").split("@")[0] for override in overrides]
+    given = [override.split("=")[0].lstrip("+~").split("@")[-1] for override in overrides]
     wanted = OmegaConf.create(current if "experiment" in given else stored)
     for key in given:
         if key != "experiment":

@@ -187,7 +187,11 @@ class MetricsLog:
 def values_of_step(rows: list[dict], step: int) -> dict[str, float]:
     """Collect the validation values that were logged at a step."""
     return {
-        name: value for row in rows if row["step"] == step for name, value in row.items() if name.startswith("val/")
+        name: value
+        for row in rows
+        if row["step"] == step
+        for name, value in row.items()
+        if name.startswith(("val/", "general/"))
     }
 
 
@@ -204,14 +208,17 @@ def metric_lines(names: Sequence[str], columns: dict[str, dict[str, float]]) -> 
     """Put metrics into lines to print: a row for each name, a column for each measurement.
 
     Args:
-        names: such as "mean_iou".
+        names: such as "mean_iou", or "val/mean_iou" where columns have it of several datasets.
         columns: {title: {"val/mean_iou": float, ...}}; empty ones are left out.
     """
     columns = {title: metrics for title, metrics in columns.items() if metrics}
-    lines = [f"{'metric':<20}" + "".join(f"{title:>10}" for title in columns)]
+    width = max(20, *(len(name) + 1 for name in names))
+    lines = [f"{'metric':<{width}}" + "".join(f"{title:>10}" for title in columns)]
     for name in names:
-        row = [value for metrics in columns.values() for key, value in metrics.items() if key.endswith(f"/{name}")]
-        lines.append(f"{name:<20}" + "".join(f"{value:>10.3f}" for value in row))
+        row = [
+            value for metrics in columns.values() for key, value in metrics.items() if f"/{key}".endswith(f"/{name}")
+        ]
+        lines.append(f"{name:<{width}}" + "".join(f"{value:>10.3f}" for value in row))
     return lines
 
 

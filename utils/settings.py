@@ -272,7 +272,7 @@ def read_command_line(task: str) -> None:
     """Let Hydra take the paths of the command line as they are: `input=IMG (2).jpg` fails in its grammar otherwise.
 
     Values of keys that are a path (PATH_KEYS) are quoted for Hydra in `sys.argv`, unless they are quoted already, are
-    null, or are a list; under --multirun Hydra's grammar holds, in which `input=a,b` are two runs.
+    null, or are a list; under --multirun Hydra's grammar holds, in which `input=a,b` are two runs. See `name_group`, too.
 
     Args:
         task: the script's folder in configs/: sam2, unet or tracking.
@@ -291,6 +291,7 @@ def read_command_line(task: str) -> None:
                 key, value = argument.split("=", 1)
                 quoted = shlex.quote(f"{key}={QuotedString(value, Quote.single).with_quotes()}")
                 sys.exit(f"error: Hydra cannot read {argument}; quote the value, for the shell and for Hydra: {quoted}")
+    arguments = [name_group(argument) for argument in arguments]
     stop_at_moved_files(task, arguments)
     folder = next((a.split("=", 1)[1].strip("'") for a in arguments if a.startswith("hydra.run.dir=")), "outputs")
     existing = next(path for path in [Path(folder), *Path(folder).absolute().parents] if path.exists())
@@ -300,6 +301,11 @@ def read_command_line(task: str) -> None:
             f"error: {existing} is not a folder that may be written; give hydra.run.dir=<a folder for the results>"
         )
     sys.argv[1:] = arguments
+
+
+def name_group(argument: str) -> str:
+    """Write general_data=coco as Hydra has it, which puts a second file of data/ beside the first."""
+    return re.sub("^general_data=(?!null$)", "data@general_data=", argument)
 
 
 def quote_path(argument: str) -> str:
