@@ -272,7 +272,8 @@ def read_command_line(task: str) -> None:
     """Let Hydra take the paths of the command line as they are: `input=IMG (2).jpg` fails in its grammar otherwise.
 
     Values of keys that are a path (PATH_KEYS) are quoted for Hydra in `sys.argv`, unless they are quoted already, are
-    null, or are a list; under --multirun Hydra's grammar holds, in which `input=a,b` are two runs. See `name_group`, too.
+    null, or are a list; under --multirun Hydra's grammar holds, in which `input=a,b` are two runs.
+    `general_data=coco` becomes what `name_group` says.
 
     Args:
         task: the script's folder in configs/: sam2, unet or tracking.
