@@ -162,6 +162,11 @@ class LossSettings:
     click_similarity: float  # weight of an auxiliary loss for training from scratch, see click_similarity
     # best: the best of three trains, and all three predict their IoU; first: the first alone
     masks: Annotated[str, one_of("best", "first")]
+    # the IoU to be predicted is measured in the S x S frame; False: where the loss is computed (older runs)
+    full_size_iou: bool = False
+    soft_truth: bool = (
+        False  # a pixel of the loss is the share of it that the object covers; False: 0 or 1 (older runs)
+    )
 
     def __post_init__(self):
         sections.check_terms(self.terms, TERMS)
@@ -395,6 +400,7 @@ def mask_prediction_loss(
     object_score_logits: torch.Tensor,
     masks: torch.Tensor,
     loss_settings: LossSettings,
+    full_size_masks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the loss of one prediction of O objects with M masks each, in fp32.
 
@@ -402,7 +408,8 @@ def mask_prediction_loss(
         low_res_masks: (O, M, h, w) logits.
         iou_predictions: (O, M).
         object_score_logits: (O, 1).
-        masks: (O, s, s) truth, 0 or 1; logits are brought to s x s where that differs from h x w.
+        masks: (O, s, s) truth, 0..1; logits are brought to s x s where that differs from h x w.
+        full_size_masks: bool (O, S, S) truth, of which loss.full_size_iou measures the IoU.
     Returns:
         loss (O,); iou (O, M) of the thresholded masks, without gradient.
     Source: SAM 2's training: of three masks the one with the lowest mask loss trains, all three learn their IoU.
@@ -414,7 +421,11 @@ def mask_prediction_loss(
         logits, iou_predictions = logits[:, :1], iou_predictions[:, :1]
     truth = masks[:, None].float().expand_as(logits)  # (O, M, s, s)
     mask_loss = mask_shape_loss(logits, truth, loss_settings)  # (O, M)
-    iou = mask_iou(logits.detach() > 0, truth > 0.5)  # (O, M)
+    if loss_settings.full_size_iou:
+        num_masks = 1 if loss_settings.masks == "first" else low_res_masks.shape[1]
+        iou = full_size_iou(low_res_masks[:, :num_masks].detach(), full_size_masks)  # (O, M)
+    else:
+        iou = mask_iou(logits.detach() > 0, truth > 0.5)  # (O, M)
     iou_loss = (iou_predictions.float() - iou).abs().mean(1)  # (O,)
     objectness_loss = torch.nn.functional.softplus(-object_score_logits.float()).squeeze(1)  # every object is there
     return mask_loss.amin(1) + loss_settings.iou * iou_loss + loss_settings.objectness * objectness_loss, iou
@@ -470,7 +481,7 @@ def _prompt_group(
     """Prompt a group of objects: `prompted_losses`, where all objects are decoded together."""
     masks, image_index, num_rounds = group["masks"], group["image_index"], group["num_rounds"]  # (G, S, S), (G,), (G,)
     device, num_objects, num_corrections = masks.device, len(masks), group["is_click"].shape[1]
-    truth = losses.shrink_masks(masks, loss_size)  # (G, s, s)
+    truth = (losses.cover_pixels if loss_settings.soft_truth else losses.shrink_masks)(masks, loss_size)  # (G, s, s)
     point_coords = torch.nn.functional.pad(group["point_coords"], (0, 0, 0, num_corrections))  # (G, 2 + R, 2)
     point_labels = torch.nn.functional.pad(group["point_labels"], (0, num_corrections), value=-1)  # (G, 2 + R)
     num_points = group["num_points"].clone()  # (G,)
@@ -495,7 +506,7 @@ def _prompt_group(
             inputs = (
                 *(model, embeddings, image_index[chosen], point_coords[on_device, :count]),
                 *(point_labels[on_device, :count], mask_inputs[on_device] if round_number > 0 else None),
-                *(truth[on_device], loss_settings),
+                *(truth[on_device], loss_settings, masks[on_device]),
             )
             with run.autocast(device, precision):
                 if prompt_settings.detach:
@@ -528,13 +539,15 @@ def _prompt_group(
 
 
 def _decode_round(
-    model, embeddings, image_index, point_coords, point_labels, mask_inputs, truth, loss_settings
+    model, embeddings, image_index, point_coords, point_labels, mask_inputs, truth, loss_settings, full_size_masks
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Decode objects that have the same number of points: loss (O,), IoU (O,) of the chosen mask, and its logits."""
     low_res_masks, iou_predictions, object_score_logits = models.decode(
         model, embeddings, image_index, point_coords, point_labels, mask_inputs, point_coords.shape[1] == 1
     )
-    object_loss, iou = mask_prediction_loss(low_res_masks, iou_predictions, object_score_logits, truth, loss_settings)
+    object_loss, iou = mask_prediction_loss(
+        low_res_masks, iou_predictions, object_score_logits, truth, loss_settings, full_size_masks
+    )
     best = iou_predictions[:, : iou.shape[1]].argmax(1, keepdim=True)
     return object_loss, iou.gather(1, best).squeeze(1), pick_mask(low_res_masks, iou_predictions)
 
@@ -576,6 +589,19 @@ def predict_masks(
             model, embeddings, image_index, coords, labels, mask_inputs, multimask_output=coords.shape[1] == 1
         )
     return low_res_masks, iou_predictions
+
+
+def full_size_iou(low_res_masks: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Measure masks at their truth's size, a few objects at once: logits (O, M, h, w), bool (O, H, W) -> (O, M)."""
+    limit = FULL_SIZE_PIXELS_ON_CPU if truth.device.type == "cpu" else FULL_SIZE_PIXELS_ON_GPU
+    at_once = max(1, limit // truth[0].numel())
+    parts = zip(low_res_masks.float().split(at_once), truth.split(at_once), strict=True)
+    return torch.cat(
+        [
+            mask_iou(models.upscale_masks(logits, truth.shape[1:]) > 0, true_masks[:, None])
+            for logits, true_masks in parts
+        ]
+    )
 
 
 def measure_masks(

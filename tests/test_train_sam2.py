@@ -30,7 +30,7 @@ from utils.sam2.fast_decoder import decode_fast, fix_decoder
 from utils.sam2.model import Embeddings, build_sam2, preprocess, scale_points
 from utils.samples.write import write_samples
 
-SAM_LOSS = LossSettings(**read_option("sam2", "loss", "sam"))
+SAM_LOSS = LossSettings(**read_option("sam2", "loss", "sam_official"))
 TUTORIAL_LOSS = LossSettings(**read_option("sam2", "loss", "tutorial"))
 PRESETS = sorted(path.stem for path in (tiny.ROOT / "configs" / "sam2" / "experiment").glob("*.yaml"))
 
@@ -755,6 +755,27 @@ def test_tutorial_loss_is_cross_entropy_and_a_twentieth_of_the_score():
     overlap, union = ((logits[:, 0] > 0) & (masks > 0)).sum((1, 2)), ((logits[:, 0] > 0) | (masks > 0)).sum((1, 2))
     expected = cross_entropy + 0.05 * (iou_predictions[:, 0] - overlap / union).abs()
     assert loss.tolist() == pytest.approx(expected.tolist(), rel=1e-5) and iou.shape == (2, 1)
+
+
+def test_the_iou_to_be_predicted_is_that_of_the_enlarged_mask(monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    masks = torch.rand(5, 24, 24, generator=generator) < 0.4
+    logits = torch.randn(5, 3, 6, 6, generator=generator)
+    truth = (logits[:, 0] > 0).float()  # at the size of the loss the first mask is perfect
+    enlarged = torch.nn.functional.interpolate(logits, (24, 24), mode="bilinear", align_corners=False) > 0
+    expected = (enlarged & masks[:, None]).sum((2, 3)) / (enlarged | masks[:, None]).sum((2, 3))
+    predicted, scores = torch.zeros(5, 3, requires_grad=True), torch.zeros(5, 1)
+    settings = dataclasses.replace(SAM_LOSS, full_size_iou=True)
+    for limit in (1, 24 * 24 * 2, 2**20):  # one, two, all objects at a time
+        monkeypatch.setattr(train_sam2, "FULL_SIZE_PIXELS_ON_CPU", limit)
+        loss, iou = mask_prediction_loss(logits, predicted, scores, truth, settings, masks)
+        assert torch.allclose(iou, expected, atol=1e-6)
+        plain, plain_iou = mask_prediction_loss(
+            logits, predicted, scores, truth, dataclasses.replace(SAM_LOSS, full_size_iou=False)
+        )
+        assert torch.allclose(loss - plain, (expected - plain_iou).mean(1), atol=1e-5) and (plain_iou[:, 0] == 1).all()
+    first = dataclasses.replace(TUTORIAL_LOSS, full_size_iou=True)
+    assert torch.allclose(mask_prediction_loss(logits, predicted, scores, truth, first, masks)[1], expected[:, :1])
 
 
 def test_click_similarity_equals_a_loop():

@@ -1,6 +1,7 @@
 """Losses of masks, on logits, always computed in fp32.
 
-They take `logits` and `mask` of one shape (..., H, W) and return (...): the mean over pixels of each mask. Reductions
+They take `logits` and `mask` of one shape (..., H, W), a mask's pixels 0 or 1 or the share of them that it covers, and
+return (...): the mean over pixels of each mask. Reductions
 over masks, objects and images belong to the training script.
 """
 
@@ -61,6 +62,23 @@ def cross_entropy_loss(logits: torch.Tensor, mask: torch.Tensor, foreground_bala
         share = mask.mean((-2, -1), keepdim=True).clamp(1 / num_pixels, 1 - 1 / num_pixels)  # the foreground's
         cross_entropy = cross_entropy * (0.5 / torch.where(mask > 0.5, share, 1 - share)) ** foreground_balance
     return cross_entropy.mean((-2, -1))
+
+
+def cover_pixels(masks: torch.Tensor, size: int) -> torch.Tensor:
+    """Average masks down to size x size: the share of each pixel that the object covers.
+
+    The zero of logits that learn it, enlarged, is the object's border, to less than one of these pixels. An object that
+    covers no pixel by more than half is scaled until it covers one whole: it would be learned as nothing.
+
+    Args:
+        masks: (O, H, W), 0 or 1.
+        size: side of the result, pixels.
+    Returns:
+        (O, size, size) float32, 0..1; empty only where the mask was.
+    """
+    coverage = F.adaptive_avg_pool2d(masks.float()[:, None], size).squeeze(1)
+    most = coverage.amax((1, 2), keepdim=True)
+    return torch.where((most > 0) & (most <= 0.5), coverage / most.clamp(min=1e-12), coverage)
 
 
 def shrink_masks(masks: torch.Tensor, size: int) -> torch.Tensor:
