@@ -162,11 +162,9 @@ class LossSettings:
     click_similarity: float  # weight of an auxiliary loss for training from scratch, see click_similarity
     # best: the best of three trains, and all three predict their IoU; first: the first alone
     masks: Annotated[str, one_of("best", "first")]
-    # the IoU to be predicted is measured in the S x S frame; False: where the loss is computed (older runs)
-    full_size_iou: bool = False
-    soft_truth: bool = (
-        False  # a pixel of the loss is the share of it that the object covers; False: 0 or 1 (older runs)
-    )
+    all_masks: Annotated[float, at_least(0)] = 0.0  # weight of the mean of all masks' losses beside that of the best
+    full_size_iou: bool = False  # the IoU to be predicted is that of the enlarged mask; False: at the size of the loss
+    soft_truth: bool = False  # a pixel of the loss is the share of it that the object covers; False: 0 or 1
 
     def __post_init__(self):
         sections.check_terms(self.terms, TERMS)
@@ -428,7 +426,8 @@ def mask_prediction_loss(
         iou = mask_iou(logits.detach() > 0, truth > 0.5)  # (O, M)
     iou_loss = (iou_predictions.float() - iou).abs().mean(1)  # (O,)
     objectness_loss = torch.nn.functional.softplus(-object_score_logits.float()).squeeze(1)  # every object is there
-    return mask_loss.amin(1) + loss_settings.iou * iou_loss + loss_settings.objectness * objectness_loss, iou
+    shape_loss = mask_loss.amin(1) + loss_settings.all_masks * mask_loss.mean(1)  # (O,)
+    return shape_loss + loss_settings.iou * iou_loss + loss_settings.objectness * objectness_loss, iou
 
 
 def prompted_losses(

@@ -49,8 +49,8 @@ RECIPES = {
         prompts.box_share=0.5 prompts.repeat_objects=false prompts.min_corrections=1 prompts.max_corrections=2
         prompts.truth_click_share=0.1 prompts.mask_only_rounds=1 prompts.detach=true
         loss.terms.focal=20.0 loss.terms.dice=1.0 loss.terms.cross_entropy=0.5 loss.foreground_balance=0.5
-        loss.iou=1.0 loss.objectness=1.0 loss.click_similarity=0.5 loss.masks=best loss.soft_truth=false
-        loss.full_size_iou=false
+        loss.iou=1.0 loss.objectness=1.0 loss.click_similarity=0.5 loss.masks=best loss.all_masks=0
+        loss.soft_truth=false loss.full_size_iou=false
         optim.lr=5e-4 optim.encoder_lr_factor=0.1 optim.betas=[0.9,0.999] optim.weight_decay=0.1 optim.warmup_steps=1
         optim.min_lr_factor=0.1
         cache=off fast_decoder=false

@@ -744,6 +744,23 @@ def test_all_three_masks_learn_their_iou_and_only_the_best_its_shape():
     assert [(logits.grad[0, i] != 0).any().item() for i in range(3)] == [False, True, False]
 
 
+def test_all_masks_are_kept_good_by_the_mean_of_their_losses():
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(6, 3, 8, 8, generator=generator).requires_grad_()
+    masks = (torch.rand(6, 8, 8, generator=generator) < 0.5).float()
+    rest = torch.rand(6, 3, generator=generator), torch.zeros(6, 1), masks
+    losses = {
+        weight: mask_prediction_loss(logits, *rest, dataclasses.replace(SAM_LOSS, all_masks=weight))[0]
+        for weight in (0.0, 0.7)
+    }
+    each = [[20 * naive("focal", one, mask) + naive("dice", one, mask) for one in of_object] for of_object, mask in zip(
+        logits.detach(), masks, strict=True)]  # fmt: skip
+    expected = 0.7 * torch.tensor(each).mean(1)
+    assert torch.allclose(losses[0.7] - losses[0.0], expected, rtol=1e-4)
+    losses[0.7].sum().backward()
+    assert (logits.grad.abs().sum((2, 3)) > 0).all()
+
+
 def test_tutorial_loss_is_cross_entropy_and_a_twentieth_of_the_score():
     logits = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(2))
     masks = torch.zeros(2, 5, 5)
