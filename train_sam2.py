@@ -848,8 +848,8 @@ def list_data(settings: Config, run_dir: Path, resume_path: Path | None) -> tupl
     Raises:
         FileNotFoundError, ValueError: as `split_items`, `check_data` and `keep_splits`; for a split without a picture.
     """
-    root, on_bad = settings.data.reader_keys["root"], settings.data.reader_keys["on_bad"]
     train_items, val_items = list_items(settings.data.reader_keys, "data", settings.check is True)
+    root, on_bad = settings.data.reader_keys["root"], settings.data.reader_keys["on_bad"]
     splits = {"train": train_items, "val": val_items}
     if settings.general_data is not None:
         _, general_items = list_items(settings.general_data, "general_data", settings.check is True)

@@ -580,11 +580,9 @@ def list_pairs(
     return splits, train_pairs, val_sequences, SiamesePairs(val_pair_sequences, val_usable, seed + 1, pair_settings)
 
 
-def list_changes(settings: Config, config: dict) -> list[fit.Change]:
+def list_changes(settings: Config) -> list[fit.Change]:
     """List what needs less memory than a config, the gentlest first: changes for check=fit to try."""
-    changes = []
-    if run.choose_precision(config["precision"], run.choose_device(config["device"])) == "fp32":
-        changes.append({"precision": "bf16"})
+    changes = [{"precision": "bf16"}] if settings.common.precision in ("auto", "fp32") else []
     size = settings.train.batch_size
     if size > 1:
         changes.append({"train.batch_size": 1, "train.accumulate": settings.train.accumulate * size})
@@ -757,7 +755,7 @@ def main(cfg) -> float:
         )
         if config["check"] == "fit":
             settings = read_settings(Config, config)
-            data, changes = list_pairs(settings, resume_path), list_changes(settings, config)
+            data, changes = list_pairs(settings, resume_path), list_changes(settings)
             return fit.check_fit(train, data, config, changes, "pairs")
         return train(config, Path(hydra_config.runtime.output_dir), resume_path)
 

@@ -396,6 +396,11 @@ def test_orientation_is_read_of_any_file(tmp_path):
     pillow(GREY8)(tmp_path / "c.png")
     (tmp_path / "d.png").write_bytes(b"x")
     assert [read_orientation(tmp_path / name) for name in ("a.tif", "b.jpg", "c.png", "d.png")] == [6, 3, 1, 1]
+    for value in (0, 9, 65535):  # a real picture of Oxford-IIIT Pet has 0: the dataset check ended in a KeyError
+        pillow(GREY8, exif=exif(value))(tmp_path / "e.jpg")
+        tiff(GREY8, extratags=[(274, 3, 1, value, True)])(tmp_path / "e.tif")
+        for name in ("e.jpg", "e.tif"):
+            assert read_orientation(tmp_path / name) == 1 and read_image(tmp_path / name).shape[:2] == GREY8.shape
 
 
 def test_a_damaged_file_is_one_error_that_names_it(tmp_path):

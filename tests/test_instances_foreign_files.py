@@ -379,7 +379,7 @@ def test_files_that_may_not_be_read_are_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("orientation", "height", "remark"),
     [(3, 8, "turned by 180 degrees"), (2, 8, "mirrored"), (4, 8, "upside down"), (6, 10, "turned by 90 degrees"),
-     (7, 10, "mirrored and turned"), (1, 8, None), (6, 8, None)],
+     (7, 10, "mirrored and turned"), (1, 8, None), (6, 8, None), (0, 8, None), (9, 8, None)],
 )  # fmt: skip
 def test_a_turn_that_keeps_the_size_is_remarked_on(tmp_path, orientation, height, remark):
     root = write_label_maps(tmp_path, 2)
@@ -398,7 +398,7 @@ def test_statistics_that_cannot_be_drawn_stop_nothing(tmp_path, capfd):
     root = tiny.write_dataset(tmp_path / "data")
     (tmp_path / "run" / "dataset.png").mkdir(parents=True)
     items = tiny.list_training_items(tiny.configure(root))
-    splits, _ = check_data({"train": items, "val": items[:1]}, 1, "stop", tmp_path / "run", False)
+    splits, _, _ = check_data({"train": items, "val": items[:1]}, 1, "stop", tmp_path / "run", False)
     assert len(splits["train"]) == len(items)
     assert "dataset.png could not be drawn (IsADirectoryError" in capfd.readouterr().out
 

@@ -167,8 +167,10 @@ def test_generates_the_masks_of_the_official_generator(official, image_hw, crop_
 def test_generates_the_masks_of_the_official_generator_with_the_nano(official):
     config = read_option("sam2", "model", "sam2_nano")
     model, image_rgb = build_sam2(**config, device="cpu"), coins()
-    theirs = official_masks(official, model, image_rgb, **config["automatic"])
-    ours = generate_masks(model, image_rgb, AutomaticSettings(**config["automatic"]))
+    settings = config["automatic"] | {"points_per_side": 16}  # of 32, which takes the official one four times as long
+    theirs = official_masks(official, model, image_rgb, **settings)
+    ours = generate_masks(model, image_rgb, AutomaticSettings(**settings))
+    assert len(ours.annotations) >= 20
     assert_same_masks(theirs, ours.annotations)
 
 

@@ -260,7 +260,7 @@ def lossy_kind(path: str | Path) -> str | None:
 
 
 def read_orientation(path: str | Path) -> int:
-    """Read how a file's rows and columns lie: 1 as they are shown, 2 to 8 as in EXIF; 1 where there is no such tag."""
+    """Read how a file's rows and columns lie: 1 as they are shown, 2 to 8 as in EXIF; 1 where no tag says so."""
     header = _read_header(path)
     return header[1] if header else 1
 
@@ -280,7 +280,8 @@ def _read_header(path: str | Path) -> tuple[tuple[int, int], int] | None:
         with _decoding(path, "header"), Image.open(path) as picture:
             if picture.format == "PNG" and not _has_exif_chunk(path):
                 return picture.size, 1
-            return picture.size, picture.getexif().get(EXIF_ORIENTATION, 1)
+            orientation = picture.getexif().get(EXIF_ORIENTATION, 1)
+            return picture.size, orientation if orientation in range(1, 9) else 1  # 0 says nothing, as in OpenCV
     except (OSError, ValueError):
         return None
 
