@@ -178,14 +178,28 @@ def test_the_printed_command_runs_when_it_is_pasted(trainer, tmp_path, monkeypat
     assert (tmp_path / "next" / "run.json").is_file()
 
 
-def test_compile_is_a_switch(trainer, tmp_path, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda forward: compiled.append(forward) or forward)
+def test_compiled_code_trains_and_evaluation_stays_plain(trainer, tmp_path, monkeypatch):
+    """What is compiled would be compiled anew for each size of a validation picture, and for each mode."""
+    compiled, modes = [], []
+
+    def count_calls(forward):
+        compiled.append(forward)
+
+        def call(*inputs):
+            modes.append(forward.__self__.training)
+            return forward(*inputs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", count_calls)
+    trainer.tiny.make_runs_quick(monkeypatch)
+    steps = ["train.steps=2", "train.accumulate=2", "train.eval_every=1"]
     states = [
-        trainer.tiny.train_in(tmp_path / value, trainer.configure("train.steps=1", f"train.compile={value}"))["model"]
-        for value in ("false", "true")
+        trainer.tiny.train_in(tmp_path / value, trainer.configure(*steps, f"train.compile={value}"))["model"]
+        for value in ("true", "false")
     ]
-    assert len(compiled) == 1 and not differences(*states)  # the names of the weights too
+    assert len(compiled) == 1 and modes == [True] * 4  # three evaluations call none
+    assert not differences(*states)  # the names of the weights too
 
 
 def test_compiling_without_a_compiler_is_one_line(trainer, tmp_path, monkeypatch, capfd):
