@@ -34,6 +34,7 @@ if __name__ == "__main__":
 import copy
 import functools
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -852,7 +853,8 @@ def list_data(settings: Config, run_dir: Path, resume_path: Path | None) -> tupl
     root, on_bad = settings.data.reader_keys["root"], settings.data.reader_keys["on_bad"]
     splits = {"train": train_items, "val": val_items}
     if settings.general_data is not None:
-        _, general_items = list_items(settings.general_data, "general_data", settings.check is True)
+        keys = settings.general_data | {"on_bad": on_bad}  # one check looks at both
+        _, general_items = list_items(keys, "general_data", settings.check is True)
         splits["general"] = [replace(item, name=f"general/{item.name}") for item in general_items]  # no other's name
     stored = loops.stored_splits(resume_path)
     splits = loops.keep_splits(stored, splits)
@@ -884,7 +886,11 @@ def list_items(reader_keys: dict, section: str, is_check: bool) -> tuple[list[It
     check_keys(split_items, reader_keys, section)
     if generate is not None:
         reader_keys["root"] = str(write_samples(generate, reader_keys["root"]))
-    return split_items(**reader_keys | ({"on_bad": "skip"} if is_check else {}))
+    try:
+        return split_items(**reader_keys | ({"on_bad": "skip"} if is_check else {}))
+    except (ValueError, FileNotFoundError) as error:  # which name the keys of `data:`
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(re.sub(r"\bdata\.", f"{section}.", str(error))) from error
 
 
 def find_hardest(items: list[Item], report: CheckReport, settings: Config) -> Item:

@@ -27,9 +27,10 @@ import torch
 
 import train_sam2
 from utils import run
-from utils.instances.readers import Item, split_items
+from utils.instances.readers import Item
 from utils.sam2 import embedding_cache, prompts
 from utils.sam2 import model as models
+from utils.settings import read_settings
 
 CLICKS = [1, 3, 5]
 PROMPTS = ["iou_1_click", "iou_3_clicks", "iou_5_clicks", "iou_box", "oracle_iou_1_click"]
@@ -96,8 +97,8 @@ def train_one(folder: Path, dataset: str, recipe: str, seed: int) -> Path:
 
 def choose_items(config: dict, is_halved: bool, part: str) -> list[Item]:
     """List the validation pictures of a run, or that half of them that chooses or reports."""
-    others = ("min_area_px", "hflip", "color_jitter", "generate")
-    _, items = split_items(**{key: value for key, value in config["data"].items() if key not in others})
+    reader_keys = read_settings(train_sam2.DataSettings, config["data"], "data").reader_keys
+    _, items = train_sam2.list_items(reader_keys, "data", is_check=False)
     if not is_halved:
         return items
     order = np.random.default_rng(0).permutation(len(items))
@@ -132,13 +133,9 @@ def measure(path: Path, is_halved: bool, part: str) -> dict[str, np.ndarray]:
                     masks.shape[1:],
                     precision,
                 )
-                truth = torch.from_numpy(masks)
-                of_masks = [
-                    train_sam2.measure_masks(logits[:, [m]], predicted[:, [m]], truth)[0]
-                    for m in range(logits.shape[1])
-                ]
                 rows = {name.removeprefix("val/"): values for name, values in ious.items()}
-                rows |= {"true": torch.stack(of_masks, 1), "predicted": predicted.float()}
+                rows |= {"true": train_sam2.full_size_iou(logits, torch.from_numpy(masks))}
+                rows |= {"predicted": predicted.float()}
                 for name, values in rows.items():
                     measured.setdefault(name, []).append(values.numpy())
     return {name: np.concatenate(values) for name, values in measured.items()}

@@ -86,7 +86,7 @@ def test_memory_that_ends_in_the_steps_does_not_end_the_check(check):
     assert [call["train"]["batch_size"] for call in calls] == [8, 1, 2]
 
 
-def test_other_errors_of_the_config_itself_are_errors(check):
+def test_other_errors_of_the_config_itself_are_errors():
     with pytest.raises(ValueError, match="precision=fp16"):
         fit.try_steps(
             stub_train([]), None, {"precision": "fp16", "train": {"batch_size": 1, "accumulate": 1}}, CPU, GIB, {}

@@ -116,6 +116,14 @@ def test_a_film_that_is_cut_is_told(tmp_path):
     assert "cut.mp4" in source.problem and "60" in source.problem
 
 
+def mux_silence(container, sound):
+    """Write a second of sound."""
+    silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+    silence.sample_rate = 8000
+    container.mux(sound.encode(silence))
+    container.mux(sound.encode())
+
+
 def test_a_cover_is_no_film(tmp_path):
     """It was tracked instead of the film; a song with a cover was "tracked"."""
     path = tmp_path / "film.mp4"
@@ -130,10 +138,7 @@ def test_a_cover_is_no_film(tmp_path):
                 film.width, film.height, film.pix_fmt = 64, 48, "yuv420p"
             container.mux(cover.encode(av.VideoFrame.from_ndarray(picture(0, 320, 320), format="rgb24")))
             container.mux(cover.encode())
-            silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
-            silence.sample_rate = 8000
-            container.mux(sound.encode(silence))
-            container.mux(sound.encode())
+            mux_silence(container, sound)
             for index in range(5 if has_film else 0):
                 container.mux(film.encode(av.VideoFrame.from_ndarray(picture(index), format="rgb24")))
             container.mux(film.encode() if has_film else [])
@@ -234,10 +239,7 @@ def test_an_attached_cover_of_mkv_is_no_film(has_film, tmp_path):
         for index in range(5 if has_film else 0):
             container.mux(film.encode(av.VideoFrame.from_ndarray(picture(index), format="rgb24")))
         container.mux(film.encode() if has_film else [])
-        silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
-        silence.sample_rate = 8000
-        container.mux(sound.encode(silence))
-        container.mux(sound.encode())
+        mux_silence(container, sound)
     if has_film:
         source = FrameSource(path)
         assert {frame.shape for _, frame, _ in source} == {(48, 64, 3)} and len(source.times_s) == 5

@@ -1118,6 +1118,10 @@ def test_blend_needs_general_data_and_general_data_pictures(root, tmp_path, monk
     arguments = [*general_overrides(root), "general_data.val_fraction=0", "general_data.val_list=null"]
     status, output = tiny.run_main(monkeypatch, capfd, tmp_path / "b", *arguments)
     assert status == 1 and "Traceback" not in output and "general_data" in output
+    for place, said in (("nowhere", "general_data.root .*nowhere is not a folder"), ("", "change general_data.root")):
+        arguments = [*tiny.tiny_overrides(root), "general_data=label_map", f"general_data.root={tmp_path / place}"]
+        status, output = tiny.run_main(monkeypatch, capfd, tmp_path / f"d{place}", *arguments)
+        assert status == 1 and re.search(f"error: .*{said}", output)
     status, output = tiny.run_main(
         monkeypatch, capfd, tmp_path / "c", *general_overrides(root), "general_data.ending=x"
     )

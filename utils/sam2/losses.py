@@ -1,8 +1,7 @@
 """Losses of masks, on logits, always computed in fp32.
 
 They take `logits` and `mask` of one shape (..., H, W), a mask's pixels 0 or 1 or the share of them that it covers, and
-return (...): the mean over pixels of each mask. Reductions
-over masks, objects and images belong to the training script.
+return (...): the mean over pixels of each mask. Reductions over masks, objects and images belong to the script.
 """
 
 import torch
