@@ -312,11 +312,12 @@ def evaluate(
         loss_settings: from `weigh_classes`.
         samples_dir: where to put pictures (image, prediction, truth) of the first `picture_images` items, if any.
     Returns:
-        {"val/mean_iou": float, ...}, val/iou_<class> for the classes that occur; the confusion matrix, int64 (C, C),
-        rows are the truth.
+        {"val/mean_iou": float, ...}, val/iou_<class> for the classes that occur, val/v_rand where a class separates
+        objects (data.boundary_class); the confusion matrix, int64 (C, C), rows are the truth.
     """
     predictor.model.eval()
-    names = items[0].coding.class_names
+    names, boundary = items[0].coding.class_names, items[0].coding.boundary
+    rand_scores = []
     matrix, loss_values, soft_ious = 0, [], []  # on the device up to the end: one wait for it a picture, in the matrix
     for number, item in enumerate(tqdm(items, desc="evaluate", leave=False, disable=None)):
         image, class_map = read_item(item)
@@ -325,7 +326,10 @@ def evaluate(
         pixel_weight = border_weights(class_map, loss_settings)  # (H, W) or None
         pixel_weight = None if pixel_weight is None else pixel_weight[None]
         loss_values.append(weighted_loss(logits[None], target[None], loss_settings, pixel_weight))  # ()
-        soft_ious.append(metrics.soft_iou(logits.softmax(0)[None], target[None].long()))  # (1,)
+        probs = logits.softmax(0)  # (C, H, W)
+        soft_ious.append(metrics.soft_iou(probs[None], target[None].long()))  # (1,)
+        if boundary is not None:
+            rand_scores.append(metrics.rand_scores(probs[boundary].float().cpu().numpy(), class_map, boundary))  # (9,)
         pred = logits.argmax(0)  # (H, W)
         matrix = matrix + metrics.confusion_matrix(pred, target, len(names))
         if number < picture_images:
@@ -338,6 +342,8 @@ def evaluate(
     values = {f"{split}/{name}": measured[name] for name in reports.REPORTED}
     values[f"{split}/soft_iou"] = float(np.mean(torch.cat(soft_ious).tolist()))
     values[f"{split}/loss"] = float(np.mean(torch.stack(loss_values).tolist()))
+    if boundary is not None:
+        values[f"{split}/v_rand"] = float(np.nanmean(rand_scores, 0).max())  # at one threshold for all pictures
     for index, name in enumerate(names):
         if index not in measured["absent"]:
             values[f"{split}/iou_{name}"] = float(measured["class_iou"][index])
@@ -594,7 +600,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
                 values, matrix = evaluate(
                     predictor, val_items, "val", loss_settings, samples_dir, train_settings.picture_images
                 )
-                shown = "  ".join(f"{name} {values[f'val/{name}']:.3f}" for name in reports.REPORTED)
+                shown = "  ".join(f"{name} {values[f'val/{name}']:.3f}" for name in reports.names_shown(values))
                 tqdm.write(f"step {loop.step}: {shown}")
                 if loop.step > 0:  # random weights often know one class alone
                     for line in reports.remarks_on_predictions(matrix, class_names, "val"):
@@ -677,7 +683,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
         run_dir, {"start": loop.start_metrics, "best": loop.best, "last": last, "test": test, "majority": majority}
     )
     columns = {"majority": majority, "step 0": loop.start_metrics, "best": loop.best, "last": last, "test": test}
-    print("\n" + "\n".join(metric_lines(reports.REPORTED, columns)))
+    print("\n" + "\n".join(metric_lines(reports.names_shown(last), columns)))
     print(f"best checkpoint: step {loop.best['step']}, chosen on {loop.best['val/num_images']} validation images")
     shown_dir, example = os.path.relpath(run_dir), os.path.relpath((test_items or val_items)[0].image_path)
     print(f"\nWritten to {shown_dir}. Next, predict a picture with it:")
@@ -804,7 +810,7 @@ def evaluate_checkpoint(config: dict, state: dict, run_dir: Path) -> float:
     with (run_dir / "confusion.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([class_names, *matrix.tolist()])
     print("\n" + "\n".join(reports.class_lines(matrix, class_names, split)))
-    print("\n" + "\n".join(metric_lines(reports.REPORTED, {"majority": majority, "measured": values})))
+    print("\n" + "\n".join(metric_lines(reports.names_shown(values), {"majority": majority, "measured": values})))
     print(f"{len(items)} images; pictures and confusion.csv in {os.path.relpath(run_dir)}")
     return values[f"{split}/mean_iou"]
 

@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from monai.metrics import compute_dice, compute_iou
 
 from utils.sam2.metrics import mask_iou
-from utils.segmentation.metrics import confusion_matrix, segmentation_metrics, soft_iou
+from utils.segmentation.metrics import (
+    RAND_THRESHOLDS,
+    confusion_matrix,
+    rand_score,
+    rand_scores,
+    segmentation_metrics,
+    soft_iou,
+)
 
 
 def test_iou_is_pycocotools():
@@ -239,3 +246,52 @@ def test_soft_iou_on_mps_is_computed_in_fp32():
     on_mps = soft_iou(probs.as_subclass(OnMps), target)
     assert on_mps.dtype == torch.float32
     torch.testing.assert_close(torch.tensor(on_mps.tolist()), soft_iou(probs, target).float(), atol=1e-6, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# V_rand after thinning
+
+
+def test_rand_score_is_that_of_a_contingency_table_written_out():
+    truth = np.array([[1, 1, 1, 1, 0, 2, 2, 2, 2, 2]])
+    objects = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 3, 0]])
+    # of the 9 pixels that count: object 1 has 3 in 1 and 1 in 2; object 2 has 2 in 2, 2 in 3, and one alone
+    both = 3**2 + 1**2 + 2**2 + 2**2 + 1
+    expected = 2 * both / ((4**2 + 5**2) + (3**2 + 3**2 + 2**2 + 1))
+    assert rand_score(truth, objects) == expected
+    assert rand_score(truth, truth) == 1
+    assert np.isnan(rand_score(np.zeros_like(truth), objects))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rand_score_is_the_f_score_of_all_pairs_of_pixels(seed):
+    rng = np.random.default_rng(seed)
+    truth, objects = rng.integers(0, 5, (12, 20)), rng.integers(0, 7, (12, 20))
+    counted, theirs = truth[truth > 0], objects[truth > 0].copy()
+    theirs[theirs == 0] = -np.arange(1, (theirs == 0).sum() + 1)  # objects of one pixel
+    in_truth, predicted = (numbers[:, None] == numbers[None] for numbers in (counted, theirs))
+    precision = (in_truth & predicted).sum() / predicted.sum()
+    recall = (in_truth & predicted).sum() / in_truth.sum()
+    assert rand_score(truth, objects) == pytest.approx(2 * precision * recall / (precision + recall), abs=1e-12)
+
+
+def test_the_width_of_a_boundary_does_not_count_but_a_gap_in_it_does():
+    class_map = np.ones((40, 61), np.uint8)
+    class_map[:, 30] = 0  # the boundary: two cells of 30 x 40 px
+    wide, open_ = np.full((2, 40, 61), 0.05)
+    wide[:, 24:37] = 0.95
+    open_[:, 24:37], open_[20, :] = 0.95, 0.05
+    assert rand_scores(wide, class_map, 0).tolist() == [1] * len(RAND_THRESHOLDS)
+    merged = 2 * (1200**2 + 1200**2) / (1200**2 + 1200**2 + 2400**2)  # one object, and no line is left
+    assert rand_scores(open_, class_map, 0) == pytest.approx([merged] * len(RAND_THRESHOLDS))
+    wide[20, 24:37] = 0.45  # closed where less than this is boundary
+    assert rand_scores(wide, class_map, 0).round(3).tolist() == [1] * 4 + [round(merged, 3)] * 5
+    class_map[:, :30] = 255  # ignored: one cell is left
+    assert rand_scores(open_, class_map, 0).tolist() == [1] * len(RAND_THRESHOLDS)
+    assert np.isnan(rand_scores(open_, np.zeros_like(class_map), 0)).all()
+
+
+def test_a_picture_that_is_all_boundary_has_pixels_for_objects():
+    class_map = np.ones((4, 5), np.uint8)
+    scores = rand_scores(np.ones((4, 5)), class_map, 0)
+    assert scores == pytest.approx([2 * 20 / (20**2 + 20)] * len(RAND_THRESHOLDS))

@@ -347,6 +347,7 @@ def test_split_folders(tmp_path):
         ({"num_classes": 1}, "data.num_classes is 1; must be 2 to 254"),
         ({"class_names": ["cell"]}, "data.class_names has 1 different names .* but data.num_classes is 2"),
         ({"class_names": ["a", "a"]}, "data.class_names has 1 different names"),
+        ({"boundary_class": "wall"}, "data.boundary_class is 'wall'; must be one of class 0, class 1, or null"),
         ({"class_values": {0: 0, 255: 2}}, r"data.class_values\[255\] is 2; must be a class index, 0 to 1"),
         ({"class_values": {0: 0, "red": 1}}, r"data.class_values\['red'\]: 'red' is no value"),
         ({"class_values": {0: 0, "256,0,0": 1}}, "'256,0,0' is no value"),

@@ -11,6 +11,7 @@ import csv
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -693,6 +694,10 @@ def test_printed_command_predicts_every_slice_of_a_volume(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     status, output = run_main(monkeypatch, capfd, tmp_path / "run", *overrides)
     assert status == 0, output
+    arguments = ["mode=evaluate", "split=val", f"checkpoint={tmp_path / 'run' / 'best.pt'}"]
+    evaluated = run_main(monkeypatch, capfd, tmp_path / "evaluated", *arguments)[1]
+    (_, best, _), (again,) = (re.search(r"^v_rand(.*)$", text, re.M)[1].split() for text in (output, evaluated))
+    assert "  v_rand 0." in output and best == again and 0 < float(best) < 1  # nothing of the majority's
     arguments = shlex.split(next(line for line in output.splitlines() if "mode=predict" in line))[2:]
     status, output = run_main(monkeypatch, capfd, tmp_path / "out", *arguments)
     assert status == 0 and "6 pictures: 0 membrane" in output

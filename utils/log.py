@@ -209,16 +209,17 @@ def metric_lines(names: Sequence[str], columns: dict[str, dict[str, float]]) -> 
 
     Args:
         names: such as "mean_iou", or "val/mean_iou" where columns have it of several datasets.
-        columns: {title: {"val/mean_iou": float, ...}}; empty ones are left out.
+        columns: {title: {"val/mean_iou": float, ...}}; empty ones are left out, and what one lacks is blank.
     """
     columns = {title: metrics for title, metrics in columns.items() if metrics}
     width = max(20, *(len(name) + 1 for name in names))
     lines = [f"{'metric':<{width}}" + "".join(f"{title:>10}" for title in columns)]
     for name in names:
-        row = [
-            value for metrics in columns.values() for key, value in metrics.items() if f"/{key}".endswith(f"/{name}")
-        ]
-        lines.append(f"{name:<{width}}" + "".join(f"{value:>10.3f}" for value in row))
+        line = f"{name:<{width}}"
+        for metrics in columns.values():
+            values = [value for key, value in metrics.items() if f"/{key}".endswith(f"/{name}")]
+            line += f"{values[0]:>10.3f}" if values else " " * 10
+        lines.append(line.rstrip())
     return lines
 
 

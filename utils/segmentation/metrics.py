@@ -1,10 +1,12 @@
 """Numbers reported for masks and for class maps."""
 
+import cv2
 import numpy as np
 import torch
 
 from utils.images import IGNORE_INDEX
 
+RAND_THRESHOLDS = tuple(number / 10 for number in range(1, 10))  # of the boundary's probability
 BAND_PX = 2**20  # pixels of a picture at a time, where probabilities need double precision
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,3 +111,58 @@ def soft_iou(probs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         overlap = overlap + (band_probs.gather(1, true_class[:, None])[:, 0] * valid).sum((1, 2))
         total = total + (band_probs * valid[:, None]).sum((1, 2, 3)) + valid.sum((1, 2))
     return overlap / (total - overlap)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# objects that a thin class separates, such as cells that membranes do
+
+
+def rand_scores(boundary_probs: np.ndarray, class_map: np.ndarray, boundary: int) -> np.ndarray:
+    """Compute V_rand after thinning at each of RAND_THRESHOLDS: how well the objects between boundaries are told apart.
+
+    Pixels as probable as a threshold, or more, are boundary; the rest falls into 4-connected objects, which then grow
+    until only lines of one pixel are left between them, since the width of a boundary does not count. The score of a
+    set is the highest over thresholds of the mean over its pictures.
+
+    Args:
+        boundary_probs: float (H, W).
+        class_map: int (H, W), the truth; its objects are not thinned, and boundary and IGNORE_INDEX do not count.
+        boundary: the class that separates objects.
+    Returns:
+        float64 (9,); nan where the truth has no object.
+    Source: Arganda-Carreras et al. 2015, "Crowdsourcing the creation of image segmentation algorithms for
+        connectomics", the ISBI 2012 challenge; thinning is a watershed here, a skeleton of the boundary there.
+    """
+    _, truth = cv2.connectedComponents(
+        ((class_map != boundary) & (class_map != IGNORE_INDEX)).astype(np.uint8), None, 4
+    )
+    scores = []
+    for threshold in RAND_THRESHOLDS:
+        _, objects = cv2.connectedComponents((boundary_probs < threshold).astype(np.uint8), None, 4)
+        objects = cv2.copyMakeBorder(objects, 1, 1, 1, 1, cv2.BORDER_REPLICATE)  # whose rim the watershed takes away
+        grown = cv2.watershed(np.zeros((*objects.shape, 3), np.uint8), objects)[1:-1, 1:-1]
+        scores.append(rand_score(truth, np.maximum(grown, 0)))
+    return np.array(scores)
+
+
+def rand_score(truth: np.ndarray, objects: np.ndarray) -> float:
+    """Compute V_rand: 2 sum(p_ij^2) / (sum(s_i^2) + sum(t_j^2)), over pixels that are part of an object in the truth.
+
+    It is the F-score of pairs of pixels that are in one object, not of the pixels. p_ij is the share of pixels in
+    object i of the truth and in predicted object j; s and t are its sums over j and over i.
+
+    Args:
+        truth, objects: int (H, W), an object's number from 1, or 0: none. A predicted 0 is an object of its own.
+    Returns:
+        0..1; nan where the truth has no object.
+    """
+    counts = truth > 0
+    pairs, num_px = np.unique(np.stack([truth[counts], objects[counts]]), axis=1, return_counts=True)  # (2, P), (P,)
+    num_px, is_object = num_px.astype(np.float64), pairs[1] > 0
+    if not len(num_px):
+        return float("nan")
+    alone = num_px[~is_object].sum()  # pixels that are objects of one pixel
+    both = (num_px[is_object] ** 2).sum() + alone
+    in_truth = (np.bincount(pairs[0], num_px) ** 2).sum()
+    predicted = (np.bincount(pairs[1][is_object], num_px[is_object]) ** 2).sum() + alone
+    return float(2 * both / (in_truth + predicted))

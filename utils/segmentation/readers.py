@@ -46,6 +46,7 @@ class MaskCoding:
     is_color: bool  # values are RGB colours, as r * 65536 + g * 256 + b
     classes: tuple[tuple[int, int], ...]  # (value, class index or IGNORE_INDEX)
     nearest_value: bool  # another value is taken as the nearest of these
+    boundary: int | None = None  # a class that separates objects, such as membranes cells
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def split_items(
     ignore_values: list,
     nearest_value: bool,
     on_bad: str,
+    boundary_class: str | None = None,
     val_fraction: float = 0.0,
     test_fraction: float = 0.0,
     split_seed: int = 0,
@@ -97,6 +99,7 @@ def split_items(
         nearest_value: take any other value as the nearest of these, instead of refusing it.
         on_bad: what to do with a picture that lacks its mask, or the reverse: "stop" raises; with "skip" such an item
             is listed, and the dataset check leaves it out and counts it.
+        boundary_class: the name of a class that separates objects, such as membranes cells; None: there is none.
         val_fraction, test_fraction, split_seed: which shares of the training part validate and test, and which pictures
             those are, where the dataset on disk has no such part.
         keys: the other keys of that format's configs/unet/data/*.yaml; the functions below explain them.
@@ -110,7 +113,7 @@ def split_items(
         raise ValueError(f"data.format is {format!r}; must be one of {', '.join(LISTERS)}")
     if channels not in (1, 3):
         raise ValueError(f"data.channels is {channels!r}; must be 1 (grey) or 3 (colour; alpha is dropped)")
-    coding = mask_coding(num_classes, class_names, class_values, ignore_values, nearest_value)
+    coding = mask_coding(num_classes, class_names, class_values, ignore_values, nearest_value, boundary_class)
     item = functools.partial(Item, channels=channels, coding=coding)
     list_format = functools.partial(LISTERS[format], listing.dataset_folder(root), item)
     check_keys(list_format, keys, "data", others=("val_fraction", "test_fraction", "split_seed"))
@@ -360,6 +363,7 @@ def mask_coding(
     class_values: dict | None,
     ignore_values: list,
     nearest_value: bool,
+    boundary_class: str | None = None,
 ) -> MaskCoding:
     """Turn the keys of the data YAML into how mask values become classes.
 
@@ -368,6 +372,9 @@ def mask_coding(
             or integers and colours in one mapping.
     """
     names = name_classes(num_classes, class_names)
+    if boundary_class is not None and boundary_class not in names:
+        raise ValueError(f"data.boundary_class is {boundary_class!r}; must be one of {', '.join(names)}, or null")
+    boundary = None if boundary_class is None else names.index(boundary_class)
     given = class_values
     if given is None:  # a class can be left out, too
         given = {index: index for index in range(num_classes) if index not in ignore_values}
@@ -393,7 +400,8 @@ def mask_coding(
             "data.class_values and data.ignore_values hold integers and colours; a mask file has one kind: "
             'write grey 0 as the colour "0,0,0"'
         )
-    return MaskCoding(tuple(names), class_values is not None, kinds == {True}, tuple(classes.items()), nearest_value)
+    is_given, is_color = class_values is not None, kinds == {True}
+    return MaskCoding(tuple(names), is_given, is_color, tuple(classes.items()), nearest_value, boundary)
 
 
 def _parse_value(key: str, value: object) -> tuple[int, bool]:

@@ -12,6 +12,11 @@ REPORTED = ("mean_iou", "pixel_accuracy", "dice", "weighted_iou")  # what best.p
 ONE_CLASS_SHARE = 0.995  # above this share of all pixels a network is taken to answer with one class whatever it sees
 
 
+def names_shown(values: dict[str, float]) -> list[str]:
+    """Name the metrics to print of {"val/mean_iou": float, ...}: those of every set, V_rand where it was measured."""
+    return [*REPORTED, *(["v_rand"] if any(key.endswith("/v_rand") for key in values) else [])]
+
+
 def class_ids(class_map: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
     """Number classes for colouring, (H, W) from 1; 0, which is left uncoloured: "background", and what is ignored."""
     ids = np.zeros(256, np.int64)
