@@ -92,6 +92,29 @@ def test_views_differ_as_augmentation_says():
     assert (view.permute(1, 2, 0).numpy() != image).mean() > 0.5 and (target.numpy() == class_map).all()
 
 
+@pytest.mark.parametrize("fit, hw", [("crop", (90, 110)), ("crop", (20, 110)), ("resize", (90, 110))])
+def test_rare_crops_lay_windows_over_each_class_equally_often(fit, hw):
+    """Also where the window is larger than the picture along one side, and where most of the picture is ignored."""
+    image, class_map = np.zeros((*hw, 3), np.uint8), np.full(hw, 255, np.uint8)
+    class_map[: hw[0] // 2] = 0
+    class_map[hw[0] - 1, hw[1] - 1] = 1  # one pixel, in the corner
+    augmentation = replace(PLAIN, scale=[0.3, 0.3] if fit == "resize" else [1.0, 1.0])
+    shares = {}
+    for rare_crops in (0.0, 0.5, 1.0):
+        held = []
+        for sample_index in range(200):
+            rng = sample_rng(0, sample_index)
+            framing = Framing([32, 32], fit)
+            _, target = training_view(image, class_map, framing, replace(augmentation, rare_crops=rare_crops), 0, rng)
+            held.append((target == 1).any().item())
+        shares[rare_crops] = np.mean(held)
+    assert shares[0.0] < 0.06 and 0.15 < shares[0.5] < 0.35 and 0.4 < shares[1.0] < 0.65, shares
+    nothing = np.full(hw, 255, np.uint8)
+    rng = sample_rng(0, 0)
+    _, target = training_view(image, nothing, Framing([32, 32], fit), replace(PLAIN, rare_crops=1.0), 0, rng)
+    assert (target == 255).all()
+
+
 def test_rotation_turns_by_the_angle_drawn():
     """A bright dot on a dark ground: where it lands is where a rotation about the centre takes it."""
     image = np.zeros((65, 65, 1), np.uint8)

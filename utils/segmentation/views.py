@@ -40,6 +40,7 @@ class Augmentation:
     rotation: Annotated[float, between(0, 180)]  # degrees
     color_jitter: Annotated[float, between(0, 1)]
     elastic_px: Annotated[float, at_least(0), FINITE]
+    rare_crops: Annotated[float, between(0, 1)] = 0.0
 
 
 def side_hw(size: int | list[int]) -> tuple[int, int]:
@@ -73,6 +74,16 @@ def elastic_displacement(vectors_px: np.ndarray, hw: tuple[int, int]) -> torch.T
     """
     vectors = torch.from_numpy(vectors_px).float()[None]
     return torch.nn.functional.interpolate(vectors, size=hw, mode="bicubic", align_corners=True)[0]
+
+
+def draw_pixel(class_map: np.ndarray, rng: np.random.Generator) -> tuple[int, int] | None:
+    """Draw a pixel (y, x) of a class that is drawn from those in the picture, large or small; None if none counts."""
+    classes = np.unique(class_map[class_map != IGNORE_INDEX])
+    if not len(classes):
+        return None
+    pixels = np.flatnonzero(class_map == rng.choice(classes))
+    y, x = np.unravel_index(int(rng.choice(pixels)), class_map.shape)
+    return int(y), int(x)
 
 
 def training_view(
@@ -109,11 +120,16 @@ def training_view(
     reach = max(height * cos + width * sin - height, width * cos + height * sin - width, 0) / 2
     reach = math.ceil(reach + 2 * np.abs(vectors_px).max())
 
+    inside = None  # a pixel that the window holds
+    if augmentation.rare_crops > 0 and rng.random() < augmentation.rare_crops:
+        inside = draw_pixel(class_map, rng)
     cuts, grown_hw = [], []  # for each axis: the picture's pixels, and how many pixels they become
     for axis in (0, 1):
         size = image.shape[axis]
         window = max(1, round(scale * (size if framing.fit == "resize" else out_hw[axis])))
         first, last = sorted((0, size - window))
+        if inside is not None:
+            first, last = max(first, inside[axis] - window + 1), min(last, inside[axis])
         start = int(rng.integers(first, last + 1))
         border = round((margin + reach) * window / out_hw[axis])
         cuts.append(mirrored_index(start - border, window + 2 * border, size))
