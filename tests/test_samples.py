@@ -48,6 +48,10 @@ DRAWN = {  # what a generator and a number draw, and the shapes and types of it
         lambda rng, index: draw_moving_shapes(rng, 14, 160, 200),
         [((14, 160, 200, 3), np.uint8), ((14, 4), np.float64), ((14,), np.int64)],
     ),
+    "wild moving shapes": (
+        lambda rng, index: draw_moving_shapes(rng, 4, 160, 200, moving_shapes.WILD),
+        [((4, 160, 200, 3), np.uint8), ((4, 4), np.float64), ((4,), np.int64)],
+    ),
 }
 
 
@@ -305,7 +309,8 @@ def test_scenes_are_written_as_pictures_and_label_maps(repository, monkeypatch):
 
 
 def test_an_unknown_kind_is_refused(repository):
-    message = "data.generate is 'cups'; must be one of glassware, pets, moving_shapes, many_moving_shapes, scenes"
+    kinds = "glassware, pets, moving_shapes, many_moving_shapes, wild_moving_shapes, scenes"
+    message = f"data.generate is 'cups'; must be one of {kinds}"
     with pytest.raises(ValueError, match=message):
         write_samples("cups", "data/cups")
     assert list(repository.iterdir()) == []
@@ -403,10 +408,30 @@ def test_the_box_goes_where_the_shape_goes():
     assert len(is_near) >= 8 and np.mean(is_near) > 0.85
 
 
+def test_wild_shapes_are_harder_to_follow():
+    """They move farther, change more in size and light, and are no longer found where their first patch fits best."""
+    steps_px, growth, light, is_near = {}, {}, {}, {}
+    for motion in (moving_shapes.GENTLE, moving_shapes.WILD):
+        for index in range(5):
+            frames, boxes_xywh, _ = draw_moving_shapes(np.random.default_rng([7, index]), 12, 160, 200, motion)
+            centers, sides = boxes_xywh[:, :2] + boxes_xywh[:, 2:] / 2, np.sqrt(boxes_xywh[:, 2:].prod(1))
+            steps_px.setdefault(motion, []).append(np.hypot(*np.diff(centers, axis=0).T).max())
+            growth.setdefault(motion, []).append(sides.max() / sides.min())
+            light.setdefault(motion, []).append(np.std([frame.mean() for frame in frames]))
+            x, y, w, h = boxes_xywh[0].astype(int)
+            match = cv2.matchTemplate(frames[-1], frames[0][y : y + h, x : x + w], cv2.TM_CCOEFF_NORMED)
+            best_y, best_x = np.unravel_index(match.argmax(), match.shape)
+            is_near.setdefault(motion, []).append(np.hypot(*(centers[-1] - [best_x + w / 2, best_y + h / 2])) < 10)
+    for measured, factor in ((steps_px, 1.3), (growth, 1.05), (light, 1.5)):
+        gentle, wild = (np.mean(measured[motion]) for motion in (moving_shapes.GENTLE, moving_shapes.WILD))
+        assert wild > factor * gentle, (gentle, wild)
+    assert sum(is_near[moving_shapes.WILD]) < sum(is_near[moving_shapes.GENTLE])
+
+
 def test_cover_is_what_is_seen_of_the_shape(monkeypatch):
     """Draw shapes that stand still, all on one spot: one in front hides the target, or none does."""
     still = np.array([[0.5, 0, 60], [0, 0.5, 40]])
-    monkeypatch.setattr(moving_shapes, "_draw_motion", lambda rng, num_frames, *size: [still] * num_frames)
+    monkeypatch.setattr(moving_shapes, "_draw_places", lambda rng, num_frames, *size: [still] * num_frames)
     square = np.array([[40.0, 40], [119, 40], [119, 119], [40, 119]])
     monkeypatch.setattr(moving_shapes, "_sprite_outline", lambda rng: square)
     covers = set()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from utils.run import REPOSITORY
 from utils.samples.glassware import write_glassware
-from utils.samples.moving_shapes import write_moving_shapes
+from utils.samples.moving_shapes import WILD, write_moving_shapes
 from utils.samples.pets import write_pets
 from utils.samples.scenes import write_scenes
 from utils.settings import check_value
@@ -26,7 +26,8 @@ def write_samples(kind: str, root: str) -> Path:
 
     Args:
         kind: "glassware" (LabPics V1 layout), "pets" (Oxford-IIIT Pet layout), "moving_shapes" (GOT-10k layout),
-            "many_moving_shapes" (the same, more of them) or "scenes" (pictures and label maps).
+            "many_moving_shapes" (the same, more of them), "wild_moving_shapes" (as many, harder to track) or "scenes"
+            (pictures and label maps).
         root: the dataset's folder below the repository.
     Returns:
         the folder's path.
@@ -38,6 +39,7 @@ def write_samples(kind: str, root: str) -> Path:
         "pets": write_pets,
         "moving_shapes": functools.partial(write_moving_shapes, num_videos=NUM_MOVING_SHAPES),
         "many_moving_shapes": functools.partial(write_moving_shapes, num_videos=NUM_MANY_MOVING_SHAPES),
+        "wild_moving_shapes": functools.partial(write_moving_shapes, num_videos=NUM_MANY_MOVING_SHAPES, motion=WILD),
         "scenes": write_scenes,
     }
     if kind not in writers:
