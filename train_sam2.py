@@ -52,15 +52,24 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from utils import fit, run
+from utils import fit, ranks, run
 from utils import loop as loops
 from utils import settings as sections
 from utils.checkpoint import config_to_resume, load_checkpoint, save_checkpoint
 from utils.dataset_check import CheckReport
-from utils.images import id_colors, mask_to_box, read_image, write_image
+from utils.images import id_colors, mask_to_box, read_image
 from utils.instances.check import check_data
 from utils.instances.readers import Item, check_same_size, object_ids, split_items
-from utils.log import MetricsLog, drawing, finish_run, metric_lines, plot_curves, start_run, values_of_step
+from utils.log import (
+    MetricsLog,
+    drawing,
+    finish_run,
+    metric_lines,
+    plot_curves,
+    start_run,
+    values_of_step,
+    write_pictures,
+)
 from utils.sam2 import embedding_cache, losses, prompts
 from utils.sam2 import model as models
 from utils.sam2.fast_decoder import DecoderSetting, fix_decoder
@@ -694,6 +703,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure a model on every object of the items, at each picture's own size.
 
+    Where several processes train, each measures its share of the pictures.
+
     Args:
         min_area_px: smaller objects are left out.
         clicks: numbers of clicks to report, such as [1, 2, 3, 5, 9].
@@ -708,35 +719,38 @@ def evaluate(
         return layers, read_picture(item, layers.shape[1:], False, model.image_size, entries)
 
     model.eval()
-    measured: dict[str, list[torch.Tensor]] = {name: [] for name in metric_names(clicks)}  # (O,) of each group
-    num_objects = 0
+    names = metric_names(clicks)
+    measured, drawn = [], []  # of each picture: IoUs of its objects, (metrics, O); what is drawn of it, or None
     most_pixels = GROUP_PIXELS_ON_CPU if model.device.type == "cpu" else GROUP_PIXELS_ON_GPU
-    progress = tqdm(items, desc="evaluate", leave=False, disable=None)
+    own = ranks.share(items)
+    progress = tqdm(own, desc="evaluate", leave=False, disable=None)
     with run.start_threads() as threads:
-        for number, (item, reading) in enumerate(zip(progress, run.read_ahead(read, items), strict=True)):
+        readings = run.read_ahead(read, [item for _, item in own])
+        for (number, item), reading in zip(progress, readings, strict=True):
             layers, picture = reading.result()
             objects = kept_objects(layers, min_area_px)
-            num_objects += len(objects)
             with run.autocast(model.device, precision):
                 embeddings = embedding_cache.embed(model, picture)
             is_pictured = samples_dir is not None and number < picture_images
+            of_groups = [torch.zeros(len(names), 0, device=model.device)]
             pictured = []  # (click, predicted mask, true mask) of this picture's objects, if it is drawn
             group_size = max(1, min(64, most_pixels // layers[0].size))
             for start in range(0, len(objects), group_size):
                 group = objects[start : start + group_size]
                 masks = np.stack([layers[layer] == object_id for layer, object_id in group])  # (O, H, W)
                 of_group, points, pred_masks = measure_objects(model, embeddings, masks, clicks, precision, threads)
-                for name, chunks in measured.items():
-                    chunks.append(of_group[name])
+                of_groups.append(torch.stack([of_group[name] for name in names]))
                 if is_pictured:
                     pictured += zip(points, pred_masks, masks, strict=True)
+            measured.append(torch.cat(of_groups, 1).cpu())
+            drawn.append(None)
             if is_pictured:
-                path = samples_dir / f"{item.name.replace('/', '_')}.png"  # stems repeat across folders
-                with drawing(path):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_image(path, draw_sample(read_image(item.image_path), *zip(*pictured, strict=True)))
-    means = {name: torch.cat(chunks).mean().item() for name, chunks in measured.items()}
-    return means | {"val/num_images": len(items), "val/num_objects": num_objects}
+                with drawing(item.name):
+                    drawn[-1] = draw_sample(read_image(item.image_path), *zip(*pictured, strict=True))
+    write_pictures(samples_dir, [item.name for item in items], ranks.gather(drawn))
+    ious = torch.cat(ranks.gather(measured), 1)
+    means = {name: of_objects.mean().item() for name, of_objects in zip(names, ious, strict=True)}
+    return means | {"val/num_images": len(items), "val/num_objects": ious.shape[1]}
 
 
 def draw_sample(
@@ -818,9 +832,9 @@ def cache_embeddings(
     pictures = [(item.image_path, is_mirrored) for item in used_items for is_mirrored in flips]
     pictures += [(item.image_path, False) for item in val_items]
     obstacle = find_cache_obstacle(trainable, settings)
-    plan = embedding_cache.plan_cache(
-        model, settings.cache, settings.cache_precision, precision, is_projected(trainable), pictures, obstacle
-    )
+    frozen = is_projected(trainable)
+    keys = (settings.cache, settings.cache_precision, precision, frozen, pictures, obstacle)
+    plan = ranks.from_first(functools.partial(embedding_cache.plan_cache, model, *keys))
     if plan is None:
         return None
     embedding_cache.fill_cache(model, plan)
@@ -946,10 +960,11 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     settings = read_settings(Config, config)
     common, train_settings, optim_settings = settings.common, settings.train, settings.optim
     device, precision = run.set_up_device(common.device, common.precision)
+    ranks.own_size("train.batch_size", train_settings.batch_size)
     run.seed_everything(common.seed)
 
     # data: list, check, leave out what cannot be used
-    splits, counts = data or list_data(settings, run_dir, resume_path)
+    splits, counts = data or ranks.from_first(functools.partial(list_data, settings, run_dir, resume_path))
     if settings.check is True:
         return float("nan")
     train_items, val_items = splits["train"], splits["val"][: train_settings.eval_images]
@@ -960,7 +975,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     weights = {} if resume_path is None else {"checkpoint": str(resume_path)}  # the file it started from may be gone
     if settings.check == "fit" and not models.has_checkpoint(settings.model):
         weights = {"checkpoint": "none"}  # of the same size as the model's own, which would be downloaded
-    model = models.build_sam2(**settings.model | weights, device=device, fast_decoder=settings.fast_decoder)
+    build = functools.partial(models.build_sam2, **settings.model | weights, fast_decoder=settings.fast_decoder)
+    model = ranks.after_first(functools.partial(build, device=device))
     trainable = models.freeze_except(model, train_settings.trainable)
     if run.choose_channels_last(train_settings.channels_last, device):
         model = model.to(memory_format=torch.channels_last)
@@ -991,7 +1007,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     description = {"script": "train_sam2", "config": config}
     names = loops.split_names(splits)
     save = functools.partial(loops.save_run, run_dir, loop, model, optimizer, scaler, description, names)
-    if train_settings.blend and not settings.check:
+    if train_settings.blend and not settings.check and ranks.is_first():
         keep_start(run_dir, resume_path, model)
     if is_resumed:
         save(is_best=False)  # from now on this folder can be resumed too
@@ -1079,6 +1095,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
         samples = f"pictures {', '.join(step_names)}"
         step_loss, step_iou = loss_and_iou.tolist()  # the first wait for the device
         loops.check_finite(step_loss, loop.step, samples)
+        step_loss, step_iou = ranks.mean(torch.tensor([step_loss, step_iou])).tolist()
+        ranks.average_gradients(trainable.values())
         grad_norm = loops.clip_gradients(trainable.values(), train_settings.clip_norm, optimizer, scaler, loop, samples)
 
         # 5. update (the scaler leaves out a step whose fp16 gradients overflowed)
@@ -1108,6 +1126,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     if settings.check == "fit":
         log.close()
         return loop.rows[-1]
+    if not ranks.leave():
+        return float("nan")  # the first process finishes
     last = {"step": loop.step, **values_of_step(loop.rows, loop.evaluated_step)}
     plot_curves(loop.rows, run_dir / "curves.png")
     log.close()
@@ -1204,6 +1224,7 @@ def main(cfg) -> float:
     """Read the config, train, and end with one line on what went wrong and status 1, if anything did."""
     with sections.one_line_errors("train_sam2", "a smaller train.batch_size or train.objects_per_forward"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        ranks.join(config["device"], f"check={config['check']}" if config["check"] else None)
         hydra_config = HydraConfig.get()
         config, resume_path = config_to_resume(
             Config, "train_sam2", config, list(hydra_config.overrides.task), RESUMABLE, fix_decoder

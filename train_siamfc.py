@@ -35,6 +35,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once, up to read_command_line
 
 import functools
+import itertools
 import math
 import os
 from dataclasses import dataclass, replace
@@ -52,7 +53,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from utils import fit, run
+from utils import fit, ranks, run
 from utils import loop as loops
 from utils import settings as sections
 from utils.checkpoint import config_to_resume
@@ -358,6 +359,8 @@ def evaluate_tracking(
 ) -> dict[str, float]:
     """Track sequences from the first frame with a visible box to the end, and compare with groundtruth.
 
+    Where several processes train, each tracks its share.
+
     Args:
         num_frames: how many frames of each sequence are tracked, from its start; None: all.
     Returns:
@@ -366,11 +369,11 @@ def evaluate_tracking(
         ValueError: for a frame that cannot be read, or a first box that cannot be tracked, with the sequence.
     """
     tracker = SiamFCTracker(model, tracker_settings, precision)
-    rows, track_s, num_tracked = {"val/": [], "val/still_": []}, 0.0, 0
-    for sequence in tqdm(sequences, desc="evaluate", leave=False, disable=None):
+    measured = []  # (score, score of the still box, seconds, frames) of each sequence
+    for _, sequence in tqdm(ranks.share(sequences), desc="evaluate", leave=False, disable=None):
         first = int(sequence.visible.argmax())
         stop = len(sequence) if num_frames is None else min(len(sequence), first + num_frames)
-        boxes = []
+        boxes, track_s = [], 0.0
         try:
             frames = FrameSource(sequence.frame_paths[first:stop])
             for tracked_frame in track_frames(tracker, frames, sequence.boxes_xywh[[first]]):
@@ -380,16 +383,18 @@ def evaluate_tracking(
                 track_s += tracked_frame.time_s
         except (OSError, ValueError) as error:  # a frame that cannot be read, or a first box that is none
             raise ValueError(f"sequence {sequence.name}: {error}") from error
-        num_tracked += len(boxes)
         stop = min(stop, sequence.num_annotated)
-        for prefix, boxes_xywh in (("val/", np.stack(boxes)), ("val/still_", still_boxes(sequence)[first:])):
-            in_file = file_coordinates(boxes_xywh, sequence.box_origin)
-            rows[prefix].append(score_boxes(in_file, sequence, first, stop, "got10k"))
+        scores = [
+            score_boxes(file_coordinates(boxes_xywh, sequence.box_origin), sequence, first, stop, "got10k")
+            for boxes_xywh in (np.stack(boxes), still_boxes(sequence)[first:])
+        ]
+        measured.append((*scores, track_s, len(boxes)))
+    *rows, times_s, nums_tracked = zip(*ranks.gather(measured), strict=True)
     metrics = {}
-    for prefix, sequence_rows in rows.items():
+    for prefix, sequence_rows in zip(("val/", "val/still_"), rows, strict=True):
         scores = got10k_scores([row["overlaps"] for row in sequence_rows]) | mean_one_pass_scores(sequence_rows)
         metrics |= {f"{prefix}{name}": scores[name] for name in REPORTED}
-    return metrics | {"val/num_frames": scores["num_frames"], "val/tracked_per_s": num_tracked / track_s}
+    return metrics | {"val/num_frames": scores["num_frames"], "val/tracked_per_s": sum(nums_tracked) / sum(times_s)}
 
 
 @torch.no_grad()
@@ -408,19 +413,20 @@ def evaluate_pairs(
     device = next(model.parameters()).device
     labels = siamfc.response_labels(RESPONSE_SIZE, settings.r_pos).to(device)  # (15, 15)
     weights = siamfc.balanced_weights(labels)
-    loss, hits, pictures = 0.0, 0.0, []
-    for start in range(0, num_pairs, settings.batch_size):
+    measured, pictures = [], []  # (loss, hits) of each batch, its share of all; [pictures of the first pairs]
+    for _, start in ranks.share(range(0, num_pairs, settings.batch_size)):
         batch = collate([dataset[index] for index in range(start, min(start + settings.batch_size, num_pairs))])
         exemplars, instances = (batch[key].to(device).float() for key in ("exemplars", "instances"))
         with run.autocast(device, precision):
             responses = model(exemplars, instances)  # (B, 1, 15, 15)
         share = len(responses) / num_pairs
-        loss += share * balanced_loss(responses, labels, weights).item()
-        hits += share * hit_rate(responses, labels).item()
-        for exemplar, instance, response in zip(batch["exemplars"], batch["instances"], responses, strict=True):
-            if len(pictures) < settings.picture_pairs:
-                pictures.append(draw_pair(exemplar, instance, response[0].float().cpu()))
-    if pictures:
+        batch_loss, batch_hits = balanced_loss(responses, labels, weights), hit_rate(responses, labels)
+        measured.append((share * batch_loss.item(), share * batch_hits.item()))
+        pairs = zip(batch["exemplars"], batch["instances"], responses[:, 0].float().cpu(), strict=True)
+        pictures.append([draw_pair(*pair) for pair in itertools.islice(pairs, max(0, settings.picture_pairs - start))])
+    loss, hits = (sum(values) for values in zip(*ranks.gather(measured), strict=True))
+    pictures = sum(ranks.gather(pictures), [])
+    if pictures and ranks.is_first():
         with drawing(picture_path):
             picture_path.parent.mkdir(parents=True, exist_ok=True)
             write_image(picture_path, np.concatenate(pictures))
@@ -601,6 +607,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     settings = read_settings(Config, config)
     common, train_settings = settings.common, settings.train
     device, precision = run.set_up_device(common.device, common.precision)
+    ranks.own_size("train.batch_size", train_settings.batch_size)
     tracker_precision = precision if settings.tracker.mode == "fast" else "fp32"
     labels = siamfc.response_labels(RESPONSE_SIZE, train_settings.r_pos).to(device)  # (15, 15)
     weights = siamfc.balanced_weights(labels)
@@ -608,7 +615,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     model = build_model(settings.model, resume_path is not None)
 
     # data: list, leave out what cannot be used
-    splits, train_dataset, val_sequences, val_pairs = data or list_pairs(settings, resume_path)
+    data = data or ranks.from_first(functools.partial(list_pairs, settings, resume_path))
+    splits, train_dataset, val_sequences, val_pairs = data
     if settings.check is True:
         check_pairs(train_dataset, run_dir, train_settings.picture_pairs)
         return float("nan")
@@ -618,7 +626,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     start_run(run_dir, config, counts)
 
     # model and optimizer
-    model = model.to(device)
+    model = ranks.synchronize_norms(model.to(device), device)
     is_channels_last = run.choose_channels_last(train_settings.channels_last, device)
     if is_channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -656,6 +664,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
         elif (loop.step % train_settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
             samples_dir = run_dir / "samples" / f"step_{loop.step:06d}"
             with window.paused():  # speed is that of training alone
+                ranks.send_buffers(model)
                 metrics = evaluate_tracking(
                     model, val_sequences, settings.tracker, tracker_precision, train_settings.eval_frames
                 )
@@ -704,6 +713,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
             micro_loss, share_of_hits = torch.stack([micro_loss.detach(), share_of_hits]).tolist()  # waits once
             step_loss += loops.check_finite(micro_loss, loop.step, f"pairs {', '.join(batch['names'])}")
             step_hit_rate += share_of_hits / train_settings.accumulate
+        step_loss, step_hit_rate = ranks.mean(torch.tensor([step_loss, step_hit_rate], dtype=torch.float64)).tolist()
+        ranks.average_gradients(model.parameters())
         samples = f"pairs {', '.join(step_names)}"
         grad_norm = loops.clip_gradients(model.parameters(), train_settings.clip_norm, optimizer, scaler, loop, samples)
 
@@ -730,6 +741,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     if settings.check == "fit":
         log.close()
         return loop.rows[-1]
+    if not ranks.leave():
+        return float("nan")  # the first process finishes
     last = {"step": loop.step, **values_of_step(loop.rows, loop.evaluated_step)}
     plot_curves(loop.rows, run_dir / "curves.png")
     log.close()
@@ -749,6 +762,7 @@ def main(cfg) -> float:
     """Read the config, train, and end with one line on what went wrong and status 1, if anything did."""
     with sections.one_line_errors("train_siamfc", "a smaller train.batch_size, or precision=bf16"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        ranks.join(config["device"], f"check={config['check']}" if config["check"] else None)
         hydra_config = HydraConfig.get()
         config, resume_path = config_to_resume(
             Config, "train_siamfc", config, list(hydra_config.overrides.task), RESUMABLE

@@ -51,13 +51,22 @@ from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from utils import fit, run
+from utils import fit, ranks, run
 from utils import loop as loops
 from utils import settings as sections
 from utils.checkpoint import check_script, config_to_resume, find_weights, load_checkpoint, stored_config
 from utils.dataset_check import CheckReport
 from utils.images import IGNORE_INDEX, list_pictures, overlay_label_map, write_image
-from utils.log import MetricsLog, drawing, finish_run, metric_lines, plot_curves, start_run, values_of_step
+from utils.log import (
+    MetricsLog,
+    drawing,
+    finish_run,
+    metric_lines,
+    plot_curves,
+    start_run,
+    values_of_step,
+    write_pictures,
+)
 from utils.samples.write import write_samples
 from utils.segmentation import losses, metrics, model_summary, prediction, reports, views
 from utils.segmentation.check import check_data, count_class_pixels, remark_on_parts
@@ -296,6 +305,11 @@ def scheduled_lr(step: int, steps: int, optim: OptimSettings) -> float:
 # evaluation
 
 
+def to_floats(values: list[torch.Tensor]) -> list[float]:
+    """Read values of one element each off the device, waiting for it once."""
+    return torch.stack([value.flatten()[0] for value in values]).tolist() if values else []
+
+
 @torch.no_grad()
 def evaluate(
     predictor: prediction.Predictor,
@@ -307,6 +321,8 @@ def evaluate(
 ) -> tuple[dict[str, float], np.ndarray]:
     """Measure a model on every pixel of the items, one picture at a time, at its own size, unaugmented.
 
+    Where several processes train, each measures its share of the pictures.
+
     Args:
         split: the metrics' prefix: val or test.
         loss_settings: from `weigh_classes`.
@@ -317,9 +333,10 @@ def evaluate(
     """
     predictor.model.eval()
     names, boundary = items[0].coding.class_names, items[0].coding.boundary
-    rand_scores = []
-    matrix, loss_values, soft_ious = 0, [], []  # on the device up to the end: one wait for it a picture, in the matrix
-    for number, item in enumerate(tqdm(items, desc="evaluate", leave=False, disable=None)):
+    matrix = torch.zeros(len(names), len(names), dtype=torch.int64, device=predictor.device)
+    loss_values, soft_ious = [], []  # on the device up to the end, as the matrix: it alone waits for it at each picture
+    rand_scores, drawn = [], []  # of each picture: V_rand (9,); what is drawn of it, or None
+    for number, item in tqdm(ranks.share(items), desc="evaluate", leave=False, disable=None):
         image, class_map = read_item(item)
         logits = predictor.predict(image)  # (C, H, W)
         target = torch.from_numpy(class_map).to(predictor.device)  # (H, W)
@@ -332,16 +349,17 @@ def evaluate(
             rand_scores.append(metrics.rand_scores(probs[boundary].float().cpu().numpy(), class_map, boundary))  # (9,)
         pred = logits.argmax(0)  # (H, W)
         matrix = matrix + metrics.confusion_matrix(pred, target, len(names))
+        drawn.append(None)
         if number < picture_images:
-            path = samples_dir / f"{item.name.replace('/', '_')}.png"  # stems repeat across folders
-            with drawing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_image(path, reports.draw_sample(image, pred.cpu().numpy(), class_map, names))
-    matrix = matrix.cpu().numpy()
+            with drawing(item.name):
+                drawn[-1] = reports.draw_sample(image, pred.cpu().numpy(), class_map, names)
+    write_pictures(samples_dir, [item.name for item in items], ranks.gather(drawn))
+    loss_values, soft_ious, rand_scores = map(ranks.gather, (to_floats(loss_values), to_floats(soft_ious), rand_scores))
+    matrix = ranks.add(matrix).cpu().numpy()
     measured = metrics.segmentation_metrics(matrix)
     values = {f"{split}/{name}": measured[name] for name in reports.REPORTED}
-    values[f"{split}/soft_iou"] = float(np.mean(torch.cat(soft_ious).tolist()))
-    values[f"{split}/loss"] = float(np.mean(torch.stack(loss_values).tolist()))
+    values[f"{split}/soft_iou"] = float(np.mean(soft_ious))
+    values[f"{split}/loss"] = float(np.mean(loss_values))
     if boundary is not None:
         values[f"{split}/v_rand"] = float(np.nanmean(rand_scores, 0).max())  # at one threshold for all pictures
     for index, name in enumerate(names):
@@ -399,7 +417,7 @@ def build_shapes(settings: Config) -> torch.nn.Module:
 
 def check_batch(settings: Config) -> None:
     """Raise a ValueError where a batch is too small for batch norm: a mean over one value is that value."""
-    size, framing = settings.train.batch_size, settings.data.framing
+    size, framing = ranks.own_size("train.batch_size", settings.train.batch_size), settings.data.framing
     images = torch.empty(size, settings.data.reader_keys["channels"], *framing.input_hw, device="meta")
     try:
         with torch.no_grad():
@@ -407,9 +425,11 @@ def check_batch(settings: Config) -> None:
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
+        of_each = " in each process" if ranks.count() > 1 else ""
         raise ValueError(
-            f"train.batch_size is {size} and data.image_size {framing.image_size}, of which {settings.model['name']} "
-            "leaves one value a channel, too few for its batch norm; one of them must be larger"
+            f"train.batch_size is {size}{of_each} and data.image_size {framing.image_size}, of which "
+            f"{settings.model['name']} leaves one value a channel, too few for its batch norm; one of them must be "
+            "larger"
         ) from error
 
 
@@ -540,14 +560,17 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     settings = read_settings(Config, config)
     common, train_settings, reader_keys = settings.common, settings.train, settings.data.reader_keys
     device, precision = run.set_up_device(common.device, common.precision)
+    ranks.own_size("train.batch_size", train_settings.batch_size)
     run.seed_everything(common.seed)
     if train_settings.steps > 0 and settings.check is not True:
         check_batch(settings)
     is_new = resume_path is None and not settings.check  # other weights than a checkpoint's may be asked for
-    model = build_network(settings.model, reader_keys["channels"], reader_keys["num_classes"], is_new)
+    channels, num_classes = reader_keys["channels"], reader_keys["num_classes"]
+    model = ranks.after_first(functools.partial(build_network, settings.model, channels, num_classes, is_new))
 
     # data: list, check, leave out what cannot be used
-    splits, counts, report = data or list_data(settings, run_dir, resume_path)
+    data = data or ranks.from_first(functools.partial(list_data, settings, run_dir, resume_path))
+    splits, counts, report = data
     if settings.check is True:
         return float("nan")
     train_items, val_items, test_items = splits["train"], splits["val"][: train_settings.eval_images], splits["test"]
@@ -556,10 +579,11 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
 
     majority = reports.majority_metrics(count_class_pixels(report, val_items), "val")
     start_run(run_dir, config, counts)
-    write_splits(splits, run_dir / "splits")
+    if ranks.is_first():
+        write_splits(splits, run_dir / "splits")
 
     # model and optimizer
-    model = model.to(device)
+    model = ranks.synchronize_norms(model.to(device), device)
     is_channels_last = run.choose_channels_last(train_settings.channels_last, device)
     if is_channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -568,6 +592,11 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
         f"{settings.model['name']}: {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{len(class_names)} classes; {device}, {precision}; loss: {sections.describe_terms(loss_settings.terms)}"
     )
+    if ranks.count() > 1:
+        print(
+            "losses of a whole batch (dice, tversky, class weights, ignored pixels) are those of each process's share; "
+            "the step's loss is their mean"
+        )
     optimizer = build_optimizer(model, settings.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     forward = run.compile_forward(model, device) if train_settings.compile else model
@@ -597,6 +626,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
         elif (loop.step % train_settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
             samples_dir = run_dir / "samples" / f"step_{loop.step:06d}"
             with window.paused():  # speed is that of training alone
+                ranks.send_buffers(model)
                 values, matrix = evaluate(
                     predictor, val_items, "val", loss_settings, samples_dir, train_settings.picture_images
                 )
@@ -645,6 +675,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
             micro_loss, accuracy = torch.stack([micro_loss.detach(), accuracy]).tolist()  # waits for the device once
             step_loss += loops.check_finite(micro_loss, loop.step, f"pictures {', '.join(batch['names'])}")
             step_accuracy += accuracy / train_settings.accumulate
+        step_loss, step_accuracy = ranks.mean(torch.tensor([step_loss, step_accuracy], dtype=torch.float64)).tolist()
+        ranks.average_gradients(model.parameters())
         samples = f"pictures {', '.join(step_names)}"
         grad_norm = loops.clip_gradients(model.parameters(), train_settings.clip_norm, optimizer, scaler, loop, samples)
 
@@ -671,6 +703,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     if settings.check == "fit":
         log.close()
         return loop.rows[-1]
+    if not ranks.leave():
+        return float("nan")  # the first process finishes
     last = {"step": loop.step, **values_of_step(loop.rows, loop.evaluated_step)}
     plot_curves(loop.rows, run_dir / "curves.png")
     log.close()
@@ -895,6 +929,8 @@ def main(cfg) -> float | None:
         less_memory = "a smaller tiles.size, or precision=bf16"
     with sections.one_line_errors("train_unet", less_memory):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        alone = f"check={config['check']}" if config["check"] else None
+        ranks.join(config["device"], alone if config["mode"] == "train" else f"mode={config['mode']}")
         hydra_config = HydraConfig.get()
         run_dir, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
         if config["mode"] == "summary" and config["checkpoint"] is None:

@@ -959,7 +959,7 @@ torch.set_num_threads(1)
 loss = train_unet.LossSettings(**read_option("unet", "loss", "cross_entropy_dice"))
 class_map = np.random.default_rng(0).integers(0, 21, (1500, 2000), dtype=np.uint8)
 train_unet.read_item = lambda item: (np.zeros((*class_map.shape, 3), np.uint8), class_map)
-class Coding: class_names = tuple(map(str, range(21)))
+class Coding: class_names, boundary = tuple(map(str, range(21))), None
 class Item: coding, name = Coding, "a"
 predictor = Predictor(torch.nn.Conv2d(3, 21, 1), Framing(64, "resize"), 0, (64, 64), 0, torch.device("cpu"), "fp32")
 def peak_bytes():

@@ -16,8 +16,11 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from utils import ranks
+from utils.images import write_image
 from utils.run import REPOSITORY, num_cores
 
 RECORDED_PACKAGES = (
@@ -28,6 +31,8 @@ RECORDED_PACKAGES = (
 def start_run(run_dir: Path, config: dict, counts: dict) -> None:
     """Write run.json before training: command, git, versions, machine, data counts, start and config.
 
+    Of several processes the first one writes it, with the device of each.
+
     Args:
         run_dir: the run's folder, made if absent.
         config: the whole resolved config, plain types.
@@ -35,6 +40,8 @@ def start_run(run_dir: Path, config: dict, counts: dict) -> None:
     Raises:
         FileExistsError: where the folder already holds a run, which would be mixed with this one.
     """
+    if not ranks.is_first():
+        return
     path = Path(run_dir) / "run.json"
     if path.exists():
         raise FileExistsError(f"{path} exists; a run needs a folder of its own: leave out or change hydra.run.dir")
@@ -45,6 +52,7 @@ def start_run(run_dir: Path, config: dict, counts: dict) -> None:
         "git": git_state(),
         "versions": _versions(),
         "machine": _machine(),
+        "processes": ranks.devices or [platform.node()],
         "data": counts,
         "start": datetime.now().astimezone().isoformat(timespec="milliseconds"),
         "config": config,
@@ -126,6 +134,8 @@ def _write_text(path: Path, text: str) -> None:
 class MetricsLog:
     """Write metrics to metrics.csv and tensorboard/ in the run's folder, one row per call of `log`.
 
+    Of several processes the first one writes.
+
     `rows` is the whole log as plain types. A checkpoint stores it, and `MetricsLog(run_dir, rows=stored)` writes those
     rows again and adds to them, so the file of a resumed run reads as that of an uninterrupted one.
     """
@@ -135,9 +145,9 @@ class MetricsLog:
         self.rows = [] if rows is None else rows
         self._columns = ["step"]
         self._writer = None  # made with the first row: importing TensorBoard takes seconds
-        for row in self.rows:
-            self._send(row)
-        if self.rows:
+        if self.rows and ranks.is_first():
+            for row in self.rows:
+                self._send(row)
             self._rewrite()
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -151,6 +161,8 @@ class MetricsLog:
         for name, value in values.items():
             row[name] = value if type(value) is int else float(value)
         self.rows.append(row)
+        if not ranks.is_first():
+            return
         if self._send(row) or len(self.rows) == 1:
             self._rewrite()
         else:
@@ -184,6 +196,19 @@ class MetricsLog:
         _write_text(self.run_dir / "metrics.csv", text.getvalue())
 
 
+def write_pictures(samples_dir: Path | None, names: Sequence[str], pictures: Sequence[np.ndarray | None]) -> None:
+    """Write what was drawn of samples, where anything was, as <samples_dir>/<name>.png.
+
+    Of several processes the first one writes.
+    """
+    for name, picture in zip(names, pictures, strict=True):
+        if picture is not None and ranks.is_first():
+            path = samples_dir / f"{name.replace('/', '_')}.png"  # stems repeat across folders
+            with drawing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_image(path, picture)
+
+
 def values_of_step(rows: list[dict], step: int) -> dict[str, float]:
     """Collect the validation values that were logged at a step."""
     return {
@@ -196,7 +221,7 @@ def values_of_step(rows: list[dict], step: int) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def drawing(path: Path):
+def drawing(path: Path | str):
     """Go on with a printed line where a picture for the eye cannot be drawn or written: a training is worth more."""
     try:
         yield
@@ -226,12 +251,15 @@ def metric_lines(names: Sequence[str], columns: dict[str, dict[str, float]]) -> 
 def plot_curves(rows: list[dict[str, int | float]], path: Path) -> None:
     """Draw every metric against the step: one panel per name, so train/loss and val/loss share theirs.
 
+    Of several processes the first one draws.
+
     Args:
         rows: as `MetricsLog.rows`; a name may be missing from most rows, and values that are not finite are left out.
         path: the picture to write, .png.
     """
-    with drawing(path):
-        _plot_curves(rows, path)
+    if ranks.is_first():
+        with drawing(path):
+            _plot_curves(rows, path)
 
 
 def _plot_curves(rows: list[dict[str, int | float]], path: Path) -> None:

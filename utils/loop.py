@@ -14,6 +14,7 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from utils import ranks
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.listing import first_few
 from utils.log import git_state
@@ -71,10 +72,14 @@ def save_run(
 ) -> None:
     """Write last.pt, then best.pt where these weights are the best: `resume_run` mends what a kill between them leaves.
 
+    Of several processes the first one writes.
+
     Args:
         description: what both files hold beside the weights, plain types: {"script": ..., "config": ..., ...}.
         splits: names of the samples of each split, for last.pt; see `keep_splits`.
     """
+    if not ranks.is_first():
+        return
     best = {"format": 1, **description, "model": model.state_dict(), "git": git_state()}
     state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "loop": asdict(loop)}
     save_checkpoint(run_dir / "last.pt", best | state | {"splits": splits, "best_keys": list(best)})
@@ -106,7 +111,8 @@ def resume_run(
         best = {key: state[key] for key in state["best_keys"]} | {"metrics": loop.best}
     else:
         best = load_checkpoint(resume_path.parent / "best.pt")
-    save_checkpoint(run_dir / "best.pt", best)
+    if ranks.is_first():
+        save_checkpoint(run_dir / "best.pt", best)
     print(f"resumed from {resume_path} at step {loop.step}")
     return loop
 
@@ -161,18 +167,21 @@ def load_batches(
 ) -> Iterator[dict]:
     """Read the samples first_sample, first_sample + 1, ... up to stop (not included), in processes, in batches.
 
+    Where several processes train, each reads its share of each batch.
+
     Args:
         dataset: gives a sample for each sample_index of the endless stream, a function of (seed, sample_index).
+        batch_size: samples of one forward, of all processes that train together.
         collate: list of samples -> batch.
         num_workers: the setting, see `choose_num_workers`.
         device: where the batches will go.
     """
-    num_workers = choose_num_workers(num_workers)
+    num_workers, own_size = choose_num_workers(num_workers), ranks.own_size("train.batch_size", batch_size)
+    first = first_sample + ranks.rank() * own_size
     return iter(
         DataLoader(
             dataset,
-            batch_size=batch_size,
-            sampler=range(first_sample, stop),
+            batch_sampler=[range(start, start + own_size) for start in range(first, stop, batch_size)],
             num_workers=num_workers,
             collate_fn=collate,
             worker_init_fn=limit_threads,
@@ -264,7 +273,8 @@ def clip_gradients(
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if clip_norm is None else clip_norm).item()
     is_skipped = not math.isfinite(grad_norm)
     if is_skipped and not scaler.is_enabled():
-        raise FloatingPointError(f"gradient norm is {grad_norm} at step {loop.step}, {samples}")
+        all_samples = "; ".join(ranks.gather([samples]))
+        raise FloatingPointError(f"gradient norm is {grad_norm} at step {loop.step}, {all_samples}")
     loop.num_skipped += is_skipped
     loop.skipped_in_a_row = loop.skipped_in_a_row + 1 if is_skipped else 0
     if loop.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from utils import ranks
+
 MOST_THREADS = 8  # a mask at full size for each
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -32,7 +34,7 @@ def set_up_device(device_name: str, precision_name: str) -> tuple[torch.device, 
 
     Args, Raises: as those of `choose_device` and `choose_precision`.
     """
-    device = choose_device(device_name)
+    device = choose_device(ranks.own_device(device_name))
     if device.index is not None:
         torch.cuda.set_device(device)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -136,12 +138,13 @@ def choose_num_workers(value: int | str) -> int:
     """Turn the setting `num_workers` into a number of data-loading processes.
 
     Args:
-        value: 0 (load in the main process) or more, or "auto": one less than the cores this process may use, at most 8.
+        value: 0 (load in the main process) or more, or "auto": one less than the cores this process may use
+            (its share of them, where several train), at most 8.
     Raises:
         ValueError: for anything else.
     """
     if value == "auto":
-        return min(8, num_cores() - 1)
+        return max(0, min(8, num_cores() // ranks.local_count() - 1))
     if type(value) is not int or value < 0:
         raise ValueError(f"num_workers is {value}; must be auto, 0 or a positive whole number")
     return value
@@ -235,9 +238,10 @@ def seed_dropout(seed: int, step: int, micro_step: int) -> None:
 
     Args:
         step: updates already done.
-        micro_step: which of the step's forwards, from 0.
+        micro_step: which of this process's forwards of the step, from 0.
     """
-    words = np.random.SeedSequence(seed, spawn_key=(2, step, micro_step)).generate_state(1, np.uint64)
+    forward = micro_step * ranks.count() + ranks.rank()  # of all forwards of the step, as if one process did them
+    words = np.random.SeedSequence(seed, spawn_key=(2, step, forward)).generate_state(1, np.uint64)
     torch.manual_seed(int(words[0]))
 
 

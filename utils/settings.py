@@ -22,6 +22,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
+from utils import ranks
+
 TYPE_WORDS = {
     int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list",
     dict: "keys and values", type(None): "null",
@@ -283,6 +285,14 @@ def read_command_line(task: str) -> None:
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on `one_line_errors` answers Ctrl-C
     is_multirun = bool({"-m", "--multirun"} & set(sys.argv[1:]))
+    sys.argv[1:] = ranks.prepare(sys.argv[1:])
+    if ranks.launched_count() > 1 and is_multirun:
+        sys.exit(
+            "error: --multirun is for one process; under torchrun start each run by itself, or let Hydra start them: "
+            "hydra/launcher=submitit_slurm, see README.md"
+        )
+    if ranks.launched_count() > 1 and not Path(sys.argv[0]).stem.startswith("train_"):
+        sys.exit(f"error: {Path(sys.argv[0]).name} runs in one process: start it with python instead of torchrun")
     arguments = sys.argv[1:] if is_multirun else [quote_path(argument) for argument in sys.argv[1:]]
     for argument in arguments:
         if "=" in argument and not argument.startswith("-"):
@@ -355,23 +365,31 @@ def one_line_errors(script: str, less_memory: str):
     """
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
-        logging.getLogger(script).debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true
-        sys.exit(f"error: {describe_error(error)}")
-    except Exception as error:
-        if not is_out_of_memory(error):
+    except (Exception, KeyboardInterrupt) as error:
+        message = describe_end(error, script, less_memory)
+        if ranks.launched_count() > 1:
+            ranks.end_at_error(error, message)
+        if message is None:
             raise
-        logging.getLogger(script).debug("where it was raised", exc_info=True)
-        sys.exit(f"error: {describe_out_of_memory(error, script)}; try {less_memory}")
-    except KeyboardInterrupt:
+        logging.getLogger(script).debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true
+        if not isinstance(error, KeyboardInterrupt):
+            sys.exit(message)
+        print(message, file=sys.stderr)
+        sys.exit(130)
+
+
+def describe_end(error: BaseException, script: str, less_memory: str) -> str | None:
+    """Say in one line why the program ends; None for an error that nothing which a user gives should cause."""
+    if isinstance(error, KeyboardInterrupt):
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         shown_dir = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
         if (run_dir / "last.pt").is_file():
             command = show_command(f"{script}.py", resume=shown_dir)
-            print(f"interrupted; {shown_dir}/last.pt is saved, go on with: {command}", file=sys.stderr)
-        else:
-            print(f"interrupted; what was finished is in {shown_dir}", file=sys.stderr)
-        sys.exit(130)
+            return f"interrupted; {shown_dir}/last.pt is saved, go on with: {command}"
+        return f"interrupted; what was finished is in {shown_dir}"
+    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        return f"error: {describe_error(error)}"
+    return f"error: {describe_out_of_memory(error, script)}; try {less_memory}" if is_out_of_memory(error) else None
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from utils import ranks
 from utils.images import read_image
 from utils.run import REPOSITORY, autocast, may_overlap, num_cores
 from utils.sam2 import model as models
@@ -233,19 +234,25 @@ def remove_abandoned(folder: Path) -> None:
 def fill_cache(model: torch.nn.Module, plan: CachePlan) -> None:
     """Encode the missing pictures, one at a time, and write their entries.
 
+    Where several processes train, each encodes its share.
+
     Args:
         model: in eval mode, on its device, with the weights of the plan.
     Raises:
         FileNotFoundError, ValueError: for a picture that cannot be read, and as `write_entry`.
     """
-    progress = tqdm(total=len(plan.missing), desc="cache", unit=" images", disable=None if plan.missing else True)
-    for image_path, group in itertools.groupby(plan.missing, key=lambda picture: picture[0]):
+    groups = [list(group) for _, group in itertools.groupby(plan.missing, key=lambda picture: picture[0])]
+    own = [group for _, group in ranks.share(groups)]
+    progress = tqdm(total=sum(map(len, own)), desc="cache", unit=" images", disable=None if own else True)
+    for group in own:
+        image_path, _ = group[0]
         image_rgb = read_image(image_path)  # (H, W, 3), once for both
         for picture in group:
             if not is_whole(plan.entries[picture]):  # another process may fill the same folder
                 fill_entry(model, plan, picture, image_rgb)
             progress.update()
     progress.close()
+    ranks.wait()
 
 
 @torch.no_grad()

@@ -1,0 +1,254 @@
+"""Several processes train what one trains, and end together: gloo on CPUs, forked so that importing is paid for once.
+
+`python -m benchmarks.ranks` shows the same at full length, under torchrun.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import ROOT, run_differences, without_timing
+
+from utils.checkpoint import load_checkpoint
+
+LIMIT_S = 60  # of a run, in which nothing may hang
+ENDS_WITHIN_S = 30  # all processes after the first of them died
+RUNNER = r"""
+import contextlib, importlib, json, os, pkgutil, signal, socket, sys, time, traceback
+from pathlib import Path
+import pytest, torch
+import torch.utils.tensorboard
+
+torch.set_num_threads(1)
+tiny_runs, script = (importlib.import_module(name) for name in sys.argv[1:3])
+from utils import loop, ranks, settings
+tiny_runs.make_runs_quick(pytest.MonkeyPatch())
+
+
+def at_call(module, name, number, what, ending=""):
+    module = pkgutil.resolve_name(module)
+    real, calls = getattr(module, name), []
+
+    def call(*args, **keywords):
+        calls.extend([1] * str(args[-1]).endswith(ending))
+        if len(calls) == number:
+            if what == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if what == "nan":
+                return real(*args, **keywords) * float("nan")
+            raise {"bug": ZeroDivisionError, "memory": torch.cuda.OutOfMemoryError}[what](what)
+        return real(*args, **keywords)
+
+    setattr(module, name, call)
+
+
+def child(rank, case, port, run_dir):
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case["count"], "LOCAL_WORLD_SIZE": case["count"],
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in environment.items()})
+    out = os.open(run_dir.with_name(f"{run_dir.name}_{rank}.txt"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(out, 1), os.dup2(out, 2)
+    trained, real_clip = [], loop.clip_gradients
+    loop.clip_gradients = lambda parameters, *rest: real_clip(trained.append(list(parameters)) or trained[-1], *rest)
+    if case["count"] > 1:
+        ranks.prepare([])
+    for rank_to_change, *change in case.get("changes", []):
+        if rank_to_change == rank:
+            at_call(*change)
+    resume = case.get("resume")
+    with settings.one_line_errors(script.__name__, "less"):
+        check = case["config"].get("check")
+        ranks.join(case["config"]["device"], f"check={check}" if check else None)
+        script.train(case["config"], run_dir, resume and Path(resume))
+    if trained:
+        torch.save([parameter.detach() for parameter in trained[-1]], run_dir.with_name(f"{run_dir.name}_{rank}.pt"))
+
+
+def run(name, case, folder):
+    run_dir = folder / name
+    run_dir.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = {}
+    for rank in range(case["count"]):
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                child(rank, case, port, run_dir)
+                status = 0
+            except SystemExit as stop:
+                print(stop.code, file=sys.stderr)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.__stdout__.flush(), sys.__stderr__.flush()
+                os._exit(status)
+        pids[pid] = rank
+    statuses, ended_s, limit = {}, {}, time.monotonic() + float(sys.argv[4])
+    while pids:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            rank = pids.pop(pid)
+            statuses[rank], ended_s[rank] = os.waitstatus_to_exitcode(status), time.monotonic()
+        elif time.monotonic() > limit:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+    return {"statuses": [statuses[rank] for rank in range(case["count"])],
+            "ended_s": max(ended_s.values()) - min(ended_s.values())}
+
+
+folder = Path(sys.argv[3])
+print(json.dumps({name: run(name, case, folder) for name, case in json.load(sys.stdin).items()}))
+"""
+
+
+def run_cases(trainer, folder, cases: dict[str, dict]) -> dict[str, dict]:
+    """Run trainings, each in some forked processes.
+
+    Args:
+        folder: <case> comes here, with what each process printed beside it, <case>_<rank>.txt.
+        cases: {case: {"count": of processes, "config": ..., "resume": a last.pt, "changes": [[rank, module, function,
+            number of the call, what happens there: "die", "nan", "bug" or "memory", how its last argument ends]]}}.
+    Returns:
+        {case: {"statuses": of each rank, "ended_s": from the first to the last end, "printed": by each rank}}.
+    """
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", RUNNER, trainer.tiny.__name__, trainer.name, str(folder), str(LIMIT_S)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # the first process is the store here, which torchrun has in its own
+    done = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = json.loads(done.stdout.splitlines()[-1])
+    for name, answer in answers.items():
+        paths = [folder / f"{name}_{rank}.txt" for rank in range(cases[name]["count"])]
+        answer["printed"] = [path.read_text() for path in paths]
+    return answers
+
+
+def relative_difference(weights: dict, others: dict) -> float:
+    """Compare trained weights: the norm of the difference over the norm; running statistics do not count."""
+    names = [name for name, value in weights.items() if value.is_floating_point() and "running" not in name]
+    ours, theirs = (torch.cat([state[name].double().flatten() for name in names]) for state in (weights, others))
+    return float((ours - theirs).norm() / ours.norm())
+
+
+def rows_of_step(run_dir, step: int) -> list[dict]:
+    rows = [row for row in load_checkpoint(run_dir / "last.pt")["loop"]["rows"] if row["step"] == step]
+    return without_timing([{key: value for key, value in row.items() if key.startswith("val/")} for row in rows])
+
+
+STEPS = ["train.steps=3", "train.eval_every=2", "train.save_every=1", "num_workers=0"]
+SHAPES = {1: (1, 6), 2: (2, 3), 3: (3, 2)}  # processes: batch, accumulate
+OWN = {  # what is drawn, and two samples to validate on: one of three processes has none
+    "train_sam2": ["train.eval_images=2"],
+    "train_unet": ["model=vit_small", "model.dim=24", "model.num_blocks=2", "model.num_heads=2", "model.dropout=0.3",
+                   "optim=sgd", "train.eval_images=2", "train.test_at_end=false"],
+    "train_siamfc": ["train.eval_frames=2", "pairs.blur=0.3", "train.eval_pairs=1"],
+}  # fmt: skip
+
+
+def shaped(trainer, count: int, *overrides: str) -> dict:
+    batch_size, accumulate = SHAPES[count]
+    sizes = [f"train.batch_size={batch_size}", f"train.accumulate={accumulate}"]
+    return trainer.configure(*STEPS, *sizes, *OWN[trainer.name], *overrides)
+
+
+@pytest.fixture(scope="module")
+def runs(trainer, tmp_path_factory):
+    """Runs by one, two and three processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    return folder, run_cases(trainer, folder, {f"by_{n}": {"count": n, "config": shaped(trainer, n)} for n in SHAPES})
+
+
+def test_two_and_three_processes_give_what_one_gives(trainer, runs):
+    folder, answers = runs
+    states = {count: load_checkpoint(folder / f"by_{count}" / "last.pt") for count in SHAPES}
+    for count, state in states.items():
+        answer = answers[f"by_{count}"]
+        assert answer["statuses"] == [0] * count, answer["printed"]
+        assert relative_difference(states[1]["model"], state["model"]) < 1e-6
+        assert rows_of_step(folder / f"by_{count}", 0) == rows_of_step(folder / "by_1", 0) != []  # to the bit
+        losses = [
+            [row["train/loss"] for row in each["loop"]["rows"] if "train/loss" in row] for each in (states[1], state)
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6) and len(losses[0]) == 3
+        assert state.keys() == states[1].keys() and state["loop"].keys() == states[1]["loop"].keys()
+        weights = [torch.load(folder / f"by_{count}_{rank}.pt") for rank in range(count)]
+        assert all(map(torch.equal, weights[0], weights[-1]))  # all processes have the same, to the bit
+
+
+def test_one_process_writes_and_prints(trainer, runs):
+    folder, answers = runs
+    files = [sorted(str(path.relative_to(folder / name)) for path in (folder / name).rglob("*")
+             if "tfevents" not in path.name) for name in ("by_1", "by_3")]  # fmt: skip
+    assert files[0] == files[1] and "run.json" in files[0]
+    records = [json.loads((folder / name / "run.json").read_text()) for name in ("by_1", "by_3")]
+    assert [len(record["processes"]) for record in records] == [1, 3] and records[1]["processes"][0].endswith(" cpu")
+    first, *others = answers["by_3"]["printed"]
+    assert "3 processes: " in first and "Written to" in first and others == ["", ""], others
+
+
+only_unet = pytest.mark.parametrize("trainer", ["train_unet"], indirect=True)  # the loops end alike
+
+
+@only_unet
+def test_a_process_that_dies_ends_the_others_and_the_run_resumes(trainer, runs, tmp_path):
+    """In a step, in the middle of saving, in an evaluation; by as many processes to the bit, by one to 1e-6."""
+    two = {"count": 2, "config": shaped(trainer, 2)}
+    deaths = {
+        "in_step": [1, "utils.loop", "clip_gradients", 3, "die"],
+        "in_save": [0, "utils.checkpoint:os", "replace", 2, "die", "last.pt"],
+        "in_evaluation": [1, "train_unet", "evaluate", 2, "die"],
+    }
+    died = run_cases(trainer, tmp_path, {name: two | {"changes": [change]} for name, change in deaths.items()})
+    for name, answer in died.items():
+        killed = deaths[name][0]
+        assert answer["statuses"][killed] == -signal.SIGKILL and answer["statuses"][1 - killed] == 1, answer
+        assert answer["ended_s"] < ENDS_WITHIN_S and "rror" not in "".join(answer["printed"]), answer
+    last = {name: str(tmp_path / name / "last.pt") for name in deaths}
+    cases = {f"{name}_by_2": two | {"resume": path} for name, path in last.items()}
+    cases["in_step_by_1"] = {"count": 1, "config": shaped(trainer, 1), "resume": last["in_step"]}
+    for name, answer in run_cases(trainer, tmp_path, cases).items():
+        assert set(answer["statuses"]) == {0}, answer
+        if name.endswith("by_2"):
+            assert not run_differences(runs[0] / "by_2", tmp_path / name), name
+    states = [load_checkpoint(folder / "last.pt")["model"] for folder in (runs[0] / "by_2", tmp_path / "in_step_by_1")]
+    assert relative_difference(*states) < 1e-6
+
+
+@only_unet
+def test_errors_are_one_line_of_the_process_that_has_it(trainer, tmp_path):
+    good = shaped(trainer, 2)
+    cases = {
+        "batch": {"config": good | {"train": good["train"] | {"batch_size": 3}}},
+        "device": {"config": good | {"device": "cuda:7"}},
+        "check": {"config": good | {"check": True}},
+        "nan": {"config": good, "changes": [[1, "train_unet", "weighted_loss", 2 + 1, "nan"]]},
+        "memory": {"config": good, "changes": [[1, "utils.run", "seed_dropout", 2, "memory"]]},
+        "bug": {"config": good, "changes": [[0, "utils.run", "seed_dropout", 2, "bug"]]},
+    }
+    expected = {
+        "batch": "error: train.batch_size is 3, which 2 processes cannot share: give a multiple of 2",
+        "device": "error: device is cuda:7; must be auto, cpu or cuda where 2 processes train: each takes its own",
+        "check": "error: check=True is for one process: start it with python instead of torchrun",
+        "nan": "error: loss is nan at step 0, ",
+        "memory": "error: out of memory in train, step 0: memory; this machine has .*; try less",
+        "bug": "ZeroDivisionError: bug",
+    }
+    answers = run_cases(trainer, tmp_path, {name: case | {"count": 2} for name, case in cases.items()})
+    for name, answer in answers.items():
+        assert answer["statuses"] == [1, 1], (name, answer)
+        lines = [
+            line for text in answer["printed"] for line in text.splitlines() if re.match(r"error: |\w+Error: ", line)
+        ]
+        assert len(lines) == 1 and re.match(expected[name], lines[0]), (name, answer["printed"])
+        assert answer["ended_s"] < ENDS_WITHIN_S
+        assert ("Traceback" in "".join(answer["printed"])) == (name == "bug")
