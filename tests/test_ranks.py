@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny import ROOT, run_differences, without_timing
 
+from utils import ranks, settings
 from utils.checkpoint import load_checkpoint
 
 LIMIT_S = 60  # of a run, in which nothing may hang
@@ -252,3 +253,64 @@ def test_errors_are_one_line_of_the_process_that_has_it(trainer, tmp_path):
         assert len(lines) == 1 and re.match(expected[name], lines[0]), (name, answer["printed"])
         assert answer["ended_s"] < ENDS_WITHIN_S
         assert ("Traceback" in "".join(answer["printed"])) == (name == "bug")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# under torchrun itself, and what Hydra starts
+
+
+def torchrun(script: str, *arguments: str, count: int = 2) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    command = [*launcher, str(ROOT / f"{script}.py"), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=LIMIT_S)
+
+
+@only_unet
+def test_a_command_of_a_user_makes_one_folder(trainer, tmp_path):
+    """Without hydra.run.dir each process would have made a folder of its own, named after its time."""
+    sweep = f"hydra.run.dir={tmp_path}/${{now:%H-%M-%S-%f}}"
+    overrides = trainer.tiny.tiny_overrides(trainer.root)
+    done = torchrun("train_unet", *overrides, "train.steps=1", "train.test_at_end=false", sweep)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run_dir,) = tmp_path.iterdir()
+    assert {".hydra", "last.pt", "best.pt", "run.json", "train_unet.log"} <= {path.name for path in run_dir.iterdir()}
+    assert done.stdout.count("Written to") == 1 and "2 processes: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    "script, argument, message",
+    [
+        ("train_unet", "--multirun", "error: --multirun is for one process; under torchrun start each run by itself"),
+        ("infer_sam2", "input=a.jpg", "error: infer_sam2.py runs in one process: start it with python instead"),
+        ("train_unet", "", None),
+    ],
+)
+def test_what_several_processes_cannot_do(script, argument, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", argument] if argument else [f"{script}.py"])
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    if message is None:
+        settings.read_command_line("unet")
+        assert ranks.launched_count() == ranks.local_count() == 2 and ranks.count() == 1  # not joined yet
+        return
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        settings.read_command_line("unet")
+
+
+def test_a_world_size_without_a_rank_is_none_of_torchruns(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")  # as some clusters set it for every job
+    monkeypatch.delenv("RANK", raising=False)
+    assert ranks.launched_count() == ranks.local_count() == ranks.count() == 1 and ranks.is_first()
+
+
+@only_unet
+def test_a_sweep_runs_by_submitit(trainer, tmp_path):
+    """hydra/launcher=submitit_slurm, but for Slurm: its jobs are processes of this machine."""
+    overrides = trainer.tiny.tiny_overrides(trainer.root)
+    command = [sys.executable, str(ROOT / "train_unet.py"), "--multirun", "hydra/launcher=submitit_local", *overrides]
+    command += ["train.steps=1", "train.test_at_end=false", "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * LIMIT_S, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    records = [json.loads((tmp_path / "sweep" / name / "run.json").read_text()) for name in ("0", "1")]
+    assert [record["config"]["seed"] for record in records] == [0, 1] and all("end" in record for record in records)

@@ -38,12 +38,12 @@ class OtherEndedError(Exception):
 
 def launched_count() -> int:
     """Read how many processes `torchrun` started on all machines; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
 
 
 def local_count() -> int:
     """Read how many of them run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if launched_count() > 1 else 1
 
 
 def count() -> int:

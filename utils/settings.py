@@ -285,6 +285,9 @@ def read_command_line(task: str) -> None:
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on `one_line_errors` answers Ctrl-C
     is_multirun = bool({"-m", "--multirun"} & set(sys.argv[1:]))
+    if is_multirun:  # a launcher's jobs import what this script does, wherever the user stands
+        places = [str(Path(__file__).resolve().parent.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, places))
     sys.argv[1:] = ranks.prepare(sys.argv[1:])
     if ranks.launched_count() > 1 and is_multirun:
         sys.exit(
