@@ -3,6 +3,7 @@
 `python -m benchmarks.ranks` shows the same at full length, under torchrun.
 """
 
+import copy
 import json
 import os
 import re
@@ -16,6 +17,8 @@ from tiny import ROOT, run_differences, without_timing
 
 from utils import ranks, settings
 from utils.checkpoint import load_checkpoint
+from utils.tracking.siamfc import SiamFC
+from utils.tracking.tracker import fold_batch_norm
 
 LIMIT_S = 60  # of a run, in which nothing may hang
 ENDS_WITHIN_S = 30  # all processes after the first of them died
@@ -314,3 +317,21 @@ def test_a_sweep_runs_by_submitit(trainer, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     records = [json.loads((tmp_path / "sweep" / name / "run.json").read_text()) for name in ("0", "1")]
     assert [record["config"]["seed"] for record in records] == [0, 1] and all("end" in record for record in records)
+
+
+def test_batch_norm_is_synchronised_on_cuda_alone(monkeypatch, capsys):
+    """Weights keep their names, and what is evaluated stays the same: on a CPU here, where it cannot train."""
+    model = SiamFC(False).eval()
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    assert ranks.synchronize_norms(model, torch.device("cpu")) is model
+    assert "each of the 2 processes normalises its own share" in capsys.readouterr().out
+    exemplars, instances = torch.rand(1, 3, 127, 127) * 255, torch.rand(1, 3, 239, 239) * 255
+    with torch.no_grad():
+        expected = model(exemplars, instances)
+        synchronized = ranks.synchronize_norms(copy.deepcopy(model), torch.device("cuda"))
+        assert sum(isinstance(module, torch.nn.SyncBatchNorm) for module in synchronized.modules()) == 4
+        assert synchronized.state_dict().keys() == model.state_dict().keys()
+        assert torch.equal(synchronized(exemplars, instances), expected)
+        folded = [fold_batch_norm(each) for each in (model, synchronized)]
+        assert torch.equal(*(each(exemplars, instances) for each in folded))
+        assert not [module for module in folded[1].modules() if "Norm" in type(module).__name__]

@@ -245,7 +245,7 @@ def fold_batch_norm(model: SiamFC) -> SiamFC:
     folded = copy.deepcopy(model).eval()
     for name, block in folded.backbone.named_children():
         layers = list(block.children())
-        if len(layers) > 1 and isinstance(layers[1], nn.BatchNorm2d):
+        if len(layers) > 1:  # convolution, batch norm of any kind, ReLU, pooling
             fused = fuse_conv_bn_eval(layers[0], layers[1])
             # The pooling, if any, before the ReLU: the same values, of which a quarter is left for the ReLU.
             setattr(folded.backbone, name, nn.Sequential(fused, *reversed(layers[2:])))
