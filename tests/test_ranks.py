@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def at_call(module, name, number, what, ending=""):
                 os.kill(os.getpid(), signal.SIGKILL)
             if what == "nan":
                 return real(*args, **keywords) * float("nan")
-            raise {"bug": ZeroDivisionError, "memory": torch.cuda.OutOfMemoryError}[what](what)
+            raise {"bug": ZeroDivisionError, "memory": torch.cuda.OutOfMemoryError}[what](f"out of {what}")
         return real(*args, **keywords)
 
     setattr(module, name, call)
@@ -152,10 +153,10 @@ def rows_of_step(run_dir, step: int) -> list[dict]:
 STEPS = ["train.steps=3", "train.eval_every=2", "train.save_every=1", "num_workers=0"]
 SHAPES = {1: (1, 6), 2: (2, 3), 3: (3, 2)}  # processes: batch, accumulate
 OWN = {  # what is drawn, and two samples to validate on: one of three processes has none
-    "train_sam2": ["train.eval_images=2"],
+    "train_sam2": ["train.eval_images=2", "train.objects_per_image=1", "train.steps=2"],
     "train_unet": ["model=vit_small", "model.dim=24", "model.num_blocks=2", "model.num_heads=2", "model.dropout=0.3",
                    "optim=sgd", "train.eval_images=2", "train.test_at_end=false"],
-    "train_siamfc": ["train.eval_frames=2", "pairs.blur=0.3", "train.eval_pairs=1"],
+    "train_siamfc": ["train.eval_frames=2", "pairs.blur=0.3", "train.eval_pairs=1", "train.steps=2"],
 }  # fmt: skip
 
 
@@ -183,7 +184,7 @@ def test_two_and_three_processes_give_what_one_gives(trainer, runs):
         losses = [
             [row["train/loss"] for row in each["loop"]["rows"] if "train/loss" in row] for each in (states[1], state)
         ]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-6) and len(losses[0]) == 3
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6) and len(losses[0]) >= 2
         assert state.keys() == states[1].keys() and state["loop"].keys() == states[1]["loop"].keys()
         weights = [torch.load(folder / f"by_{count}_{rank}.pt") for rank in range(count)]
         assert all(map(torch.equal, weights[0], weights[-1]))  # all processes have the same, to the bit
@@ -228,6 +229,12 @@ def test_a_process_that_dies_ends_the_others_and_the_run_resumes(trainer, runs, 
     assert relative_difference(*states) < 1e-6
 
 
+def write_one_name(trainer, folder) -> Path:
+    """A list of one training picture of the tiny dataset: fewer than processes."""
+    (folder / "train.txt").write_text("000\n")
+    return folder / "train.txt"
+
+
 @only_unet
 def test_errors_are_one_line_of_the_process_that_has_it(trainer, tmp_path):
     good = shaped(trainer, 2)
@@ -237,6 +244,7 @@ def test_errors_are_one_line_of_the_process_that_has_it(trainer, tmp_path):
         "check": {"config": good | {"check": True}},
         "nan": {"config": good, "changes": [[1, "train_unet", "weighted_loss", 2 + 1, "nan"]]},
         "memory": {"config": good, "changes": [[1, "utils.run", "seed_dropout", 2, "memory"]]},
+        "few": {"config": good | {"data": good["data"] | {"train_list": str(write_one_name(trainer, tmp_path))}}},
         "bug": {"config": good, "changes": [[0, "utils.run", "seed_dropout", 2, "bug"]]},
     }
     expected = {
@@ -244,10 +252,12 @@ def test_errors_are_one_line_of_the_process_that_has_it(trainer, tmp_path):
         "device": "error: device is cuda:7; must be auto, cpu or cuda where 2 processes train: each takes its own",
         "check": "error: check=True is for one process: start it with python instead of torchrun",
         "nan": "error: loss is nan at step 0, ",
-        "memory": "error: out of memory in train, step 0: memory; this machine has .*; try less",
-        "bug": "ZeroDivisionError: bug",
+        "memory": "error: out of memory in train, step 0: out of memory; this machine has .*; try less",
+        "bug": "ZeroDivisionError: out of bug",
     }
     answers = run_cases(trainer, tmp_path, {name: case | {"count": 2} for name, case in cases.items()})
+    few = answers.pop("few")
+    assert few["statuses"] == [0, 0] and "images: train 1, val 3" in few["printed"][0], few  # it trains all the same
     for name, answer in answers.items():
         assert answer["statuses"] == [1, 1], (name, answer)
         lines = [
