@@ -415,9 +415,11 @@ def build_shapes(settings: Config) -> torch.nn.Module:
         )
 
 
-def check_batch(settings: Config) -> None:
+def check_batch(settings: Config, device: torch.device) -> None:
     """Raise a ValueError where a batch is too small for batch norm: a mean over one value is that value."""
-    size, framing = ranks.own_size("train.batch_size", settings.train.batch_size), settings.data.framing
+    size, framing = settings.train.batch_size, settings.data.framing
+    if device.type != "cuda":  # where several processes normalise all together
+        size = ranks.own_size("train.batch_size", size)
     images = torch.empty(size, settings.data.reader_keys["channels"], *framing.input_hw, device="meta")
     try:
         with torch.no_grad():
@@ -425,7 +427,7 @@ def check_batch(settings: Config) -> None:
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        of_each = " in each process" if ranks.count() > 1 else ""
+        of_each = " in each process" if size < settings.train.batch_size else ""
         raise ValueError(
             f"train.batch_size is {size}{of_each} and data.image_size {framing.image_size}, of which "
             f"{settings.model['name']} leaves one value a channel, too few for its batch norm; one of them must be "
@@ -563,7 +565,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     ranks.own_size("train.batch_size", train_settings.batch_size)
     run.seed_everything(common.seed)
     if train_settings.steps > 0 and settings.check is not True:
-        check_batch(settings)
+        check_batch(settings, device)
     is_new = resume_path is None and not settings.check  # other weights than a checkpoint's may be asked for
     channels, num_classes = reader_keys["channels"], reader_keys["num_classes"]
     model = ranks.after_first(functools.partial(build_network, settings.model, channels, num_classes, is_new))

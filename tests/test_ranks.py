@@ -217,7 +217,10 @@ def test_a_process_that_dies_ends_the_others_and_the_run_resumes(trainer, runs, 
     for name, answer in died.items():
         killed = deaths[name][0]
         assert answer["statuses"][killed] == -signal.SIGKILL and answer["statuses"][1 - killed] == 1, answer
-        assert answer["ended_s"] < ENDS_WITHIN_S and "rror" not in "".join(answer["printed"]), answer
+        lines = re.findall("^error: .*$", "\n".join(answer["printed"]), re.M)
+        assert answer["ended_s"] < ENDS_WITHIN_S and "Traceback" not in "".join(answer["printed"]), answer
+        expected = [] if killed == 0 else ["error: another process of the run has ended"]  # the first is the store here
+        assert [line.split(" (")[0] for line in lines] == expected, answer
     last = {name: str(tmp_path / name / "last.pt") for name in deaths}
     cases = {f"{name}_by_2": two | {"resume": path} for name, path in last.items()}
     cases["in_step_by_1"] = {"count": 1, "config": shaped(trainer, 1), "resume": last["in_step"]}
@@ -295,13 +298,14 @@ def test_a_command_of_a_user_makes_one_folder(trainer, tmp_path):
     "script, argument, message",
     [
         ("train_unet", "--multirun", "error: --multirun is for one process; under torchrun start each run by itself"),
+        ("train_unet", "hydra.mode=MULTIRUN", "error: --multirun is for one process"),
         ("infer_sam2", "input=a.jpg", "error: infer_sam2.py runs in one process: start it with python instead"),
         ("train_unet", "", None),
     ],
 )
 def test_what_several_processes_cannot_do(script, argument, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"{script}.py", argument] if argument else [f"{script}.py"])
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     if message is None:
         settings.read_command_line("unet")
@@ -309,6 +313,40 @@ def test_what_several_processes_cannot_do(script, argument, message, monkeypatch
         return
     with pytest.raises(SystemExit, match=re.escape(message)):
         settings.read_command_line("unet")
+
+
+def test_the_other_processes_are_silent_whatever_the_order_of_their_arguments(monkeypatch):
+    """Hydra takes key=value arguments in one row: silence stands behind the last of them."""
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    monkeypatch.setattr(ranks.atexit, "register", lambda *args: None)
+    arguments = ranks.prepare(["train.steps=1", "--config-name=y"])
+    assert arguments == ["train.steps=1", *ranks.SILENT_RUN, "--config-name=y"]
+    assert ranks.prepare(["--cfg", "job"]) == ["--cfg", "job", *ranks.SILENT_RUN]
+    assert ranks.prepare([]) == ranks.SILENT_RUN and sys.stdout.name == os.devnull
+
+
+def test_processes_that_cannot_reach_each_other_say_so(monkeypatch):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+
+    def refuse(*args, **keywords):
+        raise RuntimeError("Unable to find interface for: eth7\nmore")
+
+    monkeypatch.setattr(ranks.dist, "init_process_group", refuse)
+    message = "the 2 processes cannot reach each other (Unable to find interface for: eth7): see the machines' names"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ranks.join("auto")
+
+
+def test_what_is_this_processes_own_is_not_blamed_on_others():
+    for message in ("CUDA out of memory", "DataLoader worker (pid 7) is killed by signal: Killed."):
+        with pytest.raises(RuntimeError, match=re.escape(message)), ranks._together():
+            raise RuntimeError(message)
+    with pytest.raises(ranks.OtherEndedError, match="another process of the run has ended"), ranks._together():
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:4242")
 
 
 def test_a_world_size_without_a_rank_is_none_of_torchruns(monkeypatch):

@@ -20,10 +20,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-TIMEOUT = timedelta(days=7)  # of a wait for others that check data or encode pictures; a lost one is noticed at once
+JOINING = timedelta(minutes=10)  # until all processes have come
+WAITING = timedelta(days=7)  # for others that check data or encode pictures; a lost one is noticed at once
 BUCKET_VALUES = 2**23  # values of gradients that are sent together, 32 MiB in fp32
 SILENT_RUN = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]  # of all ranks but the first
 LATER_S = 1.0  # s that a process without anything to report lives on, so that the one that has can print it
+VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}  # torchrun sets all, some clusters a few
 
 devices: list[str] = []  # each rank's, such as "box1 cuda:0", where there are several
 
@@ -38,7 +40,7 @@ class OtherEndedError(Exception):
 
 def launched_count() -> int:
     """Read how many processes `torchrun` started on all machines; 1 without it."""
-    return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
+    return int(os.environ["WORLD_SIZE"]) if VARIABLES <= os.environ.keys() else 1
 
 
 def local_count() -> int:
@@ -73,11 +75,17 @@ def prepare(arguments: list[str]) -> list[str]:
     Returns:
         the command line for this process.
     """
-    if launched_count() == 1 or os.environ["RANK"] == "0":
+    if launched_count() == 1:
+        return arguments
+    if os.environ["RANK"] == "0":
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(line_buffering=True)  # torchrun may end it without its flushing a file or a pipe
         return arguments
     atexit.register(time.sleep, LATER_S)
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # progress bars too: it is no terminal
-    return [*arguments, *SILENT_RUN]
+    places = [number for number, argument in enumerate(arguments) if "=" in argument and not argument.startswith("-")]
+    stop = places[-1] + 1 if places else len(arguments)  # argparse takes key=value arguments in one row alone
+    return [*arguments[:stop], *SILENT_RUN, *arguments[stop:]]
 
 
 def join(device_name: str, alone: str | None = None) -> None:
@@ -87,13 +95,20 @@ def join(device_name: str, alone: str | None = None) -> None:
         device_name: the setting `device`.
         alone: what the command asks for that one process does, such as "check=true".
     Raises:
-        ValueError: for `alone`, and for a device that not each process can have.
+        ValueError: for `alone`, for a device that not each process can have, and where they cannot reach each other.
     """
     if launched_count() == 1:
         return
-    has_cuda = torch.cuda.is_available()
-    with _together():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=TIMEOUT)
+    has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=JOINING)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the {launched_count()} processes cannot reach each other ({str(error).splitlines()[0]}): see the "
+            "machines' names and addresses, and GLOO_SOCKET_IFNAME"
+        ) from error
+    older = not hasattr(dist, "set_timeout")
+    (dist.distributed_c10d._set_pg_timeout if older else dist.set_timeout)(WAITING)
     if alone is not None:
         raise ValueError(f"{alone} is for one process: start it with python instead of torchrun")
     if device_name not in ("auto", "cpu", "cuda"):
@@ -265,24 +280,30 @@ def _together():
     """Turn what PyTorch raises where another process is gone into OtherEndedError."""
     try:
         yield
-    except torch.cuda.OutOfMemoryError:
-        raise
     except RuntimeError as error:
-        raise OtherEndedError(str(error)) from error
+        if "memory" in str(error) or str(error).startswith("DataLoader worker"):  # this process's own
+            raise
+        raise OtherEndedError(f"error: another process of the run has ended ({str(error).splitlines()[0]})") from error
 
 
 def end_at_error(error: BaseException, message: str | None) -> None:
     """End this process, one of several, with status 1 (Ctrl-C: 130): the first one with something to report prints it.
 
-    It ends at once, not waiting for the others, so that torchrun sees it and ends them.
+    It ends at once, not waiting for the others, so that torchrun sees it and ends them. That another one has ended is
+    reported only where that one has not said why, and torchrun has not ended this one within LATER_S.
 
     Args:
         message: what to print; None: the traceback of `error`, which nobody foresaw.
     """
+    if isinstance(error, OtherEndedError):
+        message = str(error)
+        time.sleep(LATER_S)
     if isinstance(error, KeyboardInterrupt):
         reports = os.environ["RANK"] == "0"
+        if not reports:
+            time.sleep(4 * LATER_S)  # the first may wait for what its device computes
     else:
-        reports = not isinstance(error, OtherEndedError) and _is_first_report()
+        reports = _is_first_report()
     if reports:
         text = f"{message}\n" if message is not None else "".join(traceback.format_exception(error))
         sys.__stderr__.write(text)

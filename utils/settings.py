@@ -284,7 +284,7 @@ def read_command_line(task: str) -> None:
             run folder that cannot be made.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on `one_line_errors` answers Ctrl-C
-    is_multirun = bool({"-m", "--multirun"} & set(sys.argv[1:]))
+    is_multirun = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv[1:]))
     if is_multirun:  # a launcher's jobs import what this script does, wherever the user stands
         places = [str(Path(__file__).resolve().parent.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, places))
@@ -388,6 +388,8 @@ def describe_end(error: BaseException, script: str, less_memory: str) -> str | N
         shown_dir = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
         if (run_dir / "last.pt").is_file():
             command = show_command(f"{script}.py", resume=shown_dir)
+            if ranks.launched_count() > 1:
+                command = command.replace("python", "torchrun ...", 1)
             return f"interrupted; {shown_dir}/last.pt is saved, go on with: {command}"
         return f"interrupted; what was finished is in {shown_dir}"
     if isinstance(error, (ValueError, OSError, FloatingPointError)):

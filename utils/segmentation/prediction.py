@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as transforms
 
+from utils import ranks
 from utils.run import autocast
 from utils.segmentation.model_summary import summarize
 from utils.segmentation.unet import nearest_paper_input_sizes, paper_input_size
@@ -145,12 +146,12 @@ def activation_bytes(model: torch.nn.Module, framing: Framing, channels: int) ->
 
 
 def free_memory(device: torch.device) -> int:
-    """Estimate how many bytes the device has free; 4 GB where it does not tell."""
+    """Estimate how many bytes the device has free for this process; 4 GB where it does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu" and Path("/proc/meminfo").exists():  # Linux
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0])
+        return 1024 * int(lines["MemAvailable"].split()[0]) // ranks.local_count()
     return 4 * 2**30
 
 
