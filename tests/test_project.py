@@ -161,7 +161,8 @@ def third_party(paths) -> set[str]:
 def test_requirements_list_what_is_used_and_nothing_else():
     assert third_party(SCRIPTS + UTILS) == required("requirements.txt")
     assert third_party(TESTS) <= required("requirements-test.txt")
-    assert required("requirements-test.txt") <= third_party(SCRIPTS + UTILS + TESTS) | {"ruff", "pytest-xdist"}
+    plugins = {"ruff", "pytest-xdist", "hydra-submitit-launcher"}
+    assert required("requirements-test.txt") <= third_party(SCRIPTS + UTILS + TESTS) | plugins
 
 
 # ---------------------------------------------------------------------------------------------------------------------
