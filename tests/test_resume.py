@@ -316,7 +316,8 @@ LEFT_AT = {
 def test_killed_runs_resume_exactly(trainer, tmp_path):
     name = trainer.name
     overrides = ["train.steps=5", "train.eval_every=2", "train.batch_size=1", "train.accumulate=2"]
-    overrides += ["train.eval_clicks=[1,2]"] if name == "train_sam2" else []
+    if name == "train_sam2":
+        overrides += ["train.eval_clicks=[1,2]", "train.objects_per_image=2", "train.eval_images=2"]
     steps = kill_and_resume(trainer.tiny.__name__, configure(trainer, *overrides), tmp_path, CASES[name])
     assert {case: step for case, step in steps.items() if case in LEFT_AT} == {
         case: step for case, step in LEFT_AT.items() if case in steps

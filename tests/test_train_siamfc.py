@@ -941,15 +941,15 @@ def test_preset_trains_two_steps(name, data_folder, tmp_path, quick):
     overrides = [f"experiment={name}", f"data_root={data_folder}", "device=cpu", "num_workers=0"]
     overrides += ["train.steps=2", "train.batch_size=2", "train.eval_pairs=2", "train.eval_frames=3"]
     if name == "siamfc_bundled":  # its moving shapes are many, and below the repository
-        part = "data.parts.moving_shapes"
-        overrides += [f"{part}.generate=null", f"{part}.root={data_folder / 'GOT-10k'}"]
+        for part in ("data.parts.moving_shapes", "data.parts.wild_shapes"):
+            overrides += [f"{part}.generate=null", f"{part}.root={data_folder / 'GOT-10k'}"]
     last = tiny.train_in(tmp_path / "run", tiny.compose_config(*overrides))
     assert last["step"] == 2 and [row["step"] for row in last["metrics"] if "val/ao" in row] == [0, 2]
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     expected = {
         "siamfc_got10k": {"train_sequences": 3, "val_sequences": 2},
         "siamfc_paper": {"train_sequences": 2, "val_sequences": 1},
-        "siamfc_bundled": {"train_sequences": 1 + 3 + 3, "val_sequences": 2},
+        "siamfc_bundled": {"train_sequences": 1 + 3 + 3 + 3 + 3 + 1 + 1, "val_sequences": 2 + 2},
     }[name]
     assert record["data"] == expected
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 from pathlib import Path
 
 import cv2
@@ -183,8 +184,24 @@ def write_data_root(data_root: Path) -> Path:
     write_got10k(data_root / "GOT-10k")
     write_imagenet_vid(data_root / "ILSVRC2015")
     write_davis(data_root / "DAVIS2016")
+    write_davis(data_root / "DAVIS2016_more")
     write_pictures(data_root / "oxford-iiit-pet", "images", "annotations/trimaps")
+    write_coco(data_root / "COCO_panoptic_sample", "input_images", "panoptic_coco_detection_format.json")
+    write_coco(data_root / "COCO_labelme_voc3" / "data_dataset_coco", ".", "annotations.json")
     return data_root
+
+
+def write_coco(root: Path, image_dir: str, annotations: str) -> None:
+    """Write a picture with one polygon as COCO has it."""
+    [frame], [box] = draw_video(np.random.default_rng(4), 1)
+    x, y, w, h = box.tolist()
+    (root / image_dir).mkdir(parents=True)
+    write_image(root / image_dir / "a.jpg", frame)
+    polygon = {"id": 1, "image_id": 7, "category_id": 1, "iscrowd": 0, "area": w * h, "bbox": [x, y, w, h]}
+    polygon["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    image = {"id": 7, "file_name": "a.jpg", "height": frame.shape[0], "width": frame.shape[1]}
+    record = {"images": [image], "annotations": [polygon], "categories": [{"id": 1, "name": "thing"}]}
+    (root / annotations).write_text(json.dumps(record))
 
 
 def make_sequence(boxes_xywh, frame_wh=(1000, 800), cover=None, visible=None, name="made", box_origin=0) -> Sequence:
