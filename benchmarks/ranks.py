@@ -38,6 +38,7 @@ EQUAL = {
 SHAPES = {1: (1, 6), 2: (2, 3), 3: (3, 2)}  # processes: batch, accumulate
 SAME = {"`unet_small`": ["train_unet", "train.eval_images=4"], "SiamFC": ["train_siamfc", "train.eval_frames=5"]}
 GBIT_S = (10, 100)
+LEFT_OUT = ("val/tracked_per_s", "val/loss", "val/hit_rate")
 
 
 def start(script: str, run_dir: Path, count: int, *overrides: str, agent: list[str] | tuple = ()) -> subprocess.Popen:
@@ -86,9 +87,9 @@ def difference(run_dir: Path, other_dir: Path) -> float:
 
 
 def first_validation(run_dir: Path) -> dict[str, float]:
-    """The row of step 0, but for what depends on time and on the size of a batch."""
+    """The row of step 0, but for speed, and for what SiamFC computes of pairs in batches, here not of one size."""
     row = next(row for row in load_checkpoint(run_dir / "last.pt")["loop"]["rows"] if row["step"] == 0)
-    return {name: value for name, value in row.items() if name not in ("val/tracked_per_s", "val/loss")}
+    return {name: value for name, value in row.items() if name not in LEFT_OUT}
 
 
 def show_equal(folder: Path) -> None:
@@ -142,7 +143,7 @@ def show_kill(folder: Path) -> None:
     finish(process)
     span_s, rng = time.monotonic() - start_s - first_s, random.Random(0)
     print(
-        "\n| killed | after s of its training | step of last.pt | all ended within s | by 2 | by 1 |\n"
+        "\n| killed | s after its first save | step of last.pt | all ended within s | resumed by 2 | by 1 |\n"
         + "|---" * 6
         + "|"
     )
