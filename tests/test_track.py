@@ -815,7 +815,7 @@ track_frames = test_track.script.track_frames
 
 def watched(*args):
     for found in track_frames(*args):
-        if found.index in (300, 2999):
+        if found.index in (300, 1599):
             peak = next(line for line in statm.read_text().splitlines() if line.startswith("VmHWM"))
             used.append(int(peak.split()[1]) / 1024)
         yield found
