@@ -396,3 +396,41 @@ def test_batch_norm_is_synchronised_on_cuda_alone(monkeypatch, capsys):
         folded = [fold_batch_norm(each) for each in (model, synchronized)]
         assert torch.equal(*(each(exemplars, instances) for each in folded))
         assert not [module for module in folded[1].modules() if "Norm" in type(module).__name__]
+
+
+AVERAGE = r"""
+import os, socket, sys
+import torch
+from utils import ranks
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0")
+rank = int(os.fork() == 0)
+os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+ranks.join("cpu")
+both, one, none = weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+optimizer = torch.optim.AdamW(weights, lr=0.1, weight_decay=0.5)
+loss = (rank + 1) * both.sum() + (6 * one.sum() if rank == 1 else 0)
+loss.backward()
+ranks.average_gradients(weights)
+gradients = [None if weight.grad is None else weight.grad.tolist() for weight in weights]
+optimizer.step()
+os.write(1, f"{rank} {gradients} {none.tolist()}\n".encode())  # in one piece
+ranks.leave()
+if rank == 0:
+    os.wait()
+"""
+
+
+def test_a_parameter_that_one_process_uses_gets_its_share_and_one_that_none_uses_no_update():
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", AVERAGE]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = "[[1.5, 1.5, 1.5], [3.0, 3.0, 3.0], None] [1.0, 1.0, 1.0]"  # no weight decay either
+    assert sorted(line for line in done.stdout.splitlines() if line[:1] in ("0", "1")) == [
+        f"0 {expected}",
+        f"1 {expected}",
+    ]
