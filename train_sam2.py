@@ -960,7 +960,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     settings = read_settings(Config, config)
     common, train_settings, optim_settings = settings.common, settings.train, settings.optim
     device, precision = run.set_up_device(common.device, common.precision)
-    ranks.own_size("train.batch_size", train_settings.batch_size)
+    ranks.own_size("train.batch_size", train_settings.batch_size)  # raises before anything takes time
     run.seed_everything(common.seed)
 
     # data: list, check, leave out what cannot be used
@@ -1224,7 +1224,7 @@ def main(cfg) -> float:
     """Read the config, train, and end with one line on what went wrong and status 1, if anything did."""
     with sections.one_line_errors("train_sam2", "a smaller train.batch_size or train.objects_per_forward"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        ranks.join(config["device"], f"check={config['check']}" if config["check"] else None)
+        ranks.join(config)
         hydra_config = HydraConfig.get()
         config, resume_path = config_to_resume(
             Config, "train_sam2", config, list(hydra_config.overrides.task), RESUMABLE, fix_decoder

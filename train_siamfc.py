@@ -607,7 +607,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     settings = read_settings(Config, config)
     common, train_settings = settings.common, settings.train
     device, precision = run.set_up_device(common.device, common.precision)
-    ranks.own_size("train.batch_size", train_settings.batch_size)
+    ranks.own_size("train.batch_size", train_settings.batch_size)  # raises before anything takes time
     tracker_precision = precision if settings.tracker.mode == "fast" else "fp32"
     labels = siamfc.response_labels(RESPONSE_SIZE, train_settings.r_pos).to(device)  # (15, 15)
     weights = siamfc.balanced_weights(labels)
@@ -762,7 +762,7 @@ def main(cfg) -> float:
     """Read the config, train, and end with one line on what went wrong and status 1, if anything did."""
     with sections.one_line_errors("train_siamfc", "a smaller train.batch_size, or precision=bf16"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        ranks.join(config["device"], f"check={config['check']}" if config["check"] else None)
+        ranks.join(config)
         hydra_config = HydraConfig.get()
         config, resume_path = config_to_resume(
             Config, "train_siamfc", config, list(hydra_config.overrides.task), RESUMABLE

@@ -22,6 +22,8 @@ its own size, classes that are not there left out:
     val/dice             mean over classes of the Dice coefficient
     val/soft_iou         mean over pictures of the soft IoU of probabilities, as in the series named below
     val/loss             the training loss on the whole pictures
+    val/v_rand           V_rand after thinning, where a class separates objects (data.boundary_class): pairs of pixels
+                         that are in one object in truth and prediction, the highest over nine thresholds
     train/loss, train/pixel_accuracy    running means over training steps (bias-corrected, 0.99)
 Sources: Ronneberger et al. 2015 (U-Net); Matani and Naresh 2023, "Efficient Image Segmentation Using PyTorch".
 """
@@ -562,7 +564,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     settings = read_settings(Config, config)
     common, train_settings, reader_keys = settings.common, settings.train, settings.data.reader_keys
     device, precision = run.set_up_device(common.device, common.precision)
-    ranks.own_size("train.batch_size", train_settings.batch_size)
+    ranks.own_size("train.batch_size", train_settings.batch_size)  # raises before anything takes time
     run.seed_everything(common.seed)
     if train_settings.steps > 0 and settings.check is not True:
         check_batch(settings, device)
@@ -931,8 +933,7 @@ def main(cfg) -> float | None:
         less_memory = "a smaller tiles.size, or precision=bf16"
     with sections.one_line_errors("train_unet", less_memory):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        alone = f"check={config['check']}" if config["check"] else None
-        ranks.join(config["device"], alone if config["mode"] == "train" else f"mode={config['mode']}")
+        ranks.join(config, config["mode"])
         hydra_config = HydraConfig.get()
         run_dir, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
         if config["mode"] == "summary" and config["checkpoint"] is None:

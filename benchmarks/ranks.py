@@ -1,6 +1,6 @@
 """Several processes train what one trains: the whole proof of tests/test_ranks.py, under torchrun, on CPUs with gloo.
 
-    python -m benchmarks.ranks                 # all of it, about 15 min on 2 cores
+    python -m benchmarks.ranks                 # all of it, about 10 min on 2 cores
     python -m benchmarks.ranks --only kill     # one part: equal, same, kill, agents, traffic
 
 equal    6 steps of 6 samples by 1, 2 and 3 processes: weights against one process's, and the validation of step 0

@@ -67,8 +67,7 @@ def child(rank, case, port, run_dir):
             at_call(*change)
     resume = case.get("resume")
     with settings.one_line_errors(script.__name__, "less"):
-        check = case["config"].get("check")
-        ranks.join(case["config"]["device"], f"check={check}" if check else None)
+        ranks.join(case["config"])
         script.train(case["config"], run_dir, resume and Path(resume))
     if trained:
         torch.save([parameter.detach() for parameter in trained[-1]], run_dir.with_name(f"{run_dir.name}_{rank}.pt"))
@@ -334,24 +333,30 @@ def test_processes_that_cannot_reach_each_other_say_so(monkeypatch):
     monkeypatch.setattr(ranks.dist, "init_process_group", refuse)
     message = "the 2 processes cannot reach each other (Unable to find interface for: eth7): see the machines' names"
     with pytest.raises(ValueError, match=re.escape(message)):
-        ranks.join("auto")
+        ranks.join({"device": "auto", "check": False})
 
 
 @pytest.mark.parametrize(
-    "device, alone, message",
+    "asked, message",
     [
-        ("cuda:7", None, "device is cuda:7; must be auto, cpu or cuda where 2 processes train: each takes its own"),
-        ("auto", "check=True", "check=True is for one process: start it with python instead of torchrun"),
+        (
+            {"device": "cuda:7"},
+            "device is cuda:7; must be auto, cpu or cuda where 2 processes train: each takes its own",
+        ),
+        ({"check": True}, "check=true is for one process: start it with python instead of torchrun"),
+        ({"check": "fit"}, "check=fit is for one process"),
+        ({"mode": "predict"}, "mode=predict is for one process"),
     ],
 )
-def test_what_no_process_of_several_can_have(device, alone, message, monkeypatch):
+def test_what_no_process_of_several_can_have(asked, message, monkeypatch):
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ranks.dist, "init_process_group", lambda *args, **keywords: None)
     monkeypatch.setattr(ranks.dist, "set_timeout", lambda timeout: None, raising=False)
     monkeypatch.setattr(ranks, "count", lambda: 2)
+    config = {"device": "auto", "check": False, "mode": "train"} | asked
     with pytest.raises(ValueError, match=re.escape(message)):
-        ranks.join(device, alone)
+        ranks.join(config, config["mode"])
 
 
 def test_what_is_this_processes_own_is_not_blamed_on_others():
@@ -360,6 +365,8 @@ def test_what_is_this_processes_own_is_not_blamed_on_others():
             raise RuntimeError(message)
     with pytest.raises(ranks.OtherEndedError, match="another process of the run has ended"), ranks._together():
         raise RuntimeError("Connection closed by peer [127.0.0.1]:4242")
+    with pytest.raises(ranks.OtherEndedError), ranks._together():
+        raise RuntimeError  # which says nothing
 
 
 def test_a_world_size_without_a_rank_is_none_of_torchruns(monkeypatch):
@@ -409,7 +416,7 @@ with socket.socket() as free:
 os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0")
 rank = int(os.fork() == 0)
 os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
-ranks.join("cpu")
+ranks.join({"device": "cpu", "check": False})
 both, one, none = weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
 optimizer = torch.optim.AdamW(weights, lr=0.1, weight_decay=0.5)
 loss = (rank + 1) * both.sum() + (6 * one.sum() if rank == 1 else 0)

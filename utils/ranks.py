@@ -88,14 +88,15 @@ def prepare(arguments: list[str]) -> list[str]:
     return [*arguments[:stop], *SILENT_RUN, *arguments[stop:]]
 
 
-def join(device_name: str, alone: str | None = None) -> None:
+def join(config: dict, mode: str = "train") -> None:
     """Join the processes of the run, if there are several.
 
     Args:
-        device_name: the setting `device`.
-        alone: what the command asks for that one process does, such as "check=true".
+        config: a trainer's; its device and its check are read.
+        mode: train_unet.py's.
     Raises:
-        ValueError: for `alone`, for a device that not each process can have, and where they cannot reach each other.
+        ValueError: for a check or a mode that is for one process, for a device that not each process can have, and
+            where they cannot reach each other.
     """
     if launched_count() == 1:
         return
@@ -104,13 +105,15 @@ def join(device_name: str, alone: str | None = None) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=JOINING)
     except RuntimeError as error:
         raise ValueError(
-            f"the {launched_count()} processes cannot reach each other ({str(error).splitlines()[0]}): see the "
+            f"the {launched_count()} processes cannot reach each other ({_first_line(error)}): see the "
             "machines' names and addresses, and GLOO_SOCKET_IFNAME"
         ) from error
     older = not hasattr(dist, "set_timeout")
     (dist.distributed_c10d._set_pg_timeout if older else dist.set_timeout)(WAITING)
-    if alone is not None:
-        raise ValueError(f"{alone} is for one process: start it with python instead of torchrun")
+    if mode != "train" or config["check"]:
+        asked = f"mode={mode}" if mode != "train" else f"check={str(config['check']).lower()}"
+        raise ValueError(f"{asked} is for one process: start it with python instead of torchrun")
+    device_name = config["device"]
     if device_name not in ("auto", "cpu", "cuda"):
         raise ValueError(
             f"device is {device_name}; must be auto, cpu or cuda where {count()} processes train: each takes its own"
@@ -283,7 +286,11 @@ def _together():
     except RuntimeError as error:
         if "memory" in str(error) or str(error).startswith("DataLoader worker"):  # this process's own
             raise
-        raise OtherEndedError(f"error: another process of the run has ended ({str(error).splitlines()[0]})") from error
+        raise OtherEndedError(f"error: another process of the run has ended ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def end_at_error(error: BaseException, message: str | None) -> None:

@@ -58,9 +58,8 @@ def match_predictions(
             for are_ignored in (False, True):  # an object that counts goes before one that does not
                 candidates = np.flatnonzero(may_match & (is_ignored_object == are_ignored))
                 if len(candidates):
-                    best = candidates[
-                        len(candidates) - 1 - ious[d, candidates][::-1].argmax()
-                    ]  # of equal ones the last
+                    last_first = candidates[::-1]  # of equal ones the last is taken
+                    best = last_first[ious[d, last_first].argmax()]
                     is_free[best] = False
                     is_matched[t, d], is_ignored[t, d] = True, are_ignored
                     break

@@ -164,7 +164,7 @@ def read_photographs() -> list[np.ndarray]:
     """
     package = importlib.util.find_spec("skimage")
     if package is None:
-        raise ValueError("generated scenes have textures from scikit-image's photographs: pip install scikit-image")
+        raise ValueError("some textures are cut from scikit-image's photographs: pip install scikit-image")
     return [read_image(Path(package.origin).parent / "data" / name) for name in PHOTOGRAPHS]
 
 
