@@ -6,8 +6,9 @@
 Rows are runs of the scripts' own `train`, `infer` and `track` on generated data with random weights (nothing is
 downloaded), on a GPU each in a process of its own. The base row of a model trains prompt encoder and mask decoder in
 bf16 without a cache, in sam2's own decoder; each further row of it changes one thing. Pictures/s (pairs/s, frames/s)
-are the median over the steps after the first, with reading and logging; the first step, in which kernels are chosen or
-compiled, stands apart. Peak GB are what PyTorch held on the GPU; on a CPU, what the process held.
+are the median over the last third of the steps, with reading and logging: before, CUDA's libraries choose kernels at
+each new number of objects, up to a second each time. The first step stands apart. Peak GB are what PyTorch held on the
+GPU; on a CPU, what the process held.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from utils.fit import has_peak_memory, read_peak_memory, reset_peak_memory
 from utils.images import write_image
 
 TASKS = {train_sam2: "sam2", infer_sam2: "sam2", train_unet: "unet", train_siamfc: "tracking", track: "tracking"}
-STEPS, NUM_PICTURES, NUM_FRAMES = 12, 8, 100
+STEPS, NUM_PICTURES, NUM_FRAMES = 60, 8, 100
 BOX = "box=[300,200,120,90]"
 MODELS = ("sam2.1_hiera_tiny", "sam2.1_hiera_small", "sam2.1_hiera_base_plus", "sam2.1_hiera_large")
 CHANGES = {
@@ -147,7 +148,7 @@ def measure_row(row: Row, device: str, folder: Path) -> dict:
             with (run_dirs[1] / "metrics.csv").open(newline="") as file:
                 per_s = [float(line[name]) for line in csv.DictReader(file) if line[name]]
             per_step = config["train"]["batch_size"] * config["train"]["accumulate"]
-            result |= {"per_s": statistics.median(per_s[1:]), "first_step_s": per_step / per_s[0]}
+            result |= {"per_s": statistics.median(per_s[-(len(per_s) // 3) :]), "first_step_s": per_step / per_s[0]}
             result["unit"] = "pairs/s" if row.script is train_siamfc else "pictures/s"
     if has_peak_memory(torch.device(device)):
         result["peak_gb"] = read_peak_memory(torch.device(device)) / 2**30
@@ -194,7 +195,7 @@ def format_table(results: list[dict], machine: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="measure the rows whose name holds this")
-    parser.add_argument("--minutes", type=float, default=10, help="leave out the rows that do not fit into these")
+    parser.add_argument("--minutes", type=float, default=15, help="leave out the rows that do not fit into these")
     parser.add_argument("--row", help=argparse.SUPPRESS)  # of a process of its own
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -68,7 +68,8 @@ RECIPES = {
     "tutorial": ["loss=tutorial"],
     "tutorial_256": ["loss=tutorial", "train.loss_size=256"],
     "published": [  # the tutorial as it was published: one picture a step, its optimizer and its rate
-        *("loss=tutorial", "prompts=point", "data.hflip=false", "data.color_jitter=0"),
+        *("loss=tutorial", "prompts.box_share=0", "prompts.min_corrections=0", "prompts.max_corrections=0"),
+        *("prompts.repeat_objects=false", "data.hflip=false", "data.color_jitter=0"),
         *("optim.lr=1e-5", "optim.weight_decay=4e-5", "optim.warmup_steps=0", "optim.min_lr_factor=1"),
         *("train.batch_size=1", "train.objects_per_image=1000", "train.clip_norm=1e9"),
         "train.trainable=[prompt_encoder,mask_decoder]",
@@ -110,8 +111,8 @@ def choose_items(config: dict, is_halved: bool, part: str) -> list[Item]:
 def measure(path: Path, is_halved: bool, part: str) -> dict[str, np.ndarray]:
     """Measure weights on every object: {prompt: (O,)}, and after one click true (O, 3) and predicted (O, 3) IoUs."""
     config = torch.load(path, weights_only=True, map_location="cpu")["config"]
-    model = models.build_sam2(**config["model"] | {"checkpoint": str(path)}, device="cpu", fast_decoder=True).eval()
-    precision = run.choose_precision(config["precision"], torch.device("cpu"))
+    device, precision = run.set_up_device("auto", config["precision"])
+    model = models.build_sam2(**config["model"] | {"checkpoint": str(path)}, device=device, fast_decoder=True).eval()
     measured: dict[str, list] = {}
     with run.start_threads() as threads:
         for item in choose_items(config, is_halved, part):
@@ -134,10 +135,10 @@ def measure(path: Path, is_halved: bool, part: str) -> dict[str, np.ndarray]:
                     precision,
                 )
                 rows = {name.removeprefix("val/"): values for name, values in ious.items()}
-                rows |= {"true": train_sam2.full_size_iou(logits, torch.from_numpy(masks))}
+                rows |= {"true": train_sam2.full_size_iou(logits, torch.from_numpy(masks).to(device))}
                 rows |= {"predicted": predicted.float()}
                 for name, values in rows.items():
-                    measured.setdefault(name, []).append(values.numpy())
+                    measured.setdefault(name, []).append(values.cpu().numpy())
     return {name: np.concatenate(values) for name, values in measured.items()}
 
 

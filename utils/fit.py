@@ -53,6 +53,8 @@ def check_fit(train: Callable, data: object, config: dict, changes: list[Change]
     attempt = functools.partial(try_steps, train, data, config, device, free_bytes)
     trial = attempt({})
     print(f"fit: {STEPS} steps with a batch of {trial.batch_size} {items}: {describe(trial, free_bytes, items)}")
+    if device.type == "cuda":
+        print("later steps are several times as fast: CUDA's libraries choose their kernels at each new shape")
     trials = [trial]
     if fits(trial, free_bytes):
         trials.append(attempt({"train.batch_size": 1 if trial.batch_size > 1 else 2}))
