@@ -34,9 +34,7 @@ if __name__ == "__main__":
 import copy
 import functools
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -57,9 +55,9 @@ from utils import loop as loops
 from utils import settings as sections
 from utils.checkpoint import config_to_resume, load_checkpoint, save_checkpoint
 from utils.dataset_check import CheckReport
-from utils.images import id_colors, mask_to_box, read_image
+from utils.images import id_colors, read_image
 from utils.instances.check import check_data
-from utils.instances.readers import Item, check_same_size, object_ids, split_items
+from utils.instances.readers import Item, check_same_size, list_items
 from utils.log import (
     MetricsLog,
     drawing,
@@ -70,12 +68,11 @@ from utils.log import (
     values_of_step,
     write_pictures,
 )
-from utils.sam2 import embedding_cache, losses, prompts
+from utils.sam2 import embedding_cache, evaluation, losses, prompts
 from utils.sam2 import model as models
 from utils.sam2.fast_decoder import DecoderSetting, fix_decoder
 from utils.sam2.metrics import mask_iou
 from utils.sam2.model import Embeddings, FrozenMaps
-from utils.samples.write import write_samples
 from utils.settings import SAME_SECTION, CommonSettings, above, at_least, check_keys, check_value, one_of, read_settings
 
 TERMS = {  # losses of a mask's shape, summed in this order: logits and truth (O, M, s, s) -> (O, M)
@@ -84,14 +81,9 @@ TERMS = {  # losses of a mask's shape, summed in this order: logits and truth (O
     "cross_entropy": lambda logits, truth, knobs: losses.cross_entropy_loss(logits, truth, knobs.foreground_balance),
 }
 READ_ON_CPU = ("image_index", "num_points", "num_rounds", "is_click")  # what a batch says of the work to do
-# Validation: objects of a picture that are decoded together, at most 64, by the size of their true masks; and how many
-# of their masks are brought to full size together. Another size of groups would round differently on a CPU.
-GROUP_PIXELS_ON_CPU, GROUP_PIXELS_ON_GPU = 2**26, 2**29
-FULL_SIZE_PIXELS_ON_CPU, FULL_SIZE_PIXELS_ON_GPU = 2**20, 2**26
 HIERA_SIZES = ("tiny", "small", "base_plus", "large")
 CONFIGS = run.REPOSITORY / "configs" / "sam2"
 BLEND_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the weights at the end
-LOGIT_LIMIT = 32.0  # the largest logit that is fed back as a mask prompt, as SAM 2's predictor limits it
 
 
 @dataclass(frozen=True)
@@ -219,11 +211,6 @@ class Config:
 # disk -> tensors
 
 
-def kept_objects(layers: np.ndarray, min_area_px: int) -> list[tuple[int, int]]:
-    """List (layer, id) of the objects of one picture that are large enough to be used."""
-    return [(layer, object_id) for layer, object_id, area in object_ids(layers) if area >= min_area_px]
-
-
 def read_picture(
     item: Item,
     annotation_hw: tuple[int, int],
@@ -295,7 +282,7 @@ class PromptedMasks(Dataset):
         layers = item.read().layers  # (L, H, W), the picture's size, as the dataset check has seen
         if is_mirrored:
             layers = layers[:, :, ::-1]
-        objects = kept_objects(layers, self.min_area_px)
+        objects = evaluation.kept_objects(layers, self.min_area_px)
         chosen = rng.permutation(len(objects))[: self.objects_per_image]
         if self.prompt_settings.repeat_objects:
             chosen = np.resize(chosen, self.objects_per_image)
@@ -431,7 +418,7 @@ def mask_prediction_loss(
     mask_loss = mask_shape_loss(logits, truth, loss_settings)  # (O, M)
     if loss_settings.full_size_iou:
         num_masks = 1 if loss_settings.masks == "first" else low_res_masks.shape[1]
-        iou = full_size_iou(low_res_masks[:, :num_masks].detach(), full_size_masks)  # (O, M)
+        iou = evaluation.full_size_iou(low_res_masks[:, :num_masks].detach(), full_size_masks)  # (O, M)
     else:
         iou = mask_iou(logits.detach() > 0, truth > 0.5)  # (O, M)
     iou_loss = (iou_predictions.float() - iou).abs().mean(1)  # (O,)
@@ -558,136 +545,17 @@ def _decode_round(
         low_res_masks, iou_predictions, object_score_logits, truth, loss_settings, full_size_masks
     )
     best = iou_predictions[:, : iou.shape[1]].argmax(1, keepdim=True)
-    return object_loss, iou.gather(1, best).squeeze(1), pick_mask(low_res_masks, iou_predictions)
-
-
-def pick_mask(low_res_masks: torch.Tensor, iou_predictions: torch.Tensor) -> torch.Tensor:
-    """Take the mask of highest predicted IoU as the next mask prompt: (O, M, h, w), (O, M) -> fp32 (O, 1, h, w)."""
-    best = iou_predictions.argmax(1)
-    best_masks = low_res_masks[torch.arange(len(best), device=best.device), best]  # (O, h, w)
-    return best_masks[:, None].float().clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+    return object_loss, iou.gather(1, best).squeeze(1), evaluation.pick_mask(low_res_masks, iou_predictions)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # evaluation
 
 
-def predict_masks(
-    model: torch.nn.Module,
-    embeddings: Embeddings,
-    point_coords: np.ndarray,
-    point_labels: np.ndarray,
-    mask_inputs: torch.Tensor | None,
-    orig_hw: tuple[int, int],
-    precision: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predict the masks of O objects of one picture, prompted in the picture's own frame.
-
-    Args:
-        embeddings: of this picture alone.
-        point_coords: float32 (O, P, 2), pixels of the picture.
-        point_labels: int32 (O, P).
-    Returns:
-        low_res_masks (O, M, S/4, S/4) logits, iou_predictions (O, M).
-    """
-    coords = models.scale_points(torch.from_numpy(point_coords), orig_hw, model.image_size).to(model.device)
-    labels = torch.from_numpy(point_labels).to(model.device)
-    image_index = torch.zeros(len(coords), dtype=torch.long, device=model.device)
-    with run.autocast(model.device, precision):
-        low_res_masks, iou_predictions, _ = models.decode(
-            model, embeddings, image_index, coords, labels, mask_inputs, multimask_output=coords.shape[1] == 1
-        )
-    return low_res_masks, iou_predictions
-
-
-def full_size_iou(low_res_masks: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Measure masks at their truth's size, a few objects at once: logits (O, M, h, w), bool (O, H, W) -> (O, M)."""
-    limit = FULL_SIZE_PIXELS_ON_CPU if truth.device.type == "cpu" else FULL_SIZE_PIXELS_ON_GPU
-    at_once = max(1, limit // truth[0].numel())
-    parts = zip(low_res_masks.float().split(at_once), truth.split(at_once), strict=True)
-    return torch.cat(
-        [
-            mask_iou(models.upscale_masks(logits, truth.shape[1:]) > 0, true_masks[:, None])
-            for logits, true_masks in parts
-        ]
-    )
-
-
-def measure_masks(
-    low_res_masks: torch.Tensor, iou_predictions: torch.Tensor, truth: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compare masks with the truth at the picture's own size, a few objects at once.
-
-    Args:
-        low_res_masks: (O, M, h, w) logits.
-        iou_predictions: (O, M).
-        truth: bool (O, H, W), on the same device.
-    Returns:
-        iou (O,) of each object's mask of highest predicted IoU; best_iou (O,), the highest of all M; pred_masks bool
-        (O, H, W), of highest predicted IoU.
-    """
-    num_pixels = truth[0].numel()
-    at_once = max(1, (FULL_SIZE_PIXELS_ON_CPU if truth.device.type == "cpu" else FULL_SIZE_PIXELS_ON_GPU) // num_pixels)
-    best = iou_predictions.argmax(1)
-    ious, best_ious, pred_masks = [], [], []
-    for logits, chosen, true_masks in zip(*(t.split(at_once) for t in (low_res_masks, best, truth)), strict=True):
-        all_masks = models.upscale_masks(logits, truth.shape[1:]) > 0  # (o, M, H, W)
-        all_ious = mask_iou(all_masks, true_masks[:, None])  # (o, M)
-        best_ious.append(all_ious.amax(1))
-        ious.append(all_ious.gather(1, chosen[:, None])[:, 0])
-        pred_masks.append(all_masks[torch.arange(len(chosen), device=chosen.device), chosen])
-    return torch.cat(ious), torch.cat(best_ious), torch.cat(pred_masks)
-
-
 def metric_names(clicks: list[int]) -> list[str]:
     """Name what `evaluate` measures of each object: after these numbers of clicks, then the others."""
     names = [f"val/iou_{count}_click" + ("s" if count > 1 else "") for count in clicks]
     return [*names, "val/oracle_iou_1_click", "val/iou_box"]
-
-
-def measure_objects(
-    model: torch.nn.Module,
-    embeddings: Embeddings,
-    masks: np.ndarray,
-    clicks: list[int],
-    precision: str,
-    threads: ThreadPoolExecutor,
-) -> tuple[dict[str, torch.Tensor], list[np.ndarray], np.ndarray]:
-    """Prompt objects of one picture with their boxes, then click by click, all together.
-
-    Args:
-        embeddings: of this picture alone.
-        masks: bool (O, H, W), truth.
-        clicks: as for `evaluate`.
-        threads: where clicks are computed, one object each.
-    Returns:
-        {name: (O,)} for `metric_names`; the objects' first clicks and what was predicted from them, bool (O, H, W).
-    """
-    *click_names, oracle_name, box_name = metric_names(clicks)
-    name_of = dict(zip(clicks, click_names, strict=True))
-    orig_hw, measured = masks.shape[1:], {}
-    truth = torch.from_numpy(masks).to(model.device)  # (O, H, W)
-    boxes = np.stack(list(threads.map(mask_to_box, masks))).reshape(-1, 2, 2)
-    box_labels = np.full((len(masks), 2), [2, 3], np.int32)
-    prediction = predict_masks(model, embeddings, boxes, box_labels, None, orig_hw, precision)
-    measured[box_name], _, _ = measure_masks(*prediction, truth)
-
-    point_coords = np.zeros((len(masks), 0, 2), np.float32)
-    point_labels = np.zeros((len(masks), 0), np.int32)
-    pred_masks, mask_inputs = np.zeros_like(masks), None
-    for count in range(1, max(clicks) + 1):
-        points, labels = zip(*threads.map(prompts.center_point, masks, pred_masks), strict=True)
-        point_coords = np.concatenate([point_coords, np.stack(points)[:, None]], 1)
-        point_labels = np.concatenate([point_labels, np.array(labels, np.int32)[:, None]], 1)
-        prediction = predict_masks(model, embeddings, point_coords, point_labels, mask_inputs, orig_hw, precision)
-        mask_inputs = pick_mask(*prediction)
-        iou, highest_iou, pred_masks = measure_masks(*prediction, truth)
-        pred_masks = pred_masks.cpu().numpy()  # (O, H, W)
-        if count in clicks:
-            measured[name_of[count]] = iou
-        if count == 1:
-            measured[oracle_name], first = highest_iou, (list(points), pred_masks)
-    return measured, *first
 
 
 @torch.no_grad()
@@ -721,28 +589,25 @@ def evaluate(
     model.eval()
     names = metric_names(clicks)
     measured, drawn = [], []  # of each picture: IoUs of its objects, (metrics, O); what is drawn of it, or None
-    most_pixels = GROUP_PIXELS_ON_CPU if model.device.type == "cpu" else GROUP_PIXELS_ON_GPU
     own = ranks.share(items)
     progress = tqdm(own, desc="evaluate", leave=False, disable=None)
     with run.start_threads() as threads:
         readings = run.read_ahead(read, [item for _, item in own])
         for (number, item), reading in zip(progress, readings, strict=True):
             layers, picture = reading.result()
-            objects = kept_objects(layers, min_area_px)
+            objects = evaluation.kept_objects(layers, min_area_px)
             with run.autocast(model.device, precision):
                 embeddings = embedding_cache.embed(model, picture)
             is_pictured = samples_dir is not None and number < picture_images
-            of_groups = [torch.zeros(len(names), 0, device=model.device)]
+            of_groups = [torch.zeros(len(names), 0)]
             pictured = []  # (click, predicted mask, true mask) of this picture's objects, if it is drawn
-            group_size = max(1, min(64, most_pixels // layers[0].size))
-            for start in range(0, len(objects), group_size):
-                group = objects[start : start + group_size]
-                masks = np.stack([layers[layer] == object_id for layer, object_id in group])  # (O, H, W)
-                of_group, points, pred_masks = measure_objects(model, embeddings, masks, clicks, precision, threads)
-                of_groups.append(torch.stack([of_group[name] for name in names]))
+            for _, masks in evaluation.group_masks(layers, objects, model.device):  # (O, H, W)
+                clicked = evaluation.click_objects(model, embeddings, masks, max(clicks), precision, threads)
+                after_clicks = [clicked.ious[:, count - 1] for count in clicks]
+                of_groups.append(torch.stack([*after_clicks, clicked.first_ious.amax(1), clicked.box_iou]))
                 if is_pictured:
-                    pictured += zip(points, pred_masks, masks, strict=True)
-            measured.append(torch.cat(of_groups, 1).cpu())
+                    pictured += zip(clicked.first_points, clicked.first_masks, masks, strict=True)
+            measured.append(torch.cat(of_groups, 1))
             drawn.append(None)
             if is_pictured:
                 with drawing(item.name):
@@ -886,25 +751,6 @@ def list_data(settings: Config, run_dir: Path, resume_path: Path | None) -> tupl
     if settings.check == "fit":
         splits = {"train": [find_hardest(splits["train"], report, settings)], "val": splits["val"][:1]}
     return splits, counts
-
-
-def list_items(reader_keys: dict, section: str, is_check: bool) -> tuple[list[Item], list[Item]]:
-    """List a dataset's training and validation pictures, generating it if need be.
-
-    Args:
-        section: "data" or "general_data", for messages.
-        is_check: list pairs that lack a file with the others: the check names them with all other faults.
-    """
-    reader_keys = dict(reader_keys)
-    generate = reader_keys.pop("generate", None)
-    check_keys(split_items, reader_keys, section)
-    if generate is not None:
-        reader_keys["root"] = str(write_samples(generate, reader_keys["root"]))
-    try:
-        return split_items(**reader_keys | ({"on_bad": "skip"} if is_check else {}))
-    except (ValueError, FileNotFoundError) as error:  # which name the keys of `data:`
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(re.sub(r"\bdata\.", f"{section}.", str(error))) from error
 
 
 def find_hardest(items: list[Item], report: CheckReport, settings: Config) -> Item:

@@ -27,8 +27,8 @@ import torch
 
 import train_sam2
 from utils import run
-from utils.instances.readers import Item
-from utils.sam2 import embedding_cache, prompts
+from utils.instances.readers import Item, list_items
+from utils.sam2 import embedding_cache, evaluation
 from utils.sam2 import model as models
 from utils.settings import read_settings
 
@@ -99,7 +99,7 @@ def train_one(folder: Path, dataset: str, recipe: str, seed: int) -> Path:
 def choose_items(config: dict, is_halved: bool, part: str) -> list[Item]:
     """List the validation pictures of a run, or that half of them that chooses or reports."""
     reader_keys = read_settings(train_sam2.DataSettings, config["data"], "data").reader_keys
-    _, items = train_sam2.list_items(reader_keys, "data", is_check=False)
+    _, items = list_items(reader_keys, "data", is_check=False)
     if not is_halved:
         return items
     order = np.random.default_rng(0).permutation(len(items))
@@ -120,25 +120,15 @@ def measure(path: Path, is_halved: bool, part: str) -> dict[str, np.ndarray]:
             picture = train_sam2.read_picture(item, layers.shape[1:], False, model.image_size, None)
             with run.autocast(model.device, precision):
                 embeddings = embedding_cache.embed(model, picture)
-            objects = train_sam2.kept_objects(layers, config["data"]["min_area_px"])
-            for start in range(0, len(objects), 32):
-                masks = np.stack([layers[layer] == number for layer, number in objects[start : start + 32]])
-                ious, _, _ = train_sam2.measure_objects(model, embeddings, masks, CLICKS, precision, threads)
-                points, labels = zip(*(prompts.center_point(mask, np.zeros_like(mask)) for mask in masks), strict=True)
-                logits, predicted = train_sam2.predict_masks(
-                    model,
-                    embeddings,
-                    np.stack(points)[:, None].astype(np.float32),
-                    np.array(labels, np.int32)[:, None],
-                    None,
-                    masks.shape[1:],
-                    precision,
-                )
-                rows = {name.removeprefix("val/"): values for name, values in ious.items()}
-                rows |= {"true": train_sam2.full_size_iou(logits, torch.from_numpy(masks).to(device))}
-                rows |= {"predicted": predicted.float()}
+            objects = evaluation.kept_objects(layers, config["data"]["min_area_px"])
+            for _, masks in evaluation.group_masks(layers, objects, device):
+                clicked = evaluation.click_objects(model, embeddings, masks, max(CLICKS), precision, threads)
+                after_clicks = [clicked.ious[:, count - 1] for count in CLICKS]
+                of_prompts = [*after_clicks, clicked.box_iou, clicked.first_ious.amax(1)]
+                rows = dict(zip(PROMPTS, of_prompts, strict=True))
+                rows |= {"true": clicked.first_ious, "predicted": clicked.first_predicted}
                 for name, values in rows.items():
-                    measured.setdefault(name, []).append(values.cpu().numpy())
+                    measured.setdefault(name, []).append(values.numpy())
     return {name: np.concatenate(values) for name, values in measured.items()}
 
 

@@ -24,7 +24,7 @@ from utils import run
 from utils.images import read_image, write_image, write_label_map
 from utils.instances.readers import Item, read_ids, read_item, split_items
 from utils.run import seed_everything
-from utils.sam2 import embedding_cache
+from utils.sam2 import embedding_cache, evaluation
 from utils.sam2 import model as models
 from utils.sam2.fast_decoder import decode_fast, fix_decoder
 from utils.sam2.model import Embeddings, build_sam2, preprocess, scale_points
@@ -676,8 +676,8 @@ def test_cap_on_objects_and_small_loss_bound_the_memory(root, model, tmp_path):
 
 def test_logits_that_are_fed_back_are_limited_as_by_the_official_predictor():
     low_res_masks = torch.tensor([[-100.0, 5.0], [100.0, -40.0]])[None, :, :, None]  # one object, two masks of 2 x 1
-    assert train_sam2.pick_mask(low_res_masks, torch.tensor([[0.2, 0.9]])).flatten().tolist() == [32, -32]
-    assert train_sam2.pick_mask(low_res_masks, torch.tensor([[0.9, 0.2]])).flatten().tolist() == [-32, 5]
+    assert evaluation.pick_mask(low_res_masks, torch.tensor([[0.2, 0.9]])).flatten().tolist() == [32, -32]
+    assert evaluation.pick_mask(low_res_masks, torch.tensor([[0.9, 0.2]])).flatten().tolist() == [-32, 5]
 
 
 def test_correction_clicks_lie_in_the_error(root, model, monkeypatch):
@@ -784,7 +784,7 @@ def test_the_iou_to_be_predicted_is_that_of_the_enlarged_mask(monkeypatch):
     predicted, scores = torch.zeros(5, 3, requires_grad=True), torch.zeros(5, 1)
     settings = dataclasses.replace(SAM_LOSS, full_size_iou=True)
     for limit in (1, 24 * 24 * 2, 2**20):  # one, two, all objects at a time
-        monkeypatch.setattr(train_sam2, "FULL_SIZE_PIXELS_ON_CPU", limit)
+        monkeypatch.setattr(evaluation, "FULL_SIZE_PIXELS_ON_CPU", limit)
         loss, iou = mask_prediction_loss(logits, predicted, scores, truth, settings, masks)
         assert torch.allclose(iou, expected, atol=1e-6)
         plain, plain_iou = mask_prediction_loss(
@@ -901,10 +901,10 @@ def test_evaluation_is_the_same_in_groups_and_parts_of_any_size(root, model, mon
     whole = evaluate(model, items, 1, [1, 2], "fp32", None, 0)
     height, width = shapes[0][1:]
     shapes.clear()
-    monkeypatch.setattr(train_sam2, "FULL_SIZE_PIXELS_ON_CPU", 2 * height * width)
+    monkeypatch.setattr(evaluation, "FULL_SIZE_PIXELS_ON_CPU", 2 * height * width)
     in_parts = evaluate(model, items, 1, [1, 2], "fp32", None, 0)
     assert max(num_objects for num_objects, *_ in shapes) == 2
-    monkeypatch.setattr(train_sam2, "GROUP_PIXELS_ON_CPU", 2 * height * width)
+    monkeypatch.setattr(evaluation, "GROUP_PIXELS_ON_CPU", 2 * height * width)
     in_groups = evaluate(model, items, 1, [1, 2], "fp32", None, 0)
     model.train()
     assert in_parts == whole  # to the bit

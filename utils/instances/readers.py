@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 from utils import listing
 from utils.images import PICTURE_SUFFIXES, read_channels, read_frame_wh, read_image, read_label_map
 from utils.instances.codecs import polygons_to_mask, rle_to_mask
+from utils.samples.write import write_samples
 from utils.settings import check_keys
 
 LARGE_PX = 2**24  # a mask of more pixels is made once its picture's own size has been seen, so that memory follows that
@@ -122,6 +124,25 @@ def _split(
         raise ValueError(f"{train_list} and {val_list} both name {min(train_units & val_units)}; a name goes in one")
     train_items = [item for item in items if item.split_unit in train_units]
     return train_items, [item for item in items if item.split_unit in val_units]
+
+
+def list_items(reader_keys: dict, section: str, is_check: bool) -> tuple[list[Item], list[Item]]:
+    """List a dataset's training and validation pictures, generating it if need be.
+
+    Args:
+        section: "data" or "general_data", for messages.
+        is_check: list pairs that lack a file with the others: the check names them with all other faults.
+    """
+    reader_keys = dict(reader_keys)
+    generate = reader_keys.pop("generate", None)
+    check_keys(split_items, reader_keys, section)
+    if generate is not None:
+        reader_keys["root"] = str(write_samples(generate, reader_keys["root"]))
+    try:
+        return split_items(**reader_keys | ({"on_bad": "skip"} if is_check else {}))
+    except (ValueError, FileNotFoundError) as error:  # which name the keys of `data:`
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(re.sub(r"\bdata\.", f"{section}.", str(error))) from error
 
 
 # A function of each format: (root, its own keys) -> training and validation items, or all items and None, which

@@ -1,0 +1,193 @@
+"""What a model makes of a picture's objects when a user prompts them: simulated clicks and boxes, and the masks' IoUs.
+
+All is in the picture's own frame and at its own size. Objects of a picture are decoded together.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from utils import run
+from utils.images import mask_to_box
+from utils.instances.readers import object_ids
+from utils.sam2 import model as models
+from utils.sam2 import prompts
+from utils.sam2.metrics import mask_iou
+from utils.sam2.model import Embeddings
+
+# Objects of a picture that are decoded together, at most 64, by the size of their true masks; and how many of their
+# masks are brought to full size together. Another size of groups would round differently on a CPU.
+GROUP_PIXELS_ON_CPU, GROUP_PIXELS_ON_GPU = 2**26, 2**29
+FULL_SIZE_PIXELS_ON_CPU, FULL_SIZE_PIXELS_ON_GPU = 2**20, 2**26
+MOST_IN_GROUP = 64
+LOGIT_LIMIT = 32.0  # the largest logit that is fed back as a mask prompt, as SAM 2's predictor limits it
+
+
+class Clicked(NamedTuple):
+    """What was measured of O objects that were prompted, all float32 on the CPU, and what their first click showed."""
+
+    ious: torch.Tensor  # (O, K), of the mask of highest predicted IoU after 1 to K clicks; nan where none was made
+    first_ious: torch.Tensor  # (O, 3), of the three masks after one click
+    first_predicted: torch.Tensor  # (O, 3), their predicted IoUs
+    box_iou: torch.Tensor  # (O,), from the exact box
+    first_points: list[np.ndarray]  # (x, y), px of the picture
+    first_masks: np.ndarray  # bool (O, H, W), of highest predicted IoU after one click
+
+
+def kept_objects(layers: np.ndarray, min_area_px: int) -> list[tuple[int, int]]:
+    """List (layer, id) of the objects of one picture that are large enough to be used."""
+    return [(layer, object_id) for layer, object_id, area in object_ids(layers) if area >= min_area_px]
+
+
+def group_masks(
+    layers: np.ndarray, objects: list[tuple[int, int]], device: torch.device
+) -> Iterator[tuple[list[tuple[int, int]], np.ndarray]]:
+    """Yield the objects of a picture in groups that are decoded together, with their masks, bool (O, H, W)."""
+    most_pixels = GROUP_PIXELS_ON_CPU if device.type == "cpu" else GROUP_PIXELS_ON_GPU
+    group_size = max(1, min(MOST_IN_GROUP, most_pixels // layers[0].size))
+    for start in range(0, len(objects), group_size):
+        group = objects[start : start + group_size]
+        yield group, np.stack([layers[layer] == object_id for layer, object_id in group])
+
+
+def predict_masks(
+    model: torch.nn.Module,
+    embeddings: Embeddings,
+    point_coords: np.ndarray,
+    point_labels: np.ndarray,
+    mask_inputs: torch.Tensor | None,
+    orig_hw: tuple[int, int],
+    precision: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predict the masks of O objects of one picture, prompted in the picture's own frame.
+
+    Args:
+        embeddings: of this picture alone.
+        point_coords: float32 (O, P, 2), pixels of the picture.
+        point_labels: int32 (O, P).
+        mask_inputs: logits fed back, as `pick_mask` returns them, or None.
+    Returns:
+        low_res_masks (O, M, S/4, S/4) logits, iou_predictions (O, M).
+    """
+    coords = models.scale_points(torch.from_numpy(point_coords), orig_hw, model.image_size).to(model.device)
+    labels = torch.from_numpy(point_labels).to(model.device)
+    image_index = torch.zeros(len(coords), dtype=torch.long, device=model.device)
+    with run.autocast(model.device, precision):
+        low_res_masks, iou_predictions, _ = models.decode(
+            model, embeddings, image_index, coords, labels, mask_inputs, multimask_output=coords.shape[1] == 1
+        )
+    return low_res_masks, iou_predictions
+
+
+def predict_from_boxes(
+    model: torch.nn.Module,
+    embeddings: Embeddings,
+    boxes_xyxy: np.ndarray,
+    mask_inputs: torch.Tensor | None,
+    orig_hw: tuple[int, int],
+    precision: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predict the masks of O objects of one picture from their boxes, (O, 4) px: as `predict_masks`."""
+    labels = np.full((len(boxes_xyxy), 2), [2, 3], np.int32)
+    corners = boxes_xyxy.reshape(-1, 2, 2).astype(np.float32)
+    return predict_masks(model, embeddings, corners, labels, mask_inputs, orig_hw, precision)
+
+
+def pick_mask(low_res_masks: torch.Tensor, iou_predictions: torch.Tensor) -> torch.Tensor:
+    """Take the mask of highest predicted IoU as the next mask prompt: (O, M, h, w), (O, M) -> fp32 (O, 1, h, w)."""
+    best = iou_predictions.argmax(1)
+    best_masks = low_res_masks[torch.arange(len(best), device=best.device), best]  # (O, h, w)
+    return best_masks[:, None].float().clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+
+
+def full_size_iou(low_res_masks: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Measure masks at their truth's size, a few objects at once: logits (O, M, h, w), bool (O, H, W) -> (O, M)."""
+    parts = zip(*_split(truth, low_res_masks.float(), truth), strict=True)
+    return torch.cat(
+        [
+            mask_iou(models.upscale_masks(logits, truth.shape[1:]) > 0, true_masks[:, None])
+            for logits, true_masks in parts
+        ]
+    )
+
+
+def measure_masks(
+    low_res_masks: torch.Tensor, iou_predictions: torch.Tensor, truth: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compare masks with the truth at the picture's own size, a few objects at once.
+
+    Args:
+        low_res_masks: (O, M, h, w) logits.
+        iou_predictions: (O, M).
+        truth: bool (O, H, W), on the same device.
+    Returns:
+        ious (O, M) of all masks; pred_masks bool (O, H, W), those of highest predicted IoU.
+    """
+    best = iou_predictions.argmax(1)
+    ious, pred_masks = [], []
+    for logits, chosen, true_masks in zip(*_split(truth, low_res_masks, best, truth), strict=True):
+        all_masks = models.upscale_masks(logits, truth.shape[1:]) > 0  # (o, M, H, W)
+        ious.append(mask_iou(all_masks, true_masks[:, None]))  # (o, M)
+        pred_masks.append(all_masks[torch.arange(len(chosen), device=chosen.device), chosen])
+    return torch.cat(ious), torch.cat(pred_masks)
+
+
+def _split(truth: torch.Tensor, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """Split tensors (O, ...) into parts whose masks may be brought to the size of the truth at once."""
+    limit = FULL_SIZE_PIXELS_ON_CPU if truth.device.type == "cpu" else FULL_SIZE_PIXELS_ON_GPU
+    return [tensor.split(max(1, limit // truth[0].numel())) for tensor in tensors]
+
+
+def click_objects(
+    model: torch.nn.Module,
+    embeddings: Embeddings,
+    masks: np.ndarray,
+    num_clicks: int,
+    precision: str,
+    threads: ThreadPoolExecutor,
+    most_clicks: int = 0,
+    enough_iou: float = 1.0,
+) -> Clicked:
+    """Prompt objects of one picture with their boxes, then click by click, all together, feeding the logits back.
+
+    Args:
+        embeddings: of this picture alone.
+        masks: bool (O, H, W), truth, none empty.
+        num_clicks: clicks that every object gets, each in the centre of the largest error.
+        threads: where clicks are computed, one object each.
+        most_clicks: an object gets further ones, up to so many in all, while its IoU has not reached `enough_iou`.
+    """
+    orig_hw = masks.shape[1:]
+    truth = torch.from_numpy(masks).to(model.device)  # (O, H, W)
+    boxes = np.stack(list(threads.map(mask_to_box, masks)))
+    prediction = predict_from_boxes(model, embeddings, boxes, None, orig_hw, precision)
+    box_iou = measure_masks(*prediction, truth)[0][:, 0]
+
+    most_clicks = max(num_clicks, most_clicks)
+    ious = torch.full((len(masks), most_clicks), torch.nan)
+    left = np.arange(len(masks))  # the objects that are clicked still
+    point_coords = np.zeros((len(masks), 0, 2), np.float32)
+    point_labels = np.zeros((len(masks), 0), np.int32)
+    pred_masks, mask_inputs = np.zeros_like(masks), None
+    for count in range(1, most_clicks + 1):
+        if count > num_clicks:
+            is_left = ~(ious[left].nan_to_num(0).amax(1) >= enough_iou).numpy()
+            if not is_left.any():
+                break
+            kept = torch.from_numpy(np.flatnonzero(is_left)).to(model.device)
+            left, masks, truth, mask_inputs = left[is_left], masks[is_left], truth[kept], mask_inputs[kept]
+            point_coords, point_labels, pred_masks = point_coords[is_left], point_labels[is_left], pred_masks[is_left]
+        points, labels = zip(*threads.map(prompts.center_point, masks, pred_masks), strict=True)
+        point_coords = np.concatenate([point_coords, np.stack(points)[:, None]], 1)
+        point_labels = np.concatenate([point_labels, np.array(labels, np.int32)[:, None]], 1)
+        prediction = predict_masks(model, embeddings, point_coords, point_labels, mask_inputs, orig_hw, precision)
+        mask_inputs = pick_mask(*prediction)
+        all_ious, pred_masks = measure_masks(*prediction, truth)  # (o, M), (o, H, W)
+        pred_masks = pred_masks.cpu().numpy()
+        ious[left, count - 1] = all_ious.gather(1, prediction[1].argmax(1, keepdim=True))[:, 0].cpu()
+        if count == 1:
+            first = all_ious.cpu(), prediction[1].float().cpu(), box_iou.cpu(), list(points), pred_masks
+    return Clicked(ious, *first)
