@@ -59,13 +59,14 @@ from tqdm import tqdm
 
 from utils import images
 from utils import settings as sections
-from utils.checkpoint import check_script, find_weights, load_checkpoint
+from utils.checkpoint import check_script, find_weights, load_checkpoint, resumed_config
 from utils.dataset_check import PICTURE_REMEDIES
 from utils.listing import first_few, read_json
 from utils.log import finish_run, start_run, write_json
 from utils.run import autocast, now_s, read_ahead, sample_rng, set_up_device
-from utils.sam2 import embedding_cache, mask_generation
+from utils.sam2 import benchmark, compare, embedding_cache, mask_generation
 from utils.sam2 import model as models
+from utils.sam2.benchmark import BenchmarkSettings
 from utils.sam2.embedding_cache import CachePlan
 from utils.sam2.fast_decoder import DecoderSetting, fix_decoder
 from utils.sam2.mask_generation import AutomaticSettings, GeneratedMasks
@@ -75,7 +76,8 @@ log = logging.getLogger("infer_sam2")
 REPOSITORY = Path(__file__).resolve().parent
 MODES_OF_KEY = {  # which modes use a key that says what to look for
     "region": ("region",), "points": ("prompts",), "boxes": ("prompts",), "mask": ("prompts",),
-    "prompts_file": ("prompts",),
+    "prompts_file": ("prompts",), "input": ("automatic", "region", "prompts"), "data": ("benchmark",),
+    "benchmark": ("benchmark",), "results": ("compare",),
 }  # fmt: skip
 MASK_LOGIT = 10.0  # a mask prompt's pixels are +10 inside and -10 outside, as in SAM 2's training
 
@@ -87,10 +89,11 @@ class Config:
     common: Annotated[CommonSettings, SAME_SECTION]
     model: dict | None  # a file of configs/sam2/model; None: as the checkpoint says
     automatic: dict  # changes of the model's AutomaticSettings; null: none
-    input: str  # a picture, or a folder of pictures
+    data: dict | None  # mode=benchmark: the keys of a reader
+    input: str | None  # a picture, or a folder of pictures
     checkpoint: str | None  # .pt file; None: the model's own, and the bundled nano if no model is named either
     image_size: int | None  # side S that pictures are resized to, px; None: as the checkpoint was trained
-    mode: Annotated[str, one_of("automatic", "region", "prompts")]
+    mode: Annotated[str, one_of("automatic", "region", "prompts", "benchmark", "compare")]
     region: str | None  # mode=region: mask file of the picture's size, the region is where it is not 0
     num_points: Annotated[int, at_least(1)]  # mode=region: points drawn in it, one mask each
     points: list | None  # mode=prompts: [[x, y, label], ...] px, all of one object
@@ -98,6 +101,9 @@ class Config:
     mask: str | None  # mode=prompts: mask file of the picture's size, of one object
     prompts_file: str | None  # mode=prompts: json file (see the top of infer_sam2.py)
     max_overlap: float  # a mask of which a larger share is taken by better ones is left out of the label map, 0..1
+    split: Annotated[str, one_of("val", "train")]  # mode=benchmark: of data
+    benchmark: BenchmarkSettings
+    results: list[str] | None  # mode=compare: runs of mode=benchmark, or dataset.json files
     cache: embedding_cache.Setting  # off (false is what YAML makes of it), auto, or a folder
     cache_precision: embedding_cache.Precision
     fast_decoder: DecoderSetting
@@ -126,6 +132,14 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     config = fix_decoder(config)
     settings = read_settings(Config, config)
     check_mode(settings)
+    if settings.mode == "compare":
+        start_run(run_dir, config, {})
+        compare.compare_runs(settings.results, settings.common.seed, run_dir)
+        finish_run(run_dir, {})
+        return []
+    if settings.mode == "benchmark":
+        measure(config, settings, run_dir)
+        return []
     pictures = images.list_pictures(Path(settings.input))
     objects_of = read_prompts(settings, pictures) if settings.mode == "prompts" else {}
     if settings.mode == "prompts":
@@ -207,16 +221,65 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     return failures
 
 
+def take_over_config(config: dict, overrides: list[str]) -> dict:
+    """Take the config of the run of mode=benchmark that `resume` names: all that the command line does not repeat."""
+    if config["resume"] is None:
+        return config
+    path = Path(config["resume"]) / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"resume= is {config['resume']}; no run.json there: give the folder of a run")
+    record = read_json(path)
+    if record["config"]["mode"] != "benchmark":
+        raise ValueError(
+            f"resume= is {config['resume']}, a run of mode={record['config']['mode']}; only benchmark resumes"
+        )
+    return resumed_config(record["config"], config, overrides, ("resume", "device", "num_workers"))
+
+
+def measure(config: dict, settings: Config, run_dir: Path) -> None:
+    """Measure a model on a dataset: mode=benchmark."""
+    device, precision = set_up_device(settings.common.device, settings.common.precision)
+    model_config = choose_model(settings.checkpoint, settings.image_size, settings.model)
+    check_keys(functools.partial(models.build_sam2, device=device), model_config, "model")
+    model = models.build_sam2(**model_config, device=device, fast_decoder=settings.fast_decoder)
+    start_run(run_dir, config, {})
+    path = Path(model_config["checkpoint"])
+    path = models.auto_checkpoint(model_config["name"], model_config["url"]) if str(path) == "auto" else path
+    state = load_checkpoint(path) if str(path) != "none" else {}
+    trained_on = state["config"].get("data") if "config" in state else None
+    resumed_dir = None if settings.common.resume is None else Path(settings.common.resume)
+    table = benchmark.run_benchmark(
+        model, settings.data or {}, settings.split, settings.benchmark, trained_on, settings.common.seed, precision,
+        run_dir, resumed_dir,
+    )  # fmt: skip
+    finish_run(run_dir, {"last": {"/".join(key): value for key, value in table.items()}})
+    log.info(f"written to {run_dir}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what to segment, and with what
 
 
 def check_mode(settings: Config) -> None:
     """Refuse a mode without its input, and input that the mode would not use."""
-    given = [key for key in MODES_OF_KEY if getattr(settings, key)]
+    given = [key for key in MODES_OF_KEY if key != "benchmark" and getattr(settings, key)]
+    own = OmegaConf.load(REPOSITORY / "configs" / "sam2" / "infer_sam2.yaml")
+    own.data_root = settings.common.data_root
+    if read_settings(BenchmarkSettings, OmegaConf.to_container(own.benchmark, resolve=True)) != settings.benchmark:
+        given.append("benchmark")
     sections.check_modes(given, MODES_OF_KEY, settings.mode)
-    if settings.common.resume is not None:
-        raise ValueError(f"resume= is {settings.common.resume}, but this script resumes no run; leave it out")
+    if settings.common.resume is not None and settings.mode != "benchmark":
+        raise ValueError(
+            f"resume= is {settings.common.resume}, but mode={settings.mode} resumes no run; leave it out: "
+            "mode=benchmark does"
+        )
+    if settings.mode in MODES_OF_KEY["input"] and settings.input is None:
+        raise ValueError(f"mode={settings.mode} needs input=<a picture, or a folder of pictures>")
+    if settings.mode == "benchmark" and settings.data is None and settings.benchmark.protocols != ["edges"]:
+        raise ValueError("mode=benchmark needs data=<a dataset>, such as data=coco data.root=/my/coco")
+    if settings.mode == "compare" and len(settings.results or []) < 2:
+        raise ValueError("mode=compare needs 'results=[a,b]', two or more folders that mode=benchmark wrote")
+    given = [key for key in given if key != "input"]
     if settings.mode == "region" and not given:
         raise ValueError("mode=region needs region=<mask file of the picture's size>")
     if settings.mode == "prompts" and not given:
@@ -496,7 +559,9 @@ def main(cfg: DictConfig) -> None:
     """Read the config, segment, and end with one line on what went wrong and status 1, if anything did."""
     with sections.one_line_errors("infer_sam2", "a smaller automatic.points_per_batch or image_size"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        failures = infer(config, Path(HydraConfig.get().runtime.output_dir))
+        hydra_config = HydraConfig.get()
+        config = take_over_config(config, list(hydra_config.overrides.task))
+        failures = infer(config, Path(hydra_config.runtime.output_dir))
     if failures:
         sys.exit(f"{len(failures)} images failed:\n" + "\n".join(f"  {line}" for line in failures))
 

@@ -200,6 +200,7 @@ class Config:
     cache_precision: embedding_cache.Precision = "fp16"
     fast_decoder: DecoderSetting = False
     general_data: dict | None = None  # the keys of a reader: what is not to be forgotten
+    picture_attributes: str | None = None  # check=true: a csv for dataset.json
 
     def __post_init__(self):
         if self.train.blend and self.general_data is None:
@@ -737,7 +738,9 @@ def list_data(settings: Config, run_dir: Path, resume_path: Path | None) -> tupl
         splits["general"] = [replace(item, name=f"general/{item.name}") for item in general_items]  # no other's name
     stored = loops.stored_splits(resume_path)
     splits = loops.keep_splits(stored, splits)
-    splits, counts, report = check_data(splits, settings.data.min_area_px, on_bad, run_dir, settings.check is True)
+    splits, counts, report = check_data(
+        splits, settings.data.min_area_px, on_bad, run_dir, settings.check is True, settings.picture_attributes
+    )
     if settings.check is True:
         return splits, counts
     splits = loops.keep_splits(stored, splits)  # what the run had is usable still

@@ -3,17 +3,21 @@
 Objects, empty and tiny masks; utils/dataset_check.py has what all kinds of annotation share.
 """
 
+import csv
+import functools
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 from utils import dataset_check
 from utils.dataset_check import CheckReport, ItemReport
 from utils.images import LYING, read_image_unscaled, read_orientation, remark_on_values
 from utils.instances.readers import Instances, Item, check_same_size, object_ids
-from utils.listing import MAX_LISTED
-from utils.log import drawing
+from utils.listing import MAX_LISTED, first_few, read_text
+from utils.log import drawing, write_json
 
 TINY_PX = 16  # an object of fewer pixels is remarked on
 TURNS = {
@@ -37,12 +41,20 @@ class Objects:
 
     areas_px: np.ndarray  # int64 (N,)
     centers_xy: np.ndarray  # float64 (N, 2), mean position of the object's pixels, as a share of width and height, 0..1
+    concavities: np.ndarray  # float64 (N,), 1 - area / area of the convex hull, 0..1; of check=true alone
     num_crowd: int  # crowd regions left out
     num_broken: int  # broken annotations, left out whole or in part
+    image_id: int | str | None = None  # the picture's, in a COCO file
+    has_categories: bool = False  # one of its objects has a category
 
 
 def check_data(
-    splits: dict[str, list[Item]], min_area_px: int, on_bad: str, run_dir: Path, list_all: bool
+    splits: dict[str, list[Item]],
+    min_area_px: int,
+    on_bad: str,
+    run_dir: Path,
+    list_all: bool,
+    picture_attributes: str | None = None,
 ) -> tuple[dict[str, list[Item]], dict[str, int], CheckReport]:
     """Check a dataset, print what was found, draw its statistics, and leave out what cannot be used.
 
@@ -50,15 +62,19 @@ def check_data(
         splits: {"train": items, "val": items}.
         min_area_px: smaller objects do not count.
         on_bad: "stop" or "skip", what to do about faulty files.
-        run_dir: for dataset.png.
-        list_all: print all findings, not some examples of each kind.
+        run_dir: for dataset.png, and dataset.json.
+        list_all: check=true: print all findings, not some examples of each kind, and write dataset.json.
+        picture_attributes: a csv for it, see `describe_dataset`.
     Returns:
         the usable items of each split, each with an object of at least min_area_px; counts for run.json; the report.
     Raises:
         ValueError: for faulty files where on_bad is "stop".
     """
-    report = dataset_check.check_items([item for items in splits.values() for item in items], check_item)
+    all_items = [item for items in splits.values() for item in items]
+    report = dataset_check.check_items(all_items, functools.partial(check_item, with_shapes=list_all))
     print("\n".join(report_lines(report, None if list_all else MAX_LISTED)))
+    if list_all:
+        write_json(run_dir / "dataset.json", describe_dataset(report, picture_attributes))
     with drawing(run_dir / "dataset.png"):
         plot_statistics(report, run_dir / "dataset.png")
     with_large = {item.name for item in report.usable if item.content.areas_px.max() >= min_area_px}
@@ -87,11 +103,12 @@ def count(report: CheckReport) -> dict[str, int]:
     }
 
 
-def check_item(item: Item) -> ItemReport:
-    """Check one item."""
+def check_item(item: Item, with_shapes: bool = False) -> ItemReport:
+    """Check one item; `with_shapes` also looks at the shape of each object."""
     faults, remarks = [], []
     orig_hw = bits = instances = None
     areas_px, centers_xy, num_crowd, num_broken = np.zeros(0, np.int64), np.zeros((0, 2)), 0, 0
+    concavities, image_id, has_categories = np.zeros(0), None, False
     try:
         image_rgb = read_image_unscaled(item.image_path)
         orig_hw, bits = image_rgb.shape[:2], 8 * image_rgb.itemsize
@@ -101,7 +118,8 @@ def check_item(item: Item) -> ItemReport:
         faults.append(str(error))
     try:
         instances = item.read()
-        num_crowd, num_broken = instances.num_crowd, len(instances.broken)
+        num_crowd, num_broken, image_id = instances.num_crowd, len(instances.broken), instances.image_id
+        has_categories = any("category" in annotation for annotation in instances.annotations)
         if orig_hw is not None:
             check_same_size(item, orig_hw, instances.layers.shape[1:])
     except (OSError, ValueError) as error:
@@ -110,13 +128,15 @@ def check_item(item: Item) -> ItemReport:
         objects = object_ids(instances.layers)
         areas_px = np.array([area for _, _, area in objects], np.int64)
         centers_xy = _centers(instances.layers)
+        if with_shapes:
+            concavities = np.array([_concavity(instances.layers[layer] == i) for layer, i, _ in objects])
         remarks += _remark_on_objects(item, instances, objects)
         orientation = read_orientation(item.image_path)
         is_size_kept = orientation not in LYING or orig_hw[0] == orig_hw[1]
         if orientation not in (1, read_orientation(item.annotation_path)) and is_size_kept:
             turn = ("a turn by EXIF and masks that fit with and without it", f"{item.image_path}: {TURNS[orientation]}")
             remarks.append(turn)
-    content = Objects(areas_px, centers_xy, num_crowd, num_broken)
+    content = Objects(areas_px, centers_xy, concavities, num_crowd, num_broken, image_id, has_categories)
     return ItemReport(item.name, tuple(faults), tuple(remarks), orig_hw, bits, len(areas_px) > 0, content)
 
 
@@ -142,6 +162,58 @@ def report_lines(report: CheckReport, max_listed: int | None = MAX_LISTED) -> li
     if num_crowd := count(report)["num_crowd"]:
         lines.append(f"crowd regions left out: {num_crowd}; data.crowd=keep trains on them and clicks them")
     return lines + dataset_check.finding_lines(report, REMEDIES, max_listed)
+
+
+def describe_dataset(report: CheckReport, picture_attributes: str | None) -> dict:
+    """Describe what the masks of a dataset look like, as the Segment Anything paper does: what dataset.json holds.
+
+    Args:
+        report: of a check with shapes.
+        picture_attributes: csv with a column `picture`, the names of the pictures, and one for each attribute, such as
+            country: pictures and masks are counted for each of its values. None: nothing more.
+    Returns:
+        num_pictures, num_masks; masks_per_picture (I,); of the masks relative_sizes (N,), the root of the share of the
+        picture that each covers, concavities (N,), 1 - area / area of its convex hull, centers_xy (N, 2), shares of
+        width and height, and center_distances (N,), of half the diagonal of a square; mean_... of each; attributes
+        {attribute: {value: {"pictures", "masks"}}}.
+    Source: Kirillov et al. 2023, figures 5 to 7.
+    """
+    per_image, area_share, centers = np.zeros(0, int), np.zeros(0), np.zeros((0, 2))
+    if report.usable:
+        per_image, area_share, centers = measure_objects(report)
+    values = {
+        "masks_per_picture": per_image,
+        "relative_sizes": np.sqrt(area_share),
+        "concavities": np.concatenate([np.zeros(0)] + [item.content.concavities for item in report.usable]),
+        "center_distances": np.hypot(*(centers - 0.5).T) / np.hypot(0.5, 0.5),
+    }
+    means = {f"mean_{name}": float(numbers.mean()) for name, numbers in values.items() if len(numbers)}
+    lists = {name: numbers.tolist() for name, numbers in values.items()} | {"centers_xy": centers.tolist()}
+    numbers = {"num_pictures": len(report.usable), "num_masks": len(area_share)} | means
+    attributes = {} if picture_attributes is None else count_attributes(report, Path(picture_attributes))
+    return numbers | {"attributes": attributes} | lists
+
+
+def count_attributes(report: CheckReport, path: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """Count the pictures and masks of each value of each attribute of a csv; pictures that it lacks count as ""."""
+    rows = list(csv.DictReader(io.StringIO(read_text(path))))
+    attributes = [name for name in (rows[0] if rows else {}) if name != "picture"]
+    if not rows or "picture" not in rows[0] or not attributes:
+        raise ValueError(f"picture_attributes {path} must have a column picture, and one for each attribute")
+    of_picture = {row["picture"]: row for row in rows}
+    if unknown := sorted(set(of_picture) - {item.name for item in report.items}):
+        raise ValueError(
+            f"picture_attributes {path} names {len(unknown)} pictures that are not in the dataset, such as "
+            f"{', '.join(first_few(unknown, 3))}; they are called such as {report.items[0].name}"
+        )
+    counts = {attribute: {} for attribute in attributes}
+    for item in report.usable:
+        for attribute in attributes:
+            value = (of_picture[item.name][attribute] or "") if item.name in of_picture else ""
+            count = counts[attribute].setdefault(value, {"pictures": 0, "masks": 0})
+            count["pictures"] += 1
+            count["masks"] += len(item.content.areas_px)
+    return counts
 
 
 def plot_statistics(report: CheckReport, path: str | Path) -> None:
@@ -190,6 +262,16 @@ def _remark_on_objects(item: Item, instances: Instances, objects: list[tuple[int
     if ids == {255} and not item.group:  # in a sequence (DAVIS 2016) it is the one object
         remarks.append(("a single id 255", str(item.annotation_path)))
     return remarks
+
+
+def _concavity(mask: np.ndarray) -> float:
+    """Tell which share of a mask's convex hull it leaves out, 0..1; both are drawn by pixel corners."""
+    x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
+    corners = np.pad(mask[y : y + height, x : x + width], ((0, 1), (0, 1)))
+    corners[1:] |= corners[:-1].copy()
+    corners[:, 1:] |= corners[:, :-1].copy()
+    hull = cv2.convexHull(cv2.findNonZero(corners.view(np.uint8)))
+    return float(1 - np.count_nonzero(mask) / cv2.contourArea(hull))
 
 
 def _centers(layers: np.ndarray) -> np.ndarray:

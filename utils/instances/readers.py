@@ -28,6 +28,7 @@ from utils.instances.codecs import polygons_to_mask, rle_to_mask
 from utils.samples.write import write_samples
 from utils.settings import check_keys
 
+ANNOTATION_KEYS = ("id", "iscrowd", "area", "category_id", "category", "frequency", "attributes")
 LARGE_PX = 2**24  # a mask of more pixels is made once its picture's own size has been seen, so that memory follows that
 
 
@@ -38,6 +39,8 @@ class Instances(NamedTuple):
     mask_names: tuple[str, ...] = ()  # the masks whose ids count them from 1; empty for maps, whose ids are stored
     num_crowd: int = 0  # crowd regions left out
     broken: tuple[str, ...] = ()  # objects left out, whole or a part, because their annotation is broken; each says why
+    annotations: tuple[dict, ...] = ()  # what a json file says of the objects of ids 1, 2, ...: some of ANNOTATION_KEYS
+    image_id: int | str | None = None  # the picture's in a COCO file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +249,11 @@ def _list_coco_file(image_dir: Path, annotation_path: Path, image_dir_name: str,
             f"{annotation_path}: {sum(len(annotations[image_id]) for image_id in strange)} annotations are left out: "
             f"their image_id is that of no picture: {ids}"
         )
+    categories = {}  # id -> what its annotations get of it
+    for category in content.get("categories") or []:
+        if isinstance(category, dict) and "id" in category:
+            named = {"category": category.get("name"), "frequency": category.get("frequency")}
+            categories[_plain_id(category["id"])] = {key: value for key, value in named.items() if value is not None}
     items, names_there = [], {}
     for image_id, entries in images.items():
         file_names = sorted({image["file_name"] for image in entries})
@@ -255,21 +263,28 @@ def _list_coco_file(image_dir: Path, annotation_path: Path, image_dir_name: str,
                 problem = f"{annotation_path} gives the id {image_id} to {', '.join(listing.first_few(file_names, 3))}"
                 read = functools.partial(_refuse, f"{problem}; give each picture an id of its own, and its annotations")
             else:
-                entry, num_crowd = _coco_entry(image, annotations.get(image_id, []), with_crowds)
+                entry, num_crowd = _coco_entry(image, annotations.get(image_id, []), categories, with_crowds)
                 read = functools.partial(read_coco, annotation_path, image_path, entry, num_crowd)
             name = unicodedata.normalize("NFC", f"{image_dir_name}/{image['file_name']}")
             items.append(Item(name, image_path, annotation_path, read))
     return items
 
 
-def _coco_entry(image: dict, annotations: list[dict], with_crowds: bool) -> tuple[str, int]:
+def _coco_entry(
+    image: dict, annotations: list[dict], categories: dict[object, dict], with_crowds: bool
+) -> tuple[str, int]:
     """Return what `read_coco` reads of a picture, and how many crowd regions are left out."""
     are_left_out = [annotation.get("iscrowd") in (1, "1", "true") and not with_crowds for annotation in annotations]
     objects = [annotation for annotation, is_left_out in zip(annotations, are_left_out, strict=True) if not is_left_out]
+    kept = [
+        {key: annotation[key] for key in ("segmentation", *ANNOTATION_KEYS) if key in annotation}
+        | categories.get(_plain_id(annotation.get("category_id")), {})
+        for annotation in objects
+    ]
     entry = {
-        "orig_hw": [image.get("height"), image.get("width")],
-        "annotations": [{key: annotation.get(key) for key in ("id", "segmentation")} for annotation in objects],
-    }
+        "image_id": _plain_id(image.get("id")), "orig_hw": [image.get("height"), image.get("width")],
+        "annotations": kept,
+    }  # fmt: skip
     return json.dumps(entry), len(annotations) - len(objects)
 
 
@@ -480,12 +495,13 @@ def read_coco(path: Path, image_path: Path, entry_json: str, num_crowd: int) -> 
     Args:
         path: the file, for messages.
         image_path: the picture.
-        entry_json: {"orig_hw": [height, width], "annotations": [{"id", "segmentation"}, ...]} as text.
+        entry_json: {"image_id", "orig_hw": [height, width], "annotations": [{"id", "segmentation", ...}, ...]} as text.
         num_crowd: annotations left out of it.
     """
     entry = json.loads(entry_json)
     where = f"{path}, image {image_path.name}"
-    return _read_segmentations(entry["annotations"], entry["orig_hw"], image_path, where)._replace(num_crowd=num_crowd)
+    instances = _read_segmentations(entry["annotations"], entry["orig_hw"], image_path, where)
+    return instances._replace(num_crowd=num_crowd, image_id=entry["image_id"])
 
 
 def read_sa1b(path: Path, image_path: Path) -> Instances:
@@ -515,7 +531,7 @@ def _read_segmentations(annotations: list, sides: list, image_path: Path, where:
         raise ValueError(f"{where}: height and width are {sides}; the picture's entry must give both in pixels")
     if orig_hw[0] * orig_hw[1] > LARGE_PX and read_frame_wh(image_path) != orig_hw[::-1]:
         raise ValueError(f"{where}: height and width are {sides}, which are not those of {image_path}")
-    masks, names, broken = [], [], []
+    masks, names, kept, broken = [], [], [], []
     for annotation in annotations:
         name = f"annotation {annotation.get('id', '?') if isinstance(annotation, dict) else '?'}"
         segmentation = annotation.get("segmentation") if isinstance(annotation, dict) else None
@@ -539,9 +555,10 @@ def _read_segmentations(annotations: list, sides: list, image_path: Path, where:
                     continue
                 masks.append(polygons_to_mask(parts, *orig_hw))
             names.append(name)
+            kept.append({key: annotation[key] for key in ANNOTATION_KEYS if key in annotation})
         except (ValueError, LookupError, TypeError, OverflowError) as error:
             broken.append(f"{where}, {name}: {error}")
-    return Instances(stack_masks(masks, orig_hw), tuple(names), broken=tuple(broken))
+    return Instances(stack_masks(masks, orig_hw), tuple(names), broken=tuple(broken), annotations=tuple(kept))
 
 
 def _sides_of(rle: dict) -> tuple[int | None, ...] | None:

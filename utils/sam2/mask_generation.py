@@ -54,6 +54,7 @@ class AutomaticSettings:
     crop_n_points_downscale_factor: Annotated[int, at_least(1)] = 1
     min_area: int = 0  # drop masks of fewer pixels
     min_region_area: int = 0  # remove islands and fill holes of fewer pixels
+    multimask_output: bool = True  # three masks for each point; False: one, SAM 2's own choice of a single mask
 
 
 class GeneratedMasks(NamedTuple):
@@ -81,12 +82,15 @@ class Candidates(NamedTuple):
 
 
 @torch.inference_mode()
-def generate_masks(model: torch.nn.Module, image_rgb: np.ndarray, settings: AutomaticSettings) -> GeneratedMasks:
+def generate_masks(
+    model: torch.nn.Module, image_rgb: np.ndarray, settings: AutomaticSettings, encoded: Embeddings | None = None
+) -> GeneratedMasks:
     """Find the masks of an image with a grid of point prompts.
 
     Args:
         model: from `model.build_sam2`, in eval mode.
         image_rgb: uint8 (H, W, 3).
+        encoded: of the whole image, where it is there already.
     Returns:
         GeneratedMasks; no mask is empty.
     Source: sam2.automatic_mask_generator, whose filters these are, in its order.
@@ -99,8 +103,10 @@ def generate_masks(model: torch.nn.Module, image_rgb: np.ndarray, settings: Auto
         x1, y1, x2, y2 = crop_xyxy
         crop_hw = (y2 - y1, x2 - x1)
         encode_start = now_s(model.device)
-        images = preprocess(image_rgb[y1:y2, x1:x2], model.image_size, model.device)[None]  # (1, 3, S, S)
-        embeddings = encode(model, images)
+        embeddings = encoded if layer == 0 else None
+        if embeddings is None:
+            images = preprocess(image_rgb[y1:y2, x1:x2], model.image_size, model.device)[None]  # (1, 3, S, S)
+            embeddings = encode(model, images)
         encode_s += now_s(model.device) - encode_start
 
         points_per_side = max(1, int(settings.points_per_side / settings.crop_n_points_downscale_factor**layer))
@@ -139,7 +145,7 @@ def find_candidates(
     crop_hw: tuple[int, int],
     settings: AutomaticSettings,
 ) -> Candidates:
-    """Decode three masks for each point and keep those that are good by predicted IoU, then by stability.
+    """Decode the masks of each point and keep those that are good by predicted IoU, then by stability.
 
     Args:
         embeddings: one image's, or a crop's of it.
@@ -165,10 +171,10 @@ def find_candidates(
             point_coords=scale_points(batch_points, crop_hw, model.image_size)[:, None],  # (p, 1, 2)
             point_labels=torch.ones(num_points, 1, dtype=torch.int32, device=model.device),
             mask_inputs=None,
-            multimask_output=True,
-        )  # (p, 3, h, w), (p, 3)
-        predicted_ious = iou_predictions.float().flatten()  # (3p,)
-        indices = torch.nonzero(predicted_ious > settings.pred_iou_thresh)[:, 0]  # (k,) of the 3p masks
+            multimask_output=settings.multimask_output,
+        )  # (p, M, h, w), (p, M)
+        predicted_ious = iou_predictions.float().flatten()  # (M * p,)
+        indices = torch.nonzero(predicted_ious > settings.pred_iou_thresh)[:, 0]  # (k,) of the M * p masks
         masks = low_res_masks.flatten(0, 1)[indices].float()  # (k, h, w)
         most_stability = bound_stability(masks, crop_hw, settings.stability_score_offset)
         can_be_stable = torch.nonzero(most_stability >= settings.stability_score_thresh)[:, 0]
@@ -182,7 +188,7 @@ def find_candidates(
                 predicted_ious[indices],
                 stability_scores[is_stable],
                 boxes_xyxy[is_stable],
-                batch_points[indices // 3],
+                batch_points[indices // iou_predictions.shape[1]],
             )
         )
     masks = [mask for batch in batches for mask in batch.low_res_masks]

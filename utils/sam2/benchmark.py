@@ -1,0 +1,564 @@
+"""The Segment Anything paper's experiments on a dataset of pictures with object masks: `infer_sam2.py mode=benchmark`.
+
+Each picture is encoded once for all protocols. What is measured of it is kept in a file of its own, from which every
+number of the table is computed, for all pictures or any choice of them: a killed run goes on where it was, and two runs
+are compared on resampled pictures (utils/sam2/compare.py).
+
+clicks      clicks in the centre of the largest error, the earlier logits fed back; of each object the IoU after 1, 2,
+            3, 5 and 9 of the mask of highest predicted IoU, of the best of three after one, from the exact box; NoC@85
+            and NoC@90, the number of clicks to that IoU, 20 where 20 do not reach it, and the share of these objects
+proposals   masks from a grid of points, ranked by the mean of predicted IoU and stability; class-agnostic average
+            recall of the first 10, 100 and 1000 of a picture
+boxes       masks from boxes, those of the objects or of a detector, decoded again with their own logits; average
+            precision
+groups      clicks at 1 and 3 by the value of an attribute
+edges       utils/sam2/edges.py
+
+Sources: Kirillov et al., "Segment Anything", 2023, sections 7 and D; the areas and averages of COCO. Where the paper is
+silent: a click's centre is that of RITM; the grid's masks are not filtered by quality; boxes are scored, where no
+detector scores them, by predicted IoU.
+"""
+
+import csv
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import cv2
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from utils import dataset_check, run
+from utils.dataset_check import check_items
+from utils.images import read_image
+from utils.instances.check import check_item, report_lines
+from utils.instances.readers import Item, check_same_size, list_items, split_items
+from utils.listing import first_few, read_json
+from utils.log import drawing, write_json
+from utils.sam2 import detection_metrics as metrics
+from utils.sam2 import edges
+from utils.sam2 import model as models
+from utils.sam2.protocols import (
+    AT_MOST,
+    CLICKS,
+    ONE_CLASS,
+    ProposalSettings,
+    Record,
+    Table,
+    Truth,
+    class_matches,
+    class_of,
+    interval,
+    join,
+    measure_boxes,
+    measure_clicks,
+    measure_proposals,
+    read_truth,
+    summarize,
+    summarize_groups,
+)
+from utils.settings import Rule, at_least, between, one_of
+
+PROTOCOLS = ("clicks", "proposals", "boxes", "edges", "groups")
+TRAINING_KEYS = ("generate", "min_area_px", "hflip", "color_jitter")  # of `data` in train_sam2.py, beside its reader's
+MOST_OBJECTS, NUM_CHOSEN = 15_000, 10_000  # of a larger dataset so many are clicked
+
+
+@dataclass(frozen=True)
+class EdgeSettings:
+    """The edges (`benchmark.edges:`)."""
+
+    root: str  # of BSDS500
+    split: Annotated[str, one_of("train", "val", "test")]
+    points_per_side: Annotated[int, at_least(1)]
+    box_nms_thresh: Annotated[float, between(0, 1)]
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """The section `benchmark` of configs/sam2/infer_sam2.yaml, which explains each key."""
+
+    protocols: Annotated[
+        list[str],
+        Rule(lambda names: names and set(names) <= set(PROTOCOLS), f"a list of some of {', '.join(PROTOCOLS)}"),
+    ]
+    detections: str | None  # COCO result file; None: the objects' own boxes
+    groups: str | None  # a key of COCO's attributes, or a csv
+    proposals: ProposalSettings
+    edges: EdgeSettings
+
+    def __post_init__(self):
+        if ("groups" in self.protocols) != (self.groups is not None):
+            raise ValueError(
+                f"benchmark.groups is {self.groups}; must be an attribute or a csv file with groups among "
+                "benchmark.protocols, and null without"
+            )
+        if self.detections is not None and "boxes" not in self.protocols:
+            raise ValueError(f"benchmark.detections is {self.detections}, but boxes is not among benchmark.protocols")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files of a picture
+
+
+def write_record(folder: Path, stem: str, record: Record, results: dict[str, list[dict]]) -> None:
+    """Write what was measured of a picture, the record last: where it is, all is."""
+    for protocol, entries in results.items():
+        _replace(folder / f"{stem}_{protocol}.json", json.dumps(entries).encode())
+    path = folder / f"{stem}.npz.tmp"
+    with path.open("wb") as file:
+        np.savez(file, **{key.replace("/", "."): value for key, value in record.items()})
+    os.replace(path, folder / f"{stem}.npz")
+
+
+def _replace(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+def read_record(path: Path) -> Record:
+    """Read a record that `write_record` wrote."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return {key.replace(".", "/"): arrays[key] for key in arrays.files}
+
+
+def join_results(folder: Path, protocol: str, num_pictures: int, path: Path) -> None:
+    """Write the masks of all pictures as one COCO result file, without holding more than one picture's."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write("[")
+        is_first = True
+        for number in range(num_pictures):
+            for entry in json.loads((folder / f"data_{number:06d}_{protocol}.json").read_text(encoding="utf-8")):
+                file.write(("" if is_first else ",") + "\n" + json.dumps(entry))
+                is_first = False
+        file.write("\n]\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is given beside the dataset
+
+
+def read_detections(path: str, image_ids: dict[int | str, str], has_classes: bool) -> dict[str, list[dict]]:
+    """Read a COCO result file of boxes.
+
+    Args:
+        image_ids: {COCO's id of a picture: its name}.
+        has_classes: whether the objects have categories; without, all detections are of one class.
+    Returns:
+        {name: [{"bbox": [x, y, w, h], "score", "category_id"}, ...]}.
+    """
+    entries = read_json(Path(path))
+    if not isinstance(entries, list):
+        raise ValueError(f"benchmark.detections {path} holds a {type(entries).__name__}; must be a list of results")
+    of_picture, strange = {}, []
+    for entry in entries:
+        box = entry.get("bbox") if isinstance(entry, dict) else None
+        is_box = isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box)
+        if not is_box or type(entry.get("score")) not in (int, float):
+            raise ValueError(
+                f"benchmark.detections {path}: {str(entry)[:80]} must have bbox, [x, y, width, height], and score"
+            )
+        if entry.get("image_id") not in image_ids:
+            strange.append(str(entry.get("image_id")))
+            continue
+        class_id = class_of(entry) if has_classes else ONE_CLASS
+        name = image_ids[entry["image_id"]]
+        of_picture.setdefault(name, []).append({"bbox": box, "score": float(entry["score"]), "category_id": class_id})
+    if strange:
+        named = ", ".join(first_few(sorted(set(strange)), 5))
+        raise ValueError(
+            f"benchmark.detections {path}: {len(strange)} of {len(entries)} entries are of pictures that are not "
+            f"measured, such as image_id {named}; leave them out, or choose their split"
+        )
+    return of_picture
+
+
+def read_groups(path: str) -> dict[tuple[str, int], str]:
+    """Read a csv with the columns picture, object (its id) and value: {(picture, id): value}."""
+    with Path(path).open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file)
+        if not {"picture", "object", "value"} <= set(rows.fieldnames or []):
+            raise ValueError(f"benchmark.groups {path} has the columns {rows.fieldnames}; must be picture,object,value")
+        try:
+            return {(row["picture"], int(row["object"])): row["value"] for row in rows}
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"benchmark.groups {path}: object must be a mask's id, a number ({error})") from error
+
+
+def choose_objects(counts: dict[str, int], seed: int) -> dict[str, np.ndarray]:
+    """Choose which objects of each picture are clicked: all, of more than 15,000 a seeded 10,000, crowds among them."""
+    if sum(counts.values()) <= MOST_OBJECTS:
+        return {name: np.arange(count) for name, count in counts.items()}
+    names = [name for name, count in counts.items() for _ in range(count)]
+    places = np.concatenate([np.arange(count) for count in counts.values()])
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(names))[:NUM_CHOSEN])
+    of_picture = {name: [] for name in counts}
+    for number in chosen.tolist():
+        of_picture[names[number]].append(places[number])
+    return {name: np.array(own, np.int64) for name, own in of_picture.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the whole run
+
+
+@torch.inference_mode()
+def measure_pictures(
+    model: torch.nn.Module,
+    items: list[Item],
+    chosen: dict[str, np.ndarray],
+    detections: dict[str, list[dict]] | None,
+    groups_csv: dict[tuple[str, int], str] | None,
+    settings: BenchmarkSettings,
+    has_classes: bool,
+    keeps_crowds: bool,
+    precision: str,
+    folder: Path,
+) -> None:
+    """Measure each picture that has no record yet, and write its record and its masks.
+
+    Args:
+        chosen: places of the objects that are clicked, by picture.
+        detections: by picture; None: the objects' own boxes.
+        groups_csv: from `read_groups`; None: benchmark.groups is a key of the attributes.
+        has_classes: whether the objects have categories.
+        keeps_crowds: whether regions marked iscrowd are objects like others.
+        folder: of the records, data_000000.npz and so on.
+    """
+    protocols = set(settings.protocols)
+
+    def read(number: int) -> tuple[np.ndarray, Truth] | None:
+        if (folder / f"data_{number:06d}.npz").exists():
+            return None
+        item = items[number]
+        image_rgb, instances = read_image(item.image_path), item.read()
+        check_same_size(item, image_rgb.shape[:2], instances.layers.shape[1:])
+        truth = read_truth(instances)
+        truth = truth._replace(is_crowd=np.zeros_like(truth.is_crowd)) if keeps_crowds else truth
+        return image_rgb, truth if has_classes else truth._replace(classes=np.full_like(truth.classes, ONE_CLASS))
+
+    progress = tqdm(items, desc="measure", unit="image", disable=None)
+    with run.start_threads() as threads:
+        readings = run.read_ahead(read, range(len(items)))
+        for number, (item, reading) in enumerate(zip(progress, readings, strict=True)):
+            if reading.result() is None:
+                continue
+            image_rgb, truth = reading.result()
+            orig_hw, record, results = image_rgb.shape[:2], {}, {}
+            with run.autocast(model.device, precision):
+                embeddings = models.encode(model, models.preprocess(image_rgb, model.image_size, model.device)[None])
+            if protocols & {"clicks", "groups"}:
+                clicked = chosen[item.name][~truth.is_crowd[chosen[item.name]]]
+                is_short = "clicks" not in protocols
+                record |= measure_clicks(model, embeddings, truth, clicked, is_short, precision, threads)
+            if "groups" in protocols:
+                record["clicks/group"] = name_groups(item, truth, clicked, settings.groups, groups_csv)
+            if "proposals" in protocols:
+                with run.autocast(model.device, precision):
+                    for is_single in (False, True)[: 1 + settings.proposals.single_mask]:
+                        measured, masks = measure_proposals(
+                            model, embeddings, image_rgb, truth, settings.proposals, is_single
+                        )
+                        record |= measured
+                        results |= {} if is_single else {"proposals": masks}
+            if "boxes" in protocols:
+                boxes_xyxy, scores, classes = list_boxes(item, truth, detections, orig_hw)
+                measured, results["boxes"] = measure_boxes(
+                    model, embeddings, truth, boxes_xyxy, scores, classes, orig_hw, precision
+                )
+                record |= measured
+            image_id = number + 1 if truth.image_id is None else truth.image_id
+            results = {name: [{"image_id": image_id} | entry for entry in entries] for name, entries in results.items()}
+            write_record(folder, f"data_{number:06d}", record, results)
+
+
+def name_groups(
+    item: Item, truth: Truth, clicked: np.ndarray, attribute: str, groups_csv: dict[tuple[str, int], str] | None
+) -> np.ndarray:
+    """Name the group of each clicked object, str (O,); "" where the attribute is missing."""
+    if groups_csv is not None:
+        return np.array([groups_csv.get((item.name, int(truth.ids[place])), "") for place in clicked], str).astype("U")
+    values = [truth.attributes[place].get(attribute) for place in clicked]
+    return np.array(["" if value is None else str(value) for value in values], str).astype("U")
+
+
+def list_boxes(
+    item: Item, truth: Truth, detections: dict[str, list[dict]] | None, orig_hw: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """List the boxes of a picture: float (D, 4) px, corners; scores (D,) or None; classes int64 (D,)."""
+    if detections is None:
+        places = np.flatnonzero(~truth.is_crowd)
+        boxes = np.zeros((len(places), 4))
+        for row, place in enumerate(places):
+            layer = next(numbers for numbers in truth.numbers if (numbers == place + 1).any())
+            x, y, width, height = cv2.boundingRect((layer == place + 1).view(np.uint8))
+            boxes[row] = x, y, x + width - 1, y + height - 1
+        return boxes, None, truth.classes[places]
+    found = detections.get(item.name, [])
+    boxes = np.array([entry["bbox"] for entry in found], np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    boxes = boxes.clip(0, [orig_hw[1], orig_hw[0], orig_hw[1], orig_hw[0]])
+    scores = np.array([entry["score"] for entry in found], np.float64)
+    return boxes, scores, np.array([entry["category_id"] for entry in found], np.int64)
+
+
+@torch.inference_mode()
+def measure_edges(model: torch.nn.Module, settings: EdgeSettings, precision: str, folder: Path) -> list[str]:
+    """Measure the edges of each picture of BSDS500 that has no record yet; returns the pictures' names."""
+    pictures = edges.list_bsds(Path(settings.root), settings.split)
+    for number, (_, image_path, truth_path) in enumerate(tqdm(pictures, desc="edges", unit="image", disable=None)):
+        if (folder / f"edges_{number:06d}.npz").exists():
+            continue
+        image_rgb, truths = read_image(image_path), edges.read_boundaries(truth_path)
+        with run.autocast(model.device, precision):
+            embeddings = models.encode(model, models.preprocess(image_rgb, model.image_size, model.device)[None])
+            strength = edges.find_mask_edges(
+                model, embeddings, image_rgb.shape[:2], settings.points_per_side, settings.box_nms_thresh
+            )
+        of_method = {"sam": strength, "sobel": edges.sobel_edges(image_rgb), "canny": edges.canny_edges(image_rgb)}
+        record = {f"edges/{name}": edges.count_matches(found, truths) for name, found in of_method.items()}
+        write_record(folder, f"edges_{number:06d}", record, {})
+    return [name for name, *_ in pictures]
+
+
+def load_records(folder: Path, kind: str) -> list[Record]:
+    """Read the records of a run's pictures, "data" or "edges", in their order."""
+    paths = sorted(path for path in folder.glob(f"{kind}_*.npz") if re.fullmatch(rf"{kind}_\d+\.npz", path.name))
+    return [read_record(path) for path in paths]
+
+
+def run_benchmark(
+    model: torch.nn.Module,
+    data: dict,
+    split: str,
+    settings: BenchmarkSettings,
+    trained_on: dict | None,
+    seed: int,
+    precision: str,
+    run_dir: Path,
+    resumed_dir: Path | None,
+) -> Table:
+    """Measure a model by the chosen protocols, and write table.csv, COCO result files and a picture for each.
+
+    Args:
+        model: from `build_sam2`, in eval mode.
+        data: the keys of the dataset's reader.
+        split: val or train.
+        trained_on: the `data` section of the config that the checkpoint was trained with; None: it names none.
+        seed: of the choice among very many objects, and of intervals.
+        run_dir: where everything is written; run.json is there.
+        resumed_dir: the folder of a run that was cut off, whose records are taken over.
+    Raises:
+        ValueError, FileNotFoundError: for data, detections and groups that cannot be measured.
+    """
+    folder = run_dir / "pictures"
+    folder.mkdir()
+    if resumed_dir is not None:
+        for path in sorted((resumed_dir / "pictures").glob("*")):
+            if path.suffix != ".tmp":
+                shutil.copyfile(path, folder / path.name)
+    records, notes = [], []
+    if set(settings.protocols) - {"edges"}:
+        records, notes = _measure_dataset(model, data, split, settings, trained_on, seed, precision, run_dir)
+    if "edges" in settings.protocols:
+        names = measure_edges(model, settings.edges, precision, folder)
+        write_json(run_dir / "edges.json", {"pictures": names})
+        records = records + load_records(folder, "edges")
+    table = summarize(records)
+    intervals = {}
+    if "groups" in settings.protocols:
+        clicked = [
+            {key: record[key] for key in ("clicks/ious", "clicks/group")}
+            for record in records
+            if "clicks/group" in record
+        ]
+        intervals = interval(lambda places: summarize_groups([clicked[k] for k in places]), [len(clicked)], seed)
+    write_table(run_dir / "table.csv", table, intervals, "; ".join(notes))
+    draw_protocols(records, table, intervals, run_dir)
+    print("\n".join(table_lines(table, intervals)))
+    for note in notes:
+        print(note)
+    return table
+
+
+def _measure_dataset(
+    model: torch.nn.Module,
+    data: dict,
+    split: str,
+    settings: BenchmarkSettings,
+    trained_on: dict | None,
+    seed: int,
+    precision: str,
+    run_dir: Path,
+) -> tuple[list[Record], list[str]]:
+    """Measure a dataset's pictures: their records, and what is to be said of the numbers."""
+    folder = run_dir / "pictures"
+    keeps_crowds = data.get("crowd") == "keep"
+    reader_keys = data | ({"crowd": "keep"} if "crowd" in data else {})  # crowds are to be ignored, not to be missed
+    items = list_items(reader_keys, "data", is_check=False)[split == "val"]
+    report = check_items(items, check_item)
+    print("\n".join(report_lines(report)))
+    dataset_check.keep_usable(items, report, data["on_bad"])  # which stops where it is to
+    faulty = {item.name for item in report.bad}
+    items = [item for item in items if item.name not in faulty]
+    contents = {item.name: item.content for item in report.items if item.name not in faulty}
+    if not any(len(content.areas_px) for content in contents.values()):
+        raise ValueError(f"data.root {data['root']}: none of the {len(items)} pictures of split={split} has objects")
+    has_classes = any(content.has_categories for content in contents.values())
+    if "boxes" in settings.protocols and not has_classes:
+        print("boxes: the objects have no categories: all are of one class")
+    detections = groups_csv = None
+    if settings.detections is not None:
+        ids = [contents[item.name].image_id for item in items]
+        ids = {
+            number if image_id is None else image_id: item.name
+            for number, (image_id, item) in enumerate(zip(ids, items, strict=True), 1)
+        }
+        detections = read_detections(settings.detections, ids, has_classes)
+    if settings.groups is not None and settings.groups.endswith(".csv"):
+        groups_csv = read_groups(settings.groups)
+    chosen = choose_objects({item.name: len(contents[item.name].areas_px) for item in items}, seed)
+    measure_pictures(
+        model, items, chosen, detections, groups_csv, settings, has_classes, keeps_crowds, precision, folder
+    )
+    for protocol in {"proposals", "boxes"} & set(settings.protocols):
+        join_results(folder, protocol, len(items), run_dir / f"{protocol}.json")
+    write_json(run_dir / "data.json", {"pictures": [item.name for item in items]})
+    records, notes = load_records(folder, "data"), []
+    if "groups" in settings.protocols:
+        groups = join(records, "clicks/group")
+        if not (groups != "").any():
+            raise ValueError(f"benchmark.groups is {settings.groups}: none of the {len(groups)} objects has it")
+        if (groups == "").any():
+            notes.append(
+                f"groups: {(groups == '').sum()} of {len(groups)} objects lack {settings.groups}, and do not count"
+            )
+    if trained_on is not None:
+        notes.append(describe_training(trained_on, items))
+    return records, [note for note in notes if note]
+
+
+def describe_training(trained_on: dict, items: list[Item]) -> str:
+    """Say how many of the measured pictures the checkpoint's config names among its training pictures."""
+    keys = {key: value for key, value in trained_on.items() if key not in TRAINING_KEYS}
+    unknown = "whether some of the measured pictures trained this checkpoint is unknown"
+    if not Path(str(keys.get("root"))).is_dir():
+        return f"{unknown}: {keys.get('root')} is not here"
+    try:
+        trained = {item.image_path.resolve() for item in split_items(**keys)[0]}
+    except (OSError, ValueError, TypeError) as error:
+        return f"{unknown}: {error}"
+    num_trained = sum(item.image_path.resolve() in trained for item in items)
+    return f"{num_trained} of the {len(items)} measured pictures trained this checkpoint" if num_trained else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the table and the pictures
+
+
+def write_table(path: Path, table: Table, intervals: dict[tuple, tuple[float, float]], note: str) -> None:
+    """Write a line for each number: protocol, group, metric, value, the ends of its interval, and the note."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["protocol", "group", "metric", "value", "low", "high", "note"])
+        for key, value in table.items():
+            ends = [f"{end:.6g}" for end in intervals[key]] if key in intervals else ["", ""]
+            writer.writerow([*key, f"{value:.6g}", *ends, note])
+
+
+def table_lines(table: Table, intervals: dict[tuple, tuple[float, float]]) -> list[str]:
+    """Put the numbers into lines to print, one for each group of a protocol."""
+    lines = {}
+    for (protocol, group, metric), value in table.items():
+        shown = f"{value:.3f}" if isinstance(value, float) else str(value)
+        if (protocol, group, metric) in intervals:
+            shown += " ({:.3f} to {:.3f})".format(*intervals[protocol, group, metric])
+        lines.setdefault(f"{protocol}, {group}", []).append(f"{metric} {shown}")
+    return [f"{name}: {'  '.join(shown)}" for name, shown in lines.items()]
+
+
+def draw_protocols(
+    records: list[Record], table: Table, intervals: dict[tuple, tuple[float, float]], run_dir: Path
+) -> None:
+    """Draw a picture for each protocol that was measured: clicks.png and so on."""
+    painters = {
+        "clicks": draw_clicks, "proposals": draw_proposals, "boxes": draw_boxes, "edges": draw_edges,
+        "groups": draw_groups,
+    }  # fmt: skip
+    for protocol in {key[0] for key in table} & set(painters):
+        with drawing(run_dir / f"{protocol}.png"):
+            from matplotlib.figure import Figure  # slow to import
+
+            figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+            axes = figure.subplots()
+            painters[protocol](axes, records, table, intervals)
+            axes.grid(alpha=0.3)
+            figure.savefig(run_dir / f"{protocol}.png", dpi=110)
+
+
+def draw_clicks(axes, records: list[Record], table: Table, intervals: dict) -> None:
+    """Draw mean IoU against the number of clicks, by size."""
+    records = [record for record in records if "clicks/ious" in record]
+    ious, areas = join(records, "clicks/ious"), join(records, "clicks/area")
+    counts = np.arange(1, max(CLICKS) + 1)
+    for group, (least, most) in metrics.AREA_RANGES.items():
+        is_in = (areas >= least) & (areas <= most)
+        if is_in.any():
+            axes.plot(counts, ious[is_in][:, : len(counts)].mean(0), marker="o", label=f"{group} ({is_in.sum()})")
+    axes.axhline(table["clicks", "all", "iou_box"], color="black", linestyle=":", label="box, all")
+    axes.set(title="clicks", xlabel="clicks", ylabel="mean IoU", ylim=(0, 1))
+    axes.legend()
+
+
+def draw_proposals(axes, records: list[Record], table: Table, intervals: dict) -> None:
+    """Draw recall against the IoU that counts as found, for each number of proposals."""
+    records = [record for record in records if "proposals/num/all" in record]
+    num_objects = sum(int(record["proposals/num/all"]) for record in records)
+    for most in AT_MOST:
+        found = sum(record[f"proposals/found/all_{most}"] for record in records)
+        axes.plot(metrics.IOU_THRESHOLDS, found / max(num_objects, 1), marker="o", label=f"{most} masks")
+    axes.set(title=f"proposals, {num_objects} objects", xlabel="IoU", ylabel="recall", ylim=(0, 1))
+    axes.legend()
+
+
+def draw_boxes(axes, records: list[Record], table: Table, intervals: dict) -> None:
+    """Draw average precision against the IoU that counts as right, by size."""
+    records = [record for record in records if "boxes/scores" in record]
+    for number, group in enumerate(metrics.AREA_RANGES):
+        precisions = [metrics.average_precision(matches) for matches in class_matches(records, number).values()]
+        precisions = [precision for precision in precisions if not np.isnan(precision).any()]
+        if precisions:
+            axes.plot(metrics.IOU_THRESHOLDS, np.mean(precisions, 0), marker="o", label=group)
+    axes.set(title="masks from boxes", xlabel="IoU", ylabel="average precision", ylim=(0, 1))
+    axes.legend()
+
+
+def draw_edges(axes, records: list[Record], table: Table, intervals: dict) -> None:
+    """Draw precision against recall of the edges."""
+    records = [record for record in records if "edges/sam" in record]
+    for name in ("sam", "sobel", "canny"):
+        matched_true, true, matched, predicted = np.sum([record[f"edges/{name}"] for record in records], 0).T
+        recall, precision = matched_true / np.maximum(true, 1), matched / np.maximum(predicted, 1)
+        is_there = predicted > 0
+        axes.plot(recall[is_there], precision[is_there], label=f"{name}, ODS {table['edges', name, 'ods']:.3f}")
+    axes.set(title=f"edges, {len(records)} pictures", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1))
+    axes.legend()
+
+
+def draw_groups(axes, records: list[Record], table: Table, intervals: dict) -> None:
+    """Draw the mean IoU of each group at 1 and 3 clicks, with its interval."""
+    groups = list(dict.fromkeys(key[1] for key in table if key[0] == "groups" and key[1] != "largest gap"))
+    for metric, offset in (("iou_1_click", -0.1), ("iou_3_clicks", 0.1)):
+        means = np.array([table["groups", group, metric] for group in groups])
+        keys = [("groups", group, metric) for group in groups]
+        ends = [intervals[key] if key in intervals else (table[key], table[key]) for key in keys]
+        reach = np.abs(np.array(ends).T - means)
+        axes.errorbar(means, np.arange(len(groups)) + offset, xerr=reach, fmt="o", capsize=3, label=metric)
+    axes.set(title="groups, 95 % intervals", xlabel="mean IoU", yticks=range(len(groups)), yticklabels=groups)
+    axes.legend()
