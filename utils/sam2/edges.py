@@ -192,7 +192,8 @@ def thin_edges(strength: np.ndarray) -> np.ndarray:
     The normal of a ridge is the direction in which the map, blurred by RIDGE_SIGMA_PX, curves down the most: from its
     second derivatives, as Dollar and Zitnick's structured edges do, since a gradient vanishes on a ridge. A pixel stays
     if it is not below the map one pixel ahead along the normal, and above it one pixel behind, so that of two equal
-    ones one stays; the map is interpolated linearly there (bilinear), and is 0 beyond the border.
+    ones one stays; the map is interpolated linearly there (bilinear), and is 0 beyond the border. A diagonal line may
+    stay as a staircase of two pixels in each row, which `count_matches` thins to one.
 
     Args:
         strength: float32 (H, W), >= 0.
