@@ -111,8 +111,7 @@ def test_counts_are_those_of_matching_at_each_threshold():
         num_right = np.any([is_pred for is_pred, _ in matches], 0).sum()
         num_found = sum(is_truth.sum() for _, is_truth in matches)
         assert row[:2] == [num_found, sum(truth.sum() for truth in truths)] and row[3] == pred.sum()
-        # Of matchings of one size the pixels may differ, and so the union over annotators.
-        assert row[2] == pytest.approx(num_right, abs=0.02 * num_right)
+        assert row[2] == num_right
 
 
 def test_a_strength_of_a_threshold_is_at_it():
