@@ -320,7 +320,7 @@ def _link_pixels(pred_yx: np.ndarray, truth_yx: np.ndarray, max_distance_px: flo
 def _match(links: Links, is_pred: np.ndarray) -> np.ndarray:
     """Match predicted pixels with true ones, as many as can be at each stage; what is matched stays so.
 
-    scipy's maximum_bipartite_matching needs seconds for some thresholds of some pictures, and most need 5 ms.
+    Written out because scipy's maximum_bipartite_matching, though quick for most maps, takes over 10 s for some.
 
     Args:
         is_pred: bool (P,), the pixels that take part.
@@ -387,7 +387,8 @@ def count_matches(
     """Count a picture's matched pixels at each threshold, as the benchmark's evaluation_bdry_image does.
 
     Each cut of the strength is thinned once more to lines one pixel wide, as the benchmark does with MATLAB's bwmorph;
-    the boundaries are taken as they are. A predicted pixel is right if any annotator's boundaries match it.
+    the boundaries are taken as they are. A predicted pixel is right if any annotator's boundaries match it. A picture of
+    BSDS500 takes 2 to 6 s on one core.
 
     Args:
         strength: float (H, W), 0..1, thinned.
