@@ -387,8 +387,8 @@ def count_matches(
     """Count a picture's matched pixels at each threshold, as the benchmark's evaluation_bdry_image does.
 
     Each cut of the strength is thinned once more to lines one pixel wide, as the benchmark does with MATLAB's bwmorph;
-    the boundaries are taken as they are. A predicted pixel is right if any annotator's boundaries match it. A picture of
-    BSDS500 takes 2 to 6 s on one core.
+    the boundaries are taken as they are. A predicted pixel is right if any annotator's boundaries match it. A picture
+    of BSDS500 takes 2 to 6 s on one core.
 
     Args:
         strength: float (H, W), 0..1, thinned.
