@@ -45,7 +45,7 @@ import csv
 import functools
 import logging
 import unicodedata
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -77,8 +77,10 @@ REPOSITORY = Path(__file__).resolve().parent
 MODES_OF_KEY = {  # which modes use a key that says what to look for
     "region": ("region",), "points": ("prompts",), "boxes": ("prompts",), "mask": ("prompts",),
     "prompts_file": ("prompts",), "input": ("automatic", "region", "prompts"), "data": ("benchmark",),
-    "benchmark": ("benchmark",), "results": ("compare",),
+    "results": ("compare",),
 }  # fmt: skip
+MODES_OF_SECTION = {f"benchmark.{field.name}": ("benchmark",) for field in fields(BenchmarkSettings)}
+MODES_OF_SECTION["split"] = ("benchmark",)
 MASK_LOGIT = 10.0  # a mask prompt's pixels are +10 inside and -10 outside, as in SAM 2's training
 
 
@@ -262,12 +264,8 @@ def measure(config: dict, settings: Config, run_dir: Path) -> None:
 
 def check_mode(settings: Config) -> None:
     """Refuse a mode without its input, and input that the mode would not use."""
-    given = [key for key in MODES_OF_KEY if key != "benchmark" and getattr(settings, key)]
-    own = OmegaConf.load(REPOSITORY / "configs" / "sam2" / "infer_sam2.yaml")
-    own.data_root = settings.common.data_root
-    if read_settings(BenchmarkSettings, OmegaConf.to_container(own.benchmark, resolve=True)) != settings.benchmark:
-        given.append("benchmark")
-    sections.check_modes(given, MODES_OF_KEY, settings.mode)
+    given = [key for key in MODES_OF_KEY if getattr(settings, key)]
+    sections.check_modes(given + list_changes(settings), MODES_OF_KEY | MODES_OF_SECTION, settings.mode)
     if settings.common.resume is not None and settings.mode != "benchmark":
         raise ValueError(
             f"resume= is {settings.common.resume}, but mode={settings.mode} resumes no run; leave it out: "
@@ -286,6 +284,15 @@ def check_mode(settings: Config) -> None:
         raise ValueError("mode=prompts needs points=, boxes=, mask= or prompts_file=")
     if "prompts_file" in given and len(given) > 1:
         raise ValueError(f"prompts_file= is given together with {given[0]}=; put all prompts in the json file")
+
+
+def list_changes(settings: Config) -> list[str]:
+    """List the keys of a mode's own section, and its `split`, that differ from those of the YAML file."""
+    own = OmegaConf.load(REPOSITORY / "configs" / "sam2" / "infer_sam2.yaml")
+    own.data_root = settings.common.data_root
+    before = OmegaConf.to_container(own.benchmark, resolve=True)
+    changed = [f"benchmark.{key}" for key, value in asdict(settings.benchmark).items() if value != before[key]]
+    return changed + ["split"] * (settings.split != own.split)
 
 
 def choose_model(checkpoint: str | None, image_size: int | None, model: dict | None) -> dict:
