@@ -45,3 +45,16 @@ def one_thread():
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.hookimpl(trylast=True)  # after pytest's own order, which goes by all parameters of a test
+def pytest_collection_modifyitems(items):
+    """Let the tests of a file that use the same trainer follow each other: its dataset and runs are made once."""
+    files = {path: number for number, path in enumerate(dict.fromkeys(item.path for item in items))}
+    trainers = ["train_sam2", "train_unet", "train_siamfc"]
+
+    def place(item):
+        name = item.callspec.params.get("trainer") if hasattr(item, "callspec") else None
+        return files[item.path], trainers.index(name) if name in trainers else -1
+
+    items.sort(key=place)

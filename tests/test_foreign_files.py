@@ -39,6 +39,11 @@ OWN = {"train_sam2": ("infer", "start of train_sam2"), "train_unet": ("predict",
        "train_siamfc": ("track", "start of train_siamfc")}  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    tiny.make_runs_quick(train_sam2, monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")

@@ -1,5 +1,7 @@
 """Several processes train what one trains, and end together: gloo on CPUs, forked so that importing is paid for once.
 
+One process that has imported the scripts, and computes nothing, forks those of every run: the fixture `runner`.
+
 `python -m benchmarks.ranks` shows the same at full length, under torchrun.
 """
 
@@ -30,9 +32,7 @@ import pytest, torch
 import torch.utils.tensorboard
 
 torch.set_num_threads(1)
-tiny_runs, script = (importlib.import_module(name) for name in sys.argv[1:3])
 from utils import loop, ranks, settings
-tiny_runs.make_runs_quick(pytest.MonkeyPatch())
 
 
 def at_call(module, name, number, what, ending=""):
@@ -52,7 +52,8 @@ def at_call(module, name, number, what, ending=""):
     setattr(module, name, call)
 
 
-def child(rank, case, port, run_dir):
+def child(rank, case, port, run_dir, tiny_runs, script):
+    tiny_runs.make_runs_quick(pytest.MonkeyPatch())
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case["count"], "LOCAL_WORLD_SIZE": case["count"],
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in environment.items()})
@@ -68,13 +69,15 @@ def child(rank, case, port, run_dir):
     resume = case.get("resume")
     with settings.one_line_errors(script.__name__, "less"):
         ranks.join(case["config"])
-        script.train(case["config"], run_dir, resume and Path(resume))
+        if "code" in case:
+            exec(case["code"], {"rank": rank})
+        else:
+            script.train(case["config"], run_dir, resume and Path(resume))
     if trained:
         torch.save([parameter.detach() for parameter in trained[-1]], run_dir.with_name(f"{run_dir.name}_{rank}.pt"))
 
 
-def run(name, case, folder):
-    run_dir = folder / name
+def run(case, run_dir, *modules):
     run_dir.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -85,7 +88,7 @@ def run(name, case, folder):
         if pid == 0:
             status = 1
             try:
-                child(rank, case, port, run_dir)
+                child(rank, case, port, run_dir, *modules)
                 status = 0
             except SystemExit as stop:
                 print(stop.code, file=sys.stderr)
@@ -95,7 +98,7 @@ def run(name, case, folder):
                 sys.__stdout__.flush(), sys.__stderr__.flush()
                 os._exit(status)
         pids[pid] = rank
-    statuses, ended_s, limit = {}, {}, time.monotonic() + float(sys.argv[4])
+    statuses, ended_s, limit = {}, {}, time.monotonic() + float(sys.argv[1])
     while pids:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
@@ -109,28 +112,42 @@ def run(name, case, folder):
             "ended_s": max(ended_s.values()) - min(ended_s.values())}
 
 
-folder = Path(sys.argv[3])
-print(json.dumps({name: run(name, case, folder) for name, case in json.load(sys.stdin).items()}))
+for line in sys.stdin:
+    names, folder, cases = json.loads(line)
+    modules = [importlib.import_module(name) for name in names]
+    print(json.dumps({name: run(case, Path(folder, name), *modules) for name, case in cases.items()}), flush=True)
 """
 
 
-def run_cases(trainer, folder, cases: dict[str, dict]) -> dict[str, dict]:
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    """The process that forks those of the runs, and the file with what it says itself."""
+    said = tmp_path_factory.mktemp("runner") / "stderr.txt"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # the first process is the store here, which torchrun has in its own
+    command = [sys.executable, "-c", RUNNER, str(LIMIT_S)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with said.open("w") as file, subprocess.Popen(command, env=environment, stderr=file, **pipes) as process:
+        yield process, said  # it ends where its input does
+
+
+def run_cases(runner, trainer, folder, cases: dict[str, dict]) -> dict[str, dict]:
     """Run trainings, each in some forked processes.
 
     Args:
         folder: <case> comes here, with what each process printed beside it, <case>_<rank>.txt.
         cases: {case: {"count": of processes, "config": ..., "resume": a last.pt, "changes": [[rank, module, function,
-            number of the call, what happens there: "die", "nan", "bug" or "memory", how its last argument ends]]}}.
+            number of the call, what happens there: "die", "nan", "bug" or "memory", how its last argument ends]],
+            "code": what each process does instead of training}}.
     Returns:
         {case: {"statuses": of each rank, "ended_s": from the first to the last end, "printed": by each rank}}.
     """
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", RUNNER, trainer.tiny.__name__, trainer.name, str(folder), str(LIMIT_S)]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # the first process is the store here, which torchrun has in its own
-    done = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    answers = json.loads(done.stdout.splitlines()[-1])
+    process, said = runner
+    print(json.dumps([[trainer.tiny.__name__, trainer.name], str(folder), cases]), file=process.stdin, flush=True)
+    answer = process.stdout.readline()
+    assert answer, said.read_text()[-3000:]
+    answers = json.loads(answer)
     for name, answer in answers.items():
         paths = [folder / f"{name}_{rank}.txt" for rank in range(cases[name]["count"])]
         answer["printed"] = [path.read_text() for path in paths]
@@ -166,10 +183,11 @@ def shaped(trainer, count: int, *overrides: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def runs(trainer, tmp_path_factory):
+def runs(runner, trainer, tmp_path_factory):
     """Runs by one, two and three processes."""
     folder = tmp_path_factory.mktemp("runs")
-    return folder, run_cases(trainer, folder, {f"by_{n}": {"count": n, "config": shaped(trainer, n)} for n in SHAPES})
+    cases = {f"by_{count}": {"count": count, "config": shaped(trainer, count)} for count in SHAPES}
+    return folder, run_cases(runner, trainer, folder, cases)
 
 
 def test_two_and_three_processes_give_what_one_gives(trainer, runs):
@@ -204,7 +222,7 @@ only_unet = pytest.mark.parametrize("trainer", ["train_unet"], indirect=True)  #
 
 
 @only_unet
-def test_a_process_that_dies_ends_the_others_and_the_run_resumes(trainer, runs, tmp_path):
+def test_a_process_that_dies_ends_the_others_and_the_run_resumes(runner, trainer, runs, tmp_path):
     """In a step, in the middle of saving, in an evaluation; by as many processes to the bit, by one to 1e-6."""
     two = {"count": 2, "config": shaped(trainer, 2)}
     deaths = {
@@ -212,7 +230,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_resumes(trainer, runs, 
         "in_save": [0, "utils.checkpoint:os", "replace", 2, "die", "last.pt"],
         "in_evaluation": [1, "train_unet", "evaluate", 2, "die"],
     }
-    died = run_cases(trainer, tmp_path, {name: two | {"changes": [change]} for name, change in deaths.items()})
+    died = run_cases(runner, trainer, tmp_path, {name: two | {"changes": [change]} for name, change in deaths.items()})
     for name, answer in died.items():
         killed = deaths[name][0]
         assert answer["statuses"][killed] == -signal.SIGKILL and answer["statuses"][1 - killed] == 1, answer
@@ -223,7 +241,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_resumes(trainer, runs, 
     last = {name: str(tmp_path / name / "last.pt") for name in deaths}
     cases = {f"{name}_by_2": two | {"resume": last[name]} for name in ("in_save", "in_evaluation")}
     cases["in_step_by_1"] = {"count": 1, "config": shaped(trainer, 1), "resume": last["in_step"]}
-    for name, answer in run_cases(trainer, tmp_path, cases).items():
+    for name, answer in run_cases(runner, trainer, tmp_path, cases).items():
         assert set(answer["statuses"]) == {0}, answer
         if name.endswith("by_2"):
             assert not run_differences(runs[0] / "by_2", tmp_path / name), name
@@ -238,7 +256,7 @@ def write_one_name(trainer, folder) -> Path:
 
 
 @only_unet
-def test_errors_are_one_line_of_the_process_that_has_it(trainer, tmp_path):
+def test_errors_are_one_line_of_the_process_that_has_it(runner, trainer, tmp_path):
     good = shaped(trainer, 2)
     cases = {
         "batch": {"config": good | {"train": good["train"] | {"batch_size": 3}}},
@@ -253,7 +271,7 @@ def test_errors_are_one_line_of_the_process_that_has_it(trainer, tmp_path):
         "memory": "error: out of memory in train, step 0: out of memory; this machine has .*; try less",
         "bug": "ZeroDivisionError: out of bug",
     }
-    answers = run_cases(trainer, tmp_path, {name: case | {"count": 2} for name, case in cases.items()})
+    answers = run_cases(runner, trainer, tmp_path, {name: case | {"count": 2} for name, case in cases.items()})
     few = answers.pop("few")
     assert few["statuses"] == [0, 0] and "images: train 1, val 3" in few["printed"][0], few  # it trains all the same
     for name, answer in answers.items():
@@ -406,17 +424,10 @@ def test_batch_norm_is_synchronised_on_cuda_alone(monkeypatch, capsys):
 
 
 AVERAGE = r"""
-import os, socket, sys
+import os
 import torch
 from utils import ranks
 
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0")
-rank = int(os.fork() == 0)
-os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
-ranks.join({"device": "cpu", "check": False})
 both, one, none = weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
 optimizer = torch.optim.AdamW(weights, lr=0.1, weight_decay=0.5)
 loss = (rank + 1) * both.sum() + (6 * one.sum() if rank == 1 else 0)
@@ -424,20 +435,15 @@ loss.backward()
 ranks.average_gradients(weights)
 gradients = [None if weight.grad is None else weight.grad.tolist() for weight in weights]
 optimizer.step()
-os.write(1, f"{rank} {gradients} {none.tolist()}\n".encode())  # in one piece
+os.write(1, f"{gradients} {none.tolist()}\n".encode())  # the second process prints nothing
 ranks.leave()
-if rank == 0:
-    os.wait()
 """
 
 
-def test_a_parameter_that_one_process_uses_gets_its_share_and_one_that_none_uses_no_update():
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", AVERAGE]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=LIMIT_S)
-    assert done.returncode == 0, done.stderr[-2000:]
+@only_unet
+def test_a_parameter_that_one_process_uses_gets_its_share_and_one_that_none_uses_no_update(runner, trainer, tmp_path):
+    case = {"count": 2, "config": {"device": "cpu", "check": False}, "code": AVERAGE}
+    answer = run_cases(runner, trainer, tmp_path, {"average": case})["average"]
+    assert answer["statuses"] == [0, 0], answer
     expected = "[[1.5, 1.5, 1.5], [3.0, 3.0, 3.0], None] [1.0, 1.0, 1.0]"  # no weight decay either
-    assert sorted(line for line in done.stdout.splitlines() if line[:1] in ("0", "1")) == [
-        f"0 {expected}",
-        f"1 {expected}",
-    ]
+    assert [text.splitlines()[-1] for text in answer["printed"]] == [expected, expected]

@@ -249,6 +249,7 @@ def test_resume_takes_the_stored_config_and_allows_what_may_change(trainer):
         ("train_siamfc", "precision=bf16", "precision: stored auto, now bf16"),
     ],
     indirect=["trainer"],
+    scope="module",
 )
 def test_resume_lists_what_may_not_change(trainer, override, listed, whole, tmp_path, monkeypatch, capfd):
     """And allows what may: the number of steps, of workers, and a dataset that was moved."""
@@ -335,6 +336,7 @@ def test_killed_runs_resume_exactly(trainer, tmp_path):
     "trainer, override",
     [("train_unet", "optim=sgd"), ("train_unet", "optim.name=adam"), ("train_siamfc", "precision=bf16")],
     indirect=["trainer"],
+    scope="module",
 )
 def test_other_optimizers_and_networks_resume_exactly(trainer, override, tmp_path, monkeypatch):
     """A U-Net, with batch norm, and the real SiamFC, with momentum and AlexNet's batch norm, in bf16 on the CPU."""

@@ -268,13 +268,14 @@ def test_every_parameter_of_every_network_moves(name, optim, root, tmp_path, qui
 
 def test_published_weights_are_downloaded_by_a_new_run_alone(root, tmp_path, quick, monkeypatch, capfd):
     """Evaluation, prediction, a summary, a resumed run and a dataset check take none."""
+    monkeypatch.setattr(train_unet, "LATENCY_REPEATS", 2)
     name, asked = "deeplabv3_mobilenet_v3_large", []
     published = get_model(name, weights=None, weights_backbone=None, aux_loss=True).state_dict()
     monkeypatch.setattr(
         torchvision.models._api, "load_state_dict_from_url", lambda url, **_: asked.append(url) or published
     )
     overrides = [override for override in tiny_overrides(root) if not override.startswith("model")]
-    overrides += ["model=deeplabv3", "model.backbone=mobilenet_v3_large", "model.pretrained=true", "train.steps=2"]
+    overrides += ["model=deeplabv3", "model.backbone=mobilenet_v3_large", "model.pretrained=true", "train.steps=1"]
     overrides += ["data.channels=1", "train.picture_images=0"]  # grey pictures
     run_dir = tmp_path / "run"
 
@@ -287,7 +288,7 @@ def test_published_weights_are_downloaded_by_a_new_run_alone(root, tmp_path, qui
     moved = (read_last(run_dir)["model"]["network.backbone.0.0.weight"] - start).abs().max()
     assert 0 < moved < 0.1 * start.abs().max()  # it began with them
     for folder, arguments in {
-        "resumed": [f"resume={run_dir}", "train.steps=3"],
+        "resumed": [f"resume={run_dir}", "train.steps=2"],
         "evaluate": ["mode=evaluate", f"checkpoint={run_dir / 'best.pt'}"],
         "predict": ["mode=predict", f"checkpoint={run_dir / 'best.pt'}", f"input={val_items(root)[0].image_path}"],
         "summary": ["mode=summary", f"checkpoint={run_dir / 'best.pt'}"],
@@ -908,7 +909,7 @@ def test_perfect_scores_are_told_apart_by_the_loss(root, tmp_path, monkeypatch, 
     assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)["metrics"]["step"] == 2
 
 
-def test_batch_of_one_value_per_channel_names_the_settings(root, tmp_path, monkeypatch, capfd):
+def test_batch_of_one_value_per_channel_names_the_settings(root, tmp_path, monkeypatch, capfd, quick):
     """It ended in batch norm's own words: Expected more than 1 value per channel when training, got input size ..."""
     arguments = [*tiny_overrides(root), "data.image_size=4", "train.batch_size=1", "train.steps=1"]
     message = fails_with(monkeypatch, capfd, tmp_path / "run", *arguments)

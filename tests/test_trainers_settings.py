@@ -112,6 +112,7 @@ def test_typo_on_the_command_line_names_the_key(trainer):
     "trainer, content, message",
     [(name, *mistake) for name in TRAINERS for mistake in (ALL_MISTAKES | MISTAKES[name]).items()],
     indirect=["trainer"],
+    scope="module",
 )
 def test_mistake_in_a_preset_names_the_key(trainer, content, message, tmp_path):
     assert error_of(trainer, tmp_path / "run", yaml.safe_load(content)).startswith(message)
@@ -121,6 +122,7 @@ def test_mistake_in_a_preset_names_the_key(trainer, content, message, tmp_path):
     "trainer, override",
     [(name, override) for name in TRAINERS for override in ALL_OUT_OF_RANGE + OUT_OF_RANGE[name]],
     indirect=["trainer"],
+    scope="module",
 )
 def test_value_that_makes_no_sense_is_named(trainer, override, tmp_path):
     key, value = override.split("=")

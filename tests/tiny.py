@@ -15,7 +15,9 @@ from types import ModuleType
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 import utils.loop
@@ -58,6 +60,8 @@ def run_script(script: ModuleType, run_dir: Path, *arguments: str) -> tuple[int,
     handlers = list(logging.getLogger().handlers)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(sys, "argv", command)
+        if not any("multirun" in argument.lower() for argument in arguments):  # Hydra would compose all to learn that
+            monkeypatch.setattr(Hydra, "get_mode", lambda *args, **keywords: RunMode.RUN)
         try:
             read_command_line(config_dir(name).name)  # as the script does
             script.main()
