@@ -49,11 +49,13 @@ def draw_objects(rng: np.random.Generator, height: int, width: int) -> list[np.n
             center, axes = (int(x + sides[1] // 2), int(y + sides[0] // 2)), (int(sides[1] // 2), int(sides[0] // 2))
             cv2.ellipse(mask, center, axes, 0, 0, 360, 1, -1)
         masks.append(mask.astype(bool))
-    return masks
+    whole = np.zeros((height, width), bool)  # a large one
+    whole[6:-4, 9:-7] = True
+    return [*masks, whole]
 
 
 def write_coco(root: Path) -> Path:
-    """A dataset in COCO's form: crowds, categories with frequencies, attributes that some objects lack, an empty picture."""
+    """A dataset as COCO's: crowds, categories with frequencies, attributes that some objects lack, an empty picture."""
     rng = np.random.default_rng(0)
     images, annotations = [], []
     for number in range(NUM_PICTURES):
@@ -170,7 +172,7 @@ def test_precision_and_recall_are_those_of_pycocotools(root, run_dir):
             expected = coco.eval["recall"][:, 0, number, place].mean()
             assert table["proposals", group, f"ar_{most}"] == pytest.approx(expected, abs=1e-9)
     assert 0 < table["proposals", "all", "ar_10"] <= table["proposals", "all", "ar_1000"] < 1
-    assert table["proposals", "all", "ar_1000_single_mask"] < table["proposals", "all", "ar_1000"]
+    assert table["proposals", "all", "ar_1000_single_mask"] <= table["proposals", "all", "ar_1000"]
 
 
 def test_recall_by_frequency_is_that_of_the_objects_of_these_categories(root, run_dir, tmp_path):
@@ -186,7 +188,9 @@ def test_recall_by_frequency_is_that_of_the_objects_of_these_categories(root, ru
             coco.params.maxDets, coco.params.useCats = [10, 100, 1000], 0
             prepare = coco._prepare
 
-            def keep_ignored(prepare=prepare, coco=coco):  # pycocotools overwrites `ignore` by iscrowd
+            def keep_ignored(
+                prepare=prepare, coco=coco, category_id=category_id
+            ):  # pycocotools overwrites `ignore` by iscrowd
                 prepare()
                 for own in coco._gts.values():
                     for annotation in own:
@@ -202,44 +206,43 @@ def test_the_truth_as_prediction_has_the_best_value_of_every_protocol(root, tmp_
     known = {}
 
     def remember(instances):
-        known["truth"] = truth = real(instances)
+        truth = real(instances)
+        known[truth.numbers.shape[1:]] = truth  # no two pictures have one size
         return truth
 
     def masks_of(truth):
         return [(truth.numbers == g + 1).any(0) for g in range(len(truth.ids))]
 
+    def depth(mask):
+        return cv2.distanceTransform(np.pad(mask, 1).view(np.uint8), cv2.DIST_L2, 0)[1:-1, 1:-1]
+
     def predict(model, embeddings, coords, labels, mask_inputs, orig_hw, precision):
-        masks, chosen = masks_of(known["truth"]), []
+        masks, chosen = masks_of(known[orig_hw]), []
         for points, kinds in zip(coords, labels, strict=True):
-            if kinds[0] == 2:
-                boxes = [mask_to_box(mask) for mask in masks]
-                fits = [np.abs(box - points.ravel()).max() for box in boxes]
-            else:
+            if kinds[0] == 2:  # the object of this box
+                distances = [np.abs(mask_to_box(mask) - points.ravel()).max() for mask in masks]
+            else:  # the object in whose centre the first click lies
                 x, y = points[0].astype(int)
-                fits = [-prompted.get(id(mask), 0) if mask[y, x] else np.inf for mask in masks]
-                depths = [
-                    cv2.distanceTransform(np.pad(mask, 1).view(np.uint8), cv2.DIST_L2, 0)[y + 1, x + 1]
-                    for mask in masks
-                ]
-                is_center = [
-                    depth >= cv2.distanceTransform(np.pad(mask, 1).view(np.uint8), cv2.DIST_L2, 0).max() - 1e-3
-                    for depth, mask in zip(depths, masks, strict=True)
-                ]
-                fits = [0 if center else 1 for center in is_center]
-            chosen.append(masks[int(np.argmin(fits))])
+                distances = [depth(mask).max() - depth(mask)[y, x] if mask[y, x] else np.inf for mask in masks]
+            chosen.append(masks[int(np.argmin(distances))])
         logits = torch.from_numpy(np.stack(chosen)).float()[:, None] * 20 - 10  # at the picture's size
-        return logits, torch.ones(len(chosen), 1)
+        num_masks = 3 if coords.shape[1] == 1 else 1
+        return logits.expand(-1, num_masks, -1, -1), torch.ones(len(chosen), num_masks)
 
     def generate(model, image_rgb, settings, encoded=None):
-        masks = masks_of(known["truth"])
+        masks = masks_of(known[image_rgb.shape[:2]])
         return GeneratedMasks(
             [
-                {"segmentation": mask_to_rle(mask), "area": int(mask.sum()), "predicted_iou": 1.0, "stability_score": 1.0}
+                {"segmentation": mask_to_rle(mask), "area": int(mask.sum())}
+                | {"predicted_iou": 1.0, "stability_score": 1.0}
                 for mask in masks
-            ], 1, 0.0, 0.0,
-        )  # fmt: skip
+            ],
+            1,
+            0.0,
+            0.0,
+        )
 
-    prompted, real = {}, benchmark.read_truth
+    real = benchmark.read_truth
     monkeypatch.setattr(benchmark, "read_truth", remember)
     monkeypatch.setattr(evaluation, "predict_masks", predict)
     monkeypatch.setattr(mask_generation, "generate_masks", generate)
@@ -345,7 +348,7 @@ def test_of_many_objects_a_seeded_part_is_clicked():
     counts = {"a": 9000, "b": 0, "c": 8000}
     chosen = choose_objects(counts, 0)
     assert sum(map(len, chosen.values())) == 10_000 and len(chosen["b"]) == 0
-    assert all((np.diff(own) > 0).all() and own.max(initial=0) < counts[name] for name, own in chosen.items())
+    assert all((np.diff(own) > 0).all() and own.max(initial=-1) < counts[name] for name, own in chosen.items())
     assert all((chosen[name] == own).all() for name, own in choose_objects(counts, 0).items())
     assert not np.array_equal(chosen["a"][:50], choose_objects(counts, 1)["a"][:50])
     assert [len(own) for own in choose_objects({"a": 15_000}, 0).values()] == [15_000]
@@ -513,10 +516,13 @@ def test_an_interval_is_a_plain_bootstrap():
         (["data.train_annotations=missing.json"], "missing.json"),
         (["split=test"], "split is test; must be val or train"),
         (["input=photo.png"], "input= is given but mode is benchmark"),
-        (["mode=automatic", "input=photo.png", "data=null"], "benchmark.protocols= is given but mode is automatic"),
-        (["benchmark.protocols=[edges]", "benchmark.groups=null", "benchmark.edges.root=FOLDER"], "is not there"),
+        (["mode=automatic", "input=photo.png"], "benchmark.protocols= is given but mode is automatic"),
+        (
+            ["benchmark.protocols=[edges]", "benchmark.groups=null", "benchmark.edges.root=FOLDER"],
+            "give the folder of BSDS500",
+        ),
         (["resume=FOLDER"], "no run.json there"),
-        (["mode=compare", "data=null", "results=[FOLDER]"], "needs 'results=[a,b]'"),
+        (["mode=compare", "results=[FOLDER]"], "needs 'results=[a,b]'"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line(root, tmp_path, monkeypatch, capfd, arguments, words):
@@ -533,7 +539,8 @@ def test_bad_input_is_one_clear_line(root, tmp_path, monkeypatch, capfd, argumen
     given = {argument.split("=")[0] for argument in arguments}
     overrides = [override for override in overrides_of(root) if override.split("=")[0] not in given]
     if {"mode=automatic", "mode=compare"} & set(arguments):
-        overrides = [override for override in overrides if not override.startswith("data.")]
+        overrides = [override for override in overrides if not override.startswith("data")]
+        overrides = overrides if "mode=automatic" in arguments else ["device=cpu"]
     status, printed = run_main(
         monkeypatch, capfd, tmp_path / "run", *overrides, *arguments, f"checkpoint={root / 'best.pt'}"
     )

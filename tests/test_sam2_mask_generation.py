@@ -81,7 +81,8 @@ class BlobDecoder(nn.Module):
         brightness = high_res_features[0].mean(1)  # (1 or O, h, w)
         low_res_masks = 3 * (radius[..., None, None] - distance[:, None] + 6 * brightness[:, None])
         predicted_ious = 0.75 + 0.25 * torch.sin(3 * phase)
-        return low_res_masks, predicted_ious, None, None
+        num_masks = 3 if multimask_output else 1
+        return low_res_masks[:, :num_masks], predicted_ious[:, :num_masks], None, None
 
 
 def smooth_image(height, width, seed=0):
@@ -161,6 +162,22 @@ def test_generates_the_masks_of_the_official_generator(official, image_hw, crop_
     assert ours.num_prompts == 16 * 16 + crop_n_layers * 4 * 8 * 8
     scores = [annotation["predicted_iou"] for annotation in ours.annotations]
     assert scores == sorted(scores, reverse=True)
+
+
+def test_one_mask_a_point_is_that_of_the_official_generator(official):
+    image_rgb, settings = smooth_image(135, 167), dict(points_per_side=24, multimask_output=False)
+    theirs = official_masks(official, BlobModel(), image_rgb, **settings)
+    ours = generate_masks(BlobModel(), image_rgb, AutomaticSettings(**settings)).annotations
+    assert_same_masks(theirs, ours)
+    assert len(ours) < len(generate_masks(BlobModel(), image_rgb, AutomaticSettings(points_per_side=24)).annotations)
+
+
+def test_a_picture_that_is_encoded_already_is_not_encoded_again(monkeypatch):
+    image_rgb, model, settings = smooth_image(100, 120), BlobModel(), AutomaticSettings(points_per_side=8)
+    expected = generate_masks(model, image_rgb, settings).annotations
+    embeddings = mask_generation.encode(model, mask_generation.preprocess(image_rgb, model.image_size)[None])
+    monkeypatch.setattr(mask_generation, "encode", lambda *args: pytest.fail("encoded again"))
+    assert generate_masks(model, image_rgb, settings, embeddings).annotations == expected
 
 
 @pytest.mark.slow

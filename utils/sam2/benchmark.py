@@ -94,8 +94,9 @@ class BenchmarkSettings:
 
     def __post_init__(self):
         if ("groups" in self.protocols) != (self.groups is not None):
+            given = "null" if self.groups is None else self.groups
             raise ValueError(
-                f"benchmark.groups is {'null' if self.groups is None else self.groups}; must be an attribute or a csv file with groups among "
+                f"benchmark.groups is {given}; must be an attribute or a csv file with groups among "
                 "benchmark.protocols, and null without"
             )
         if self.detections is not None and "boxes" not in self.protocols:
