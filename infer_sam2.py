@@ -1,4 +1,4 @@
-"""Segment an image, or every image of a folder, with SAM 2.
+"""Segment an image, or every image of a folder, with SAM 2; measure a model as the Segment Anything paper does.
 
     python infer_sam2.py input=photo.jpg                                         # everything, with the bundled model
     python infer_sam2.py input=photos/ checkpoint=outputs/train_sam2/<run>/best.pt
@@ -9,6 +9,17 @@
     python infer_sam2.py input=photos/ mode=prompts prompts_file=prompts.json
     python infer_sam2.py input=photos/ mode=prompts prompts_file=more.json cache=auto   # encode each picture once
     python infer_sam2.py input=photos/ fast_decoder=false                        # sam2's own decoder, slower on a CPU
+    python infer_sam2.py mode=benchmark data=coco data.root=/my/coco checkpoint=best.pt
+    python infer_sam2.py mode=benchmark data=coco 'benchmark.protocols=[clicks,proposals,boxes,edges,groups]' ...
+    python infer_sam2.py mode=benchmark resume=outputs/infer_sam2/<run>          # go on with a killed run
+    python infer_sam2.py mode=compare 'results=[outputs/infer_sam2/<run>,outputs/infer_sam2/<another>]'
+
+Modes, each with the keys of its own:
+    automatic   a grid of points; automatic.*
+    region      random points inside region=<mask>
+    prompts     points=, boxes=, mask= or prompts_file=
+    benchmark   clicks, boxes, proposals, edges, groups on data=<dataset>; benchmark.*, split
+    compare     results=[a,b]: runs of benchmark, or dataset.json files of train_sam2.py check=true
 
 Inputs: pictures (8 or 16 bit), and a checkpoint: our best.pt, an official SAM 2 file, or nothing for the bundled one.
 prompts.json is a list of objects, each with at least one positive point, a box or a mask of the picture's size
@@ -27,6 +38,9 @@ and for each page of a file of several:
                          and image encoder, or reading the cache; ms_per_prompt: all that follows up to the finished
                          masks, per prompt
 An image that cannot be read is named at the end, the others are done, and the exit status is 1.
+mode=benchmark writes table.csv (protocol, group, metric, value, interval, note), boxes.json and proposals.json (COCO's
+result format), a picture for each protocol, and pictures/, a record of each picture; mode=compare writes compare.csv:
+differences with their 95 % intervals. What each protocol is: utils/sam2/benchmark.py.
 
 Sources: Ravi et al., "SAM 2: Segment Anything in Images and Videos", 2024; points in a region and stitching as in
 github.com/sagieppel/fine-tune-train_segment_anything_2_in_60_lines_of_code.

@@ -1,6 +1,6 @@
 """mode=benchmark of infer_sam2.py: memory over many pictures, and time against sam2's predictor, one object at a time.
 
-    python -m benchmarks.paper_protocols                 # both, with random weights: about 20 minutes on a CPU
+    python -m benchmarks.paper_protocols    # the bundled nano, hiera_tiny with random weights; 10 minutes on a CPU
 
 Memory: 200 generated pictures of 50 objects, three clicks and a box each, with the nano; resident memory after the
 20th and after the 200th picture. Time: the same prompts, the picture encoded once on both sides; ours decodes the
@@ -87,7 +87,8 @@ def measure_memory(num_pictures: int) -> list[float]:
 
 def measure_time(model_name: str, num_pictures: int, fast_decoder: bool) -> tuple[float, float, float]:
     """Prompt objects of some pictures both ways: seconds an object, ours and theirs; the mean difference of IoUs."""
-    config = read_config("sam2/model", model_name) | {"checkpoint": "none"}
+    config = read_config("sam2/model", model_name)
+    config |= {} if model_name == "sam2_nano" else {"checkpoint": "none"}
     torch.manual_seed(0)
     model = models.build_sam2(**config, device=CPU, fast_decoder=fast_decoder)
     plain = models.build_sam2(**config, device=CPU)

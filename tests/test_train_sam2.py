@@ -891,24 +891,44 @@ def test_evaluation_equals_a_slow_loop_with_the_official_predictor(root, model, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["001.png", "002.png"]
 
 
-def test_evaluation_is_the_same_in_groups_and_parts_of_any_size(root, model, monkeypatch):
-    """On a GPU, all objects of a picture are decoded together, and many of their masks brought to full size."""
-    items, shapes = tiny.list_training_items(tiny.configure(root)), []
-    real = train_sam2.models.upscale_masks
+def test_evaluation_is_the_same_in_groups_of_any_size(root, model, monkeypatch):
+    """On a GPU, all objects of a picture are decoded together."""
+    items, sizes, real = tiny.list_training_items(tiny.configure(root)), [], evaluation.click_objects
     monkeypatch.setattr(
-        train_sam2.models, "upscale_masks", lambda masks, hw: shapes.append((len(masks), *hw)) or real(masks, hw)
+        evaluation, "click_objects", lambda *args, **keys: sizes.append(len(args[2])) or real(*args, **keys)
     )
     whole = evaluate(model, items, 1, [1, 2], "fp32", None, 0)
-    height, width = shapes[0][1:]
-    shapes.clear()
-    monkeypatch.setattr(evaluation, "FULL_SIZE_PIXELS_ON_CPU", 2 * height * width)
-    in_parts = evaluate(model, items, 1, [1, 2], "fp32", None, 0)
-    assert max(num_objects for num_objects, *_ in shapes) == 2
+    most, (height, width) = max(sizes), items[0].read().layers.shape[1:]
+    sizes.clear()
     monkeypatch.setattr(evaluation, "GROUP_PIXELS_ON_CPU", 2 * height * width)
     in_groups = evaluate(model, items, 1, [1, 2], "fp32", None, 0)
     model.train()
-    assert in_parts == whole  # to the bit
+    assert max(sizes) == 2 < most
     assert in_groups == pytest.approx(whole, abs=1e-3)
+
+
+def test_masks_are_measured_alike_where_they_can_be_and_whole(monkeypatch):
+    """On a CPU, only where a logit may be above 0; on a GPU whole, a few objects at once."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(7, 3, 3, 4, generator=generator)
+    logits = torch.nn.functional.interpolate(coarse, (16, 16), mode="bicubic", align_corners=False) * 5
+    logits[2, 1] = -1.0  # an empty mask
+    truth = torch.rand(7, 45, 61, generator=generator) < 0.3
+    truth[3] = False
+    predicted = torch.rand(7, 3, generator=generator)
+    with run.start_threads() as threads:
+        ious, pred_masks = evaluation.measure_masks(logits, predicted, truth, threads)
+    whole = torch.nn.functional.interpolate(logits, (45, 61), mode="bilinear", align_corners=False) > 0
+    overlap, union = ((op(whole, truth[:, None])).sum((2, 3)) for op in (torch.logical_and, torch.logical_or))
+    torch.testing.assert_close(ious, torch.where(union > 0, overlap / union, 1.0), atol=2e-3, rtol=0)
+    assert torch.equal(ious[2, 1], torch.tensor(0.0)) and pred_masks.shape == truth.shape
+    best = predicted.argmax(1)
+    assert (pred_masks != whole[torch.arange(7), best]).float().mean() < 1e-3
+    for limit in (1, 2 * 45 * 61, 2**20):
+        monkeypatch.setattr(evaluation, "FULL_SIZE_PIXELS_ON_CPU", limit)
+        parts_ious, parts_masks = evaluation.measure_whole_masks(logits, best, truth)
+        assert torch.equal(parts_masks, whole[torch.arange(7), best])
+        torch.testing.assert_close(parts_ious, torch.where(union > 0, overlap / union, 1.0), atol=1e-6, rtol=0)
 
 
 def test_evaluation_leaves_out_small_objects(root, model):

@@ -15,6 +15,7 @@ from utils.images import mask_to_box
 from utils.instances.readers import object_ids
 from utils.sam2 import model as models
 from utils.sam2 import prompts
+from utils.sam2.mask_generation import upscale_part
 from utils.sam2.metrics import mask_iou
 from utils.sam2.model import Embeddings
 
@@ -115,9 +116,12 @@ def full_size_iou(low_res_masks: torch.Tensor, truth: torch.Tensor) -> torch.Ten
 
 
 def measure_masks(
-    low_res_masks: torch.Tensor, iou_predictions: torch.Tensor, truth: torch.Tensor
+    low_res_masks: torch.Tensor, iou_predictions: torch.Tensor, truth: torch.Tensor, threads: ThreadPoolExecutor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compare masks with the truth at the picture's own size, a few objects at once.
+    """Compare masks with the truth at the picture's own size.
+
+    On a CPU each mask is brought to full size where it can be above 0 alone, an object for each thread; elsewhere whole
+    masks of a few objects at once.
 
     Args:
         low_res_masks: (O, M, h, w) logits.
@@ -127,6 +131,31 @@ def measure_masks(
         ious (O, M) of all masks; pred_masks bool (O, H, W), those of highest predicted IoU.
     """
     best = iou_predictions.argmax(1)
+    if truth.device.type != "cpu":
+        return measure_whole_masks(low_res_masks, best, truth)
+    measured = threads.map(_measure_object, low_res_masks.float().numpy(), best.tolist(), truth.numpy())
+    ious, pred_masks = zip(*measured, strict=True)
+    return torch.tensor(ious, dtype=torch.float32), torch.from_numpy(np.stack(pred_masks))
+
+
+def _measure_object(low_res_masks: np.ndarray, best: int, truth: np.ndarray) -> tuple[list[float], np.ndarray]:
+    """Measure the masks of one object, logits (M, h, w) against bool (H, W): their IoUs; the best one at full size."""
+    ious, pred_mask, num_true = [], np.zeros_like(truth), np.count_nonzero(truth)
+    for number, logits in enumerate(low_res_masks):
+        part, (x, y) = upscale_part(logits, truth.shape, 0.0)
+        is_in, window = part > 0, (slice(y, y + part.shape[0]), slice(x, x + part.shape[1]))
+        overlap = np.count_nonzero(is_in & truth[window])
+        union = num_true + np.count_nonzero(is_in) - overlap
+        ious.append(overlap / union if union else 1.0)
+        if number == best:
+            pred_mask[window] = is_in
+    return ious, pred_mask
+
+
+def measure_whole_masks(
+    low_res_masks: torch.Tensor, best: torch.Tensor, truth: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Measure as `measure_masks`, on any device: best (O,) are the masks to return."""
     ious, pred_masks = [], []
     for logits, chosen, true_masks in zip(*_split(truth, low_res_masks, best, truth), strict=True):
         all_masks = models.upscale_masks(logits, truth.shape[1:]) > 0  # (o, M, H, W)
@@ -157,14 +186,14 @@ def click_objects(
         embeddings: of this picture alone.
         masks: bool (O, H, W), truth, none empty.
         num_clicks: clicks that every object gets, each in the centre of the largest error.
-        threads: where clicks are computed, one object each.
+        threads: where clicks and masks at full size are computed, one object each.
         most_clicks: an object gets further ones, up to so many in all, while its IoU has not reached `enough_iou`.
     """
     orig_hw = masks.shape[1:]
     truth = torch.from_numpy(masks).to(model.device)  # (O, H, W)
     boxes = np.stack(list(threads.map(mask_to_box, masks)))
     prediction = predict_from_boxes(model, embeddings, boxes, None, orig_hw, precision)
-    box_iou = measure_masks(*prediction, truth)[0][:, 0]
+    box_iou = measure_masks(*prediction, truth, threads)[0][:, 0]
 
     most_clicks = max(num_clicks, most_clicks)
     ious = torch.full((len(masks), most_clicks), torch.nan)
@@ -185,7 +214,7 @@ def click_objects(
         point_labels = np.concatenate([point_labels, np.array(labels, np.int32)[:, None]], 1)
         prediction = predict_masks(model, embeddings, point_coords, point_labels, mask_inputs, orig_hw, precision)
         mask_inputs = pick_mask(*prediction)
-        all_ious, pred_masks = measure_masks(*prediction, truth)  # (o, M), (o, H, W)
+        all_ious, pred_masks = measure_masks(*prediction, truth, threads)  # (o, M), (o, H, W)
         pred_masks = pred_masks.cpu().numpy()
         ious[left, count - 1] = all_ious.gather(1, prediction[1].argmax(1, keepdim=True))[:, 0].cpu()
         if count == 1:

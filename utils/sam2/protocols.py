@@ -375,5 +375,6 @@ def interval(
     rng, sampled = np.random.default_rng(seed), {}
     for _ in tqdm(range(RESAMPLES), desc="resample", leave=False, disable=None):
         for key, value in measure(*(rng.integers(count, size=count) for count in num_pictures)).items():
-            sampled.setdefault(key, []).append(value)
+            if not key[2].startswith("num_"):
+                sampled.setdefault(key, []).append(value)
     return {key: tuple(np.nanpercentile(values, [2.5, 97.5]).tolist()) for key, values in sampled.items()}
