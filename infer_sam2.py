@@ -95,6 +95,9 @@ MODES_OF_KEY = {  # which modes use a key that says what to look for
 }  # fmt: skip
 MODES_OF_SECTION = {f"benchmark.{field.name}": ("benchmark",) for field in fields(BenchmarkSettings)}
 MODES_OF_SECTION["split"] = ("benchmark",)
+MODES_OF_SECTION |= dict.fromkeys(
+    ["cache", *(f"automatic.{field.name}" for field in fields(AutomaticSettings))], MODES_OF_KEY["input"]
+)
 MASK_LOGIT = 10.0  # a mask prompt's pixels are +10 inside and -10 outside, as in SAM 2's training
 
 
@@ -301,12 +304,13 @@ def check_mode(settings: Config) -> None:
 
 
 def list_changes(settings: Config) -> list[str]:
-    """List the keys of a mode's own section, and its `split`, that differ from those of the YAML file."""
+    """List the keys of some modes alone that are not as in the YAML file, beside those of MODES_OF_KEY."""
     own = OmegaConf.load(REPOSITORY / "configs" / "sam2" / "infer_sam2.yaml")
     own.data_root = settings.common.data_root
     before = OmegaConf.to_container(own.benchmark, resolve=True)
     changed = [f"benchmark.{key}" for key, value in asdict(settings.benchmark).items() if value != before[key]]
-    return changed + ["split"] * (settings.split != own.split)
+    changed += [f"automatic.{key}" for key, value in settings.automatic.items() if value is not None]
+    return changed + ["split"] * (settings.split != own.split) + ["cache"] * (settings.cache not in ("off", False))
 
 
 def choose_model(checkpoint: str | None, image_size: int | None, model: dict | None) -> dict:

@@ -515,6 +515,8 @@ def test_an_interval_is_a_plain_bootstrap():
         (["data.train_annotations=other_size.json"], "1 of 12 images cannot be used"),
         (["data.train_annotations=missing.json"], "missing.json"),
         (["split=test"], "split is test; must be val or train"),
+        (["cache=auto"], "cache= is given but mode is benchmark"),
+        (["automatic.points_per_side=8"], "automatic.points_per_side= is given but mode is benchmark"),
         (["input=photo.png"], "input= is given but mode is benchmark"),
         (["mode=automatic", "input=photo.png"], "benchmark.protocols= is given but mode is automatic"),
         (

@@ -29,7 +29,8 @@ TYPE_WORDS = {
     dict: "keys and values", type(None): "null",
 }  # fmt: skip
 PATH_KEYS = re.compile(  # keys of the command line whose values are paths
-    r"\+{0,2}(input|checkpoint|resume|region|mask|prompts_file|cache|data_root|model\.checkpoint"
+    r"\+{0,2}(input|checkpoint|resume|region|mask|prompts_file|cache|data_root|model\.checkpoint|picture_attributes"
+    r"|benchmark\.(detections|groups|edges\.root)"
     r"|data\.(\w+\.)*(root|index|groundtruth|\w+_(dir|list|folder|images|annotations))|hydra\.(run|sweep)\.dir)"
 )
 FLAGS_WITHOUT_RUN = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--help", "-h", "--version")
@@ -391,6 +392,8 @@ def describe_end(error: BaseException, script: str, less_memory: str) -> str | N
             if ranks.launched_count() > 1:
                 command = command.replace("python", "torchrun ...", 1)
             return f"interrupted; {shown_dir}/last.pt is saved, go on with: {command}"
+        if (run_dir / "pictures").is_dir():  # of infer_sam2.py mode=benchmark
+            return f"interrupted; go on with: {show_command(f'{script}.py', resume=shown_dir)}"
         return f"interrupted; what was finished is in {shown_dir}"
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return f"error: {describe_error(error)}"

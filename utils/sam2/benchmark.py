@@ -252,10 +252,13 @@ def measure_pictures(
                 continue
             image_rgb, truth = reading.result()
             orig_hw, record, results = image_rgb.shape[:2], {}, {}
-            with run.autocast(model.device, precision):
-                embeddings = models.encode(model, models.preprocess(image_rgb, model.image_size, model.device)[None])
+            clicked = chosen[item.name][~truth.is_crowd[chosen[item.name]]]
+            embeddings = None
+            if len(clicked) or protocols & {"proposals", "boxes"}:
+                with run.autocast(model.device, precision):
+                    images = models.preprocess(image_rgb, model.image_size, model.device)[None]
+                    embeddings = models.encode(model, images)
             if protocols & {"clicks", "groups"}:
-                clicked = chosen[item.name][~truth.is_crowd[chosen[item.name]]]
                 is_short = "clicks" not in protocols
                 record |= measure_clicks(model, embeddings, truth, clicked, is_short, precision, threads)
             if "groups" in protocols:
@@ -449,6 +452,8 @@ def describe_training(trained_on: dict, items: list[Item]) -> str:
     """Say how many of the measured pictures the checkpoint's config names among its training pictures."""
     keys = {key: value for key, value in trained_on.items() if key not in TRAINING_KEYS}
     unknown = "whether some of the measured pictures trained this checkpoint is unknown"
+    if "generate" in trained_on:
+        keys["root"] = str(run.REPOSITORY / keys["root"])
     if not Path(str(keys.get("root"))).is_dir():
         return f"{unknown}: {keys.get('root')} is not here"
     try:
