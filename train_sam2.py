@@ -2,7 +2,7 @@
 
     python train_sam2.py                                           # generated glassware, the bundled nano, on a CPU
     python train_sam2.py model=sam2.1_hiera_small data=label_map data.root=/my/dataset
-    python train_sam2.py check=true data=coco data.root=/my/coco   # look at a dataset and stop
+    python train_sam2.py check=true data=coco data.root=/my/coco   # look at a dataset, write dataset.json, and stop
     python train_sam2.py check=fit model=sam2.1_hiera_large ...    # does it fit the memory, how fast is it
     python train_sam2.py cache=auto model=sam2.1_hiera_small ...   # encode each picture once, for all runs to come
     python train_sam2.py fast_decoder=false                        # sam2's own decoder, slower on a CPU
