@@ -77,7 +77,7 @@ from utils.checkpoint import check_script, find_weights, load_checkpoint, resume
 from utils.dataset_check import PICTURE_REMEDIES
 from utils.listing import first_few, read_json
 from utils.log import finish_run, start_run, write_json
-from utils.run import autocast, now_s, read_ahead, sample_rng, set_up_device
+from utils.run import autocast, now_s, read_ahead, sample_rng, seed_everything, set_up_device
 from utils.sam2 import benchmark, compare, embedding_cache, mask_generation
 from utils.sam2 import model as models
 from utils.sam2.benchmark import BenchmarkSettings
@@ -93,11 +93,14 @@ MODES_OF_KEY = {  # which modes use a key that says what to look for
     "prompts_file": ("prompts",), "input": ("automatic", "region", "prompts"), "data": ("benchmark",),
     "results": ("compare",),
 }  # fmt: skip
+SEGMENTING, PREDICTING = ("automatic", "region", "prompts"), ("automatic", "region", "prompts", "benchmark")
+PLAIN_KEYS = {  # and which use one that says how
+    "split": ("benchmark",), "num_points": ("region",), "max_overlap": SEGMENTING, "cache_precision": SEGMENTING,
+    "checkpoint": PREDICTING, "model": PREDICTING, "image_size": PREDICTING,
+}  # fmt: skip
 MODES_OF_SECTION = {f"benchmark.{field.name}": ("benchmark",) for field in fields(BenchmarkSettings)}
-MODES_OF_SECTION["split"] = ("benchmark",)
-MODES_OF_SECTION |= dict.fromkeys(
-    ["cache", *(f"automatic.{field.name}" for field in fields(AutomaticSettings))], MODES_OF_KEY["input"]
-)
+MODES_OF_SECTION |= {f"automatic.{field.name}": SEGMENTING for field in fields(AutomaticSettings)}
+MODES_OF_SECTION |= PLAIN_KEYS | {"cache": SEGMENTING}
 MASK_LOGIT = 10.0  # a mask prompt's pixels are +10 inside and -10 outside, as in SAM 2's training
 
 
@@ -248,11 +251,13 @@ def take_over_config(config: dict, overrides: list[str]) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"resume= is {config['resume']}; no run.json there: give the folder of a run")
     record = read_json(path)
-    if record["config"]["mode"] != "benchmark":
-        raise ValueError(
-            f"resume= is {config['resume']}, a run of mode={record['config']['mode']}; only benchmark resumes"
-        )
-    return resumed_config(record["config"], config, overrides, ("resume", "device", "num_workers"))
+    stored = record["config"]
+    if "mode" not in stored or "benchmark" not in stored:
+        raise ValueError(f"resume= is {config['resume']}, a run of another script; must be one of mode=benchmark")
+    if stored["mode"] != "benchmark":
+        raise ValueError(f"resume= is {config['resume']}, of mode={stored['mode']}; only benchmark resumes")
+    allowed = ("resume", "device", "num_workers", "data.root", "benchmark.edges.root")
+    return resumed_config(stored, config, overrides, allowed)
 
 
 def measure(config: dict, settings: Config, run_dir: Path) -> None:
@@ -260,6 +265,7 @@ def measure(config: dict, settings: Config, run_dir: Path) -> None:
     device, precision = set_up_device(settings.common.device, settings.common.precision)
     model_config = choose_model(settings.checkpoint, settings.image_size, settings.model)
     check_keys(functools.partial(models.build_sam2, device=device), model_config, "model")
+    seed_everything(settings.common.seed)  # of random weights, the floor
     model = models.build_sam2(**model_config, device=device, fast_decoder=settings.fast_decoder)
     start_run(run_dir, config, {})
     path = Path(model_config["checkpoint"])
@@ -292,6 +298,8 @@ def check_mode(settings: Config) -> None:
         raise ValueError(f"mode={settings.mode} needs input=<a picture, or a folder of pictures>")
     if settings.mode == "benchmark" and settings.data is None and settings.benchmark.protocols != ["edges"]:
         raise ValueError("mode=benchmark needs data=<a dataset>, such as data=coco data.root=/my/coco")
+    if settings.mode == "benchmark" and settings.data is not None and settings.benchmark.protocols == ["edges"]:
+        raise ValueError("data= is given but benchmark.protocols is [edges], which does not use it; leave it out")
     if settings.mode == "compare" and len(settings.results or []) < 2:
         raise ValueError("mode=compare needs 'results=[a,b]', two or more folders that mode=benchmark wrote")
     given = [key for key in given if key != "input"]
@@ -310,7 +318,8 @@ def list_changes(settings: Config) -> list[str]:
     before = OmegaConf.to_container(own.benchmark, resolve=True)
     changed = [f"benchmark.{key}" for key, value in asdict(settings.benchmark).items() if value != before[key]]
     changed += [f"automatic.{key}" for key, value in settings.automatic.items() if value is not None]
-    return changed + ["split"] * (settings.split != own.split) + ["cache"] * (settings.cache not in ("off", False))
+    changed += [key for key in PLAIN_KEYS if getattr(settings, key) != own[key]]
+    return changed + ["cache"] * (settings.cache not in ("off", False))
 
 
 def choose_model(checkpoint: str | None, image_size: int | None, model: dict | None) -> dict:
@@ -582,7 +591,7 @@ def write_results(
 @hydra.main(version_base="1.3", config_path="configs/sam2", config_name="infer_sam2")
 def main(cfg: DictConfig) -> None:
     """Read the config, segment, and end with one line on what went wrong and status 1, if anything did."""
-    with sections.one_line_errors("infer_sam2", "a smaller automatic.points_per_batch or image_size"):
+    with sections.one_line_errors("infer_sam2", "a smaller image_size (or automatic.points_per_batch)"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         hydra_config = HydraConfig.get()
         config = take_over_config(config, list(hydra_config.overrides.task))

@@ -205,6 +205,10 @@ class Config:
     def __post_init__(self):
         if self.train.blend and self.general_data is None:
             raise ValueError("train.blend weighs what was learned against what was forgotten: it needs general_data")
+        if self.picture_attributes is not None and self.check is not True:
+            raise ValueError(
+                f"picture_attributes is {self.picture_attributes}, which check=true alone uses; leave it out"
+            )
         check_keys(functools.partial(models.build_sam2, device="cpu"), self.model, "model")
 
 

@@ -224,10 +224,14 @@ def check_value(value, kind: type, name: str) -> None:
             raise ValueError(f"{name} is {value}; must be {'null, or ' if is_optional else ''}{rule.words}")
 
 
+def is_number(value) -> bool:
+    """Tell whether a value is a finite number; true and false are none."""
+    return type(value) in (int, float) and abs(value) < math.inf
+
+
 def is_numbers(value, count: int) -> bool:
     """Tell whether a value is a list of `count` finite numbers, such as a box or a point."""
-    is_list = isinstance(value, list) and len(value) == count
-    return is_list and all(type(number) in (int, float) and abs(number) < math.inf for number in value)
+    return isinstance(value, list) and len(value) == count and all(map(is_number, value))
 
 
 def check_modes(given: list[str], modes: dict[str, tuple[str, ...]], mode: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from utils import dataset_check
 from utils.dataset_check import CheckReport, ItemReport
 from utils.images import LYING, read_image_unscaled, read_orientation, remark_on_values
-from utils.instances.readers import Instances, Item, check_same_size, object_ids
+from utils.instances.readers import Instances, Item, check_same_size, is_marked_crowd, object_ids, plain_id
 from utils.listing import MAX_LISTED, first_few, read_text
 from utils.log import drawing, write_json
 
@@ -45,7 +45,9 @@ class Objects:
     num_crowd: int  # crowd regions left out
     num_broken: int  # broken annotations, left out whole or in part
     image_id: int | str | None = None  # the picture's, in a COCO file
-    has_categories: bool = False  # one of its objects has a category
+    is_crowd: np.ndarray | None = None  # bool (N,), marked so in a COCO file
+    classes: frozenset = frozenset()  # category_ids of its objects that the file has a category for
+    attributes: frozenset = frozenset()  # keys of its objects' attributes
 
 
 def check_data(
@@ -108,7 +110,7 @@ def check_item(item: Item, with_shapes: bool = False) -> ItemReport:
     faults, remarks = [], []
     orig_hw = bits = instances = None
     areas_px, centers_xy, num_crowd, num_broken = np.zeros(0, np.int64), np.zeros((0, 2)), 0, 0
-    concavities, image_id, has_categories = np.zeros(0), None, False
+    concavities, said = np.zeros(0), {"is_crowd": np.zeros(0, bool)}
     try:
         image_rgb = read_image_unscaled(item.image_path)
         orig_hw, bits = image_rgb.shape[:2], 8 * image_rgb.itemsize
@@ -118,8 +120,7 @@ def check_item(item: Item, with_shapes: bool = False) -> ItemReport:
         faults.append(str(error))
     try:
         instances = item.read()
-        num_crowd, num_broken, image_id = instances.num_crowd, len(instances.broken), instances.image_id
-        has_categories = any("category" in annotation for annotation in instances.annotations)
+        num_crowd, num_broken = instances.num_crowd, len(instances.broken)
         if orig_hw is not None:
             check_same_size(item, orig_hw, instances.layers.shape[1:])
     except (OSError, ValueError) as error:
@@ -127,6 +128,7 @@ def check_item(item: Item, with_shapes: bool = False) -> ItemReport:
     if not faults:
         objects = object_ids(instances.layers)
         areas_px = np.array([area for _, _, area in objects], np.int64)
+        said = read_annotations(instances, objects)
         centers_xy = _centers(instances.layers)
         if with_shapes:
             concavities = np.array([_concavity(instances.layers[layer] == i) for layer, i, _ in objects])
@@ -136,8 +138,21 @@ def check_item(item: Item, with_shapes: bool = False) -> ItemReport:
         if orientation not in (1, read_orientation(item.annotation_path)) and is_size_kept:
             turn = ("a turn by EXIF and masks that fit with and without it", f"{item.image_path}: {TURNS[orientation]}")
             remarks.append(turn)
-    content = Objects(areas_px, centers_xy, concavities, num_crowd, num_broken, image_id, has_categories)
+    content = Objects(areas_px, centers_xy, concavities, num_crowd, num_broken, **said)
     return ItemReport(item.name, tuple(faults), tuple(remarks), orig_hw, bits, len(areas_px) > 0, content)
+
+
+def read_annotations(instances: Instances, objects: list[tuple[int, int, int]]) -> dict:
+    """Collect what a json file says of a picture's objects, for `Objects`."""
+    of_objects = [instances.annotations[i - 1] if instances.annotations else {} for _, i, _ in objects]
+    named = [annotation for annotation in of_objects if "category" in annotation]
+    attributes = [annotation["attributes"] for annotation in of_objects if "attributes" in annotation]
+    return {
+        "image_id": instances.image_id,
+        "is_crowd": np.array([is_marked_crowd(annotation) for annotation in of_objects], bool),
+        "classes": frozenset(plain_id(annotation["category_id"]) for annotation in named),
+        "attributes": frozenset(key for each in attributes if isinstance(each, dict) for key in each),
+    }
 
 
 def report_lines(report: CheckReport, max_listed: int | None = MAX_LISTED) -> list[str]:
@@ -172,10 +187,10 @@ def describe_dataset(report: CheckReport, picture_attributes: str | None) -> dic
         picture_attributes: csv with a column `picture`, the names of the pictures, and one for each attribute, such as
             country: pictures and masks are counted for each of its values. None: nothing more.
     Returns:
-        num_pictures, num_masks; masks_per_picture (I,); of the masks relative_sizes (N,), the root of the share of the
-        picture that each covers, concavities (N,), 1 - area / area of its convex hull, centers_xy (N, 2), shares of
-        width and height, and center_distances (N,), of half the diagonal of a square; mean_... of each; attributes
-        {attribute: {value: {"pictures", "masks"}}}.
+        num_pictures, those with masks; num_masks; masks_per_picture (I,); of the masks relative_sizes (N,), the root of
+        the share of the picture that each covers, concavities (N,), 1 - area / area of its convex hull, centers_xy
+        (N, 2), shares of width and height, and center_distances (N,), of half the diagonal of a square; mean_... of
+        each; attributes {attribute: {value: {"pictures", "masks"}}}.
     Source: Kirillov et al. 2023, figures 5 to 7.
     """
     per_image, area_share, centers = np.zeros(0, int), np.zeros(0), np.zeros((0, 2))
@@ -200,7 +215,13 @@ def count_attributes(report: CheckReport, path: Path) -> dict[str, dict[str, dic
     attributes = [name for name in (rows[0] if rows else {}) if name != "picture"]
     if not rows or "picture" not in rows[0] or not attributes:
         raise ValueError(f"picture_attributes {path} must have a column picture, and one for each attribute")
+    if wrong := [row for row in rows if None in row or None in row.values()]:
+        raise ValueError(
+            f"picture_attributes {path}: a row has more or fewer cells than the first: {[*wrong[0].values()]}"
+        )
     of_picture = {row["picture"]: row for row in rows}
+    if len(of_picture) < len(rows):
+        raise ValueError(f"picture_attributes {path} names {len(rows) - len(of_picture)} pictures more than once")
     if unknown := sorted(set(of_picture) - {item.name for item in report.items}):
         raise ValueError(
             f"picture_attributes {path} names {len(unknown)} pictures that are not in the dataset, such as "
@@ -209,7 +230,7 @@ def count_attributes(report: CheckReport, path: Path) -> dict[str, dict[str, dic
     counts = {attribute: {} for attribute in attributes}
     for item in report.usable:
         for attribute in attributes:
-            value = (of_picture[item.name][attribute] or "") if item.name in of_picture else ""
+            value = of_picture[item.name][attribute] if item.name in of_picture else ""
             count = counts[attribute].setdefault(value, {"pictures": 0, "masks": 0})
             count["pictures"] += 1
             count["masks"] += len(item.content.areas_px)

@@ -232,12 +232,12 @@ def _list_coco_file(image_dir: Path, annotation_path: Path, image_dir_name: str,
     content = _read_json(annotation_path)
     annotations = {}  # image id -> its annotations, in the order of the file
     for annotation in _list_field(content, "annotations", annotation_path):
-        image_id = _plain_id(annotation.get("image_id")) if isinstance(annotation, dict) else None
+        image_id = plain_id(annotation.get("image_id")) if isinstance(annotation, dict) else None
         annotations.setdefault(image_id, []).append(annotation)
     images, num_nameless = {}, 0  # image id -> the entries that have it
     for image in _list_field(content, "images", annotation_path):
         if isinstance(image, dict) and isinstance(image.get("file_name"), str) and image["file_name"]:
-            images.setdefault(_plain_id(image.get("id")), []).append(image)
+            images.setdefault(plain_id(image.get("id")), []).append(image)
         else:
             num_nameless += 1
     if num_nameless:
@@ -253,7 +253,7 @@ def _list_coco_file(image_dir: Path, annotation_path: Path, image_dir_name: str,
     for category in content.get("categories") or []:
         if isinstance(category, dict) and "id" in category:
             named = {"category": category.get("name"), "frequency": category.get("frequency")}
-            categories[_plain_id(category["id"])] = {key: value for key, value in named.items() if value is not None}
+            categories[plain_id(category["id"])] = {key: value for key, value in named.items() if value is not None}
     items, names_there = [], {}
     for image_id, entries in images.items():
         file_names = sorted({image["file_name"] for image in entries})
@@ -274,18 +274,23 @@ def _coco_entry(
     image: dict, annotations: list[dict], categories: dict[object, dict], with_crowds: bool
 ) -> tuple[str, int]:
     """Return what `read_coco` reads of a picture, and how many crowd regions are left out."""
-    are_left_out = [annotation.get("iscrowd") in (1, "1", "true") and not with_crowds for annotation in annotations]
+    are_left_out = [is_marked_crowd(annotation) and not with_crowds for annotation in annotations]
     objects = [annotation for annotation, is_left_out in zip(annotations, are_left_out, strict=True) if not is_left_out]
     kept = [
         {key: annotation[key] for key in ("segmentation", *ANNOTATION_KEYS) if key in annotation}
-        | categories.get(_plain_id(annotation.get("category_id")), {})
+        | categories.get(plain_id(annotation.get("category_id")), {})
         for annotation in objects
     ]
     entry = {
-        "image_id": _plain_id(image.get("id")), "orig_hw": [image.get("height"), image.get("width")],
+        "image_id": plain_id(image.get("id")), "orig_hw": [image.get("height"), image.get("width")],
         "annotations": kept,
     }  # fmt: skip
     return json.dumps(entry), len(annotations) - len(objects)
+
+
+def is_marked_crowd(annotation: dict) -> bool:
+    """Tell whether a COCO annotation is marked as a crowd region."""
+    return annotation.get("iscrowd") in (1, "1", "true")
 
 
 def _find_picture(image_dir: Path, file_name: str, names_there: dict[str, Path]) -> Path:
@@ -309,7 +314,7 @@ def _refuse(problem: str) -> Instances:
     raise ValueError(problem)
 
 
-def _plain_id(value: object) -> int | str | None:
+def plain_id(value: object) -> int | str | None:
     """Return an id as a number where it is one: 7, 7.0 and "7" are the same."""
     number = _whole_number(value)
     return str(value) if number is None and value is not None else number

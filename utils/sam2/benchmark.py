@@ -20,25 +20,26 @@ detector scores them, by predicted IoU.
 """
 
 import csv
+import hashlib
+import io
 import json
 import os
-import re
 import shutil
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from utils import dataset_check, run
 from utils.dataset_check import check_items
-from utils.images import read_image
+from utils.images import mask_to_box, read_image
 from utils.instances.check import check_item, report_lines
-from utils.instances.readers import Item, check_same_size, list_items, split_items
-from utils.listing import first_few, read_json
+from utils.instances.readers import Item, check_same_size, list_items, plain_id, split_items
+from utils.listing import first_few, read_json, read_text
 from utils.log import drawing, write_json
 from utils.sam2 import detection_metrics as metrics
 from utils.sam2 import edges
@@ -62,7 +63,7 @@ from utils.sam2.protocols import (
     summarize,
     summarize_groups,
 )
-from utils.settings import Rule, at_least, between, one_of
+from utils.settings import Rule, at_least, between, is_number, is_numbers, one_of
 
 PROTOCOLS = ("clicks", "proposals", "boxes", "edges", "groups")
 TRAINING_KEYS = ("generate", "min_area_px", "hflip", "color_jitter")  # of `data` in train_sam2.py, beside its reader's
@@ -103,6 +104,16 @@ class BenchmarkSettings:
             raise ValueError(f"benchmark.detections is {self.detections}, but boxes is not among benchmark.protocols")
 
 
+class Given(NamedTuple):
+    """What is given beside a dataset's pictures."""
+
+    chosen: dict[str, np.ndarray]  # places of the objects that are clicked, by picture
+    detections: dict[str, list[dict]] | None  # by picture; None: the objects' own boxes
+    groups_csv: dict[tuple[str, int], str] | None  # from `read_groups`; None: benchmark.groups is an attribute
+    has_classes: bool  # the objects have categories
+    keeps_crowds: bool  # regions marked iscrowd are objects like others
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # files of a picture
 
@@ -124,9 +135,12 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def read_record(path: Path) -> Record:
-    """Read a record that `write_record` wrote."""
-    with np.load(path, allow_pickle=False) as arrays:
-        return {key.replace(".", "/"): arrays[key] for key in arrays.files}
+    """Read a record that `write_record` wrote; ValueError for a damaged one."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {key.replace(".", "/"): arrays[key] for key in arrays.files}
+    except (zipfile.BadZipFile, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error}); measure again") from error
 
 
 def join_results(folder: Path, protocol: str, num_pictures: int, path: Path) -> None:
@@ -145,64 +159,91 @@ def join_results(folder: Path, protocol: str, num_pictures: int, path: Path) -> 
 # what is given beside the dataset
 
 
-def read_detections(path: str, image_ids: dict[int | str, str], has_classes: bool) -> dict[str, list[dict]]:
+def read_detections(
+    path: str, places: dict[int | str, tuple[str, tuple[int, int]]], classes: set
+) -> tuple[dict[str, list[dict]], str]:
     """Read a COCO result file of boxes.
 
     Args:
-        image_ids: {COCO's id of a picture: its name}.
-        has_classes: whether the objects have categories; without, all detections are of one class.
+        places: {COCO's id of a picture: its name and its size}.
+        classes: categories of the objects; empty: all detections are of one class.
     Returns:
-        {name: [{"bbox": [x, y, w, h], "score", "category_id"}, ...]}.
+        {name: [{"bbox": [x, y, w, h], "score", "category_id"}, ...]}; what is to be said of them, or "".
     """
     entries = read_json(Path(path))
-    if not isinstance(entries, list):
-        raise ValueError(f"benchmark.detections {path} holds a {type(entries).__name__}; must be a list of results")
-    of_picture, strange = {}, []
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"benchmark.detections {path}: must be a list of results, with one at least")
+    of_picture, strange, outside, unknown = {}, [], [], []
     for entry in entries:
-        box = entry.get("bbox") if isinstance(entry, dict) else None
-        is_box = isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box)
-        if not is_box or type(entry.get("score")) not in (int, float):
+        is_whole = isinstance(entry, dict) and is_numbers(entry.get("bbox"), 4) and is_number(entry.get("score"))
+        if not is_whole or min(entry["bbox"][2:]) <= 0:
             raise ValueError(
                 f"benchmark.detections {path}: {str(entry)[:80]} must have bbox, [x, y, width, height], and score"
             )
-        if entry.get("image_id") not in image_ids:
+        image_id = entry.get("image_id")
+        image_id = plain_id(image_id) if isinstance(image_id, int | float | str) else None
+        if image_id not in places:
             strange.append(str(entry.get("image_id")))
             continue
-        class_id = class_of(entry) if has_classes else ONE_CLASS
-        name = image_ids[entry["image_id"]]
-        of_picture.setdefault(name, []).append({"bbox": box, "score": float(entry["score"]), "category_id": class_id})
+        (name, (height, width)), (x, y, box_width, box_height) = places[image_id], entry["bbox"]
+        if x >= width or y >= height or x + box_width <= 0 or y + box_height <= 0:
+            outside.append(str(entry)[:80])
+            continue
+        class_id = class_of(entry) if classes else ONE_CLASS
+        if classes and class_id not in classes:
+            unknown.append(str(class_id))
+        detection = {"bbox": entry["bbox"], "score": float(entry["score"]), "category_id": class_id}
+        of_picture.setdefault(name, []).append(detection)
     if strange:
         named = ", ".join(first_few(sorted(set(strange)), 5))
         raise ValueError(
             f"benchmark.detections {path}: {len(strange)} of {len(entries)} entries are of pictures that are not "
             f"measured, such as image_id {named}; leave them out, or choose their split"
         )
-    return of_picture
+    if outside:
+        raise ValueError(
+            f"benchmark.detections {path}: {len(outside)} of {len(entries)} boxes lie outside their picture, such as "
+            f"{outside[0]}"
+        )
+    note = ""
+    if unknown:
+        named, known = (", ".join(first_few(sorted(set(map(str, each))), 5)) for each in (unknown, classes))
+        note = (
+            f"{len(unknown)} of {len(entries)} detections are of categories that no object has ({named}); the objects' "
+            f"are {known}"
+        )
+    if len(unknown) == len(entries):
+        raise ValueError(f"benchmark.detections {path}: {note}")
+    return of_picture, note
 
 
 def read_groups(path: str) -> dict[tuple[str, int], str]:
-    """Read a csv with the columns picture, object (its id) and value: {(picture, id): value}."""
-    with Path(path).open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        if not {"picture", "object", "value"} <= set(rows.fieldnames or []):
-            raise ValueError(f"benchmark.groups {path} has the columns {rows.fieldnames}; must be picture,object,value")
-        try:
-            return {(row["picture"], int(row["object"])): row["value"] for row in rows}
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"benchmark.groups {path}: object must be a mask's id, a number ({error})") from error
+    """Read a csv with the columns picture, object and value: {(picture, id): value}.
+
+    A picture is named as in data.json, an object by its annotation's id in a json file, else by that of its mask.
+    """
+    rows = csv.DictReader(io.StringIO(read_text(path)))
+    if not {"picture", "object", "value"} <= set(rows.fieldnames or []):
+        raise ValueError(f"benchmark.groups {path} has the columns {rows.fieldnames}; must be picture,object,value")
+    groups = {}
+    for row in rows:
+        object_id = plain_id(row["object"])
+        if type(object_id) is not int or (row["picture"], object_id) in groups:
+            what = "is there twice" if type(object_id) is int else "must be an object's id, a number"
+            raise ValueError(f"benchmark.groups {path}: {row['picture']}, {row['object']} {what}")
+        groups[row["picture"], object_id] = row["value"] or ""
+    return groups
 
 
-def choose_objects(counts: dict[str, int], seed: int) -> dict[str, np.ndarray]:
-    """Choose which objects of each picture are clicked: all, of more than 15,000 a seeded 10,000, crowds among them."""
-    if sum(counts.values()) <= MOST_OBJECTS:
-        return {name: np.arange(count) for name, count in counts.items()}
-    names = [name for name, count in counts.items() for _ in range(count)]
-    places = np.concatenate([np.arange(count) for count in counts.values()])
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(names))[:NUM_CHOSEN])
-    of_picture = {name: [] for name in counts}
-    for number in chosen.tolist():
-        of_picture[names[number]].append(places[number])
-    return {name: np.array(own, np.int64) for name, own in of_picture.items()}
+def choose_objects(places: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+    """Choose which objects of each picture, by their places, are clicked: all, of more than 15,000 a seeded 10,000."""
+    num_objects = sum(map(len, places.values()))
+    if num_objects <= MOST_OBJECTS:
+        return places
+    is_chosen = np.zeros(num_objects, bool)
+    is_chosen[np.random.default_rng(seed).permutation(num_objects)[:NUM_CHOSEN]] = True
+    ends = np.cumsum([len(own) for own in places.values()])
+    return {name: own[is_chosen[end - len(own) : end]] for (name, own), end in zip(places.items(), ends, strict=True)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,23 +254,14 @@ def choose_objects(counts: dict[str, int], seed: int) -> dict[str, np.ndarray]:
 def measure_pictures(
     model: torch.nn.Module,
     items: list[Item],
-    chosen: dict[str, np.ndarray],
-    detections: dict[str, list[dict]] | None,
-    groups_csv: dict[tuple[str, int], str] | None,
+    given: Given,
     settings: BenchmarkSettings,
-    has_classes: bool,
-    keeps_crowds: bool,
     precision: str,
     folder: Path,
 ) -> None:
     """Measure each picture that has no record yet, and write its record and its masks.
 
     Args:
-        chosen: places of the objects that are clicked, by picture.
-        detections: by picture; None: the objects' own boxes.
-        groups_csv: from `read_groups`; None: benchmark.groups is a key of the attributes.
-        has_classes: whether the objects have categories.
-        keeps_crowds: whether regions marked iscrowd are objects like others.
         folder: of the records, data_000000.npz and so on.
     """
     protocols = set(settings.protocols)
@@ -241,8 +273,8 @@ def measure_pictures(
         image_rgb, instances = read_image(item.image_path), item.read()
         check_same_size(item, image_rgb.shape[:2], instances.layers.shape[1:])
         truth = read_truth(instances)
-        truth = truth._replace(is_crowd=np.zeros_like(truth.is_crowd)) if keeps_crowds else truth
-        return image_rgb, truth if has_classes else truth._replace(classes=np.full_like(truth.classes, ONE_CLASS))
+        truth = truth._replace(is_crowd=np.zeros_like(truth.is_crowd)) if given.keeps_crowds else truth
+        return image_rgb, truth if given.has_classes else truth._replace(classes=np.full_like(truth.classes, ONE_CLASS))
 
     progress = tqdm(items, desc="measure", unit="image", disable=None)
     with run.start_threads() as threads:
@@ -252,7 +284,7 @@ def measure_pictures(
                 continue
             image_rgb, truth = reading.result()
             orig_hw, record, results = image_rgb.shape[:2], {}, {}
-            clicked = chosen[item.name][~truth.is_crowd[chosen[item.name]]]
+            clicked = given.chosen[item.name]
             embeddings = None
             if len(clicked) or protocols & {"proposals", "boxes"}:
                 with run.autocast(model.device, precision):
@@ -262,7 +294,7 @@ def measure_pictures(
                 is_short = "clicks" not in protocols
                 record |= measure_clicks(model, embeddings, truth, clicked, is_short, precision, threads)
             if "groups" in protocols:
-                record["clicks/group"] = name_groups(item, truth, clicked, settings.groups, groups_csv)
+                record["clicks/group"] = name_groups(item, truth, clicked, settings.groups, given.groups_csv)
             if "proposals" in protocols:
                 with run.autocast(model.device, precision):
                     for is_single in (False, True)[: 1 + settings.proposals.single_mask]:
@@ -272,7 +304,7 @@ def measure_pictures(
                         record |= measured
                         results |= {} if is_single else {"proposals": masks}
             if "boxes" in protocols:
-                boxes_xyxy, scores, classes = list_boxes(item, truth, detections, orig_hw)
+                boxes_xyxy, scores, classes = list_boxes(item, truth, given.detections, orig_hw)
                 measured, results["boxes"] = measure_boxes(
                     model, embeddings, truth, boxes_xyxy, scores, classes, orig_hw, precision
                 )
@@ -298,11 +330,8 @@ def list_boxes(
     """List the boxes of a picture: float (D, 4) px, corners; scores (D,) or None; classes int64 (D,)."""
     if detections is None:
         places = np.flatnonzero(~truth.is_crowd)
-        boxes = np.zeros((len(places), 4))
-        for row, place in enumerate(places):
-            layer = next(numbers for numbers in truth.numbers if (numbers == place + 1).any())
-            x, y, width, height = cv2.boundingRect((layer == place + 1).view(np.uint8))
-            boxes[row] = x, y, x + width - 1, y + height - 1
+        boxes = np.array([mask_to_box((truth.numbers == place + 1).any(0)) for place in places], np.float64)
+        boxes = boxes.reshape(-1, 4)
         return boxes, None, truth.classes[places]
     found = detections.get(item.name, [])
     boxes = np.array([entry["bbox"] for entry in found], np.float64).reshape(-1, 4)
@@ -312,9 +341,16 @@ def list_boxes(
     return boxes, scores, np.array([entry["category_id"] for entry in found], np.int64)
 
 
+def list_edges(settings: EdgeSettings) -> list[tuple[str, Path, Path]]:
+    """List BSDS500's pictures, and read the first one's boundaries: what is wrong shows before anything takes time."""
+    pictures = edges.list_bsds(Path(settings.root), settings.split)
+    edges.read_boundaries(pictures[0][2])
+    return pictures
+
+
 @torch.inference_mode()
-def measure_edges(model: torch.nn.Module, settings: EdgeSettings, precision: str, folder: Path) -> list[str]:
-    """Measure the edges of each picture of BSDS500 that has no record yet; returns the pictures' names."""
+def measure_edges(model: torch.nn.Module, settings: EdgeSettings, precision: str, folder: Path) -> None:
+    """Measure the edges of each picture of BSDS500 that has no record yet."""
     pictures = edges.list_bsds(Path(settings.root), settings.split)
     for number, (_, image_path, truth_path) in enumerate(tqdm(pictures, desc="edges", unit="image", disable=None)):
         if (folder / f"edges_{number:06d}.npz").exists():
@@ -326,15 +362,15 @@ def measure_edges(model: torch.nn.Module, settings: EdgeSettings, precision: str
                 model, embeddings, image_rgb.shape[:2], settings.points_per_side, settings.box_nms_thresh
             )
         of_method = {"sam": strength, "sobel": edges.sobel_edges(image_rgb), "canny": edges.canny_edges(image_rgb)}
-        record = {f"edges/{name}": edges.count_matches(found, truths) for name, found in of_method.items()}
+        record = {f"edges/{name}": edges.count_matches(strength, truths) for name, strength in of_method.items()}
         write_record(folder, f"edges_{number:06d}", record, {})
-    return [name for name, *_ in pictures]
 
 
-def load_records(folder: Path, kind: str) -> list[Record]:
-    """Read the records of a run's pictures, "data" or "edges", in their order."""
-    paths = sorted(path for path in folder.glob(f"{kind}_*.npz") if re.fullmatch(rf"{kind}_\d+\.npz", path.name))
-    return [read_record(path) for path in paths]
+def load_records(run_dir: Path, kind: str) -> list[Record]:
+    """Read the records of a run's pictures, "data" or "edges", in the order of data.json or edges.json."""
+    path = run_dir / f"{kind}.json"
+    num_pictures = len(read_json(path)["pictures"]) if path.is_file() else 0
+    return [read_record(run_dir / "pictures" / f"{kind}_{number:06d}.npz") for number in range(num_pictures)]
 
 
 def run_benchmark(
@@ -363,17 +399,28 @@ def run_benchmark(
     """
     folder = run_dir / "pictures"
     folder.mkdir()
-    if resumed_dir is not None:
-        for path in sorted((resumed_dir / "pictures").glob("*")):
-            if path.suffix != ".tmp":
-                shutil.copyfile(path, folder / path.name)
-    records, notes = [], []
+    prints = {"weights": digest_weights(model)}
+    names, items, given, notes = [], [], None, []
+    if "edges" in settings.protocols:  # what cannot be measured is said before the hours of the rest
+        names = [name for name, *_ in list_edges(settings.edges)]
+        write_json(run_dir / "edges.json", prints | {"pictures": names})
     if set(settings.protocols) - {"edges"}:
-        records, notes = _measure_dataset(model, data, split, settings, trained_on, seed, precision, run_dir)
-    if "edges" in settings.protocols:
-        names = measure_edges(model, settings.edges, precision, folder)
-        write_json(run_dir / "edges.json", {"pictures": names})
-        records = records + load_records(folder, "edges")
+        items, digests, given, notes = list_pictures(data, split, settings, trained_on, seed)
+        files = [path for path in (settings.detections, settings.groups) if path is not None and Path(path).is_file()]
+        prints |= {path: digest(Path(path).read_bytes()) for path in files}
+        write_json(run_dir / "data.json", prints | {"pictures": [item.name for item in items], "digests": digests})
+    if resumed_dir is not None:
+        take_over_records(resumed_dir, run_dir)
+    records = []
+    if items:
+        measure_pictures(model, items, given, settings, precision, folder)
+        for protocol in {"proposals", "boxes"} & set(settings.protocols):
+            join_results(folder, protocol, len(items), run_dir / f"{protocol}.json")
+        records += load_records(run_dir, "data")
+        notes += describe_groups(records, settings.groups, given)
+    if names:
+        measure_edges(model, settings.edges, precision, folder)
+        records += load_records(run_dir, "edges")
     table = summarize(records)
     intervals = {}
     if "groups" in settings.protocols:
@@ -391,61 +438,124 @@ def run_benchmark(
     return table
 
 
-def _measure_dataset(
-    model: torch.nn.Module,
-    data: dict,
-    split: str,
-    settings: BenchmarkSettings,
-    trained_on: dict | None,
-    seed: int,
-    precision: str,
-    run_dir: Path,
-) -> tuple[list[Record], list[str]]:
-    """Measure a dataset's pictures: their records, and what is to be said of the numbers."""
-    folder = run_dir / "pictures"
-    keeps_crowds = data.get("crowd") == "keep"
-    reader_keys = data | ({"crowd": "keep"} if "crowd" in data else {})  # crowds are to be ignored, not to be missed
-    items = list_items(reader_keys, "data", is_check=False)[split == "val"]
+def digest(data: bytes) -> str:
+    """Give a short digest of a file, to tell whether it is still the same."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def digest_weights(model: torch.nn.Module) -> str:
+    """Give a short digest of a model's weights."""
+    summed = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        numbers = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        summed.update(name.encode() + numbers.tobytes())
+    return summed.hexdigest()[:16]
+
+
+def take_over_records(resumed_dir: Path, run_dir: Path) -> None:
+    """Take over the records of a run that was cut off; one that is damaged is measured again.
+
+    Raises:
+        ValueError: where pictures, objects, weights or files given beside them are not those of that run any more.
+    """
+    for kind in ("data", "edges"):
+        path = resumed_dir / f"{kind}.json"
+        if not path.is_file():
+            continue
+        before, now = read_json(path), read_json(run_dir / f"{kind}.json")
+        if changed := [key for key in now if key not in before or before[key] != now[key]]:
+            raise ValueError(
+                f"resume= is {resumed_dir}, whose {', '.join(changed)} ({kind}.json) are not those of now; start a new "
+                "run"
+            )
+    for path in sorted((resumed_dir / "pictures").glob("*.npz")):
+        try:
+            read_record(path)
+        except ValueError:
+            continue
+        for own in [path, *path.parent.glob(f"{path.stem}_*.json")]:
+            shutil.copyfile(own, run_dir / "pictures" / own.name)
+
+
+def one_split(data: dict, split: str) -> dict:
+    """Let a COCO dataset with a json file for each split be the wanted one alone: the other need not be there."""
+    if data["format"] != "coco" or data["val_annotations"] is None:
+        return data
+    own = {f"train_{key}": data[f"{split}_{key}"] for key in ("images", "annotations")}
+    return data | own | {"val_annotations": None, "val_fraction": 1.0}
+
+
+def list_pictures(
+    data: dict, split: str, settings: BenchmarkSettings, trained_on: dict | None, seed: int
+) -> tuple[list[Item], list[str], Given, list[str]]:
+    """List and check a dataset's pictures, and read what is given beside it.
+
+    Returns:
+        the pictures, in the order of COCO's ids where they have some; a digest of each one's size and objects; what is
+        given; and what is to be said of the numbers.
+    """
+    keeps_crowds = "crowd" in data and data["crowd"] == "keep"
+    reader_keys = one_split(data, split)
+    is_val = split == "val" or reader_keys is not data
+    reader_keys = reader_keys | ({"crowd": "keep"} if "crowd" in data else {})  # crowds are ignored, not missed
+    items = list_items(reader_keys, "data", is_check=False)[is_val]
     report = check_items(items, check_item)
     print("\n".join(report_lines(report)))
     dataset_check.keep_usable(items, report, data["on_bad"])  # which stops where it is to
-    faulty = {item.name for item in report.bad}
-    items = [item for item in items if item.name not in faulty]
-    contents = {item.name: item.content for item in report.items if item.name not in faulty}
-    if not any(len(content.areas_px) for content in contents.values()):
+    reports = {item.name: item for item in report.items if not item.faults}
+    items = [item for item in items if item.name in reports]
+    contents = {item.name: reports[item.name].content for item in items}
+    if all(type(content.image_id) is int for content in contents.values()):  # predictions that tie are in their order
+        items.sort(key=lambda item: contents[item.name].image_id)
+    is_object = {
+        name: np.ones_like(content.is_crowd) if keeps_crowds else ~content.is_crowd
+        for name, content in contents.items()
+    }
+    if not any(are_objects.any() for are_objects in is_object.values()):
         raise ValueError(f"data.root {data['root']}: none of the {len(items)} pictures of split={split} has objects")
-    has_classes = any(content.has_categories for content in contents.values())
-    if "boxes" in settings.protocols and not has_classes:
+    classes, notes = set().union(*(content.classes for content in contents.values())), []
+    if "boxes" in settings.protocols and not classes:
         print("boxes: the objects have no categories: all are of one class")
     detections = groups_csv = None
     if settings.detections is not None:
-        ids = [contents[item.name].image_id for item in items]
-        ids = {
-            number if image_id is None else image_id: item.name
-            for number, (image_id, item) in enumerate(zip(ids, items, strict=True), 1)
-        }
-        detections = read_detections(settings.detections, ids, has_classes)
-    if settings.groups is not None and settings.groups.endswith(".csv"):
+        places = {}
+        for number, item in enumerate(items, 1):
+            image_id = contents[item.name].image_id
+            places[number if image_id is None else image_id] = item.name, reports[item.name].orig_hw
+        detections, unknown = read_detections(settings.detections, places, classes)
+        notes += [unknown] if unknown else []
+    if settings.groups is not None and Path(settings.groups).suffix == ".csv":
         groups_csv = read_groups(settings.groups)
-    chosen = choose_objects({item.name: len(contents[item.name].areas_px) for item in items}, seed)
-    measure_pictures(
-        model, items, chosen, detections, groups_csv, settings, has_classes, keeps_crowds, precision, folder
-    )
-    for protocol in {"proposals", "boxes"} & set(settings.protocols):
-        join_results(folder, protocol, len(items), run_dir / f"{protocol}.json")
-    write_json(run_dir / "data.json", {"pictures": [item.name for item in items]})
-    records, notes = load_records(folder, "data"), []
-    if "groups" in settings.protocols:
-        groups = join(records, "clicks/group")
-        if not (groups != "").any():
-            raise ValueError(f"benchmark.groups is {settings.groups}: none of the {len(groups)} objects has it")
-        if (groups == "").any():
-            notes.append(
-                f"groups: {(groups == '').sum()} of {len(groups)} objects lack {settings.groups}, and do not count"
+    elif settings.groups is not None:
+        there = set().union(*(content.attributes for content in contents.values()))
+        if settings.groups not in there:
+            raise ValueError(
+                f"benchmark.groups is {settings.groups}: none of the objects has it; they have "
+                f"{', '.join(sorted(map(str, there))) or 'no attributes'}"
             )
-    if trained_on is not None:
-        notes.append(describe_training(trained_on, items))
-    return records, [note for note in notes if note]
+    if trained_on is not None and (note := describe_training(trained_on, items)):
+        notes.append(note)
+    chosen = choose_objects({item.name: np.flatnonzero(is_object[item.name]) for item in items}, seed)
+    digests = [
+        digest(repr((reports[name].orig_hw, content.areas_px.tolist(), content.centers_xy.round(4).tolist())).encode())
+        for name, content in ((item.name, contents[item.name]) for item in items)
+    ]
+    return items, digests, Given(chosen, detections, groups_csv, bool(classes), keeps_crowds), notes
+
+
+def describe_groups(records: list[Record], groups: str | None, given: Given) -> list[str]:
+    """Say how many objects have no group, and how many lines of a csv met no object."""
+    if groups is None:
+        return []
+    named = join(records, "clicks/group")
+    if not (named != "").any():
+        raise ValueError(f"benchmark.groups is {groups}: none of the {len(named)} objects has it")
+    notes = []
+    if num_without := int((named == "").sum()):
+        notes.append(f"groups: {num_without} of {len(named)} objects lack {groups}, and do not count")
+    if given.groups_csv is not None and len(given.groups_csv) > len(named):
+        notes.append(f"groups: {groups} names {len(given.groups_csv)} objects, but {len(named)} were clicked")
+    return notes
 
 
 def describe_training(trained_on: dict, items: list[Item]) -> str:
@@ -559,12 +669,13 @@ def draw_edges(axes, records: list[Record], table: Table, intervals: dict) -> No
 
 def draw_groups(axes, records: list[Record], table: Table, intervals: dict) -> None:
     """Draw the mean IoU of each group at 1 and 3 clicks, with its interval."""
-    groups = list(dict.fromkeys(key[1] for key in table if key[0] == "groups" and key[1] != "largest gap"))
+    groups = list(dict.fromkeys(key[1] for key in table if key[0] == "groups" and key[1]))
     for metric, offset in (("iou_1_click", -0.1), ("iou_3_clicks", 0.1)):
         means = np.array([table["groups", group, metric] for group in groups])
         keys = [("groups", group, metric) for group in groups]
         ends = [intervals[key] if key in intervals else (table[key], table[key]) for key in keys]
         reach = np.abs(np.array(ends).T - means)
         axes.errorbar(means, np.arange(len(groups)) + offset, xerr=reach, fmt="o", capsize=3, label=metric)
-    axes.set(title="groups, 95 % intervals", xlabel="mean IoU", yticks=range(len(groups)), yticklabels=groups)
+    axes.set(title="groups, 95 % intervals", xlabel="mean IoU", yticks=range(len(groups)))
+    axes.set_yticklabels([group.replace("$", r"\$") for group in groups])
     axes.legend()

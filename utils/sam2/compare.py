@@ -16,6 +16,7 @@ from utils.listing import read_json
 from utils.log import drawing
 from utils.sam2.benchmark import load_records
 from utils.sam2.protocols import Record, Table, interval, summarize
+from utils.settings import is_number
 
 CURVES = {  # what is drawn of a dataset.json: its axis, and the axis's scale
     "masks_per_picture": ("masks a picture", "linear"),
@@ -30,7 +31,7 @@ class Run(NamedTuple):
 
     folder: Path
     records: dict[str, list[Record]]  # of "data" and "edges"
-    names: dict[str, list[str]]  # of their pictures
+    pictures: dict[str, list]  # their names, and digests of their objects
 
 
 def read_run(folder: Path) -> Run:
@@ -40,18 +41,13 @@ def read_run(folder: Path) -> Run:
         FileNotFoundError, ValueError: for a folder that is not that of a finished run of mode=benchmark.
     """
     if not (folder / "table.csv").is_file():
-        raise FileNotFoundError(
-            f"results: {folder} holds no table.csv; must be the folder of a finished mode=benchmark"
-        )
-    records = {kind: load_records(folder / "pictures", kind) for kind in ("data", "edges")}
-    names = {
-        kind: read_json(folder / f"{kind}.json")["pictures"] if (folder / f"{kind}.json").is_file() else []
-        for kind in records
-    }
-    for kind, own in records.items():
-        if len(own) != len(names[kind]):
-            raise ValueError(f"results: {folder} has {len(own)} records of {len(names[kind])} pictures ({kind})")
-    return Run(folder, records, names)
+        raise FileNotFoundError(f"results: {folder} has no table.csv; must be the folder of a finished mode=benchmark")
+    records, pictures = {}, {}
+    for kind in ("data", "edges"):
+        records[kind] = load_records(folder, kind)
+        content = read_json(folder / f"{kind}.json") if records[kind] else {}
+        pictures[kind] = [content[key] for key in ("pictures", "digests") if key in content]
+    return Run(folder, records, pictures)
 
 
 def compare_runs(results: list[str], seed: int, run_dir: Path) -> None:
@@ -69,7 +65,7 @@ def compare_runs(results: list[str], seed: int, run_dir: Path) -> None:
     for other in others:
         for kind in ("data", "edges"):
             if first.records[kind] and other.records[kind]:
-                is_paired = first.names[kind] == other.names[kind]
+                is_paired = first.pictures[kind] == other.pictures[kind]
                 rows += [
                     [str(other.folder), *row, "paired" if is_paired else "unpaired"]
                     for row in compare_records(first.records[kind], other.records[kind], is_paired, seed)
@@ -97,7 +93,7 @@ def compare_records(first: list[Record], other: list[Record], is_paired: bool, s
     num_pictures = [len(first)] if is_paired else [len(first), len(other)]
     intervals = interval(functools.partial(subtract, first, other), num_pictures, seed)
     rows = []
-    for key in [key for key in both[0] if key in both[1] and not key[2].startswith("num_")]:
+    for key in [key for key in both[0] if key in both[1] and not key[2].startswith(("num_", "largest_gap"))]:
         before, after = float(both[0][key]), float(both[1][key])
         rows.append([*key, before, after, after - before, *(intervals[key] if key in intervals else ("", ""))])
     return rows
@@ -116,7 +112,7 @@ def compare_datasets(paths: list[Path], run_dir: Path) -> None:
     """Lay statistics of datasets over each other: compare.csv and compare.png."""
     datasets = [read_json(path) for path in paths]
     for path, dataset in zip(paths, datasets, strict=True):
-        if not isinstance(dataset, dict) or not set(CURVES) <= set(dataset):
+        if not isinstance(dataset, dict) or not {*CURVES, "attributes"} <= set(dataset):
             raise ValueError(
                 f"results: {path} is no dataset.json of train_sam2.py check=true: it lacks {', '.join(CURVES)}"
             )
@@ -127,6 +123,11 @@ def compare_datasets(paths: list[Path], run_dir: Path) -> None:
         writer.writerow(["number", *names])
         for key in numbers:
             cells = [f"{dataset[key]:.6g}" if key in dataset else "" for dataset in datasets]
+            writer.writerow([key, *cells])
+            print(f"{key}: {', '.join(cells)}")
+        counts = [count_values(dataset) for dataset in datasets]
+        for key in dict.fromkeys(key for own in counts for key in own):
+            cells = [str(own[key]) if key in own else "" for own in counts]
             writer.writerow([key, *cells])
             print(f"{key}: {', '.join(cells)}")
     with drawing(run_dir / "compare.png"):
@@ -143,6 +144,11 @@ def compare_datasets(paths: list[Path], run_dir: Path) -> None:
         figure.savefig(run_dir / "compare.png", dpi=110)
 
 
-def is_number(value: object) -> bool:
-    """Tell whether a value is a number and no truth value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def count_values(dataset: dict) -> dict[str, int]:
+    """Lay out a dataset.json's attributes: {"country=France, pictures": 12, ...}."""
+    return {
+        f"{attribute}={value}, {kind}": count
+        for attribute, values in dataset["attributes"].items()
+        for value, counts in values.items()
+        for kind, count in counts.items()
+    }

@@ -14,18 +14,19 @@ import torch
 from tqdm import tqdm
 
 from utils.instances.codecs import mask_to_rle, rle_to_mask
-from utils.instances.readers import Instances, object_ids
+from utils.instances.readers import Instances, is_marked_crowd, object_ids, plain_id
 from utils.sam2 import detection_metrics as metrics
 from utils.sam2 import edges, evaluation, mask_generation
 from utils.sam2 import model as models
 from utils.sam2.mask_generation import AutomaticSettings
 from utils.sam2.model import Embeddings
-from utils.settings import at_least, between
+from utils.settings import at_least, between, is_number
 
 CLICKS, MOST_CLICKS = (1, 2, 3, 5, 9), 20
 NOC_IOUS = (0.85, 0.9)
 AT_MOST = (10, 100, 1000)  # proposals of a picture
 ONE_CLASS = 1  # of all objects where there are no categories: pycocotools takes it for one
+NO_CLASS = -1  # of an object that has no category where others have
 FREQUENCIES = {"r": "rare", "c": "common", "f": "frequent"}  # LVIS's
 RESAMPLES, FEWEST_PICTURES = 1000, 10  # of an interval
 Record = dict[str, np.ndarray]  # what was measured of a picture, {"clicks/ious": ...}
@@ -47,11 +48,11 @@ class Truth(NamedTuple):
     """The objects of a picture, G of them; a crowd region is none that is clicked or boxed."""
 
     numbers: np.ndarray  # int32 (L, H, W): id layers, renumbered, object g has g + 1
-    ids: np.ndarray  # int64 (G,), of the annotation
+    ids: np.ndarray  # int64 (G,), of the annotation in a json file, else of the mask
     areas: np.ndarray  # float64 (G,), px
-    given_areas: np.ndarray  # float64 (G,), those of the file where it has them: COCO's ranges go by them
+    given_areas: np.ndarray  # float64 (G,), those of the file where it has them: sizes go by them, as COCO's
     is_crowd: np.ndarray  # bool (G,)
-    classes: np.ndarray  # int64 (G,), category_id, or ONE_CLASS
+    classes: np.ndarray  # int64 (G,), category_id, or NO_CLASS
     frequencies: np.ndarray  # str (G,), a key of FREQUENCIES or ""
     attributes: tuple[dict, ...]
     image_id: int | str | None
@@ -66,26 +67,31 @@ def read_truth(instances: Instances) -> Truth:
         numbers[layer][layers[layer] == object_id] = number
     said = [instances.annotations[object_id - 1] if instances.annotations else {} for _, object_id, _ in objects]
     areas = np.array([area for *_, area in objects], np.float64)
-    given = [
-        annotation["area"] if type(annotation.get("area")) in (int, float) else area
-        for annotation, area in zip(said, areas, strict=True)
-    ]
+    ids = [plain_id(annotation.get("id")) for annotation in said]
+    given = [annotation.get("area") for annotation in said]
     return Truth(
         numbers,
-        np.array([object_id for _, object_id, _ in objects], np.int64),
+        np.array([i if type(i) is int else own for i, (_, own, _) in zip(ids, objects, strict=True)], np.int64),
         areas,
-        np.array(given, np.float64),
-        np.array([annotation.get("iscrowd") in (1, "1", "true") for annotation in said], bool),
+        np.array([a if is_number(a) and a > 0 else own for a, own in zip(given, areas, strict=True)], np.float64),
+        np.array([is_marked_crowd(annotation) for annotation in said], bool),
         np.array([class_of(annotation) for annotation in said], np.int64),
         np.array([str(annotation.get("frequency") or "") for annotation in said], "U1"),
-        tuple(annotation.get("attributes") or {} for annotation in said),
+        tuple(each if isinstance(each := annotation.get("attributes"), dict) else {} for annotation in said),
         instances.image_id,
     )
 
 
 def class_of(entry: dict) -> int:
-    """Give the category of an annotation or of a detection; ONE_CLASS where it has none."""
-    return entry["category_id"] if type(entry.get("category_id")) is int else ONE_CLASS
+    """Give the category of an annotation or of a detection; NO_CLASS where it has none.
+
+    Raises:
+        ValueError: for a category_id that is no whole number.
+    """
+    class_id = plain_id(entry.get("category_id"))
+    if class_id is not None and type(class_id) is not int:
+        raise ValueError(f"category_id is {class_id!r}; must be a whole number")
+    return NO_CLASS if class_id is None else class_id
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,7 +130,7 @@ def measure_clicks(
     empty = [np.zeros((0, size), np.float32) for size in (most_clicks, 3, 3)] + [np.zeros(0, np.float32)]
     measured = [torch.cat(tensors).numpy() for tensors in zip(*parts, strict=True)] if parts else empty
     names = ("clicks/ious", "clicks/first_ious", "clicks/first_predicted", "clicks/box_iou")
-    record = {"clicks/id": truth.ids[chosen], "clicks/area": truth.areas[chosen]}
+    record = {"clicks/id": truth.ids[chosen], "clicks/area": truth.given_areas[chosen]}
     return record | dict(zip(names, measured, strict=True))
 
 
@@ -171,12 +177,14 @@ def measure_proposals(
     ious = measure_overlaps(overlaps, pred_areas, truth)
     name, record = "single_mask" if is_single else "proposals", {}
     groups = {group: (truth.given_areas, limits) for group, limits in metrics.AREA_RANGES.items()}
-    for key, group in FREQUENCIES.items():  # an area beyond all ranges: others are ignored
-        groups[group] = np.where(truth.frequencies == key, truth.given_areas, np.inf), metrics.AREA_RANGES["all"]
+    for key, group in FREQUENCIES.items():
+        if (truth.frequencies == key).any():  # the others get an area beyond all ranges, and are ignored
+            groups[group] = np.where(truth.frequencies == key, truth.given_areas, np.inf), metrics.AREA_RANGES["all"]
     for group, (areas, limits) in groups.items():
+        matches = metrics.match_predictions(ious, scores, pred_areas, areas, truth.is_crowd, limits, max(AT_MOST))
+        is_found = matches.is_matched & ~matches.is_ignored  # (T, D), the best first: each prefix is matched alike
         for most in AT_MOST:
-            matches = metrics.match_predictions(ious, scores, pred_areas, areas, truth.is_crowd, limits, most)
-            record[f"{name}/found/{group}_{most}"] = (matches.is_matched & ~matches.is_ignored).sum(1)
+            record[f"{name}/found/{group}_{most}"] = is_found[:, :most].sum(1)
         record[f"{name}/num/{group}"] = np.array(matches.num_objects)
     results = [
         {"category_id": ONE_CLASS, "segmentation": entry["segmentation"], "score": float(score)}
@@ -296,7 +304,8 @@ def summarize_groups(records: list[Record]) -> Table:
         means = {group: float(ious[groups == group, count - 1].mean()) for group in np.unique(groups[groups != ""])}
         table |= {("groups", str(group), name): mean for group, mean in means.items()}
         if means:
-            table["groups", "largest gap", name] = max(means.values()) - min(means.values())
+            gap = max(means.values()) - min(means.values())
+            table["groups", "", name.replace("iou", "largest_gap")] = gap
     for group in np.unique(groups[groups != ""]):
         table["groups", str(group), "num_objects"] = int((groups == group).sum())
     return table
@@ -308,11 +317,12 @@ def summarize_proposals(records: list[Record]) -> Table:
     names = ["proposals", "single_mask"] if "single_mask/num/all" in records[0] else ["proposals"]
     for name in names:
         for group in [*metrics.AREA_RANGES, *FREQUENCIES.values()]:
-            num_objects = sum(int(record[f"{name}/num/{group}"]) for record in records)
+            own = [record for record in records if f"{name}/num/{group}" in record]
+            num_objects = sum(int(record[f"{name}/num/{group}"]) for record in own)
             if num_objects == 0:
                 continue
             for most in AT_MOST:
-                found = sum(record[f"{name}/found/{group}_{most}"] for record in records)
+                found = sum(record[f"{name}/found/{group}_{most}"] for record in own)
                 table["proposals", group, f"ar_{most}" + "_single_mask" * (name != "proposals")] = float(
                     (found / num_objects).mean()
                 )
@@ -375,6 +385,6 @@ def interval(
     rng, sampled = np.random.default_rng(seed), {}
     for _ in tqdm(range(RESAMPLES), desc="resample", leave=False, disable=None):
         for key, value in measure(*(rng.integers(count, size=count) for count in num_pictures)).items():
-            if not key[2].startswith("num_"):
+            if not key[2].startswith(("num_", "largest_gap")):  # a gap is never below 0: its interval would mislead
                 sampled.setdefault(key, []).append(value)
     return {key: tuple(np.nanpercentile(values, [2.5, 97.5]).tolist()) for key, values in sampled.items()}
