@@ -23,7 +23,7 @@ from pycocotools.cocoeval import COCOeval
 import infer_sam2
 from utils.checkpoint import save_checkpoint
 from utils.images import mask_to_box, write_image
-from utils.instances.check import check_item
+from utils.instances.check import check_data, check_item
 from utils.instances.codecs import mask_to_rle
 from utils.instances.readers import list_items
 from utils.sam2 import benchmark, evaluation, mask_generation, protocols
@@ -666,3 +666,30 @@ def test_shapes_are_those_of_scikit_image(root):
     from utils.instances.check import _concavity
 
     assert _concavity(ring) == pytest.approx(9 / 81) and _concavity(np.ones((4, 6), bool)) == 0
+
+
+def test_dataset_json_counts_attributes_and_is_compared(root, tmp_path, monkeypatch, capfd):
+    items = list_items({key: value for key, value in configure(root)["data"].items()}, "data", False)[1]
+    with (tmp_path / "countries.csv").open("w", newline="") as file:
+        rows = [(item.name, "Peru" if number % 2 else "Chad") for number, item in enumerate(items) if number < 9]
+        csv.writer(file).writerows([("picture", "country"), *rows])
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        check_data({"train": [], "val": items}, 1, "stop", tmp_path / name, True, str(tmp_path / "countries.csv"))
+    dataset = json.loads((tmp_path / "one" / "dataset.json").read_text())
+    counts = [len(evaluation.kept_objects(item.read().layers, 1)) for item in items]
+    assert dataset["num_pictures"] == NUM_PICTURES - 1 and dataset["num_masks"] == sum(counts)
+    assert sorted(dataset["masks_per_picture"]) == sorted(counts[1:])
+    expected = {"Chad": counts[2:9:2], "Peru": counts[1:9:2], "": counts[9:]}  # the first picture has no objects
+    expected = {value: {"pictures": len(own), "masks": sum(own)} for value, own in expected.items()}
+    assert dataset["attributes"] == {"country": expected}
+    assert all(len(dataset[key]) == sum(counts) for key in ("relative_sizes", "concavities", "center_distances"))
+
+    results = f"results=[{tmp_path / 'one' / 'dataset.json'},{tmp_path / 'two' / 'dataset.json'}]"
+    status, printed = run_main(monkeypatch, capfd, tmp_path / "compare", "mode=compare", results)
+    assert status == 0 and f"country=Peru, masks: {expected['Peru']['masks']}, {expected['Peru']['masks']}" in printed
+    assert (tmp_path / "compare" / "compare.png").is_file() and (tmp_path / "compare" / "compare.csv").is_file()
+
+    (tmp_path / "countries.csv").write_text("picture,country\nnowhere.png,Peru\n")
+    with pytest.raises(ValueError, match="names 1 pictures that are not in the dataset, such as nowhere.png"):
+        check_data({"train": [], "val": items}, 1, "stop", tmp_path / "two", True, str(tmp_path / "countries.csv"))

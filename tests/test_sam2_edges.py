@@ -1,8 +1,11 @@
 """utils/sam2/edges.py: matches, counts, scores against other definitions; thinning; edges of masks; BSDS500's files."""
 
+import csv
+
 import cv2
 import numpy as np
 import pytest
+import tiny
 import torch
 from options import read_option
 from scipy.io import savemat
@@ -10,6 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from skimage.morphology import thin
 from torchvision.ops import nms
 
+import infer_sam2
 from utils.images import read_image, write_image
 from utils.sam2 import edges
 from utils.sam2.edges import (
@@ -377,3 +381,29 @@ def test_sobel_on_a_picture_of_bsds500(data_root):
     _, image_path, truth_path = list_bsds(data_root / "BSDS500", "test")[1]
     counts = count_matches(sobel_edges(read_image(image_path)), read_boundaries(truth_path), np.arange(1, 20) / 20)
     assert 0.3 < score_edges([counts])["ods"] < 0.8
+
+
+def test_edges_are_measured_by_the_script_and_a_killed_run_goes_on(tmp_path, monkeypatch):
+    make_bsds(tmp_path)
+    counted, real = [], edges.count_matches
+
+    def count(strength, truths):
+        counted.append(strength)
+        if len(counted) == 5:  # sam, sobel and canny of the first picture, and two of the second
+            raise MemoryError("killed")
+        return real(strength, truths)
+
+    monkeypatch.setattr(edges, "count_matches", count)
+    keys = ["split=val", f"root={tmp_path}", "points_per_side=2"]
+    overrides = ["mode=benchmark", "benchmark.protocols=[edges]", *(f"benchmark.edges.{key}" for key in keys)]
+    overrides += ["model=sam2_nano", "model.checkpoint=none", "image_size=64", "device=cpu"]
+    assert tiny.run_script(infer_sam2, tmp_path / "killed", *overrides)[0] == 1
+    assert tiny.run_script(infer_sam2, tmp_path / "resumed", f"resume={tmp_path / 'killed'}", "device=cpu")[0] == 0
+    assert len(counted) == 5 + 3
+    with (tmp_path / "resumed" / "table.csv").open(newline="") as file:
+        table = {(row["group"], row["metric"]): float(row["value"]) for row in csv.DictReader(file)}
+    pictures = [read_image(path) for _, path, _ in list_bsds(tmp_path, "val")]
+    truths = [read_boundaries(path) for *_, path in list_bsds(tmp_path, "val")]
+    expected = score_edges([real(sobel_edges(image), own) for image, own in zip(pictures, truths, strict=True)])
+    assert {name: table["sobel", name] for name in expected} == pytest.approx(expected, abs=1e-5)
+    assert (tmp_path / "resumed" / "edges.png").is_file() and {key[0] for key in table} == {"sam", "sobel", "canny"}
