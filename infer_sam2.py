@@ -591,7 +591,7 @@ def write_results(
 @hydra.main(version_base="1.3", config_path="configs/sam2", config_name="infer_sam2")
 def main(cfg: DictConfig) -> None:
     """Read the config, segment, and end with one line on what went wrong and status 1, if anything did."""
-    with sections.one_line_errors("infer_sam2", "a smaller image_size (or automatic.points_per_batch)"):
+    with sections.one_line_errors("infer_sam2", "a smaller automatic.points_per_batch or image_size"):
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         hydra_config = HydraConfig.get()
         config = take_over_config(config, list(hydra_config.overrides.task))

@@ -300,7 +300,7 @@ def test_only_a_run_of_this_script_is_resumed(folder, root, tmp_path, monkeypatc
     assert status == 1 and message in output and "Traceback" not in output
     arguments = ["device=cpu", f"input={folder / 'photo.png'}", f"resume={tmp_path / 'last.pt'}"]
     status, output = tiny.run_main(infer_sam2, monkeypatch, capfd, tmp_path / "infer", *arguments)
-    assert status == 1 and "but this script resumes no run; leave it out" in output
+    assert status == 1 and "no run.json there: give the folder of a run" in output
 
 
 def test_the_bundled_tracker_is_no_sam2(folder, root, tmp_path, monkeypatch):  # noqa: F811

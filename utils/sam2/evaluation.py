@@ -195,20 +195,20 @@ def click_objects(
     prediction = predict_from_boxes(model, embeddings, boxes, None, orig_hw, precision)
     box_iou = measure_masks(*prediction, truth, threads)[0][:, 0]
 
-    most_clicks = max(num_clicks, most_clicks)
-    ious = torch.full((len(masks), most_clicks), torch.nan)
-    left = np.arange(len(masks))  # the objects that are clicked still
+    columns = []  # of each click: which objects it was made on, and their IoUs
+    left, highest = np.arange(len(masks)), torch.zeros(len(masks), device=model.device)
     point_coords = np.zeros((len(masks), 0, 2), np.float32)
     point_labels = np.zeros((len(masks), 0), np.int32)
     pred_masks, mask_inputs = np.zeros_like(masks), None
-    for count in range(1, most_clicks + 1):
+    for count in range(1, max(num_clicks, most_clicks) + 1):
         if count > num_clicks:
-            is_left = ~(ious[left].nan_to_num(0).amax(1) >= enough_iou).numpy()
+            is_left = (highest < enough_iou).cpu().numpy()
             if not is_left.any():
                 break
             kept = torch.from_numpy(np.flatnonzero(is_left)).to(model.device)
             left, masks, truth, mask_inputs = left[is_left], masks[is_left], truth[kept], mask_inputs[kept]
             point_coords, point_labels, pred_masks = point_coords[is_left], point_labels[is_left], pred_masks[is_left]
+            highest = highest[kept]
         points, labels = zip(*threads.map(prompts.center_point, masks, pred_masks), strict=True)
         point_coords = np.concatenate([point_coords, np.stack(points)[:, None]], 1)
         point_labels = np.concatenate([point_labels, np.array(labels, np.int32)[:, None]], 1)
@@ -216,7 +216,18 @@ def click_objects(
         mask_inputs = pick_mask(*prediction)
         all_ious, pred_masks = measure_masks(*prediction, truth, threads)  # (o, M), (o, H, W)
         pred_masks = pred_masks.cpu().numpy()
-        ious[left, count - 1] = all_ious.gather(1, prediction[1].argmax(1, keepdim=True))[:, 0].cpu()
+        iou = all_ious.gather(1, prediction[1].argmax(1, keepdim=True))[:, 0]  # (o,)
+        columns.append((left, iou))
+        highest = torch.maximum(highest, iou)
         if count == 1:
-            first = all_ious.cpu(), prediction[1].float().cpu(), box_iou.cpu(), list(points), pred_masks
-    return Clicked(ious, *first)
+            first_ious, first_predicted = all_ious, prediction[1].float()
+            first_points, first_masks = list(points), pred_masks
+
+    measured = [iou for _, iou in columns] + [first_ious.flatten(), first_predicted.flatten(), box_iou]
+    *measured, first_ious, first_predicted, box_iou = torch.cat(measured).cpu().split([len(part) for part in measured])
+    ious = torch.full((len(boxes), max(num_clicks, most_clicks)), torch.nan)
+    for number, ((places, _), iou) in enumerate(zip(columns, measured, strict=True)):
+        ious[places, number] = iou
+    num_masks = len(first_ious) // len(boxes)
+    of_first = first_ious.reshape(-1, num_masks), first_predicted.reshape(-1, num_masks)
+    return Clicked(ious, *of_first, box_iou, first_points, first_masks)

@@ -385,7 +385,8 @@ def _read_picture(item: Item) -> list[Sequence]:
     path, frame_wh = item.image_path, read_frame_wh(item.image_path)
     if frame_wh is None:
         raise ValueError(f"image {path} is missing or cannot be read; copy it again, or remove its annotation")
-    layers, _, num_crowd, broken = item.read()  # layers int32 (L, H, W)
+    instances = item.read()
+    layers, num_crowd, broken = instances.layers, instances.num_crowd, instances.broken  # layers int32 (L, H, W)
     check_same_size(item, frame_wh[::-1], layers.shape[1:])
     for reason in [*broken, *([f"{num_crowd} regions marked as crowds"] if num_crowd else [])]:
         print(f"left out of {item.name}: {reason}")
