@@ -594,6 +594,7 @@ def test_an_interval_is_a_plain_bootstrap():
         (["data.train_annotations=empty.json"], "none of the 12 pictures of split=val has objects"),
         (["data.train_annotations=other_size.json"], "1 of 12 images cannot be used"),
         (["data.train_annotations=missing.json"], "missing.json"),
+        (["data.train_annotations=text_class.json"], "a category_id is 'car'; must be a whole number"),
         (["split=test"], "split is test; must be val or train"),
         (["cache=auto"], "cache= is given but mode is benchmark"),
         (["automatic.points_per_side=8"], "automatic.points_per_side= is given but mode is benchmark"),
@@ -621,6 +622,10 @@ def test_bad_input_is_one_clear_line(root, tmp_path, monkeypatch, capfd, argumen
     (tmp_path / "wrong.csv").write_text("name,value\na,b\n")
     (tmp_path / "twice.csv").write_text("picture,object,value\n00.png,1,a\n00.png,1,b\n")
     (root / "empty.json").write_text(json.dumps(content | {"annotations": []}))
+    annotations = [annotation | {"category_id": "car"} for annotation in content["annotations"]]
+    categories = [{"id": "car", "name": "car"}]
+    changed = content | {"annotations": annotations, "categories": categories}
+    (root / "text_class.json").write_text(json.dumps(changed))
     content["images"][1] |= {"height": 50}
     (root / "other_size.json").write_text(json.dumps(content))
     arguments = [argument.replace("FOLDER", str(tmp_path)) for argument in arguments]

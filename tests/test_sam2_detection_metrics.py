@@ -9,7 +9,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from utils.sam2.detection_metrics import AREA_RANGES, average_precision, average_recall, match_predictions
+from utils.sam2.detection_metrics import AREA_RANGES, average_precision, match_predictions
 
 SIDE = 160
 
@@ -38,6 +38,13 @@ def draw_rectangle(rng: np.random.Generator) -> np.ndarray:
     mask = np.zeros((SIDE, SIDE), np.uint8)
     mask[y : y + sides[0], x : x + sides[1]] = 1
     return mask
+
+
+def average_recall(pictures):
+    """The share of the objects that are found, at each IoU threshold."""
+    num_objects = sum(picture.num_objects for picture in pictures)
+    num_found = sum((picture.is_matched & ~picture.is_ignored).sum(1) for picture in pictures)
+    return num_found / num_objects if num_objects else np.full(10, np.nan)
 
 
 def encode(masks: list[np.ndarray]) -> list[dict]:

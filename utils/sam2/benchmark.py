@@ -514,6 +514,8 @@ def list_pictures(
     if not any(are_objects.any() for are_objects in is_object.values()):
         raise ValueError(f"data.root {data['root']}: none of the {len(items)} pictures of split={split} has objects")
     classes, notes = set().union(*(content.classes for content in contents.values())), []
+    if strange := [class_id for class_id in classes if type(class_id) is not int]:
+        raise ValueError(f"data.root {data['root']}: a category_id is {strange[0]!r}; must be a whole number")
     if "boxes" in settings.protocols and not classes:
         print("boxes: the objects have no categories: all are of one class")
     detections = groups_csv = None

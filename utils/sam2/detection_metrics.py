@@ -1,4 +1,4 @@
-"""Average precision and recall of masks with scores, as COCO counts them, from matches kept picture by picture.
+"""Matches of masks with scores, as COCO counts them, kept picture by picture, and their average precision.
 
 Matching a picture's predictions with its objects needs the masks; what is reported needs only the matches, so that it
 can be computed again for any choice of pictures (confidence intervals). One class at a time: class-agnostic is one.
@@ -86,11 +86,3 @@ def average_precision(pictures: list[Matches]) -> np.ndarray:
         places = np.searchsorted(recall, RECALLS, side="left")
         precisions.append(np.append(precision, 0.0)[places].mean())  # 0 at recalls that are not reached
     return np.array(precisions)
-
-
-def average_recall(pictures: list[Matches]) -> np.ndarray:
-    """Compute the share of a class's objects that are found, at each IoU threshold: float (T,); nan without objects."""
-    num_objects = sum(picture.num_objects for picture in pictures)
-    if num_objects == 0:
-        return np.full(len(IOU_THRESHOLDS), np.nan)
-    return sum((picture.is_matched & ~picture.is_ignored).sum(1) for picture in pictures) / num_objects

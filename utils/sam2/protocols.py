@@ -349,7 +349,8 @@ def summarize_boxes(records: list[Record]) -> Table:
     table = {}
     for number, group in enumerate(metrics.AREA_RANGES):
         of_class = class_matches(records, number)
-        precisions = [metrics.average_precision(of_class[class_id]) for class_id in sorted(of_class)]
+        classes = [class_id for class_id in sorted(of_class) if class_id != NO_CLASS]
+        precisions = [metrics.average_precision(of_class[class_id]) for class_id in classes]
         precisions = [precision for precision in precisions if not np.isnan(precision).any()]
         if not precisions:
             continue
