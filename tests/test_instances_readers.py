@@ -1,13 +1,16 @@
 """utils/instances/readers.py and check.py: every layout, splits, faults in files, the dataset check."""
 
+import base64
 import json
 import re
 import shutil
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import yaml
 from options import read_option
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -15,6 +18,7 @@ from pycocotools import mask as coco_mask
 from utils.dataset_check import check_items, keep_usable
 from utils.images import read_image, write_image, write_label_map
 from utils.instances.check import check_item, count, measure_objects, plot_statistics, report_lines
+from utils.instances.codecs import polygons_to_mask
 from utils.instances.readers import object_ids, read_item, split_items
 from utils.settings import check_keys
 
@@ -392,6 +396,112 @@ def test_sa1b_reads_the_json_beside_the_picture(tmp_path, folders):
     write_sa1b(tmp_path / annotation_dir / "sa_1.json", masks)
     (item,) = list_all("sa1b", tmp_path, val_fraction=0, image_dir=image_dir, annotation_dir=annotation_dir)
     assert_layers_hold(read_item(item)[1], masks)
+
+
+def write_labelme(path: Path, shapes: list[dict], orig_hw: tuple[int, int] | None = (24, 32)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"version": "5.4.1", "flags": {}, "imagePath": f"{path.stem}.jpg", "imageData": None, "shapes": shapes}
+    path.write_text(json.dumps(content | dict(zip(("imageHeight", "imageWidth"), orig_hw or (), strict=False))))
+
+
+def test_labelme_reads_every_shape_that_covers_pixels(tmp_path):
+    polygon = [[2, 3], [12.5, 3], [12.5, 9], [2, 9]]
+    part = np.zeros((4, 5), np.uint8)
+    part[1:, 2:] = 1
+    encoded = base64.b64encode(cv2.imencode(".png", part)[1].tobytes()).decode()
+    shapes = [
+        {"label": "cell", "shape_type": "polygon", "points": polygon, "group_id": None},
+        {"label": "cell", "shape_type": "rectangle", "points": [[30, 20], [25, 12]], "group_id": 4},
+        {"label": "cell", "shape_type": "circle", "points": [[18, 8], [18, 11]], "group_id": 4},  # with the rectangle
+        {"label": "debris", "shape_type": "mask", "points": [[1, 15], [5, 18]], "mask": encoded},
+        {"label": "debris", "shape_type": "line", "points": [[1, 1], [5, 5]], "group_id": None},
+        {"label": "debris", "points": [[1, 1], [5, 5]]},
+        {"label": "__ignore__", "shape_type": "polygon", "points": polygon},
+    ]
+    write_picture(tmp_path / "sub" / "a.jpg", 24, 32)
+    write_labelme(tmp_path / "sub" / "a.json", shapes)
+    write_picture(tmp_path / "b.jpg", 24, 32)
+    write_labelme(tmp_path / "b.json", shapes[:1], None)
+    first, second = list_all("labelme", tmp_path, val_fraction=0)
+    instances = second.read()
+    expected = [
+        polygons_to_mask([np.ravel(polygon).tolist()], 24, 32),
+        np.zeros((24, 32), bool),
+        np.zeros((24, 32), bool),
+    ]
+    expected[1][12:20, 25:30] = True
+    ys, xs = np.mgrid[:24, :32] + 0.5
+    expected[1] |= (xs - 18) ** 2 + (ys - 8) ** 2 <= 9
+    expected[2][15:19, 1:6] = part > 0
+    assert (first.name, second.name) == ("b", "sub/a")
+    assert_layers_hold(read_item(second)[1], expected)
+    assert [annotation["category"] for annotation in instances.annotations] == ["cell", "cell", "debris"]
+    assert (
+        len(instances.broken) == 2
+        and "shape 4 (debris): its shape_type is line, which covers no" in instances.broken[0]
+    )
+    assert_layers_hold(read_item(first)[1], expected[:1])  # the size is the picture's
+
+
+def test_labelme_gives_what_its_own_export_to_coco_gives(data_root):
+    root = data_root / "COCO_labelme_voc3"
+    ours = {Path(item.name).stem: item for item in list_all("labelme", root / "data_annotated", val_fraction=0)}
+    keys = {"train_images": ".", "train_annotations": "annotations.json", "val_annotations": None, "val_fraction": 0}
+    for item in list_all("coco", root / "data_dataset_coco", **keys):
+        exported, instances = item.read(), ours[Path(item.name).stem].read()
+        count = len(exported.annotations)
+        assert len(instances.annotations) == count and not instances.broken
+        theirs = [(exported.layers == i + 1).any(0) for i in range(count)]
+        for number, annotation in enumerate(instances.annotations):
+            mask = (instances.layers == number + 1).any(0)
+            ious = [(mask & other).sum() / (mask | other).sum() for other in theirs]
+            best = int(np.argmax(ious))
+            assert ious[best] > 0.97 and exported.annotations[best]["category"] == annotation["category"]
+
+
+@pytest.mark.parametrize("layout", ["ultralytics", "roboflow", "moved"])
+def test_yolo_reads_polygons_where_its_tools_put_them(tmp_path, layout):
+    folders = {"train": "train/images", "val": "valid/images"} if layout == "roboflow" else {}
+    folders = folders or {"train": "images/train", "val": "images/val"}
+    content = {"names": {0: "cell", 1: "debris"} if layout == "moved" else ["cell", "debris"], "nc": 2}
+    content |= {key: f"../{folder}" if layout == "roboflow" else folder for key, folder in folders.items()}
+    content |= {"path": "/home/somebody/else"} if layout == "moved" else {}
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(content))
+    lines = "1 0.125 0.25 0.5 0.25 0.5 0.75 0.125 0.75\n\n0 0.5 0.5 0.2 0.2\n7 0 0 1 0 1 1\n"
+    lines += "0 12 30 40 30 40 50\n0 0 0 1 1\n"
+    for folder in folders.values():
+        for name in ("a", "b"):
+            write_picture(tmp_path / folder / f"{name}.jpg", 24, 32)
+        path = tmp_path / folder.replace("images", "labels") / "a.txt"
+        path.parent.mkdir(parents=True)
+        path.write_text(lines)
+    train_items, val_items = split_items(**data_keys("yolo", tmp_path))
+    assert len(train_items) == len(val_items) == 2
+    instances, empty = (item.read() for item in val_items)
+    expected = np.zeros((24, 32), bool)
+    expected[6:18, 4:16] = True
+    assert_layers_hold(instances.layers, [expected])
+    assert instances.annotations == ({"category_id": 1, "category": "debris"},)
+    assert empty.layers.shape == (1, 24, 32) and not empty.layers.any() and not empty.broken
+    reasons = ["a box alone is no mask", "class 7 is not among the names, 0 to 1", "50 is no share", "a box alone"]
+    assert len(instances.broken) == 4
+    assert all(reason in broken for reason, broken in zip(reasons, instances.broken, strict=True))
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, "no file .*data.yaml"),
+        ({"train": "images"}, "must have names"),
+        ({"names": ["a"]}, "must have names, a list or numbers with names, and train"),
+        ({"names": ["a"], "train": "elsewhere"}, "train is elsewhere, and no such folder is below"),
+    ],
+)
+def test_a_data_yaml_that_leads_nowhere_is_one_line(tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "data.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        list_all("yolo", tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def check_item(item: Item, with_shapes: bool = False) -> ItemReport:
 def read_annotations(instances: Instances, objects: list[tuple[int, int, int]]) -> dict:
     """Collect what a json file says of a picture's objects, for `Objects`."""
     of_objects = [instances.annotations[i - 1] if instances.annotations else {} for _, i, _ in objects]
-    named = [annotation for annotation in of_objects if "category" in annotation]
+    named = [annotation for annotation in of_objects if {"category", "category_id"} <= set(annotation)]
     attributes = [annotation["attributes"] for annotation in of_objects if "attributes" in annotation]
     return {
         "image_id": instances.image_id,

@@ -1,5 +1,5 @@
 """Datasets of pictures with instance masks, read straight from disk: LabPics, label maps, one file per mask, COCO,
-SA-1B, DAVIS.
+SA-1B, DAVIS, labelme, YOLO.
 
 `split_items(**config["data"])` lists a dataset: its keyword arguments are the keys of configs/sam2/data/*.yaml.
 `read_item(item)` reads one picture and its objects, `item.read()` the objects alone. They come as id layers, int32
@@ -10,6 +10,7 @@ A format is a function that lists a dataset (a row of LISTERS; its defaults are 
 that reads the objects of a picture, which each item carries with its files.
 """
 
+import base64
 import dataclasses
 import functools
 import json
@@ -20,7 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
+from omegaconf import OmegaConf
 
 from utils import listing
 from utils.images import PICTURE_SUFFIXES, read_channels, read_frame_wh, read_image, read_label_map
@@ -390,12 +393,83 @@ def list_davis(
     return items, None
 
 
+def list_labelme(
+    root: Path, image_dir: str = ".", annotation_dir: str = ".", ignore_labels: list[str] = ("__ignore__",)
+) -> tuple[list[Item], None]:
+    """List labelme: pictures <root>/<image_dir>/**/<stem>.jpg with <root>/<annotation_dir>/**/<stem>.json.
+
+    Args:
+        ignore_labels: labels whose shapes are no objects.
+    """
+    pairs = listing.pair_files(
+        root / image_dir, root / annotation_dir, annotation_suffixes=(".json",), with_subfolders=True
+    )
+    return [
+        Item(*pair, functools.partial(read_labelme, pair.annotation_path, pair.image_path, tuple(ignore_labels)))
+        for pair in pairs
+    ], None
+
+
+def list_yolo(root: Path, data_yaml: str = "data.yaml") -> tuple[list[Item], list[Item] | None]:
+    """List YOLO's polygons: <root>/data.yaml names the classes and the folders of pictures; labels lie beside images.
+
+    images/train with labels/train, as ultralytics has it, or train/images with train/labels, as Roboflow; a folder
+    without `images` in its path has the labels in it. A picture without a label file has no objects.
+    """
+    path = root / data_yaml
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; data.data_yaml names it, below data.root")
+    content = OmegaConf.to_container(OmegaConf.load(path))
+    names = content["names"] if isinstance(content, dict) and "names" in content else None
+    names = dict(enumerate(names)) if isinstance(names, list) else names
+    if not isinstance(names, dict) or "train" not in content:
+        raise ValueError(f"{path} must have names, a list or numbers with names, and train, a folder of pictures")
+    names = {plain_id(number): str(name) for number, name in names.items()}
+    splits = []
+    for key in ("train", "val"):
+        places = content[key] if key in content else None
+        if places is None:
+            splits.append(None)
+            continue
+        items = []
+        for place in places if isinstance(places, list) else [places]:
+            folder = _find_yolo_folder(root, content["path"] if "path" in content else None, str(place), path, key)
+            for name, image_path in listing.files_by_name(folder, with_subfolders=True).items():
+                label_path = _yolo_label_path(image_path)
+                read = functools.partial(read_yolo, label_path, image_path, names)
+                has_labels = os.path.lexists(label_path)
+                name = f"{place.removeprefix('../')}/{name}"
+                items.append(Item(name, image_path, label_path if has_labels else path, read))
+        splits.append(items)
+    return splits[0], splits[1]
+
+
+def _find_yolo_folder(root: Path, base: str | None, place: str, data_yaml: Path, key: str) -> Path:
+    """Find a folder of pictures that a data.yaml names, also where the dataset was moved, or counts from elsewhere."""
+    bases = [root] if base is None else [Path(base), root / base, root]
+    for folder in [each / place for each in bases] + [root / re.sub(r"^(\.\./)+", "", place)]:
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"{data_yaml}: {key} is {place}, and no such folder is below {root}; correct it there")
+
+
+def _yolo_label_path(image_path: Path) -> Path:
+    """Name the label file of a picture: its path with the last `images` as `labels`."""
+    parts = list(image_path.parts)
+    if "images" in parts[:-1]:
+        place = len(parts) - 2 - parts[:-1][::-1].index("images")
+        parts[place] = "labels"
+    return Path(*parts).with_suffix(".txt")
+
+
 LISTERS = {
     "labpics": list_labpics,
     "label_map": list_label_maps,
     "masks_per_file": list_masks_per_file,
     "coco": list_coco,
     "sa1b": list_sa1b,
+    "labelme": list_labelme,
+    "yolo": list_yolo,
     "davis": list_davis,
 }
 
@@ -519,6 +593,97 @@ def read_sa1b(path: Path, image_path: Path) -> Instances:
     image = _field(content, "image", path)
     orig_hw = [_field(image, "height", path), _field(image, "width", path)]
     return _read_segmentations(_list_field(content, "annotations", path), orig_hw, image_path, str(path))
+
+
+def read_labelme(path: Path, image_path: Path, ignore_labels: tuple[str, ...] = ()) -> Instances:
+    """Read a labelme file: polygons, rectangles, circles and masks; shapes of one label and group id are one object.
+
+    Args:
+        image_path: the picture, whose size counts where the file has none.
+        ignore_labels: labels whose shapes are no objects.
+    """
+    content = _read_json(path)
+    sides = [_whole_number(content.get(key)) for key in ("imageHeight", "imageWidth")]
+    orig_hw = tuple(sides) if None not in sides else _picture_hw(image_path)
+    masks, labels, broken = {}, {}, []  # by object: a label and its group's id, or the place of a shape without one
+    for number, shape in enumerate(_list_field(content, "shapes", path)):
+        label = str(shape.get("label", "")) if isinstance(shape, dict) else ""
+        if label in ignore_labels:
+            continue
+        try:
+            mask = _draw_labelme_shape(shape, orig_hw)
+        except (ValueError, LookupError, TypeError, OverflowError, AttributeError) as error:
+            broken.append(f"{path}, shape {number} ({label}): {error}")
+            continue
+        group = shape.get("group_id")
+        key = number if group is None else (label, group)
+        masks[key] = masks[key] | mask if key in masks else mask
+        labels[key] = label
+    names = tuple(f"{label} ({'shape' if isinstance(key, int) else 'group'} {key})" for key, label in labels.items())
+    annotations = tuple({"category": label} for label in labels.values())
+    return Instances(stack_masks([*masks.values()], orig_hw), names, broken=tuple(broken), annotations=annotations)
+
+
+def _picture_hw(path: Path) -> tuple[int, int]:
+    """Read a picture's height and width, from its header where it has one."""
+    frame_wh = read_frame_wh(path)
+    return read_image(path).shape[:2] if frame_wh is None else frame_wh[::-1]
+
+
+def _draw_labelme_shape(shape: dict, orig_hw: tuple[int, int]) -> np.ndarray:
+    """Draw a shape of labelme: bool (H, W)."""
+    kind, points = shape.get("shape_type") or "polygon", np.array(shape["points"], np.float64)
+    if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
+        raise ValueError(f"its points are {str(shape['points'])[:60]}; must be [[x, y], ...]")
+    if kind == "rectangle" and len(points) == 2:
+        (x1, y1), (x2, y2) = points
+        points = np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])
+    if kind in ("polygon", "rectangle"):
+        return polygons_to_mask([points.ravel().tolist()], *orig_hw)
+    if kind == "circle":
+        center, edge = points
+        ys, xs = np.mgrid[: orig_hw[0], : orig_hw[1]] + 0.5
+        return np.hypot(xs - center[0], ys - center[1]) <= np.hypot(*(edge - center))
+    if kind == "mask":
+        part = cv2.imdecode(np.frombuffer(base64.b64decode(shape["mask"]), np.uint8), cv2.IMREAD_UNCHANGED)
+        mask, (x, y) = np.zeros(orig_hw, bool), points[0].round().astype(int)
+        window = mask[y : y + part.shape[0], x : x + part.shape[1]]
+        window |= part[: window.shape[0], : window.shape[1]] > 0
+        return mask
+    raise ValueError(f"its shape_type is {kind}, which covers no pixels")
+
+
+def read_yolo(path: Path, image_path: Path, names: dict[int, str]) -> Instances:
+    """Read YOLO's polygons: a line `class x1 y1 x2 y2 x3 y3 ...` for each object, shares of width and height.
+
+    Args:
+        path: the label file; no file: no objects.
+        image_path: the picture, whose size counts.
+        names: {class: its name}.
+    """
+    height, width = _picture_hw(image_path)
+    masks, labels, annotations, broken = [], [], [], []
+    for number, line in enumerate(listing.read_text(path).splitlines() if os.path.lexists(path) else [], 1):
+        words = line.split()
+        if not words:
+            continue
+        try:
+            class_id, coords = _whole_number(words[0]), np.array(words[1:], np.float64)
+            if class_id not in names:
+                raise ValueError(f"class {words[0]} is not among the names, {min(names)} to {max(names)}")
+            if len(coords) == 4:
+                raise ValueError("a box alone is no mask")
+            if len(coords) < 6 or len(coords) % 2:
+                raise ValueError(f"{len(coords)} numbers; must be x1 y1 x2 y2 x3 y3 ...")
+            if not np.abs(coords).max() <= 1.5:
+                raise ValueError(f"{coords.max():g} is no share of the picture's side; must be 0 to 1")
+            masks.append(polygons_to_mask([(coords.reshape(-1, 2) * [width, height]).ravel().tolist()], height, width))
+            labels.append(f"line {number}")
+            annotations.append({"category_id": class_id, "category": names[class_id]})
+        except ValueError as error:
+            broken.append(f"{path}, line {number}: {error}")
+    layers = stack_masks(masks, (height, width))
+    return Instances(layers, tuple(labels), broken=tuple(broken), annotations=tuple(annotations))
 
 
 def _read_segmentations(annotations: list, sides: list, image_path: Path, where: str) -> Instances:
