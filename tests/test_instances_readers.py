@@ -459,6 +459,21 @@ def test_labelme_gives_what_its_own_export_to_coco_gives(data_root):
             assert ious[best] > 0.97 and exported.annotations[best]["category"] == annotation["category"]
 
 
+def test_the_check_counts_classes_and_names_what_looks_like_a_slip(tmp_path):
+    box = {"shape_type": "rectangle", "points": [[1, 1], [9, 9]]}
+    for name, labels in (("a", ["cell", "cell", "Cell "]), ("b", ["cell", "debris", ""])):
+        write_picture(tmp_path / f"{name}.jpg", 24, 32)
+        write_labelme(tmp_path / f"{name}.json", [box | {"label": label} for label in labels])
+    lines = report_lines(check_items(list_all("labelme", tmp_path), check_item))
+    assert "classes, objects (pictures): cell 3 (2), Cell  1 (1), debris 1 (1)" in lines
+    assert "1 objects have no class" in lines
+    assert "'Cell ' and 'cell' differ in case or spaces alone: are they one class?" in lines
+    write_label_maps(tmp_path / "maps")
+    assert not any(
+        "class" in line for line in report_lines(check_items(list_all("label_map", tmp_path / "maps"), check_item))
+    )
+
+
 @pytest.mark.parametrize("layout", ["ultralytics", "roboflow", "moved"])
 def test_yolo_reads_polygons_where_its_tools_put_them(tmp_path, layout):
     folders = {"train": "train/images", "val": "valid/images"} if layout == "roboflow" else {}
@@ -502,6 +517,75 @@ def test_a_data_yaml_that_leads_nowhere_is_one_line(tmp_path, content, words):
         (tmp_path / "data.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         list_all("yolo", tmp_path)
+
+
+def test_cvat_reads_every_shape_that_covers_pixels(tmp_path):
+    polygon = [2, 3, 12.5, 3, 12.5, 9, 2, 9]
+    points = ";".join(f"{x},{y}" for x, y in zip(polygon[::2], polygon[1::2], strict=True))
+    (tmp_path / "annotations.xml").write_text(f"""<?xml version="1.0" encoding="utf-8"?>
+<annotations><version>1.1</version><meta><task><id>1</id></task></meta>
+<image id="0" name="sub/a.jpg" width="32" height="24">
+  <polygon label="cell" occluded="0" points="{points}" z_order="0"></polygon>
+  <box label="cell" xtl="25" ytl="12" xbr="30" ybr="20" group_id="4"></box>
+  <ellipse label="cell" cx="18" cy="8" rx="3" ry="2" group_id="4"></ellipse>
+  <mask label="debris" rle="1,3,2,6" left="1" top="15" width="4" height="3"></mask>
+  <mask label="debris" rle="1,3" left="1" top="15" width="4" height="3"></mask>
+  <polyline label="debris" points="1,1;5,5"></polyline>
+</image>
+<image id="1" name="b.jpg" width="32" height="24"></image>
+</annotations>""")
+    for name in ("sub/a.jpg", "b.jpg"):
+        write_picture(tmp_path / "images" / name, 24, 32)
+    empty, item = list_all("cvat", tmp_path, val_fraction=0)
+    assert (empty.name, item.name) == ("b.jpg", "sub/a.jpg") and not empty.read().layers.any()
+    instances = item.read()
+    expected = [polygons_to_mask([polygon], 24, 32), *np.zeros((2, 24, 32), bool)]
+    ys, xs = np.mgrid[:24, :32] + 0.5
+    expected[1][12:20, 25:30] = True
+    expected[1] |= ((xs - 18) / 3) ** 2 + ((ys - 8) / 2) ** 2 <= 1
+    expected[2][15:18, 1:5] = np.array([0, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1], bool).reshape(3, 4)
+    assert_layers_hold(read_item(item)[1], expected)
+    assert [annotation["category"] for annotation in instances.annotations] == ["cell", "cell", "debris"]
+    assert "mask 4 (debris): its runs are of 4 pixels, and its box of 4 x 3" in instances.broken[0]
+    assert "polyline 5 (debris): it covers no pixels" in instances.broken[1] and len(instances.broken) == 2
+    (tmp_path / "annotations.xml").write_text("<annotations><track id='0'/></annotations>")
+    with pytest.raises(ValueError, match="has no <image>; export as CVAT for images"):
+        list_all("cvat", tmp_path)
+    (tmp_path / "annotations.xml").write_text("<annotations>")
+    with pytest.raises(ValueError, match="is no valid xml"):
+        list_all("cvat", tmp_path)
+
+
+def test_voc_gives_the_objects_that_labelme_gives(data_root):
+    """Both were made from the same polygons, VOC's by another painter."""
+    root, num_objects = data_root / "COCO_labelme_voc3", 0
+    names = (root / "data_dataset_voc" / "class_names.txt").read_text().splitlines()[1:]
+    drawn = {item.name: item for item in list_all("labelme", root / "data_annotated", val_fraction=0)}
+    changes = {"image_dir": "../data_annotated", "class_names": names}
+    for item in list_all("voc", root / "data_dataset_voc", val_fraction=0, **changes):
+        instances, others = item.read(), drawn[item.name].read()
+        theirs = [(others.layers == i + 1).any(0) for i in range(len(others.annotations))]
+        for number, annotation in enumerate(instances.annotations):
+            mask = (instances.layers == number + 1).any(0)
+            covered = [(mask & other).sum() / mask.sum() for other in theirs]  # where they overlap, one is on top
+            best = int(np.argmax(covered))
+            assert covered[best] > 0.9 and others.annotations[best]["category"] == annotation["category"]
+            num_objects += 1
+    assert num_objects == 12
+
+
+def test_voc_outlines_are_no_objects(tmp_path):
+    ids, classes = np.zeros((2, 12, 16), np.uint8)
+    ids[2:8, 3:9], ids[2:8, 9], ids[9:11, 1:4] = 1, 255, 7
+    classes[2:8, 3:9], classes[2:8, 9], classes[9:11, 1:4] = 15, 255, 40
+    write_png(tmp_path / "SegmentationObject" / "a.png", ids)
+    write_png(tmp_path / "SegmentationClass" / "a.png", classes)
+    write_picture(tmp_path / "JPEGImages" / "a.jpg", 12, 16)
+    write_picture(tmp_path / "JPEGImages" / "b.jpg", 12, 16)  # most of VOC's pictures have no maps
+    (item,) = list_all("voc", tmp_path, val_fraction=0)
+    instances = item.read()
+    assert_layers_hold(instances.layers, [ids == 1, ids == 7])
+    assert instances.annotations == ({"category_id": 15, "category": "person"}, {"category_id": 40})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Objects, empty and tiny masks; utils/dataset_check.py has what all kinds of anno
 import csv
 import functools
 import io
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,7 @@ class Objects:
     is_crowd: np.ndarray | None = None  # bool (N,), marked so in a COCO file
     classes: frozenset = frozenset()  # category_ids of its objects that the file has a category for
     attributes: frozenset = frozenset()  # keys of its objects' attributes
+    class_names: tuple[str, ...] = ()  # of its objects, "" where one has none
 
 
 def check_data(
@@ -152,6 +154,7 @@ def read_annotations(instances: Instances, objects: list[tuple[int, int, int]]) 
         "is_crowd": np.array([is_marked_crowd(annotation) for annotation in of_objects], bool),
         "classes": frozenset(plain_id(annotation["category_id"]) for annotation in named),
         "attributes": frozenset(key for each in attributes if isinstance(each, dict) for key in each),
+        "class_names": tuple(str(annotation.get("category", "")) for annotation in of_objects),
     }
 
 
@@ -174,9 +177,37 @@ def report_lines(report: CheckReport, max_listed: int | None = MAX_LISTED) -> li
             f"object centres: mean ({mean_x:.2f}, {mean_y:.2f}), spread ({std_x:.2f}, {std_y:.2f}) of (width, height); "
             f"{in_middle:.0%} in the middle ninth (11% if even)",
         ]
+    lines += class_lines([item.content.class_names for item in report.usable], max_listed)
     if num_crowd := count(report)["num_crowd"]:
         lines.append(f"crowd regions left out: {num_crowd}; data.crowd=keep trains on them and clicks them")
     return lines + dataset_check.finding_lines(report, REMEDIES, max_listed)
+
+
+def class_lines(names_of_pictures: list[tuple[str, ...]], max_listed: int | None) -> list[str]:
+    """Count the objects and pictures of each class, and name what looks like a slip; no line where no object has one.
+
+    Args:
+        names_of_pictures: of each picture the names of its objects' classes, "" where one has none.
+    """
+    objects = Counter(name for names in names_of_pictures for name in names)
+    pictures = Counter(name for names in names_of_pictures for name in set(names))
+    named = [name for name in objects if name]
+    if not named:
+        return []
+    named.sort(key=lambda name: (-objects[name], name))
+    shown = [f"{name} {objects[name]} ({pictures[name]})" for name in named]
+    lines = [f"classes, objects (pictures): {', '.join(first_few(shown, max_listed))}"]
+    if objects[""]:
+        lines.append(f"{objects['']} objects have no class")
+    alike = {}
+    for name in sorted(named):
+        alike.setdefault(name.strip().casefold(), []).append(name)
+    lines += [
+        f"{' and '.join(map(repr, names))} differ in case or spaces alone: are they one class?"
+        for names in alike.values()
+        if len(names) > 1
+    ]
+    return lines
 
 
 def describe_dataset(report: CheckReport, picture_attributes: str | None) -> dict:

@@ -1,5 +1,5 @@
 """Datasets of pictures with instance masks, read straight from disk: LabPics, label maps, one file per mask, COCO,
-SA-1B, DAVIS, labelme, YOLO.
+SA-1B, DAVIS, labelme, YOLO, CVAT, PASCAL VOC.
 
 `split_items(**config["data"])` lists a dataset: its keyword arguments are the keys of configs/sam2/data/*.yaml.
 `read_item(item)` reads one picture and its objects, `item.read()` the objects alone. They come as id layers, int32
@@ -20,6 +20,7 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import cv2
 import numpy as np
@@ -32,6 +33,11 @@ from utils.samples.write import write_samples
 from utils.settings import check_keys
 
 ANNOTATION_KEYS = ("id", "iscrowd", "area", "category_id", "category", "frequency", "attributes")
+CVAT_SHAPES = ("polygon", "box", "mask", "ellipse", "polyline", "points", "cuboid", "skeleton")
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
 LARGE_PX = 2**24  # a mask of more pixels is made once its picture's own size has been seen, so that memory follows that
 
 
@@ -462,6 +468,49 @@ def _yolo_label_path(image_path: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
+def list_cvat(root: Path, annotations: str = "annotations.xml", image_dir: str = "images") -> tuple[list[Item], None]:
+    """List CVAT's export "for images 1.1": <root>/<annotations>, pictures <root>/<image_dir>/<their name>."""
+    path = root / annotations
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"no file {path}; data.annotations names it, below data.root")
+    try:
+        tree = ElementTree.fromstring(path.read_bytes())
+    except ElementTree.ParseError as error:
+        raise ValueError(f"{path} is no valid xml: {error}") from error
+    items, names_there = [], {}
+    for image in tree.iter("image"):
+        name = unicodedata.normalize("NFC", image.get("name", ""))
+        shapes = [{"kind": shape.tag, **shape.attrib} for shape in image if shape.tag in CVAT_SHAPES]
+        entry = {"orig_hw": [image.get("height"), image.get("width")], "shapes": shapes}
+        image_path = _find_picture(root / image_dir, name, names_there)
+        items.append(Item(name, image_path, path, functools.partial(read_cvat, path, image_path, json.dumps(entry))))
+    if not items:
+        raise ValueError(f"{path} has no <image>; export as CVAT for images 1.1, not for video")
+    return items, None
+
+
+def list_voc(
+    root: Path,
+    image_dir: str = "JPEGImages",
+    object_dir: str = "SegmentationObject",
+    class_dir: str = "SegmentationClass",
+    class_names: list[str] = VOC_CLASSES,
+) -> tuple[list[Item], None]:
+    """List PASCAL VOC: pictures that have a map of objects, <root>/<object_dir>/<stem>.png, and one of classes.
+
+    Args:
+        class_names: of the classes 1, 2, ...; 0 is background, 255 the outlines, which are no objects.
+    """
+    objects = listing.files_by_name(root / object_dir)
+    images = listing.files_by_name(root / image_dir)
+    items = []
+    for name, path in objects.items():  # most of VOC's pictures have none
+        image_path = images[name] if name in images else root / image_dir / f"{name}.jpg"
+        read = functools.partial(read_voc, path, root / class_dir / path.name, tuple(class_names))
+        items.append(Item(name, image_path, path, read))
+    return items, None
+
+
 LISTERS = {
     "labpics": list_labpics,
     "label_map": list_label_maps,
@@ -470,6 +519,8 @@ LISTERS = {
     "sa1b": list_sa1b,
     "labelme": list_labelme,
     "yolo": list_yolo,
+    "cvat": list_cvat,
+    "voc": list_voc,
     "davis": list_davis,
 }
 
@@ -684,6 +735,88 @@ def read_yolo(path: Path, image_path: Path, names: dict[int, str]) -> Instances:
             broken.append(f"{path}, line {number}: {error}")
     layers = stack_masks(masks, (height, width))
     return Instances(layers, tuple(labels), broken=tuple(broken), annotations=tuple(annotations))
+
+
+def read_cvat(path: Path, image_path: Path, entry_json: str) -> Instances:
+    """Read a picture's part of a CVAT file: polygons, boxes, ellipses and masks; those of one group are one object.
+
+    Args:
+        path: the file, for messages.
+        image_path: the picture.
+        entry_json: {"orig_hw": [height, width], "shapes": [{"kind", "label", "points", ...}, ...]} as text.
+    """
+    entry = json.loads(entry_json)
+    sides = [_whole_number(side) for side in entry["orig_hw"]]
+    orig_hw = tuple(sides) if None not in sides else _picture_hw(image_path)
+    masks, labels, broken = {}, {}, []  # by object: a label and its group's id, or the place of a shape without one
+    for number, shape in enumerate(entry["shapes"]):
+        label = shape.get("label", "")
+        try:
+            mask = _draw_cvat_shape(shape, orig_hw)
+        except (ValueError, LookupError) as error:
+            broken.append(f"{path}, {image_path.name}, {shape['kind']} {number} ({label}): {error}")
+            continue
+        group = _whole_number(shape.get("group_id"))
+        key = (label, group) if group else number
+        masks[key] = masks[key] | mask if key in masks else mask
+        labels[key] = label
+    names = tuple(f"{label} ({'shape' if isinstance(key, int) else 'group'} {key})" for key, label in labels.items())
+    annotations = tuple({"category": label} for label in labels.values())
+    return Instances(stack_masks([*masks.values()], orig_hw), names, broken=tuple(broken), annotations=annotations)
+
+
+def _draw_cvat_shape(shape: dict, orig_hw: tuple[int, int]) -> np.ndarray:
+    """Draw a shape of CVAT: bool (H, W)."""
+    height, width = orig_hw
+    if shape["kind"] == "polygon":
+        points = [float(number) for point in shape["points"].split(";") for number in point.split(",")]
+        return polygons_to_mask([points], height, width)
+    if shape["kind"] == "box":
+        x1, y1, x2, y2 = (float(shape[key]) for key in ("xtl", "ytl", "xbr", "ybr"))
+        return polygons_to_mask([[x1, y1, x2, y1, x2, y2, x1, y2]], height, width)
+    if shape["kind"] == "ellipse":
+        center_x, center_y, radius_x, radius_y = (float(shape[key]) for key in ("cx", "cy", "rx", "ry"))
+        ys, xs = np.mgrid[:height, :width] + 0.5
+        return ((xs - center_x) / radius_x) ** 2 + ((ys - center_y) / radius_y) ** 2 <= 1
+    if shape["kind"] == "mask":  # runs row by row within its box, the first of them background
+        counts = [int(count) for count in shape["rle"].split(",")]
+        left, top, part_width, part_height = (int(float(shape[key])) for key in ("left", "top", "width", "height"))
+        flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+        if flat.size != part_width * part_height or left < 0 or top < 0:
+            raise ValueError(f"its runs are of {flat.size} pixels, and its box of {part_width} x {part_height}")
+        mask = np.zeros(orig_hw, bool)
+        window = mask[top : top + part_height, left : left + part_width]
+        window |= flat.reshape(part_height, part_width)[: window.shape[0], : window.shape[1]]
+        return mask
+    raise ValueError("it covers no pixels")
+
+
+def read_voc(path: Path, class_path: Path, class_names: tuple[str, ...]) -> Instances:
+    """Read a VOC map of objects; the class of each is the one that most of its pixels have in the other map.
+
+    Args:
+        path: ids, 0 background, 255 outlines.
+        class_path: classes, of the same size; where there is none, objects have no class.
+        class_names: of the classes 1, 2, ...
+    """
+    ids = read_label_map(path)
+    there = np.setdiff1d(ids, [0, 255])
+    masks, annotations = [ids == i for i in there], []
+    if os.path.lexists(class_path):
+        classes = read_label_map(class_path)
+        if classes.shape != ids.shape:
+            raise ValueError(
+                f"{class_path} is {classes.shape[::-1]} px, but {path} is {ids.shape[::-1]}; must be equal"
+            )
+        for mask in masks:
+            counts = np.bincount(classes[mask], minlength=256)
+            counts[[0, 255]] = 0
+            class_id = int(counts.argmax())
+            is_named = counts.any() and class_id <= len(class_names)
+            category = {"category": class_names[class_id - 1]} if is_named else {}
+            annotations.append({"category_id": class_id, **category} if counts.any() else {})
+    names = tuple(f"object {i}" for i in there)
+    return Instances(stack_masks(masks, ids.shape), names, annotations=tuple(annotations))
 
 
 def _read_segmentations(annotations: list, sides: list, image_path: Path, where: str) -> Instances:
