@@ -545,8 +545,11 @@ def test_cvat_reads_every_shape_that_covers_pixels(tmp_path):
     expected[2][15:18, 1:5] = np.array([0, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1], bool).reshape(3, 4)
     assert_layers_hold(read_item(item)[1], expected)
     assert [annotation["category"] for annotation in instances.annotations] == ["cell", "cell", "debris"]
-    assert "mask 4 (debris): its runs are of 4 pixels, and its box of 4 x 3" in instances.broken[0]
-    assert "polyline 5 (debris): it covers no pixels" in instances.broken[1] and len(instances.broken) == 2
+    assert "shape 4 (debris): its runs are of 4 pixels, and its box of 4 x 3" in instances.broken[0]
+    assert (
+        "shape 5 (debris): it is a polyline, which covers no pixels" in instances.broken[1]
+        and len(instances.broken) == 2
+    )
     (tmp_path / "annotations.xml").write_text("<annotations><track id='0'/></annotations>")
     with pytest.raises(ValueError, match="has no <image>; export as CVAT for images"):
         list_all("cvat", tmp_path)

@@ -656,17 +656,33 @@ def read_labelme(path: Path, image_path: Path, ignore_labels: tuple[str, ...] = 
     content = _read_json(path)
     sides = [_whole_number(content.get(key)) for key in ("imageHeight", "imageWidth")]
     orig_hw = tuple(sides) if None not in sides else _picture_hw(image_path)
-    masks, labels, broken = {}, {}, []  # by object: a label and its group's id, or the place of a shape without one
+    shapes = []
     for number, shape in enumerate(_list_field(content, "shapes", path)):
-        label = str(shape.get("label", "")) if isinstance(shape, dict) else ""
-        if label in ignore_labels:
-            continue
+        shape = shape if isinstance(shape, dict) else {}
+        if (label := str(shape.get("label", ""))) not in ignore_labels:
+            shapes.append((number, label, shape.get("group_id"), shape))
+    return _join_shapes(shapes, _draw_labelme_shape, orig_hw, str(path))
+
+
+def _join_shapes(
+    shapes: list[tuple[int, str, object, dict]],
+    draw: Callable[[dict, tuple[int, int]], np.ndarray],
+    orig_hw: tuple[int, int],
+    where: str,
+) -> Instances:
+    """Draw shapes; those of one label and one group are one object, and one that cannot be drawn costs itself.
+
+    Args:
+        shapes: of each its place in the file, its label, its group or None, and what `draw` makes a mask of.
+        where: for messages.
+    """
+    masks, labels, broken = {}, {}, []  # by object: a label and its group, or the place of a shape without one
+    for number, label, group, shape in shapes:
         try:
-            mask = _draw_labelme_shape(shape, orig_hw)
+            mask = draw(shape, orig_hw)
         except (ValueError, LookupError, TypeError, OverflowError, AttributeError) as error:
-            broken.append(f"{path}, shape {number} ({label}): {error}")
+            broken.append(f"{where}, shape {number} ({label}): {error}")
             continue
-        group = shape.get("group_id")
         key = number if group is None else (label, group)
         masks[key] = masks[key] | mask if key in masks else mask
         labels[key] = label
@@ -748,21 +764,11 @@ def read_cvat(path: Path, image_path: Path, entry_json: str) -> Instances:
     entry = json.loads(entry_json)
     sides = [_whole_number(side) for side in entry["orig_hw"]]
     orig_hw = tuple(sides) if None not in sides else _picture_hw(image_path)
-    masks, labels, broken = {}, {}, []  # by object: a label and its group's id, or the place of a shape without one
-    for number, shape in enumerate(entry["shapes"]):
-        label = shape.get("label", "")
-        try:
-            mask = _draw_cvat_shape(shape, orig_hw)
-        except (ValueError, LookupError) as error:
-            broken.append(f"{path}, {image_path.name}, {shape['kind']} {number} ({label}): {error}")
-            continue
-        group = _whole_number(shape.get("group_id"))
-        key = (label, group) if group else number
-        masks[key] = masks[key] | mask if key in masks else mask
-        labels[key] = label
-    names = tuple(f"{label} ({'shape' if isinstance(key, int) else 'group'} {key})" for key, label in labels.items())
-    annotations = tuple({"category": label} for label in labels.values())
-    return Instances(stack_masks([*masks.values()], orig_hw), names, broken=tuple(broken), annotations=annotations)
+    shapes = [  # CVAT's group 0 is none
+        (number, shape.get("label", ""), _whole_number(shape.get("group_id")) or None, shape)
+        for number, shape in enumerate(entry["shapes"])
+    ]
+    return _join_shapes(shapes, _draw_cvat_shape, orig_hw, f"{path}, {image_path.name}")
 
 
 def _draw_cvat_shape(shape: dict, orig_hw: tuple[int, int]) -> np.ndarray:
@@ -788,7 +794,7 @@ def _draw_cvat_shape(shape: dict, orig_hw: tuple[int, int]) -> np.ndarray:
         window = mask[top : top + part_height, left : left + part_width]
         window |= flat.reshape(part_height, part_width)[: window.shape[0], : window.shape[1]]
         return mask
-    raise ValueError("it covers no pixels")
+    raise ValueError(f"it is a {shape['kind']}, which covers no pixels")
 
 
 def read_voc(path: Path, class_path: Path, class_names: tuple[str, ...]) -> Instances:
