@@ -16,7 +16,7 @@ import numpy as np
 from utils import dataset_check
 from utils.dataset_check import CheckReport, ItemReport
 from utils.images import LYING, read_image_unscaled, read_orientation, remark_on_values
-from utils.instances.readers import Instances, Item, check_same_size, is_marked_crowd, object_ids, plain_id
+from utils.instances.readers import Instances, Item, check_same_size, class_key, is_marked_crowd, object_ids
 from utils.listing import MAX_LISTED, first_few, read_text
 from utils.log import drawing, write_json
 
@@ -47,7 +47,7 @@ class Objects:
     num_broken: int  # broken annotations, left out whole or in part
     image_id: int | str | None = None  # the picture's, in a COCO file
     is_crowd: np.ndarray | None = None  # bool (N,), marked so in a COCO file
-    classes: frozenset = frozenset()  # category_ids of its objects that the file has a category for
+    classes: frozenset = frozenset()  # `class_key`s of its objects whose category has a name
     attributes: frozenset = frozenset()  # keys of its objects' attributes
     class_names: tuple[str, ...] = ()  # of its objects, "" where one has none
 
@@ -147,12 +147,12 @@ def check_item(item: Item, with_shapes: bool = False) -> ItemReport:
 def read_annotations(instances: Instances, objects: list[tuple[int, int, int]]) -> dict:
     """Collect what a json file says of a picture's objects, for `Objects`."""
     of_objects = [instances.annotations[i - 1] if instances.annotations else {} for _, i, _ in objects]
-    named = [annotation for annotation in of_objects if {"category", "category_id"} <= set(annotation)]
+    named = [annotation for annotation in of_objects if "category" in annotation]
     attributes = [annotation["attributes"] for annotation in of_objects if "attributes" in annotation]
     return {
         "image_id": instances.image_id,
         "is_crowd": np.array([is_marked_crowd(annotation) for annotation in of_objects], bool),
-        "classes": frozenset(plain_id(annotation["category_id"]) for annotation in named),
+        "classes": frozenset(class_key(annotation) for annotation in named),
         "attributes": frozenset(key for each in attributes if isinstance(each, dict) for key in each),
         "class_names": tuple(str(annotation.get("category", "")) for annotation in of_objects),
     }

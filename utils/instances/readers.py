@@ -297,6 +297,12 @@ def _coco_entry(
     return json.dumps(entry), len(annotations) - len(objects)
 
 
+def class_key(annotation: dict) -> int | str | None:
+    """Give what tells the class of an annotation or detection: its category's number, or else its name, or None."""
+    class_id = plain_id(annotation.get("category_id"))
+    return annotation.get("category") if class_id is None else class_id
+
+
 def is_marked_crowd(annotation: dict) -> bool:
     """Tell whether a COCO annotation is marked as a crowd region."""
     return annotation.get("iscrowd") in (1, "1", "true")

@@ -38,7 +38,7 @@ from utils import dataset_check, run
 from utils.dataset_check import check_items
 from utils.images import mask_to_box, read_image
 from utils.instances.check import check_item, report_lines
-from utils.instances.readers import Item, check_same_size, list_items, plain_id, split_items
+from utils.instances.readers import Item, check_same_size, class_key, list_items, plain_id, split_items
 from utils.listing import first_few, read_json, read_text
 from utils.log import drawing, write_json
 from utils.sam2 import detection_metrics as metrics
@@ -47,18 +47,18 @@ from utils.sam2 import model as models
 from utils.sam2.protocols import (
     AT_MOST,
     CLICKS,
-    ONE_CLASS,
+    NO_CLASS,
     ProposalSettings,
     Record,
     Table,
     Truth,
     class_matches,
-    class_of,
     interval,
     join,
     measure_boxes,
     measure_clicks,
     measure_proposals,
+    number_class,
     read_truth,
     summarize,
     summarize_groups,
@@ -110,7 +110,7 @@ class Given(NamedTuple):
     chosen: dict[str, np.ndarray]  # places of the objects that are clicked, by picture
     detections: dict[str, list[dict]] | None  # by picture; None: the objects' own boxes
     groups_csv: dict[tuple[str, int], str] | None  # from `read_groups`; None: benchmark.groups is an attribute
-    has_classes: bool  # the objects have categories
+    class_ids: dict[int | str, int]  # the number of each class, by its `class_key`; {}: all are of one class
     keeps_crowds: bool  # regions marked iscrowd are objects like others
 
 
@@ -160,13 +160,13 @@ def join_results(folder: Path, protocol: str, num_pictures: int, path: Path) -> 
 
 
 def read_detections(
-    path: str, places: dict[int | str, tuple[str, tuple[int, int]]], classes: set
+    path: str, places: dict[int | str, tuple[str, tuple[int, int]]], class_ids: dict[int | str, int]
 ) -> tuple[dict[str, list[dict]], str]:
     """Read a COCO result file of boxes.
 
     Args:
         places: {COCO's id of a picture: its name and its size}.
-        classes: categories of the objects; empty: all detections are of one class.
+        class_ids: as for `read_truth`.
     Returns:
         {name: [{"bbox": [x, y, w, h], "score", "category_id"}, ...]}; what is to be said of them, or "".
     """
@@ -189,9 +189,9 @@ def read_detections(
         if x >= width or y >= height or x + box_width <= 0 or y + box_height <= 0:
             outside.append(str(entry)[:80])
             continue
-        class_id = class_of(entry) if classes else ONE_CLASS
-        if classes and class_id not in classes:
-            unknown.append(str(class_id))
+        class_id = number_class(entry, class_ids)
+        if class_id == NO_CLASS:
+            unknown.append(str(class_key(entry)))
         detection = {"bbox": entry["bbox"], "score": float(entry["score"]), "category_id": class_id}
         of_picture.setdefault(name, []).append(detection)
     if strange:
@@ -207,7 +207,7 @@ def read_detections(
         )
     note = ""
     if unknown:
-        named, known = (", ".join(first_few(sorted(set(map(str, each))), 5)) for each in (unknown, classes))
+        named, known = (", ".join(first_few(sorted(set(map(str, each))), 5)) for each in (unknown, class_ids))
         note = (
             f"{len(unknown)} of {len(entries)} detections are of categories that no object has ({named}); the objects' "
             f"are {known}"
@@ -272,9 +272,8 @@ def measure_pictures(
         item = items[number]
         image_rgb, instances = read_image(item.image_path), item.read()
         check_same_size(item, image_rgb.shape[:2], instances.layers.shape[1:])
-        truth = read_truth(instances)
-        truth = truth._replace(is_crowd=np.zeros_like(truth.is_crowd)) if given.keeps_crowds else truth
-        return image_rgb, truth if given.has_classes else truth._replace(classes=np.full_like(truth.classes, ONE_CLASS))
+        truth = read_truth(instances, given.class_ids)
+        return image_rgb, truth._replace(is_crowd=np.zeros_like(truth.is_crowd)) if given.keeps_crowds else truth
 
     progress = tqdm(items, desc="measure", unit="image", disable=None)
     with run.start_threads() as threads:
@@ -514,17 +513,20 @@ def list_pictures(
     if not any(are_objects.any() for are_objects in is_object.values()):
         raise ValueError(f"data.root {data['root']}: none of the {len(items)} pictures of split={split} has objects")
     classes, notes = set().union(*(content.classes for content in contents.values())), []
-    if strange := [class_id for class_id in classes if type(class_id) is not int]:
-        raise ValueError(f"data.root {data['root']}: a category_id is {strange[0]!r}; must be a whole number")
+    names = sorted(key for key in classes if type(key) is str)
+    highest = max((key for key in classes if type(key) is int), default=0)
+    class_ids = {key: key for key in classes - set(names)} | {name: highest + k for k, name in enumerate(names, 1)}
     if "boxes" in settings.protocols and not classes:
         print("boxes: the objects have no categories: all are of one class")
+    if "boxes" in settings.protocols and names:
+        print(f"boxes: category_ids of boxes.json: {', '.join(f'{class_ids[name]} {name}' for name in names)}")
     detections = groups_csv = None
     if settings.detections is not None:
         places = {}
         for number, item in enumerate(items, 1):
             image_id = contents[item.name].image_id
             places[number if image_id is None else image_id] = item.name, reports[item.name].orig_hw
-        detections, unknown = read_detections(settings.detections, places, classes)
+        detections, unknown = read_detections(settings.detections, places, class_ids)
         notes += [unknown] if unknown else []
     if settings.groups is not None and Path(settings.groups).suffix == ".csv":
         groups_csv = read_groups(settings.groups)
@@ -542,7 +544,7 @@ def list_pictures(
         digest(repr((reports[name].orig_hw, content.areas_px.tolist(), content.centers_xy.round(4).tolist())).encode())
         for name, content in ((item.name, contents[item.name]) for item in items)
     ]
-    return items, digests, Given(chosen, detections, groups_csv, bool(classes), keeps_crowds), notes
+    return items, digests, Given(chosen, detections, groups_csv, class_ids, keeps_crowds), notes
 
 
 def describe_groups(records: list[Record], groups: str | None, given: Given) -> list[str]:

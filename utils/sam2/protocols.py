@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from utils.instances.codecs import mask_to_rle, rle_to_mask
-from utils.instances.readers import Instances, is_marked_crowd, object_ids, plain_id
+from utils.instances.readers import Instances, class_key, is_marked_crowd, object_ids, plain_id
 from utils.sam2 import detection_metrics as metrics
 from utils.sam2 import edges, evaluation, mask_generation
 from utils.sam2 import model as models
@@ -58,8 +58,12 @@ class Truth(NamedTuple):
     image_id: int | str | None
 
 
-def read_truth(instances: Instances) -> Truth:
-    """Lay out a picture's objects for measuring."""
+def read_truth(instances: Instances, class_ids: dict[int | str, int]) -> Truth:
+    """Lay out a picture's objects for measuring.
+
+    Args:
+        class_ids: the number of each class, by its `class_key`; {}: all are of one class.
+    """
     layers = instances.layers
     objects = object_ids(layers)
     numbers = np.zeros_like(layers)
@@ -75,23 +79,19 @@ def read_truth(instances: Instances) -> Truth:
         areas,
         np.array([a if is_number(a) and a > 0 else own for a, own in zip(given, areas, strict=True)], np.float64),
         np.array([is_marked_crowd(annotation) for annotation in said], bool),
-        np.array([class_of(annotation) for annotation in said], np.int64),
+        np.array([number_class(annotation, class_ids) for annotation in said], np.int64),
         np.array([str(annotation.get("frequency") or "") for annotation in said], "U1"),
         tuple(each if isinstance(each := annotation.get("attributes"), dict) else {} for annotation in said),
         instances.image_id,
     )
 
 
-def class_of(entry: dict) -> int:
-    """Give the category of an annotation or of a detection; NO_CLASS where it has none.
-
-    Raises:
-        ValueError: for a category_id that is no whole number.
-    """
-    class_id = plain_id(entry.get("category_id"))
-    if class_id is not None and type(class_id) is not int:
-        raise ValueError(f"category_id is {class_id!r}; must be a whole number")
-    return NO_CLASS if class_id is None else class_id
+def number_class(entry: dict, class_ids: dict[int | str, int]) -> int:
+    """Give the number of an annotation's or a detection's class; NO_CLASS where it is none of them."""
+    key = class_key(entry)
+    if not class_ids:
+        return ONE_CLASS
+    return class_ids[key] if key in class_ids else NO_CLASS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
