@@ -568,6 +568,8 @@ def describe_training(trained_on: dict, items: list[Item]) -> str:
     unknown = "whether some of the measured pictures trained this checkpoint is unknown"
     if "generate" in trained_on:
         keys["root"] = str(run.REPOSITORY / keys["root"])
+        if not Path(keys["root"]).is_dir():
+            return ""  # drawn pictures that are not there are none of those that are measured
     if not Path(str(keys.get("root"))).is_dir():
         return f"{unknown}: {keys.get('root')} is not here"
     try:
