@@ -1067,5 +1067,5 @@ def test_check_draws_pairs_and_stops(root, tmp_path, monkeypatch, capfd, quick):
 
 def test_a_dataset_without_boxes_is_named(root, tmp_path, quick):
     config = tiny.compose_config("data=pictures", "data.format=camvid", f"data.root={tmp_path}", "device=cpu")
-    with pytest.raises(ValueError, match="data.format is 'camvid'; must be one of got10k, .*, coco, sa1b$"):
+    with pytest.raises(ValueError, match="data.format is 'camvid'; must be one of got10k, .*, coco, sa1b, .*voc$"):
         tiny.train_in(tmp_path / "run", config)
