@@ -443,6 +443,43 @@ def test_labelme_reads_every_shape_that_covers_pixels(tmp_path):
     assert_layers_hold(read_item(first)[1], expected[:1])  # the size is the picture's
 
 
+@pytest.mark.parametrize(
+    "shape, words",
+    [
+        ({"shape_type": "mask", "points": [[1, 1], [3, 3]], "mask": "AAAA"}, "its mask is no PNG"),
+        ({"shape_type": "mask", "points": [[1, 1], [3, 3]], "mask": ""}, "its mask is no PNG"),
+        ({"shape_type": "polygon"}, "it lacks 'points'"),
+        ({"shape_type": "polygon", "points": None}, "its points are None"),
+        ({"shape_type": "circle", "points": [[1, 1]]}, "not enough values"),
+    ],
+)
+def test_a_broken_shape_of_labelme_costs_itself(tmp_path, shape, words):
+    write_picture(tmp_path / "a.jpg", 24, 32)
+    box = {"label": "cell", "shape_type": "rectangle", "points": [[1, 1], [9, 9]]}
+    write_labelme(tmp_path / "a.json", [shape | {"label": "bad"}, box])
+    instances = list_all("labelme", tmp_path, val_fraction=0)[0].read()
+    assert len(instances.annotations) == 1 and len(instances.broken) == 1
+    assert words in instances.broken[0] and "shape 0 (bad)" in instances.broken[0]
+
+
+def test_a_mask_of_labelme_that_leaves_the_picture_is_cut_off(tmp_path):
+    encoded = base64.b64encode(cv2.imencode(".png", np.ones((4, 5), np.uint8))[1].tobytes()).decode()
+    write_picture(tmp_path / "a.jpg", 24, 32)
+    shape = {"label": "cell", "shape_type": "mask", "points": [[-2, -1], [2, 2]], "mask": encoded}
+    write_labelme(tmp_path / "a.json", [shape])
+    expected = np.zeros((24, 32), bool)
+    expected[:3, :3] = True
+    assert_layers_hold(list_all("labelme", tmp_path, val_fraction=0)[0].read().layers, [expected])
+
+
+@pytest.mark.parametrize("sides, words", [((0, 32), "must give both"), ((9**9, 9**9), "which are not those of")])
+def test_a_size_that_cannot_be_is_said_before_a_mask_is_made(tmp_path, sides, words):
+    write_picture(tmp_path / "a.jpg", 24, 32)
+    write_labelme(tmp_path / "a.json", [{"label": "cell", "points": [[1, 1], [9, 9], [1, 9]]}], sides)
+    with pytest.raises(ValueError, match=words):
+        list_all("labelme", tmp_path, val_fraction=0)[0].read()
+
+
 def test_labelme_gives_what_its_own_export_to_coco_gives(data_root):
     root = data_root / "COCO_labelme_voc3"
     ours = {Path(item.name).stem: item for item in list_all("labelme", root / "data_annotated", val_fraction=0)}
@@ -509,11 +546,16 @@ def test_yolo_reads_polygons_where_its_tools_put_them(tmp_path, layout):
         ({"train": "images"}, "must have names"),
         ({"names": ["a"]}, "must have names, a list or numbers with names, and train"),
         ({"names": ["a"], "train": "elsewhere"}, "train is elsewhere, and no such folder is below"),
+        ({"names": ["a"], "train": [3]}, "train is 3, and no such folder is below"),
+        ({"names": ["a"], "train": "x", "path": 7}, "train is x, and no such folder is below"),
+        ("names: [a", "is no valid YAML"),
+        ("just words", "must have names"),
     ],
 )
 def test_a_data_yaml_that_leads_nowhere_is_one_line(tmp_path, content, words):
     if content is not None:
-        (tmp_path / "data.yaml").write_text(yaml.safe_dump(content))
+        text = content if isinstance(content, str) else yaml.safe_dump(content)
+        (tmp_path / "data.yaml").write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         list_all("yolo", tmp_path)
 
@@ -530,6 +572,10 @@ def test_cvat_reads_every_shape_that_covers_pixels(tmp_path):
   <mask label="debris" rle="1,3,2,6" left="1" top="15" width="4" height="3"></mask>
   <mask label="debris" rle="1,3" left="1" top="15" width="4" height="3"></mask>
   <polyline label="debris" points="1,1;5,5"></polyline>
+  <box label="turned" xtl="4" ytl="4" xbr="12" ybr="6" rotation="90"></box>
+  <ellipse label="turned" cx="20" cy="16" rx="4" ry="1.5" rotation="90"></ellipse>
+  <mask label="turned" rle="0,6" left="-1" top="-1" width="3" height="2"></mask>
+  <polygon label="debris"></polygon>
 </image>
 <image id="1" name="b.jpg" width="32" height="24"></image>
 </annotations>""")
@@ -538,18 +584,20 @@ def test_cvat_reads_every_shape_that_covers_pixels(tmp_path):
     empty, item = list_all("cvat", tmp_path, val_fraction=0)
     assert (empty.name, item.name) == ("b.jpg", "sub/a.jpg") and not empty.read().layers.any()
     instances = item.read()
-    expected = [polygons_to_mask([polygon], 24, 32), *np.zeros((2, 24, 32), bool)]
+    expected = [polygons_to_mask([polygon], 24, 32), *np.zeros((5, 24, 32), bool)]
     ys, xs = np.mgrid[:24, :32] + 0.5
+    expected[3][1:9, 7:9] = True  # upright: its corners turned by a quarter about its centre, (8, 5)
+    expected[4] = ((xs - 20) / 1.5) ** 2 + ((ys - 16) / 4) ** 2 <= 1
+    expected[5][0, :2] = True  # the part of it that lies in the picture
     expected[1][12:20, 25:30] = True
     expected[1] |= ((xs - 18) / 3) ** 2 + ((ys - 8) / 2) ** 2 <= 1
     expected[2][15:18, 1:5] = np.array([0, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1], bool).reshape(3, 4)
     assert_layers_hold(read_item(item)[1], expected)
-    assert [annotation["category"] for annotation in instances.annotations] == ["cell", "cell", "debris"]
+    categories = [annotation["category"] for annotation in instances.annotations]
+    assert categories == ["cell", "cell", "debris", "turned", "turned", "turned"]
     assert "shape 4 (debris): its runs are of 4 pixels, and its box of 4 x 3" in instances.broken[0]
-    assert (
-        "shape 5 (debris): it is a polyline, which covers no pixels" in instances.broken[1]
-        and len(instances.broken) == 2
-    )
+    assert "shape 5 (debris): it is a polyline, which covers no pixels" in instances.broken[1]
+    assert "shape 9 (debris): it lacks 'points'" in instances.broken[2] and len(instances.broken) == 3
     (tmp_path / "annotations.xml").write_text("<annotations><track id='0'/></annotations>")
     with pytest.raises(ValueError, match="has no <image>; export as CVAT for images"):
         list_all("cvat", tmp_path)

@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 
 import cv2
 import numpy as np
-from omegaconf import OmegaConf
+import yaml
 
 from utils import listing
 from utils.images import PICTURE_SUFFIXES, read_channels, read_frame_wh, read_image, read_label_map
@@ -431,7 +431,10 @@ def list_yolo(root: Path, data_yaml: str = "data.yaml") -> tuple[list[Item], lis
     path = root / data_yaml
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; data.data_yaml names it, below data.root")
-    content = OmegaConf.to_container(OmegaConf.load(path))
+    try:
+        content = yaml.safe_load(listing.read_text(path))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     names = content["names"] if isinstance(content, dict) and "names" in content else None
     names = dict(enumerate(names)) if isinstance(names, list) else names
     if not isinstance(names, dict) or "train" not in content:
@@ -444,8 +447,8 @@ def list_yolo(root: Path, data_yaml: str = "data.yaml") -> tuple[list[Item], lis
             splits.append(None)
             continue
         items = []
-        for place in places if isinstance(places, list) else [places]:
-            folder = _find_yolo_folder(root, content["path"] if "path" in content else None, str(place), path, key)
+        for place in map(str, places if isinstance(places, list) else [places]):
+            folder = _find_yolo_folder(root, content.get("path"), place, path, key)
             for name, image_path in listing.files_by_name(folder, with_subfolders=True).items():
                 label_path = _yolo_label_path(image_path)
                 read = functools.partial(read_yolo, label_path, image_path, names)
@@ -456,9 +459,9 @@ def list_yolo(root: Path, data_yaml: str = "data.yaml") -> tuple[list[Item], lis
     return splits[0], splits[1]
 
 
-def _find_yolo_folder(root: Path, base: str | None, place: str, data_yaml: Path, key: str) -> Path:
+def _find_yolo_folder(root: Path, base: object, place: str, data_yaml: Path, key: str) -> Path:
     """Find a folder of pictures that a data.yaml names, also where the dataset was moved, or counts from elsewhere."""
-    bases = [root] if base is None else [Path(base), root / base, root]
+    bases = [root] if base is None else [Path(str(base)), root / str(base), root]
     for folder in [each / place for each in bases] + [root / re.sub(r"^(\.\./)+", "", place)]:
         if folder.is_dir():
             return folder
@@ -660,8 +663,8 @@ def read_labelme(path: Path, image_path: Path, ignore_labels: tuple[str, ...] = 
         ignore_labels: labels whose shapes are no objects.
     """
     content = _read_json(path)
-    sides = [_whole_number(content.get(key)) for key in ("imageHeight", "imageWidth")]
-    orig_hw = tuple(sides) if None not in sides else _picture_hw(image_path)
+    sides = [content.get(key) for key in ("imageHeight", "imageWidth")]
+    orig_hw = _picture_hw(image_path) if None in sides else _declared_hw(sides, image_path, str(path))
     shapes = []
     for number, shape in enumerate(_list_field(content, "shapes", path)):
         shape = shape if isinstance(shape, dict) else {}
@@ -686,8 +689,9 @@ def _join_shapes(
     for number, label, group, shape in shapes:
         try:
             mask = draw(shape, orig_hw)
-        except (ValueError, LookupError, TypeError, OverflowError, AttributeError) as error:
-            broken.append(f"{where}, shape {number} ({label}): {error}")
+        except (ValueError, LookupError, TypeError, OverflowError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            broken.append(f"{where}, shape {number} ({label}): {reason}")
             continue
         key = number if group is None else (label, group)
         masks[key] = masks[key] | mask if key in masks else mask
@@ -695,6 +699,16 @@ def _join_shapes(
     names = tuple(f"{label} ({'shape' if isinstance(key, int) else 'group'} {key})" for key, label in labels.items())
     annotations = tuple({"category": label} for label in labels.values())
     return Instances(stack_masks([*masks.values()], orig_hw), names, broken=tuple(broken), annotations=annotations)
+
+
+def _declared_hw(sides: list, image_path: Path, where: str) -> tuple[int, int]:
+    """Check the size that an annotation gives its picture, [height, width], before a mask of it is made."""
+    orig_hw = tuple(map(_whole_number, sides))
+    if None in orig_hw or min(orig_hw) <= 0:
+        raise ValueError(f"{where}: height and width are {sides}; the picture's entry must give both in pixels")
+    if orig_hw[0] * orig_hw[1] > LARGE_PX and read_frame_wh(image_path) != orig_hw[::-1]:
+        raise ValueError(f"{where}: height and width are {sides}, which are not those of {image_path}")
+    return orig_hw
 
 
 def _picture_hw(path: Path) -> tuple[int, int]:
@@ -718,12 +732,22 @@ def _draw_labelme_shape(shape: dict, orig_hw: tuple[int, int]) -> np.ndarray:
         ys, xs = np.mgrid[: orig_hw[0], : orig_hw[1]] + 0.5
         return np.hypot(xs - center[0], ys - center[1]) <= np.hypot(*(edge - center))
     if kind == "mask":
-        part = cv2.imdecode(np.frombuffer(base64.b64decode(shape["mask"]), np.uint8), cv2.IMREAD_UNCHANGED)
-        mask, (x, y) = np.zeros(orig_hw, bool), points[0].round().astype(int)
-        window = mask[y : y + part.shape[0], x : x + part.shape[1]]
-        window |= part[: window.shape[0], : window.shape[1]] > 0
-        return mask
+        data = np.frombuffer(base64.b64decode(shape["mask"]), np.uint8)
+        part = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE) if len(data) else None
+        if part is None:
+            raise ValueError("its mask is no PNG")
+        return _place_mask(part > 0, *points[0].round().astype(int).tolist(), orig_hw)
     raise ValueError(f"its shape_type is {kind}, which covers no pixels")
+
+
+def _place_mask(part: np.ndarray, left: int, top: int, orig_hw: tuple[int, int]) -> np.ndarray:
+    """Lay a mask, bool (h, w), into one of the picture's size; what lies outside is cut off."""
+    mask = np.zeros(orig_hw, bool)
+    part = part[max(0, -top) :, max(0, -left) :]
+    top, left = max(0, top), max(0, left)
+    window = mask[top : top + part.shape[0], left : left + part.shape[1]]
+    window |= part[: window.shape[0], : window.shape[1]]
+    return mask
 
 
 def read_yolo(path: Path, image_path: Path, names: dict[int, str]) -> Instances:
@@ -767,39 +791,41 @@ def read_cvat(path: Path, image_path: Path, entry_json: str) -> Instances:
         image_path: the picture.
         entry_json: {"orig_hw": [height, width], "shapes": [{"kind", "label", "points", ...}, ...]} as text.
     """
-    entry = json.loads(entry_json)
-    sides = [_whole_number(side) for side in entry["orig_hw"]]
-    orig_hw = tuple(sides) if None not in sides else _picture_hw(image_path)
+    entry, where = json.loads(entry_json), f"{path}, {image_path.name}"
     shapes = [  # CVAT's group 0 is none
         (number, shape.get("label", ""), _whole_number(shape.get("group_id")) or None, shape)
         for number, shape in enumerate(entry["shapes"])
     ]
-    return _join_shapes(shapes, _draw_cvat_shape, orig_hw, f"{path}, {image_path.name}")
+    return _join_shapes(shapes, _draw_cvat_shape, _declared_hw(entry["orig_hw"], image_path, where), where)
 
 
 def _draw_cvat_shape(shape: dict, orig_hw: tuple[int, int]) -> np.ndarray:
     """Draw a shape of CVAT: bool (H, W)."""
     height, width = orig_hw
+    turn = np.deg2rad(float(shape.get("rotation", 0)))  # clockwise, about the shape's centre
+    along, across = np.array([np.cos(turn), np.sin(turn)]), np.array([-np.sin(turn), np.cos(turn)])
     if shape["kind"] == "polygon":
         points = [float(number) for point in shape["points"].split(";") for number in point.split(",")]
         return polygons_to_mask([points], height, width)
     if shape["kind"] == "box":
         x1, y1, x2, y2 = (float(shape[key]) for key in ("xtl", "ytl", "xbr", "ybr"))
-        return polygons_to_mask([[x1, y1, x2, y1, x2, y2, x1, y2]], height, width)
+        center, sides = np.array([x1 + x2, y1 + y2]) / 2, np.array([x2 - x1, y2 - y1]) / 2
+        corners = [
+            center + x * sides[0] * along + y * sides[1] * across for x, y in ((-1, -1), (1, -1), (1, 1), (-1, 1))
+        ]
+        return polygons_to_mask([np.ravel(corners).tolist()], height, width)
     if shape["kind"] == "ellipse":
         center_x, center_y, radius_x, radius_y = (float(shape[key]) for key in ("cx", "cy", "rx", "ry"))
         ys, xs = np.mgrid[:height, :width] + 0.5
-        return ((xs - center_x) / radius_x) ** 2 + ((ys - center_y) / radius_y) ** 2 <= 1
+        offsets = np.stack([xs - center_x, ys - center_y], 2)  # (H, W, 2)
+        return (radius_y * (offsets @ along)) ** 2 + (radius_x * (offsets @ across)) ** 2 <= (radius_x * radius_y) ** 2
     if shape["kind"] == "mask":  # runs row by row within its box, the first of them background
         counts = [int(count) for count in shape["rle"].split(",")]
         left, top, part_width, part_height = (int(float(shape[key])) for key in ("left", "top", "width", "height"))
+        if min(counts) < 0 or sum(counts) != part_width * part_height:
+            raise ValueError(f"its runs are of {sum(counts)} pixels, and its box of {part_width} x {part_height}")
         flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
-        if flat.size != part_width * part_height or left < 0 or top < 0:
-            raise ValueError(f"its runs are of {flat.size} pixels, and its box of {part_width} x {part_height}")
-        mask = np.zeros(orig_hw, bool)
-        window = mask[top : top + part_height, left : left + part_width]
-        window |= flat.reshape(part_height, part_width)[: window.shape[0], : window.shape[1]]
-        return mask
+        return _place_mask(flat.reshape(part_height, part_width), left, top, orig_hw)
     raise ValueError(f"it is a {shape['kind']}, which covers no pixels")
 
 
@@ -841,11 +867,7 @@ def _read_segmentations(annotations: list, sides: list, image_path: Path, where:
         image_path: the picture, whose size is looked at before a large mask is made.
         where: for messages.
     """
-    orig_hw = tuple(map(_whole_number, sides))
-    if None in orig_hw or min(orig_hw) <= 0:
-        raise ValueError(f"{where}: height and width are {sides}; the picture's entry must give both in pixels")
-    if orig_hw[0] * orig_hw[1] > LARGE_PX and read_frame_wh(image_path) != orig_hw[::-1]:
-        raise ValueError(f"{where}: height and width are {sides}, which are not those of {image_path}")
+    orig_hw = _declared_hw(sides, image_path, where)
     masks, names, kept, broken = [], [], [], []
     for annotation in annotations:
         name = f"annotation {annotation.get('id', '?') if isinstance(annotation, dict) else '?'}"
