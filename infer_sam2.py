@@ -88,19 +88,17 @@ from utils.settings import SAME_SECTION, CommonSettings, at_least, check_keys, o
 
 log = logging.getLogger("infer_sam2")
 REPOSITORY = Path(__file__).resolve().parent
-MODES_OF_KEY = {  # which modes use a key that says what to look for
-    "region": ("region",), "points": ("prompts",), "boxes": ("prompts",), "mask": ("prompts",),
-    "prompts_file": ("prompts",), "input": ("automatic", "region", "prompts"), "data": ("benchmark",),
-    "results": ("compare",),
+SEGMENTING = ("automatic", "region", "prompts")
+PREDICTING = (*SEGMENTING, "benchmark")
+MODES_OF_KEY = {  # which modes use a key that not all of them use
+    "input": SEGMENTING, "region": ("region",), "num_points": ("region",), "points": ("prompts",),
+    "boxes": ("prompts",), "mask": ("prompts",), "prompts_file": ("prompts",), "data": ("benchmark",),
+    "split": ("benchmark",), "results": ("compare",), "checkpoint": PREDICTING, "model": PREDICTING,
+    "image_size": PREDICTING, "max_overlap": SEGMENTING, "cache": SEGMENTING, "cache_precision": SEGMENTING,
+    **{f"benchmark.{field.name}": ("benchmark",) for field in fields(BenchmarkSettings)},
+    **{f"automatic.{field.name}": SEGMENTING for field in fields(AutomaticSettings)},
 }  # fmt: skip
-SEGMENTING, PREDICTING = ("automatic", "region", "prompts"), ("automatic", "region", "prompts", "benchmark")
-PLAIN_KEYS = {  # and which use one that says how
-    "split": ("benchmark",), "num_points": ("region",), "max_overlap": SEGMENTING, "cache_precision": SEGMENTING,
-    "checkpoint": PREDICTING, "model": PREDICTING, "image_size": PREDICTING,
-}  # fmt: skip
-MODES_OF_SECTION = {f"benchmark.{field.name}": ("benchmark",) for field in fields(BenchmarkSettings)}
-MODES_OF_SECTION |= {f"automatic.{field.name}": SEGMENTING for field in fields(AutomaticSettings)}
-MODES_OF_SECTION |= PLAIN_KEYS | {"cache": SEGMENTING}
+PROMPTS = ("region", "points", "boxes", "mask", "prompts_file")  # keys that say what to look for
 MASK_LOGIT = 10.0  # a mask prompt's pixels are +10 inside and -10 outside, as in SAM 2's training
 
 
@@ -268,9 +266,8 @@ def measure(config: dict, settings: Config, run_dir: Path) -> None:
     seed_everything(settings.common.seed)  # of random weights, the floor
     model = models.build_sam2(**model_config, device=device, fast_decoder=settings.fast_decoder)
     start_run(run_dir, config, {})
-    path = Path(model_config["checkpoint"])
-    path = models.auto_checkpoint(model_config["name"], model_config["url"]) if str(path) == "auto" else path
-    state = load_checkpoint(path) if str(path) != "none" else {}
+    keys = [model_config[key] for key in ("name", "url", "checkpoint")]
+    state = {} if keys[-1] == "none" else load_checkpoint(models.find_checkpoint(*keys))
     trained_on = state["config"].get("data") if "config" in state else None
     resumed_dir = None if settings.common.resume is None else Path(settings.common.resume)
     table = benchmark.run_benchmark(
@@ -287,8 +284,8 @@ def measure(config: dict, settings: Config, run_dir: Path) -> None:
 
 def check_mode(settings: Config) -> None:
     """Refuse a mode without its input, and input that the mode would not use."""
-    given = [key for key in MODES_OF_KEY if getattr(settings, key)]
-    sections.check_modes(given + list_changes(settings), MODES_OF_KEY | MODES_OF_SECTION, settings.mode)
+    given = list_given(settings)
+    sections.check_modes(given, MODES_OF_KEY, settings.mode)
     if settings.common.resume is not None and settings.mode != "benchmark":
         raise ValueError(
             f"resume= is {settings.common.resume}, but mode={settings.mode} resumes no run; leave it out: "
@@ -302,7 +299,7 @@ def check_mode(settings: Config) -> None:
         raise ValueError("data= is given but benchmark.protocols is [edges], which does not use it; leave it out")
     if settings.mode == "compare" and len(settings.results or []) < 2:
         raise ValueError("mode=compare needs 'results=[a,b]', two or more folders that mode=benchmark wrote")
-    given = [key for key in given if key != "input"]
+    given = [key for key in given if key in PROMPTS]
     if settings.mode == "region" and not given:
         raise ValueError("mode=region needs region=<mask file of the picture's size>")
     if settings.mode == "prompts" and not given:
@@ -311,15 +308,19 @@ def check_mode(settings: Config) -> None:
         raise ValueError(f"prompts_file= is given together with {given[0]}=; put all prompts in the json file")
 
 
-def list_changes(settings: Config) -> list[str]:
-    """List the keys of some modes alone that are not as in the YAML file, beside those of MODES_OF_KEY."""
+def list_given(settings: Config) -> list[str]:
+    """List the keys of MODES_OF_KEY that are not as in the YAML file; an empty list or text gives nothing."""
     own = OmegaConf.load(REPOSITORY / "configs" / "sam2" / "infer_sam2.yaml")
     own.data_root = settings.common.data_root
-    before = OmegaConf.to_container(own.benchmark, resolve=True)
-    changed = [f"benchmark.{key}" for key, value in asdict(settings.benchmark).items() if value != before[key]]
-    changed += [f"automatic.{key}" for key, value in settings.automatic.items() if value is not None]
-    changed += [key for key in PLAIN_KEYS if getattr(settings, key) != own[key]]
-    return changed + ["cache"] * (settings.cache not in ("off", False))
+    before, now = OmegaConf.to_container(own, resolve=True), asdict(settings)
+    now["cache"] = now["cache"] or "off"  # which YAML makes false of
+    given = []
+    for key in MODES_OF_KEY:
+        section, _, name = key.rpartition(".")
+        old, new = (values[section].get(name) if section else values[name] for values in (before, now))
+        if new != old and new not in ([], ""):
+            given.append(key)
+    return given
 
 
 def choose_model(checkpoint: str | None, image_size: int | None, model: dict | None) -> dict:

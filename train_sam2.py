@@ -606,7 +606,7 @@ def evaluate(
             is_pictured = samples_dir is not None and number < picture_images
             of_groups = [torch.zeros(len(names), 0)]
             pictured = []  # (click, predicted mask, true mask) of this picture's objects, if it is drawn
-            for _, masks in evaluation.group_masks(layers, objects, model.device):  # (O, H, W)
+            for masks in evaluation.group_masks(layers, objects, model.device):  # (O, H, W)
                 clicked = evaluation.click_objects(model, embeddings, masks, max(clicks), precision, threads)
                 after_clicks = [clicked.ious[:, count - 1] for count in clicks]
                 of_groups.append(torch.stack([*after_clicks, clicked.first_ious.amax(1), clicked.box_iou]))

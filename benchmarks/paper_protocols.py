@@ -54,9 +54,6 @@ def resident_mb() -> float:
 def measure_memory(num_pictures: int) -> list[float]:
     """Measure the pictures of a generated dataset: resident MB after each."""
     model = models.build_sam2(**read_config("sam2/model", "sam2_nano") | {"checkpoint": "none"}, device=CPU)
-    settings = BenchmarkSettings(
-        ["groups", "boxes"], None, "", ProposalSettings(16, 0.9, 0.0, 0.0, False), EdgeSettings("", "test", 16, 0.7)
-    )
     after, write = [], benchmark.write_record
     with tempfile.TemporaryDirectory() as name:
         root, rng = Path(name), np.random.default_rng(0)
@@ -70,9 +67,8 @@ def measure_memory(num_pictures: int) -> list[float]:
                 write_image(root / "images" / f"{number:03d}.png", image_rgb)
                 write_label_map(root / "labels" / f"{number:03d}.png", ids)
                 writer.writerows([f"{number:03d}", object_id, object_id % 2] for object_id in range(1, NUM_OBJECTS + 1))
-        settings = BenchmarkSettings(
-            settings.protocols, None, str(root / "groups.csv"), settings.proposals, settings.edges
-        )
+        proposals, edges = ProposalSettings(16, 0.9, 0.0, 0.0, False), EdgeSettings("", "test", 16, 0.7)
+        settings = BenchmarkSettings(["groups", "boxes"], None, str(root / "groups.csv"), proposals, edges)
 
         def write_and_look(*arguments):
             write(*arguments)

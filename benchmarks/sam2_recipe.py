@@ -121,7 +121,7 @@ def measure(path: Path, is_halved: bool, part: str) -> dict[str, np.ndarray]:
             with run.autocast(model.device, precision):
                 embeddings = embedding_cache.embed(model, picture)
             objects = evaluation.kept_objects(layers, config["data"]["min_area_px"])
-            for _, masks in evaluation.group_masks(layers, objects, device):
+            for masks in evaluation.group_masks(layers, objects, device):
                 clicked = evaluation.click_objects(model, embeddings, masks, max(CLICKS), precision, threads)
                 after_clicks = [clicked.ious[:, count - 1] for count in CLICKS]
                 of_prompts = [*after_clicks, clicked.box_iou, clicked.first_ious.amax(1)]

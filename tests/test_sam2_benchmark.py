@@ -292,7 +292,7 @@ def test_objects_are_clicked_on_until_they_reach_the_iou(root, monkeypatch):
     model = infer_sam2.models.build_sam2(**NANO | {"checkpoint": str(root / "best.pt")}, device="cpu")
     image = infer_sam2.models.preprocess(infer_sam2.images.read_image(item.image_path), 64)[None]
     objects = evaluation.kept_objects(layers, 1)
-    [(_, masks)] = evaluation.group_masks(layers, objects, torch.device("cpu"))
+    [masks] = evaluation.group_masks(layers, objects, torch.device("cpu"))
     with torch.inference_mode(), infer_sam2.benchmark.run.start_threads() as threads:
         embeddings = infer_sam2.models.encode(model, image)
         arguments = (model, embeddings, masks, 2, "fp32", threads)

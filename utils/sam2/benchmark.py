@@ -52,7 +52,7 @@ from utils.sam2.protocols import (
     Record,
     Table,
     Truth,
-    class_matches,
+    class_precisions,
     interval,
     join,
     measure_boxes,
@@ -332,25 +332,23 @@ def list_boxes(
         boxes = np.array([mask_to_box((truth.numbers == place + 1).any(0)) for place in places], np.float64)
         boxes = boxes.reshape(-1, 4)
         return boxes, None, truth.classes[places]
-    found = detections.get(item.name, [])
-    boxes = np.array([entry["bbox"] for entry in found], np.float64).reshape(-1, 4)
+    entries = detections[item.name] if item.name in detections else []
+    boxes = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     boxes = boxes.clip(0, [orig_hw[1], orig_hw[0], orig_hw[1], orig_hw[0]])
-    scores = np.array([entry["score"] for entry in found], np.float64)
-    return boxes, scores, np.array([entry["category_id"] for entry in found], np.int64)
-
-
-def list_edges(settings: EdgeSettings) -> list[tuple[str, Path, Path]]:
-    """List BSDS500's pictures, and read the first one's boundaries: what is wrong shows before anything takes time."""
-    pictures = edges.list_bsds(Path(settings.root), settings.split)
-    edges.read_boundaries(pictures[0][2])
-    return pictures
+    scores = np.array([entry["score"] for entry in entries], np.float64)
+    return boxes, scores, np.array([entry["category_id"] for entry in entries], np.int64)
 
 
 @torch.inference_mode()
-def measure_edges(model: torch.nn.Module, settings: EdgeSettings, precision: str, folder: Path) -> None:
-    """Measure the edges of each picture of BSDS500 that has no record yet."""
-    pictures = edges.list_bsds(Path(settings.root), settings.split)
+def measure_edges(
+    model: torch.nn.Module,
+    pictures: list[tuple[str, Path, Path]],
+    settings: EdgeSettings,
+    precision: str,
+    folder: Path,
+) -> None:
+    """Measure the edges of each picture, from `list_bsds`, that has no record yet."""
     for number, (_, image_path, truth_path) in enumerate(tqdm(pictures, desc="edges", unit="image", disable=None)):
         if (folder / f"edges_{number:06d}.npz").exists():
             continue
@@ -399,10 +397,11 @@ def run_benchmark(
     folder = run_dir / "pictures"
     folder.mkdir()
     prints = {"weights": digest_weights(model)}
-    names, items, given, notes = [], [], None, []
+    edge_pictures, items, given, notes = [], [], None, []
     if "edges" in settings.protocols:  # what cannot be measured is said before the hours of the rest
-        names = [name for name, *_ in list_edges(settings.edges)]
-        write_json(run_dir / "edges.json", prints | {"pictures": names})
+        edge_pictures = edges.list_bsds(Path(settings.edges.root), settings.edges.split)
+        edges.read_boundaries(edge_pictures[0][2])
+        write_json(run_dir / "edges.json", prints | {"pictures": [name for name, *_ in edge_pictures]})
     if set(settings.protocols) - {"edges"}:
         items, digests, given, notes = list_pictures(data, split, settings, trained_on, seed)
         files = [path for path in (settings.detections, settings.groups) if path is not None and Path(path).is_file()]
@@ -417,8 +416,8 @@ def run_benchmark(
             join_results(folder, protocol, len(items), run_dir / f"{protocol}.json")
         records += load_records(run_dir, "data")
         notes += describe_groups(records, settings.groups, given)
-    if names:
-        measure_edges(model, settings.edges, precision, folder)
+    if edge_pictures:
+        measure_edges(model, edge_pictures, settings.edges, precision, folder)
         records += load_records(run_dir, "edges")
     table = summarize(records)
     intervals = {}
@@ -653,8 +652,7 @@ def draw_boxes(axes, records: list[Record], table: Table, intervals: dict) -> No
     """Draw average precision against the IoU that counts as right, by size."""
     records = [record for record in records if "boxes/scores" in record]
     for number, group in enumerate(metrics.AREA_RANGES):
-        precisions = [metrics.average_precision(matches) for matches in class_matches(records, number).values()]
-        precisions = [precision for precision in precisions if not np.isnan(precision).any()]
+        precisions = class_precisions(records, number)
         if precisions:
             axes.plot(metrics.IOU_THRESHOLDS, np.mean(precisions, 0), marker="o", label=group)
     axes.set(title="masks from boxes", xlabel="IoU", ylabel="average precision", ylim=(0, 1))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torchvision.ops import nms
 
-from utils.sam2.mask_generation import FEWEST_POINTS, PIXELS_ON_CPU, make_point_grid, measure_full_size
+from utils.sam2.mask_generation import make_point_grid, measure_full_size, split_points
 from utils.sam2.model import Embeddings, decode, scale_points, upscale_masks
 
 THRESHOLDS = np.arange(1, 100) / 100  # the benchmark's 99 cuts of a strength
@@ -147,11 +147,8 @@ def _decode_grid(
         low_res_masks float32 (K, h, w) logits, predicted_ious (K,), boxes_xyxy (K, 4) px at full size.
     """
     points = torch.as_tensor(make_point_grid(points_per_side, orig_hw), dtype=torch.float32, device=model.device)
-    at_once = POINTS_AT_ONCE
-    if model.device.type == "cpu":
-        at_once = max(FEWEST_POINTS, min(at_once, PIXELS_ON_CPU // embeddings.image_embeddings[0, 0].numel()))
     parts = []
-    for batch_points in points.tensor_split(max(1, len(points) // at_once)):
+    for batch_points in split_points(points, POINTS_AT_ONCE, embeddings):
         num_points = len(batch_points)
         low_res_masks, iou_predictions, _ = decode(
             model,

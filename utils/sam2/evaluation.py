@@ -43,15 +43,13 @@ def kept_objects(layers: np.ndarray, min_area_px: int) -> list[tuple[int, int]]:
     return [(layer, object_id) for layer, object_id, area in object_ids(layers) if area >= min_area_px]
 
 
-def group_masks(
-    layers: np.ndarray, objects: list[tuple[int, int]], device: torch.device
-) -> Iterator[tuple[list[tuple[int, int]], np.ndarray]]:
-    """Yield the objects of a picture in groups that are decoded together, with their masks, bool (O, H, W)."""
+def group_masks(layers: np.ndarray, objects: list[tuple[int, int]], device: torch.device) -> Iterator[np.ndarray]:
+    """Yield the masks of a picture's objects, bool (O, H, W), in groups that are decoded together."""
     most_pixels = GROUP_PIXELS_ON_CPU if device.type == "cpu" else GROUP_PIXELS_ON_GPU
     group_size = max(1, min(MOST_IN_GROUP, most_pixels // layers[0].size))
     for start in range(0, len(objects), group_size):
         group = objects[start : start + group_size]
-        yield group, np.stack([layers[layer] == object_id for layer, object_id in group])
+        yield np.stack([layers[layer] == object_id for layer, object_id in group])
 
 
 def predict_masks(

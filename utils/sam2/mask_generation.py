@@ -155,14 +155,8 @@ def find_candidates(
         Candidates, in the order of the points.
     """
     points = torch.as_tensor(point_coords, dtype=torch.float32, device=model.device)  # (P, 2)
-    points_of_batches = points.split(settings.points_per_batch)
-    if model.device.type == "cpu":
-        at_once = max(FEWEST_POINTS, PIXELS_ON_CPU // embeddings.image_embeddings[0, 0].numel())
-        points_of_batches = [
-            part for batch in points_of_batches for part in batch.tensor_split(max(1, len(batch) // at_once))
-        ]
     batches = []
-    for batch_points in points_of_batches:
+    for batch_points in split_points(points, settings.points_per_batch, embeddings):
         num_points = len(batch_points)
         low_res_masks, iou_predictions, _ = decode(
             model,
@@ -193,6 +187,15 @@ def find_candidates(
         )
     masks = [mask for batch in batches for mask in batch.low_res_masks]
     return Candidates(masks, *(torch.cat(parts) for parts in list(zip(*batches, strict=True))[1:]))
+
+
+def split_points(points: torch.Tensor, most: int, embeddings: Embeddings) -> list[torch.Tensor]:
+    """Split points (P, 2) into parts that are decoded together: `most`, and on a CPU no more than are quick there."""
+    parts = points.split(most)
+    if points.device.type != "cpu":
+        return list(parts)
+    at_once = max(FEWEST_POINTS, PIXELS_ON_CPU // embeddings.image_embeddings[0, 0].numel())
+    return [part for batch in parts for part in batch.tensor_split(max(1, len(batch) // at_once))]
 
 
 def make_point_grid(points_per_side: int, image_hw: tuple[int, int]) -> np.ndarray:

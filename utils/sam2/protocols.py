@@ -125,7 +125,7 @@ def measure_clicks(
         evaluation.click_objects(
             model, embeddings, masks, num_clicks, precision, threads, most_clicks, max(NOC_IOUS)
         )[:4]
-        for _, masks in evaluation.group_masks(truth.numbers, objects, model.device)
+        for masks in evaluation.group_masks(truth.numbers, objects, model.device)
     ]  # fmt: skip
     empty = [np.zeros((0, size), np.float32) for size in (most_clicks, 3, 3)] + [np.zeros(0, np.float32)]
     measured = [torch.cat(tensors).numpy() for tensors in zip(*parts, strict=True)] if parts else empty
@@ -344,14 +344,18 @@ def class_matches(records: list[Record], range_number: int) -> dict[int, list[me
     return of_class
 
 
+def class_precisions(records: list[Record], range_number: int) -> list[np.ndarray]:
+    """Compute the average precision of each class that has objects in a range of areas: float (T,) each."""
+    of_class = class_matches(records, range_number)
+    precisions = [metrics.average_precision(of_class[key]) for key in sorted(of_class) if key != NO_CLASS]
+    return [precision for precision in precisions if not np.isnan(precision).any()]
+
+
 def summarize_boxes(records: list[Record]) -> Table:
     """Compute COCO's average precision: the mean over classes that have objects."""
     table = {}
     for number, group in enumerate(metrics.AREA_RANGES):
-        of_class = class_matches(records, number)
-        classes = [class_id for class_id in sorted(of_class) if class_id != NO_CLASS]
-        precisions = [metrics.average_precision(of_class[class_id]) for class_id in classes]
-        precisions = [precision for precision in precisions if not np.isnan(precision).any()]
+        precisions = class_precisions(records, number)
         if not precisions:
             continue
         mean = np.mean(precisions, 0)  # (T,)
