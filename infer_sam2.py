@@ -249,7 +249,7 @@ def take_over_config(config: dict, overrides: list[str]) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"resume= is {config['resume']}; no run.json there: give the folder of a run")
     record = read_json(path)
-    stored = record["config"]
+    stored = record["config"] if isinstance(record, dict) and "config" in record else {}
     if "mode" not in stored or "benchmark" not in stored:
         raise ValueError(f"resume= is {config['resume']}, a run of another script; must be one of mode=benchmark")
     if stored["mode"] != "benchmark":

@@ -1,6 +1,7 @@
 """mode=benchmark of infer_sam2.py: memory over many pictures, and time against sam2's predictor, one object at a time.
 
     python -m benchmarks.paper_protocols    # the bundled nano, hiera_tiny with random weights; 10 minutes on a CPU
+    python -m benchmarks.paper_protocols --groups groups.csv    # say what is a vessel in the generated glassware
 
 Memory: 200 generated pictures of 50 objects, three clicks and a box each, with the nano; resident memory after the
 20th and after the 200th picture. Time: the same prompts, the picture encoded once on both sides; ours decodes the
@@ -19,7 +20,8 @@ import torch
 
 from benchmarks.measure import read_config
 from utils import run
-from utils.images import mask_to_box, write_image, write_label_map
+from utils.images import mask_to_box, read_channels, write_image, write_label_map
+from utils.instances.readers import list_items, object_ids
 from utils.sam2 import benchmark, evaluation, prompts
 from utils.sam2 import model as models
 from utils.sam2.benchmark import BenchmarkSettings, EdgeSettings
@@ -132,10 +134,28 @@ def click_one(predictor, mask: np.ndarray) -> list[float]:
     return ious
 
 
+def write_groups(path: Path) -> None:
+    """Write a csv for benchmark.groups: which objects of the validating glassware are vessels, which materials."""
+    keys = read_config("sam2/data", "glassware")
+    _, items = list_items(keys, "data", is_check=False)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["picture", "object", "value"])
+        for item in items:
+            last_material = read_channels(item.annotation_path)[..., 2].max()  # vessels' ids follow the materials'
+            for _, object_id, _ in object_ids(item.read().layers):
+                value = "vessel" if object_id > last_material else "material"
+                writer.writerow([item.name, object_id, value])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=NUM_PICTURES, help="of the memory's measurement")
+    parser.add_argument("--groups", type=Path, help="write this csv, and stop")
     arguments = parser.parse_args()
+    if arguments.groups is not None:
+        write_groups(arguments.groups)
+        return
     print("| model | ours, ms an object | one at a time | ratio | mean difference of IoUs |\n|---|---|---|---|---|")
     for name, num_pictures, fast_decoder in (
         ("sam2_nano", 4, False),

@@ -593,7 +593,8 @@ def test_an_interval_is_a_plain_bootstrap():
         (["benchmark.protocols=[clickz]"], "benchmark.protocols is ['clickz']; must be a list of some of clicks"),
         (["benchmark.groups=null"], "benchmark.groups is null; must be an attribute"),
         (["benchmark.groups=colour"], "benchmark.groups is colour: none of the objects has it; they have shade"),
-        (["benchmark.groups=FOLDER/none.csv"], "none.csv"),
+        (["benchmark.groups=FOLDER/none.csv"], "none.csv; no such file"),
+        (["benchmark.detections=FOLDER/none.json"], "none.json; no such file"),
         (["benchmark.groups=FOLDER/wrong.csv"], "must be picture,object,value"),
         (["benchmark.detections=FOLDER/unknown.json"], "1 of 2 entries are of pictures that are not measured, such as"),
         (["benchmark.detections=FOLDER/no_box.json"], "must have bbox"),
@@ -620,6 +621,8 @@ def test_an_interval_is_a_plain_bootstrap():
             "give the folder of BSDS500",
         ),
         (["resume=FOLDER"], "no run.json there"),
+        (["resume=FOLDER/broken"], "a run of another script; must be one of mode=benchmark"),
+        (["mode=compare", "results=[FOLDER/a.json,FOLDER/b.json]"], "a.json; no such file"),
         (["mode=compare", "results=[FOLDER]"], "needs 'results=[a,b]'"),
     ],
 )  # fmt: skip
@@ -634,6 +637,8 @@ def test_bad_input_is_one_clear_line(root, tmp_path, monkeypatch, capfd, argumen
     (tmp_path / "nan.json").write_text(json.dumps([box | {"bbox": [float("nan"), 1, 2, 3]}]))
     (tmp_path / "outside.json").write_text(json.dumps([box, box | {"bbox": [500, 10, 20, 20]}]))
     (tmp_path / "list_id.json").write_text(json.dumps([box, box | {"image_id": [101]}]))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "run.json").write_text("{}")
     (tmp_path / "wrong.csv").write_text("name,value\na,b\n")
     (tmp_path / "twice.csv").write_text("picture,object,value\n00.png,1,a\n00.png,1,b\n")
     (root / "empty.json").write_text(json.dumps(content | {"annotations": []}))
@@ -706,6 +711,8 @@ def test_dataset_json_counts_attributes_and_is_compared(root, tmp_path, monkeypa
     assert status == 0 and f"country=Peru, masks: {expected['Peru']['masks']}, {expected['Peru']['masks']}" in printed
     assert (tmp_path / "compare" / "compare.png").is_file() and (tmp_path / "compare" / "compare.csv").is_file()
 
+    with pytest.raises(FileNotFoundError, match="picture_attributes is .*none.csv; no such file"):
+        check_data({"train": [], "val": items}, 1, "stop", tmp_path / "two", True, str(tmp_path / "none.csv"))
     (tmp_path / "countries.csv").write_text("picture,country\nnowhere.png,Peru\n")
     with pytest.raises(ValueError, match="names 1 pictures that are not in the dataset, such as nowhere.png"):
         check_data({"train": [], "val": items}, 1, "stop", tmp_path / "two", True, str(tmp_path / "countries.csv"))

@@ -37,6 +37,14 @@ def dataset_folder(root: str | Path) -> Path:
     return Path(root)
 
 
+def existing_file(path: str | Path, key: str) -> Path:
+    """Give the path of a file that a key of the config names; FileNotFoundError names both where it is not there."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{key} is {path}; no such file (seen from {Path.cwd()}): correct the path")
+    return path
+
+
 def first_few(lines: list[str], most: int | None = MAX_LISTED) -> list[str]:
     """Keep the first lines of a list that may be long, and say how many more there are; None keeps all."""
     if most is None or len(lines) <= most:

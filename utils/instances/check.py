@@ -17,7 +17,7 @@ from utils import dataset_check
 from utils.dataset_check import CheckReport, ItemReport
 from utils.images import LYING, read_image_unscaled, read_orientation, remark_on_values
 from utils.instances.readers import Instances, Item, check_same_size, class_key, is_marked_crowd, object_ids
-from utils.listing import MAX_LISTED, first_few, read_text
+from utils.listing import MAX_LISTED, existing_file, first_few, read_text
 from utils.log import drawing, write_json
 
 TINY_PX = 16  # an object of fewer pixels is remarked on
@@ -242,7 +242,7 @@ def describe_dataset(report: CheckReport, picture_attributes: str | None) -> dic
 
 def count_attributes(report: CheckReport, path: Path) -> dict[str, dict[str, dict[str, int]]]:
     """Count the pictures and masks of each value of each attribute of a csv; pictures that it lacks count as ""."""
-    rows = list(csv.DictReader(io.StringIO(read_text(path))))
+    rows = list(csv.DictReader(io.StringIO(read_text(existing_file(path, "picture_attributes")))))
     attributes = [name for name in (rows[0] if rows else {}) if name != "picture"]
     if not rows or "picture" not in rows[0] or not attributes:
         raise ValueError(f"picture_attributes {path} must have a column picture, and one for each attribute")

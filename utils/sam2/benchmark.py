@@ -39,7 +39,7 @@ from utils.dataset_check import check_items
 from utils.images import mask_to_box, read_image
 from utils.instances.check import check_item, report_lines
 from utils.instances.readers import Item, check_same_size, class_key, list_items, plain_id, split_items
-from utils.listing import first_few, read_json, read_text
+from utils.listing import existing_file, first_few, read_json, read_text
 from utils.log import drawing, write_json
 from utils.sam2 import detection_metrics as metrics
 from utils.sam2 import edges
@@ -170,7 +170,7 @@ def read_detections(
     Returns:
         {name: [{"bbox": [x, y, w, h], "score", "category_id"}, ...]}; what is to be said of them, or "".
     """
-    entries = read_json(Path(path))
+    entries = read_json(existing_file(path, "benchmark.detections"))
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"benchmark.detections {path}: must be a list of results, with one at least")
     of_picture, strange, outside, unknown = {}, [], [], []
@@ -222,7 +222,7 @@ def read_groups(path: str) -> dict[tuple[str, int], str]:
 
     A picture is named as in data.json, an object by its annotation's id in a json file, else by that of its mask.
     """
-    rows = csv.DictReader(io.StringIO(read_text(path)))
+    rows = csv.DictReader(io.StringIO(read_text(existing_file(path, "benchmark.groups"))))
     if not {"picture", "object", "value"} <= set(rows.fieldnames or []):
         raise ValueError(f"benchmark.groups {path} has the columns {rows.fieldnames}; must be picture,object,value")
     groups = {}

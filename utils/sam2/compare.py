@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.listing import read_json
+from utils.listing import existing_file, read_json
 from utils.log import drawing
 from utils.sam2.benchmark import load_records
 from utils.sam2.protocols import Record, Table, interval, summarize
@@ -110,7 +110,7 @@ def subtract(first: list[Record], other: list[Record], *places: np.ndarray) -> T
 
 def compare_datasets(paths: list[Path], run_dir: Path) -> None:
     """Lay statistics of datasets over each other: compare.csv and compare.png."""
-    datasets = [read_json(path) for path in paths]
+    datasets = [read_json(existing_file(path, "results")) for path in paths]
     for path, dataset in zip(paths, datasets, strict=True):
         if not isinstance(dataset, dict) or not {*CURVES, "attributes"} <= set(dataset):
             raise ValueError(
