@@ -15,7 +15,7 @@ from torchvision.ops import nms
 
 import infer_sam2
 from utils.images import read_image, write_image
-from utils.sam2 import edges
+from utils.sam2 import edges, mask_generation
 from utils.sam2.edges import (
     canny_edges,
     count_matches,
@@ -305,7 +305,7 @@ def test_empty_masks_have_no_edges(nano, monkeypatch):
         num_points = len(image_index)
         return torch.full((num_points, 3, 16, 16), -5.0), torch.zeros(num_points, 3), None
 
-    monkeypatch.setattr(edges, "decode", decode_nothing)
+    monkeypatch.setattr(mask_generation, "decode", decode_nothing)
     with torch.inference_mode():
         embeddings = encode(nano, torch.zeros(1, 3, nano.image_size, nano.image_size))
     assert not find_mask_edges(nano, embeddings, (30, 40), points_per_side=2).any()

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torchvision.ops import nms
 
-from utils.sam2.mask_generation import make_point_grid, measure_full_size, split_points
-from utils.sam2.model import Embeddings, decode, scale_points, upscale_masks
+from utils.sam2.mask_generation import decode_points, make_point_grid, measure_full_size
+from utils.sam2.model import Embeddings, upscale_masks
 
 THRESHOLDS = np.arange(1, 100) / 100  # the benchmark's 99 cuts of a strength
 MAX_DISTANCE = 0.0075  # of a match, share of the picture's diagonal: 4.3 px in a picture of BSDS500
@@ -148,17 +148,7 @@ def _decode_grid(
     """
     points = torch.as_tensor(make_point_grid(points_per_side, orig_hw), dtype=torch.float32, device=model.device)
     parts = []
-    for batch_points in split_points(points, POINTS_AT_ONCE, embeddings):
-        num_points = len(batch_points)
-        low_res_masks, iou_predictions, _ = decode(
-            model,
-            embeddings,
-            image_index=torch.zeros(num_points, dtype=torch.long, device=model.device),
-            point_coords=scale_points(batch_points, orig_hw, model.image_size)[:, None],  # (p, 1, 2)
-            point_labels=torch.ones(num_points, 1, dtype=torch.int32, device=model.device),
-            mask_inputs=None,
-            multimask_output=True,
-        )  # (p, 3, h, w), (p, 3)
+    for _, low_res_masks, iou_predictions in decode_points(model, embeddings, points, orig_hw, POINTS_AT_ONCE, True):
         masks, predicted_ious = low_res_masks.flatten(0, 1).float(), iou_predictions.flatten().float()
         are_there, boxes_xyxy = measure_full_size(masks, orig_hw, 0.0)  # a stability of 1, or 0 for an empty mask
         kept = torch.nonzero(are_there)[:, 0]

@@ -11,6 +11,7 @@ stitching is that of github.com/sagieppel/fine-tune-train_segment_anything_2_in_
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Annotated, NamedTuple
@@ -156,17 +157,8 @@ def find_candidates(
     """
     points = torch.as_tensor(point_coords, dtype=torch.float32, device=model.device)  # (P, 2)
     batches = []
-    for batch_points in split_points(points, settings.points_per_batch, embeddings):
-        num_points = len(batch_points)
-        low_res_masks, iou_predictions, _ = decode(
-            model,
-            embeddings,
-            image_index=torch.zeros(num_points, dtype=torch.long, device=model.device),
-            point_coords=scale_points(batch_points, crop_hw, model.image_size)[:, None],  # (p, 1, 2)
-            point_labels=torch.ones(num_points, 1, dtype=torch.int32, device=model.device),
-            mask_inputs=None,
-            multimask_output=settings.multimask_output,
-        )  # (p, M, h, w), (p, M)
+    decoded = decode_points(model, embeddings, points, crop_hw, settings.points_per_batch, settings.multimask_output)
+    for batch_points, low_res_masks, iou_predictions in decoded:  # (p, 2), (p, M, h, w), (p, M)
         predicted_ious = iou_predictions.float().flatten()  # (M * p,)
         indices = torch.nonzero(predicted_ious > settings.pred_iou_thresh)[:, 0]  # (k,) of the M * p masks
         masks = low_res_masks.flatten(0, 1)[indices].float()  # (k, h, w)
@@ -189,13 +181,36 @@ def find_candidates(
     return Candidates(masks, *(torch.cat(parts) for parts in list(zip(*batches, strict=True))[1:]))
 
 
-def split_points(points: torch.Tensor, most: int, embeddings: Embeddings) -> list[torch.Tensor]:
-    """Split points (P, 2) into parts that are decoded together: `most`, and on a CPU no more than are quick there."""
+def decode_points(
+    model: torch.nn.Module,
+    embeddings: Embeddings,
+    points: torch.Tensor,
+    image_hw: tuple[int, int],
+    most: int,
+    multimask_output: bool,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Decode the masks of points, (P, 2) px of the image, each a prompt of its own.
+
+    Args:
+        most: points that are decoded together, at most; on a CPU no more than are quick there.
+    Yields:
+        some of the points (p, 2), low_res_masks (p, M, h, w) logits, iou_predictions (p, M).
+    """
     parts = points.split(most)
-    if points.device.type != "cpu":
-        return list(parts)
-    at_once = max(FEWEST_POINTS, PIXELS_ON_CPU // embeddings.image_embeddings[0, 0].numel())
-    return [part for batch in parts for part in batch.tensor_split(max(1, len(batch) // at_once))]
+    if model.device.type == "cpu":
+        at_once = max(FEWEST_POINTS, PIXELS_ON_CPU // embeddings.image_embeddings[0, 0].numel())
+        parts = [part for batch in parts for part in batch.tensor_split(max(1, len(batch) // at_once))]
+    for part in parts:
+        low_res_masks, iou_predictions, _ = decode(
+            model,
+            embeddings,
+            image_index=torch.zeros(len(part), dtype=torch.long, device=model.device),
+            point_coords=scale_points(part, image_hw, model.image_size)[:, None],  # (p, 1, 2)
+            point_labels=torch.ones(len(part), 1, dtype=torch.int32, device=model.device),
+            mask_inputs=None,
+            multimask_output=multimask_output,
+        )
+        yield part, low_res_masks, iou_predictions
 
 
 def make_point_grid(points_per_side: int, image_hw: tuple[int, int]) -> np.ndarray:
