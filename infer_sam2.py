@@ -3,6 +3,7 @@
     python infer_sam2.py input=photo.jpg                                         # everything, with the bundled model
     python infer_sam2.py input=photos/ checkpoint=outputs/train_sam2/<run>/best.pt
     python infer_sam2.py input=photos/ model=sam2.1_hiera_tiny                   # an official model
+    python infer_sam2.py input=photos/ checkpoint=best.pt 'keep_classes=[cell]'  # trained with classes
     python infer_sam2.py input=photo.jpg mode=region region=region.png           # 30 random points inside a mask
     python infer_sam2.py input=photo.jpg mode=prompts 'points=[[420,310,1],[80,40,0]]'
     python infer_sam2.py input=photo.jpg mode=prompts 'boxes=[[300,200,560,430],[10,20,90,80]]'
@@ -34,6 +35,8 @@ and for each page of a file of several:
     <name>_labels.png    one id for each object, 16 bit; a 32-bit .tif above 65535 objects
     <name>_overlay.png   the objects in colour over the picture
     <name>.json          the masks in SA-1B's layout; those in the label map come first, with their id of the label map
+    <name>_classes.png   with a checkpoint that knows classes: their numbers, 1, 2, ... in the order of "classes" in the
+                         json, where each mask has its "class" and "class_prob"; the overlay is in their colours
     summary.csv          for each picture: name; masks: in its json; objects: in its label map; encode_ms: preprocessing
                          and image encoder, or reading the cache; ms_per_prompt: all that follows up to the finished
                          masks, per prompt
@@ -81,10 +84,11 @@ from utils.run import autocast, now_s, read_ahead, sample_rng, seed_everything, 
 from utils.sam2 import benchmark, compare, embedding_cache, mask_generation
 from utils.sam2 import model as models
 from utils.sam2.benchmark import BenchmarkSettings
+from utils.sam2.class_head import ClassHead, load_class_head
 from utils.sam2.embedding_cache import CachePlan
 from utils.sam2.fast_decoder import DecoderSetting, fix_decoder
-from utils.sam2.mask_generation import AutomaticSettings, GeneratedMasks
-from utils.settings import SAME_SECTION, CommonSettings, at_least, check_keys, one_of, read_settings
+from utils.sam2.mask_generation import AutomaticSettings, ClassFilter, GeneratedMasks
+from utils.settings import SAME_SECTION, CommonSettings, at_least, between, check_keys, one_of, read_settings
 
 log = logging.getLogger("infer_sam2")
 REPOSITORY = Path(__file__).resolve().parent
@@ -94,6 +98,7 @@ MODES_OF_KEY = {  # which modes use a key that not all of them use
     "input": SEGMENTING, "region": ("region",), "num_points": ("region",), "points": ("prompts",),
     "boxes": ("prompts",), "mask": ("prompts",), "prompts_file": ("prompts",), "data": ("benchmark",),
     "split": ("benchmark",), "results": ("compare",), "checkpoint": PREDICTING, "model": PREDICTING,
+    "keep_classes": ("automatic",), "min_class_prob": ("automatic",), "nms_across_classes": ("automatic",),
     "image_size": PREDICTING, "max_overlap": SEGMENTING, "cache": SEGMENTING, "cache_precision": SEGMENTING,
     **{f"benchmark.{field.name}": ("benchmark",) for field in fields(BenchmarkSettings)},
     **{f"automatic.{field.name}": SEGMENTING for field in fields(AutomaticSettings)},
@@ -120,6 +125,9 @@ class Config:
     boxes: list | None  # mode=prompts: [[x1, y1, x2, y2], ...] px, one object each
     mask: str | None  # mode=prompts: mask file of the picture's size, of one object
     prompts_file: str | None  # mode=prompts: json file (see the top of infer_sam2.py)
+    keep_classes: list[str] | None  # mode=automatic: masks of these classes alone; None: of all
+    min_class_prob: Annotated[float, between(0, 1)]  # mode=automatic: of a mask's class
+    nms_across_classes: bool  # mode=automatic: a mask may be suppressed by one of another class
     max_overlap: float  # a mask of which a larger share is taken by better ones is left out of the label map, 0..1
     split: Annotated[str, one_of("val", "train")]  # mode=benchmark: of data
     benchmark: BenchmarkSettings
@@ -172,6 +180,8 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     automatic = read_settings(AutomaticSettings, model_config.get("automatic", {}) | changed, "automatic")
     check_keys(functools.partial(models.build_sam2, device=device), model_config, "model")
     model = models.build_sam2(**model_config, device=device, fast_decoder=settings.fast_decoder)
+    class_head = load_class_head(model_config["checkpoint"], device)
+    class_filter = choose_classes(settings, class_head)
     cached = [(picture.path, False) for picture in pictures if picture.page is None]  # none is mirrored
     obstacle = "mode=automatic encodes crops of pictures, too" if settings.mode == "automatic" else None
     plan = embedding_cache.plan_cache(
@@ -210,16 +220,21 @@ def infer(config: dict, run_dir: Path) -> list[str]:
                 remarks.setdefault(remark[0], []).append(f"{picture}: {remark[1]}")
             with torch.inference_mode(), autocast(device, precision):
                 if settings.mode == "automatic":
-                    generated = mask_generation.generate_masks(model, image_rgb, automatic)
+                    generated = mask_generation.generate_masks(model, image_rgb, automatic, class_filter=class_filter)
                 else:
-                    generated = segment_objects(model, image_rgb, objects, automatic, plan, picture)
+                    generated = segment_objects(model, image_rgb, objects, automatic, plan, picture, class_head)
+            is_apart = class_head is not None and not settings.nms_across_classes
             label_map, ids = mask_generation.stitch_masks(
                 [annotation["segmentation"] for annotation in generated.annotations],
-                [annotation["predicted_iou"] for annotation in generated.annotations],
+                [mask_generation.score_mask(annotation) for annotation in generated.annotations],
                 image_rgb.shape[:2],
                 settings.max_overlap,
+                [annotation["class"] for annotation in generated.annotations] if is_apart else None,
             )
-            write_results(run_dir, picture.name, picture.path.name, image_rgb, label_map, ids, generated, image_index)
+            class_names = [] if class_head is None else class_head.names
+            write_results(
+                run_dir, picture.name, picture.path.name, image_rgb, label_map, ids, generated, image_index, class_names
+            )
             ms_per_prompt = generated.prompts_ms / generated.num_prompts
             num_objects = int(np.count_nonzero(ids))
             shown = picture.path.name if picture.page is None else picture.name
@@ -363,6 +378,27 @@ def choose_model(checkpoint: str | None, image_size: int | None, model: dict | N
     return chosen | {key: value for key, value in given.items() if value}
 
 
+def choose_classes(settings: Config, class_head: ClassHead | None) -> ClassFilter | None:
+    """Choose which automatic masks are kept by class; None for a checkpoint that knows no classes.
+
+    Raises:
+        ValueError: for a choice where there are no classes, and for a class that the checkpoint does not know.
+    """
+    if class_head is None:
+        chosen = [key for key in list_given(settings) if MODES_OF_KEY[key] == ("automatic",)]
+        if chosen:
+            raise ValueError(
+                f"{chosen[0]}= needs a checkpoint that knows classes: train_sam2.py classes=auto makes one"
+            )
+        return None
+    if settings.keep_classes is not None:
+        if strange := [name for name in settings.keep_classes if name not in class_head.names]:
+            listed = ", ".join(first_few(class_head.names, 20))
+            raise ValueError(f"keep_classes has {strange[0]}; the checkpoint's classes are {listed}")
+    keep = None if settings.keep_classes is None else tuple(settings.keep_classes)
+    return ClassFilter(class_head, keep, settings.min_class_prob, settings.nms_across_classes)
+
+
 def read_model_config(name: str) -> dict:
     """Read a file of configs/sam2/model."""
     return OmegaConf.to_container(OmegaConf.load(REPOSITORY / "configs" / "sam2" / "model" / f"{name}.yaml"))
@@ -480,6 +516,7 @@ def segment_objects(
     automatic: AutomaticSettings,
     plan: CachePlan | None,
     picture: images.Picture,
+    class_head: ClassHead | None,
 ) -> GeneratedMasks:
     """Predict one mask for each object: the best of three by predicted IoU for a single point, else the only one.
 
@@ -488,6 +525,7 @@ def segment_objects(
         automatic: of it, points_per_batch, stability_score_offset and min_region_area are used.
         plan: from `plan_cache`: the picture's entry is read, and made first if it is missing; None: no cache.
         picture: the picture's file; a page of a file of several has no entry.
+        class_head: gives each mask its class; None: they have none.
     Returns:
         GeneratedMasks in the order of the objects, less empty masks; "prompt" is the object's number, from 0.
     """
@@ -512,7 +550,7 @@ def segment_objects(
         point_coords = torch.from_numpy(np.stack([objects[i].point_coords for i in batch]))  # (O, P, 2)
         point_labels = torch.from_numpy(np.stack([objects[i].point_labels for i in batch]))  # (O, P)
         masks = [objects[i].mask for i in batch if objects[i].mask is not None]
-        low_res_masks, iou_predictions, _ = models.decode(
+        low_res_masks, iou_predictions, _, mask_tokens = models.decode(
             model,
             embeddings,
             image_index=torch.zeros(len(batch), dtype=torch.long, device=model.device),
@@ -520,7 +558,7 @@ def segment_objects(
             point_labels=point_labels.to(model.device),
             mask_inputs=mask_logits(masks, model) if masks else None,
             multimask_output=point_labels.shape[1] == 1 and not masks,
-        )  # (O, M, h, w), (O, M)
+        )  # (O, M, h, w), (O, M), (O, M, C)
         predicted_ious, best = iou_predictions.float().max(1)
         best_masks = low_res_masks[torch.arange(len(batch), device=best.device), best].float()  # (O, h, w)
         stability_scores, _ = mask_generation.measure_full_size(best_masks, orig_hw, automatic.stability_score_offset)
@@ -533,6 +571,10 @@ def segment_objects(
             orig_hw,
             automatic.min_region_area,
         )
+        if class_head is not None:
+            best_tokens = mask_tokens[torch.arange(len(batch), device=best.device), best]  # (O, C)
+            described = class_head.describe(*class_head.classify(best_tokens))
+            annotated = [annotation | named for annotation, named in zip(annotated, described, strict=True)]
         annotations |= dict(zip(batch, annotated, strict=True))
     filled = [annotations[i] | {"prompt": i} for i in range(len(objects)) if annotations[i]["area"] > 0]
     empty = tuple(i for i in range(len(objects)) if annotations[i]["area"] == 0)
@@ -566,14 +608,26 @@ def write_results(
     ids: np.ndarray,
     generated: GeneratedMasks,
     image_index: int,
+    class_names: list[str],
 ) -> None:
-    """Write a picture's label map, overlay and json.
+    """Write a picture's label map, overlay and json, and with classes its class map.
 
     Args:
         label_map, ids: from `stitch_masks`; masks without an id get the numbers that follow.
+        class_names: of the checkpoint; [] where it knows none.
     """
     images.write_label_map(run_dir / f"{name}_labels.png", label_map)
-    images.write_image(run_dir / f"{name}_overlay.png", images.overlay_label_map(image_rgb, label_map))
+    if class_names:
+        class_of_id = np.zeros(ids.max(initial=0) + 1, np.int64)  # 1, 2, ...; 0 where no mask is
+        class_of_id[ids] = [1 + class_names.index(annotation["class"]) for annotation in generated.annotations]
+        class_of_id[0] = 0
+        images.write_label_map(run_dir / f"{name}_classes.png", class_of_id[label_map])
+        overlay = images.overlay_label_map(image_rgb, label_map, class_of_id)
+        legend = images.draw_legend(class_names, range(1, len(class_names) + 1), image_rgb.shape[1])
+        overlay = np.concatenate([overlay, legend])
+    else:
+        overlay = images.overlay_label_map(image_rgb, label_map)
+    images.write_image(run_dir / f"{name}_overlay.png", overlay)
     numbers = ids.copy()
     numbers[ids == 0] = np.arange(ids.max(initial=0) + 1, len(ids) + 1)
     record = {
@@ -583,6 +637,7 @@ def write_results(
             "height": image_rgb.shape[0],
             "file_name": file_name,
         },
+        **({"classes": class_names} if class_names else {}),
         "annotations": [{"id": int(numbers[k])} | generated.annotations[k] for k in np.argsort(numbers)],
         "prompts_without_mask": list(generated.without_mask),
     }

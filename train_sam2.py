@@ -5,6 +5,7 @@
     python train_sam2.py check=true data=coco data.root=/my/coco   # look at a dataset, write dataset.json, and stop
     python train_sam2.py check=fit model=sam2.1_hiera_large ...    # does it fit the memory, how fast is it
     python train_sam2.py cache=auto model=sam2.1_hiera_small ...   # encode each picture once, for all runs to come
+    python train_sam2.py classes=auto data=coco data.root=/my/coco # masks with the dataset's classes
     python train_sam2.py fast_decoder=false                        # sam2's own decoder, slower on a CPU
     python train_sam2.py train.steps=0 model.checkpoint=best.pt    # evaluate and stop
     python train_sam2.py resume=outputs/train_sam2/<run>           # continue a killed run, exactly
@@ -17,6 +18,8 @@ Metrics, each a mean over all validation objects, at their picture's own size, o
     val/iou_1_click          one click at the object's centre (val/iou_<n>_clicks: n clicks, each in the largest error)
     val/oracle_iou_1_click   best of the three masks after one click
     val/iou_box              the object's exact box
+    val/class_accuracy_1_click  with classes: share of objects whose class is the likeliest name of their 1-click mask
+    val/mask_ap              with classes: COCO's average precision of automatic masks, mean over the classes
     general/iou_1_click ...  the same on general_data=<a file of data>, so that forgetting is seen
     train/loss, train/iou    running means over training steps (bias-corrected, 0.99)
 Sources: Ravi et al. 2024 (SAM 2) for prompts and losses; Kirillov et al. 2023 (SAM), appendix A and D.
@@ -35,7 +38,7 @@ import copy
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -57,7 +60,8 @@ from utils.checkpoint import config_to_resume, load_checkpoint, save_checkpoint
 from utils.dataset_check import CheckReport
 from utils.images import id_colors, read_image
 from utils.instances.check import check_data
-from utils.instances.readers import Item, check_same_size, list_items
+from utils.instances.readers import Instances, Item, check_same_size, list_items
+from utils.listing import first_few
 from utils.log import (
     MetricsLog,
     drawing,
@@ -68,9 +72,13 @@ from utils.log import (
     values_of_step,
     write_pictures,
 )
-from utils.sam2 import embedding_cache, evaluation, losses, prompts
+from utils.sam2 import class_head as class_heads
+from utils.sam2 import class_metrics, embedding_cache, evaluation, losses, mask_generation, prompts
 from utils.sam2 import model as models
+from utils.sam2.class_head import ClassHead, ClassSettings
+from utils.sam2.detection_metrics import Matches
 from utils.sam2.fast_decoder import DecoderSetting, fix_decoder
+from utils.sam2.mask_generation import AutomaticSettings, ClassFilter
 from utils.sam2.metrics import mask_iou
 from utils.sam2.model import Embeddings, FrozenMaps
 from utils.settings import SAME_SECTION, CommonSettings, above, at_least, check_keys, check_value, one_of, read_settings
@@ -80,9 +88,20 @@ TERMS = {  # losses of a mask's shape, summed in this order: logits and truth (O
     "dice": lambda logits, truth, knobs: losses.dice_loss(logits, truth),
     "cross_entropy": lambda logits, truth, knobs: losses.cross_entropy_loss(logits, truth, knobs.foreground_balance),
 }
-READ_ON_CPU = ("image_index", "num_points", "num_rounds", "is_click")  # what a batch says of the work to do
+OF_OBJECTS = (  # what a batch has of each of its objects
+    "masks", "point_coords", "point_labels", "num_points", "num_rounds", "is_click", "is_truth_click", "uniform",
+    "image_index", "class_targets",
+)  # fmt: skip
+READ_ON_CPU = (
+    "image_index",
+    "num_points",
+    "num_rounds",
+    "is_click",
+    "background_index",
+)  # what a batch says of the work to do
 HIERA_SIZES = ("tiny", "small", "base_plus", "large")
 CONFIGS = run.REPOSITORY / "configs" / "sam2"
+CLASS_ACCURACY = "val/class_accuracy_1_click"
 BLEND_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the weights at the end
 
 
@@ -112,9 +131,12 @@ class TrainSettings:
     objects_per_forward: Annotated[int | None, at_least(1)] = None  # decoded together; None: all of a batch
     max_forgetting: Annotated[float, above(0)] = 0.02  # mean IoU after one click on the general data
     blend: bool = False  # best.pt is the best mixture of the weights at the start and at the end
+    # with classes: when automatic masks are measured
+    eval_automatic: Annotated[str, one_of("ends", "never", "always")] = "ends"
 
     def __post_init__(self):
-        check_value(self.select_by, Annotated[str, one_of(*metric_names(self.eval_clicks))], "train.select_by")
+        names = [*metric_names(self.eval_clicks), CLASS_ACCURACY]
+        check_value(self.select_by, Annotated[str, one_of(*names)], "train.select_by")
 
 
 @dataclass(frozen=True)
@@ -167,6 +189,7 @@ class LossSettings:
     all_masks: Annotated[float, at_least(0)] = 0.0  # weight of the mean of all masks' losses beside that of the best
     full_size_iou: bool = False  # the IoU to be predicted is that of the enlarged mask; False: at the size of the loss
     soft_truth: bool = False  # a pixel of the loss is the share of it that the object covers; False: 0 or 1
+    classes: Annotated[float, at_least(0)] = 0.1  # cross-entropy of the class, in runs with classes
 
     def __post_init__(self):
         sections.check_terms(self.terms, TERMS)
@@ -201,6 +224,8 @@ class Config:
     fast_decoder: DecoderSetting = False
     general_data: dict | None = None  # the keys of a reader: what is not to be forgotten
     picture_attributes: str | None = None  # check=true: a csv for dataset.json
+    classes: class_heads.Choice = None  # names, "auto": those of the training objects, or None: masks alone
+    class_head: ClassSettings = field(default_factory=ClassSettings)
 
     def __post_init__(self):
         if self.train.blend and self.general_data is None:
@@ -209,6 +234,8 @@ class Config:
             raise ValueError(
                 f"picture_attributes is {self.picture_attributes}, which check=true alone uses; leave it out"
             )
+        if self.classes is None and self.train.select_by == CLASS_ACCURACY:
+            raise ValueError(f"train.select_by is {CLASS_ACCURACY}, which a run without classes does not measure")
         check_keys(functools.partial(models.build_sam2, device="cpu"), self.model, "model")
 
 
@@ -266,7 +293,10 @@ class PromptedMasks(Dataset):
         data_settings: DataSettings,
         prompt_settings: PromptSettings,
         entries: dict[tuple[Path, bool], Path] | None = None,  # see read_picture
+        class_names: list[str] | None = None,  # None: masks alone
+        background_clicks: int = 0,
     ):
+        self.class_names, self.background_clicks = class_names, background_clicks
         self.items, self.seed, self.image_size, self.entries = items, seed, image_size, entries
         self.objects_per_image, self.min_area_px = objects_per_image, data_settings.min_area_px
         self.augmentation, self.prompt_settings = data_settings.augmentation, prompt_settings
@@ -279,12 +309,15 @@ class PromptedMasks(Dataset):
             point_coords float (N, 2, 2) and point_labels int32 (N, 2): the first prompt, a box or one point and
             padding; num_points int64 (N,): 2 or 1; num_rounds int64 (N,): 1 to R + 1; is_click bool (N, R),
             is_truth_click bool (N, R), uniform float (N, R) in [0, 1): the rounds' draws; name: the picture's file.
+            With classes: class_targets int64 (N,), see `class_targets`, and background_coords float (K, 2), clicks on
+            what is no object.
         """
         item_number = run.shuffled_item(self.seed, sample_index, len(self.items))
         item = self.items[item_number]
         rng = run.sample_rng(self.seed, sample_index)
         is_mirrored = self.augmentation.hflip and rng.random() < 0.5
-        layers = item.read().layers  # (L, H, W), the picture's size, as the dataset check has seen
+        instances = item.read()
+        layers = instances.layers  # (L, H, W), the picture's size, as the dataset check has seen
         if is_mirrored:
             layers = layers[:, :, ::-1]
         objects = evaluation.kept_objects(layers, self.min_area_px)
@@ -328,7 +361,7 @@ class PromptedMasks(Dataset):
         point_coords = torch.from_numpy(np.array(point_coords, np.float32).reshape(-1, 2, 2))  # px of the picture
         point_labels = np.array(point_labels, np.int32).reshape(-1, 2)
         truth_click_share = self.prompt_settings.truth_click_share
-        return {
+        sample = {
             "picture": read_picture(  # before the draws below: it makes some, too
                 item, (height, width), is_mirrored, side, self.entries, self.augmentation.color_jitter, rng
             ),
@@ -342,10 +375,19 @@ class PromptedMasks(Dataset):
             "uniform": torch.from_numpy(rng.random((num_objects, num_rounds), np.float32)),
             "name": str(item.image_path),
         }
+        if self.class_names is not None:  # last: all other draws are those of a run without classes
+            targets = class_heads.class_targets(instances, [objects[number] for number in chosen], self.class_names)
+            background = torch.from_numpy(prompts.background_points(layers, self.background_clicks, rng))  # (K, 2)
+            sample["class_targets"] = torch.tensor(targets)
+            sample["background_coords"] = models.scale_points(background, (height, width), side)
+        return sample
 
 
 def collate(samples: list[dict]) -> dict:
-    """Join samples: pictures in one axis B, objects of all pictures in one axis O with `image_index` (O,)."""
+    """Join samples: pictures in one axis B, objects of all pictures in one axis O with `image_index` (O,).
+
+    Clicks on the background are in one axis K, with `background_index` (K,) and `background_weight` (K,).
+    """
     of_objects = [key for key in samples[0] if key not in ("picture", "name")]
     batch = {key: torch.cat([sample[key] for sample in samples]) for key in of_objects}
     batch["pictures"] = embedding_cache.join_pictures([sample["picture"] for sample in samples])
@@ -353,6 +395,10 @@ def collate(samples: list[dict]) -> dict:
     batch["image_index"] = torch.arange(len(samples)).repeat_interleave(counts)  # (O,)
     batch["object_weight"] = (1 / counts.float())[batch["image_index"]] / len(samples)  # mean over images of means
     batch["names"] = [sample["name"] for sample in samples]
+    if "background_coords" in batch:  # a picture's weigh together as much as its objects together
+        counts = torch.tensor([len(sample["background_coords"]) for sample in samples])
+        batch["background_index"] = torch.arange(len(samples)).repeat_interleave(counts)  # (K,)
+        batch["background_weight"] = (1 / counts.float())[batch["background_index"]] / len(samples)
     return batch
 
 
@@ -401,6 +447,7 @@ def mask_prediction_loss(
     masks: torch.Tensor,
     loss_settings: LossSettings,
     full_size_masks: torch.Tensor | None = None,
+    class_losses: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the loss of one prediction of O objects with M masks each, in fp32.
 
@@ -410,6 +457,8 @@ def mask_prediction_loss(
         object_score_logits: (O, 1).
         masks: (O, s, s) truth, 0..1; logits are brought to s x s where that differs from h x w.
         full_size_masks: bool (O, S, S) truth, of which loss.full_size_iou measures the IoU.
+        class_losses: (O, M), of the class that each mask got; it counts as the loss of the mask's shape does, but does
+            not say which mask trains.
     Returns:
         loss (O,); iou (O, M) of the thresholded masks, without gradient.
     Source: SAM 2's training: of three masks the one with the lowest mask loss trains, all three learn their IoU.
@@ -429,7 +478,12 @@ def mask_prediction_loss(
     iou_loss = (iou_predictions.float() - iou).abs().mean(1)  # (O,)
     objectness_loss = torch.nn.functional.softplus(-object_score_logits.float()).squeeze(1)  # every object is there
     shape_loss = mask_loss.amin(1) + loss_settings.all_masks * mask_loss.mean(1)  # (O,)
-    return shape_loss + loss_settings.iou * iou_loss + loss_settings.objectness * objectness_loss, iou
+    loss = shape_loss + loss_settings.iou * iou_loss + loss_settings.objectness * objectness_loss
+    if class_losses is not None:
+        class_losses = class_losses[:, : mask_loss.shape[1]]
+        of_best = class_losses.gather(1, mask_loss.argmin(1, keepdim=True)).squeeze(1)  # (O,)
+        loss = loss + loss_settings.classes * (of_best + loss_settings.all_masks * class_losses.mean(1))
+    return loss, iou
 
 
 def prompted_losses(
@@ -441,6 +495,7 @@ def prompted_losses(
     loss_size: int,
     objects_per_forward: int | None = None,
     precision: str = "fp32",
+    class_head: ClassHead | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Prompt the objects of a batch, correct their masks round by round, and give the loss as it comes.
 
@@ -453,16 +508,19 @@ def prompted_losses(
         batch: from `collate`, its tensors on the model's device, but those of READ_ON_CPU.
         loss_size: side of the square on which the loss is computed, pixels.
         objects_per_forward: objects that are decoded together, at most; None: all.
+        class_head: learns the classes of batch["class_targets"]; None: masks alone.
     Yields:
         chosen int64 (O',), loss (O',), iou (O',) of some objects in one round or in several: what they add to their
         object's means over its rounds; the IoU, without gradient, is that of the mask of highest predicted IoU.
     """
     num_objects = len(batch["masks"])
     group_size = objects_per_forward or num_objects
-    of_objects = {name: tensor for name, tensor in batch.items() if name not in ("pictures", "names")}
+    of_objects = {name: tensor for name, tensor in batch.items() if name in OF_OBJECTS}
     for first in range(0, num_objects, group_size):
         group = {name: tensor[first : first + group_size] for name, tensor in of_objects.items()}
-        parts = _prompt_group(model, embeddings, group, prompt_settings, loss_settings, loss_size, precision)
+        parts = _prompt_group(
+            model, embeddings, group, prompt_settings, loss_settings, loss_size, precision, class_head
+        )
         if prompt_settings.detach:
             yield from ((first + chosen, *losses_and_ious) for chosen, *losses_and_ious in parts)
         else:  # the last round's gradient goes through all before
@@ -478,6 +536,7 @@ def _prompt_group(
     loss_settings: LossSettings,
     loss_size: int,
     precision: str,
+    class_head: ClassHead | None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Prompt a group of objects: `prompted_losses`, where all objects are decoded together."""
     masks, image_index, num_rounds = group["masks"], group["image_index"], group["num_rounds"]  # (G, S, S), (G,), (G,)
@@ -508,6 +567,7 @@ def _prompt_group(
                 *(model, embeddings, image_index[chosen], point_coords[on_device, :count]),
                 *(point_labels[on_device, :count], mask_inputs[on_device] if round_number > 0 else None),
                 *(truth[on_device], loss_settings, masks[on_device]),
+                *(class_head, None if class_head is None else group["class_targets"][on_device]),
             )
             with run.autocast(device, precision):
                 if prompt_settings.detach:
@@ -540,17 +600,43 @@ def _prompt_group(
 
 
 def _decode_round(
-    model, embeddings, image_index, point_coords, point_labels, mask_inputs, truth, loss_settings, full_size_masks
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    model, embeddings, image_index, point_coords, point_labels, mask_inputs, truth, loss_settings, full_size_masks,
+    class_head, class_targets,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Decode objects that have the same number of points: loss (O,), IoU (O,) of the chosen mask, and its logits."""
-    low_res_masks, iou_predictions, object_score_logits = models.decode(
+    low_res_masks, iou_predictions, object_score_logits, mask_tokens = models.decode(
         model, embeddings, image_index, point_coords, point_labels, mask_inputs, point_coords.shape[1] == 1
     )
+    class_losses = None if class_head is None else class_head.loss(mask_tokens, class_targets)  # (O, M)
     object_loss, iou = mask_prediction_loss(
-        low_res_masks, iou_predictions, object_score_logits, truth, loss_settings, full_size_masks
+        low_res_masks, iou_predictions, object_score_logits, truth, loss_settings, full_size_masks, class_losses
     )
     best = iou_predictions[:, : iou.shape[1]].argmax(1, keepdim=True)
     return object_loss, iou.gather(1, best).squeeze(1), evaluation.pick_mask(low_res_masks, iou_predictions)
+
+
+def background_loss(
+    model: torch.nn.Module,
+    embeddings: Embeddings,
+    batch: dict,
+    class_head: ClassHead,
+    loss_settings: LossSettings,
+    precision: str,
+) -> torch.Tensor:
+    """Compute the loss of clicks on what is no object: each of their masks is to be "none".
+
+    Returns:
+        the weighted sum over a batch's clicks, scalar.
+    """
+    coords = batch["background_coords"]  # (K, 2)
+    labels = torch.ones(len(coords), 1, dtype=torch.int32, device=coords.device)
+    with run.autocast(coords.device, precision):
+        *_, mask_tokens = models.decode(
+            model, embeddings, batch["background_index"], coords[:, None], labels, None, multimask_output=True
+        )
+    losses_of_masks = class_head.loss(mask_tokens, torch.zeros(len(coords), dtype=torch.long, device=coords.device))
+    factor = loss_settings.classes * (1 + loss_settings.all_masks)  # as one whose masks all have the same loss
+    return factor * (losses_of_masks.mean(1) * batch["background_weight"]).sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -573,6 +659,8 @@ def evaluate(
     samples_dir: Path | None,
     picture_images: int,
     entries: dict[tuple[Path, bool], Path] | None = None,
+    class_head: ClassHead | None = None,
+    automatic: AutomaticSettings | None = None,
 ) -> dict[str, float]:
     """Measure a model on every object of the items, at each picture's own size.
 
@@ -583,36 +671,56 @@ def evaluate(
         clicks: numbers of clicks to report, such as [1, 2, 3, 5, 9].
         samples_dir: where to put pictures (image with prompts, prediction, truth) of the first `picture_images` items.
         entries: as for `read_picture`.
+        class_head: whose answers are measured, and drawn as confusion.png; None: masks alone.
+        automatic: the grid of the automatic masks whose precision is measured by class; None: it is not.
     Returns:
-        {"val/iou_1_click": mean over objects, ...} for `metric_names`, and "val/num_images", "val/num_objects".
+        {"val/iou_1_click": mean over objects, ...} for `metric_names`, and "val/num_images", "val/num_objects"; with
+        classes also val/class_accuracy_1_click, and val/mask_ap and others of `summarize_matches`.
     """
 
-    def read(item: Item) -> tuple[np.ndarray, torch.Tensor | FrozenMaps]:
-        layers = item.read().layers  # (L, H, W)
-        return layers, read_picture(item, layers.shape[1:], False, model.image_size, entries)
+    def read(item: Item) -> tuple[Instances, torch.Tensor | FrozenMaps]:
+        instances = item.read()
+        return instances, read_picture(item, instances.layers.shape[1:], False, model.image_size, entries)
 
     model.eval()
     names = metric_names(clicks)
     measured, drawn = [], []  # of each picture: IoUs of its objects, (metrics, O); what is drawn of it, or None
+    answered, matched = [], []  # of each picture: the confusion matrices of its objects; the matches of its masks
     own = ranks.share(items)
     progress = tqdm(own, desc="evaluate", leave=False, disable=None)
     with run.start_threads() as threads:
         readings = run.read_ahead(read, [item for _, item in own])
         for (number, item), reading in zip(progress, readings, strict=True):
-            layers, picture = reading.result()
+            instances, picture = reading.result()
+            layers = instances.layers  # (L, H, W)
             objects = evaluation.kept_objects(layers, min_area_px)
             with run.autocast(model.device, precision):
                 embeddings = embedding_cache.embed(model, picture)
             is_pictured = samples_dir is not None and number < picture_images
-            of_groups = [torch.zeros(len(names), 0)]
+            of_groups, logits = [torch.zeros(len(names), 0)], []
             pictured = []  # (click, predicted mask, true mask) of this picture's objects, if it is drawn
             for masks in evaluation.group_masks(layers, objects, model.device):  # (O, H, W)
                 clicked = evaluation.click_objects(model, embeddings, masks, max(clicks), precision, threads)
                 after_clicks = [clicked.ious[:, count - 1] for count in clicks]
                 of_groups.append(torch.stack([*after_clicks, clicked.first_ious.amax(1), clicked.box_iou]))
+                if class_head is not None:
+                    logits.append(class_head(clicked.first_tokens))
                 if is_pictured:
                     pictured += zip(clicked.first_points, clicked.first_masks, masks, strict=True)
             measured.append(torch.cat(of_groups, 1))
+            if class_head is not None:
+                targets = class_heads.class_targets(instances, objects, class_head.names)
+                answered.append(class_metrics.count_answers(targets, torch.cat(logits).cpu().numpy()))
+            if class_head is not None and automatic is not None:
+                with run.autocast(model.device, precision):
+                    generated = mask_generation.generate_masks(
+                        model,
+                        read_image(item.image_path),
+                        automatic,
+                        embeddings,
+                        ClassFilter(class_head, nms_across_classes=False),
+                    )
+                matched.append(class_metrics.match_masks(generated.annotations, instances, class_head.names))
             drawn.append(None)
             if is_pictured:
                 with drawing(item.name):
@@ -620,7 +728,26 @@ def evaluate(
     write_pictures(samples_dir, [item.name for item in items], ranks.gather(drawn))
     ious = torch.cat(ranks.gather(measured), 1)
     means = {name: of_objects.mean().item() for name, of_objects in zip(names, ious, strict=True)}
+    if class_head is not None:
+        means |= summarize_classes(ranks.gather(answered), ranks.gather(matched), class_head.names, samples_dir)
     return means | {"val/num_images": len(items), "val/num_objects": ious.shape[1]}
+
+
+def summarize_classes(
+    matrices: list[np.ndarray], matches: list[list[Matches]], names: list[str], samples_dir: Path | None
+) -> dict[str, float]:
+    """Summarise what was measured of the classes in each picture, and draw confusion.png."""
+    with_none, of_names = np.sum(matrices, 0)  # (1 + names, 1 + names) each
+    values = {}
+    if of_names[1:].any():
+        values[CLASS_ACCURACY] = float(of_names[1:, 1:].trace() / of_names[1:].sum())
+    if with_none.any() and samples_dir is not None and ranks.is_first():
+        with drawing(samples_dir / "confusion.png"):
+            class_metrics.draw_confusion(with_none, names, samples_dir / "confusion.png")
+    if matches:
+        summary = class_metrics.summarize_matches(matches, names)
+        values |= {f"val/{name}": value for name, value in summary.items()}
+    return values
 
 
 def draw_sample(
@@ -723,6 +850,51 @@ def parameter_groups(trainable: dict[str, torch.nn.Parameter], optim: OptimSetti
         )
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def make_class_head(
+    settings: Config, counts: dict, model: torch.nn.Module, resume_path: Path | None
+) -> ClassHead | None:
+    """Make the head that learns the classes of a run, or None for masks alone.
+
+    A head with the same classes in model.checkpoint goes on from there.
+
+    Args:
+        counts: from `list_data`, with the objects of each class.
+    Raises:
+        ValueError: as `choose_classes` and `weigh_classes`; where nothing trains and the checkpoint has no such head.
+    """
+    if settings.classes is None:
+        return None
+    if resume_path is not None:
+        names = load_checkpoint(resume_path)["classes"]
+    else:
+        names = class_heads.choose_classes(settings.classes, counts["classes"])
+    head = ClassHead(names, model.sam_mask_decoder.transformer_dim, settings.common.seed)
+    earlier = None if resume_path else class_heads.load_class_head(settings.model["checkpoint"], torch.device("cpu"))
+    if earlier is not None and earlier.names == names:
+        head.load_state_dict(earlier.state_dict())
+    elif resume_path is None and (earlier is not None or settings.train.steps == 0):
+        there = "no classes" if earlier is None else f"the classes {', '.join(first_few(earlier.names, 20))}"
+        line = f"model.checkpoint has {there}, but classes are {', '.join(first_few(names, 20))}"
+        if settings.train.steps == 0:
+            raise ValueError(f"{line}; with train.steps=0 nothing learns them: give a checkpoint with these classes")
+        print(f"{line}: they are learned anew")
+    if settings.train.select_by == CLASS_ACCURACY and not any(counts["classes"]["val"].get(name) for name in names):
+        raise ValueError(f"train.select_by is {CLASS_ACCURACY}, but no validation object has one of the classes")
+    head.class_weights = class_heads.weigh_classes(settings.class_head.class_weights, names, counts["classes"]["train"])
+    return head.to(model.device)
+
+
+def choose_automatic(settings: Config, is_end: bool) -> AutomaticSettings | None:
+    """Choose the grid of automatic masks for an evaluation, SAM 2's own without thresholds; None: none at this one.
+
+    Average precision ranks masks: none is left out for its score, and weights are not measured by what suits others.
+    """
+    when = settings.train.eval_automatic
+    if settings.classes is None or when == "never" or (when == "ends" and not is_end):
+        return None
+    return AutomaticSettings(pred_iou_thresh=0.0, stability_score_thresh=0.0)
 
 
 def list_data(settings: Config, run_dir: Path, resume_path: Path | None) -> tuple[dict[str, list[Item]], dict]:
@@ -838,9 +1010,14 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
         f"{settings.model['name']}: {num_trainable:,} parameters trained, {num_all - num_trainable:,} frozen; "
         f"{device}, {precision}; loss: {sections.describe_terms(settings.loss.terms)}"
     )
-    optimizer = torch.optim.AdamW(
-        parameter_groups(trainable, optim_settings), lr=optim_settings.lr, betas=tuple(optim_settings.betas)
-    )
+    class_head = make_class_head(settings, counts, model, resume_path)
+    beside = {} if class_head is None else {"class_head": class_head}
+    groups = parameter_groups(trainable, optim_settings)
+    head_parameters = [] if class_head is None else [*class_head.parameters()]
+    if class_head is not None:
+        lr_factor = settings.class_head.lr / optim_settings.lr
+        groups.append({"params": head_parameters, "lr_factor": lr_factor, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=optim_settings.lr, betas=tuple(optim_settings.betas))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if train_settings.compile:
         plain, compiled = model.image_encoder.forward, run.compile_forward(model.image_encoder, device)
@@ -853,22 +1030,27 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
         evaluate, model, min_area_px=settings.data.min_area_px, clicks=train_settings.eval_clicks, precision=precision,
         entries=entries,
     )  # fmt: skip
+    measure_own = functools.partial(measure, class_head=class_head)
 
-    is_resumed = resume_path is not None
-    loop = loops.resume_run(resume_path, run_dir, model, optimizer, scaler) if is_resumed else loops.LoopState()
+    is_resumed, state = resume_path is not None, (model, optimizer, scaler)
+    loop = loops.resume_run(resume_path, run_dir, *state, beside) if is_resumed else loops.LoopState()
     log = MetricsLog(run_dir, loop.rows)
     description = {"script": "train_sam2", "config": config}
+    if class_head is not None:
+        description["classes"] = class_head.names
     names = loops.split_names(splits)
-    save = functools.partial(loops.save_run, run_dir, loop, model, optimizer, scaler, description, names)
+    save = functools.partial(loops.save_run, run_dir, loop, *state, description, names, beside=beside)
     if train_settings.blend and not settings.check and ranks.is_first():
         keep_start(run_dir, resume_path, model)
     if is_resumed:
         save(is_best=False)  # from now on this folder can be resumed too
 
     objects_per_image, group_size = train_settings.objects_per_image, train_settings.objects_per_forward
+    class_names = None if class_head is None else class_head.names
     dataset = PromptedMasks(
-        train_items, common.seed, model.image_size, objects_per_image, settings.data, settings.prompts, entries
-    )
+        train_items, common.seed, model.image_size, objects_per_image, settings.data, settings.prompts, entries,
+        class_names, settings.class_head.background_clicks,
+    )  # fmt: skip
     images_per_step = train_settings.batch_size * train_settings.accumulate
     batches = loops.load_batches(
         dataset,
@@ -892,9 +1074,13 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
         elif (loop.step % train_settings.eval_every == 0 or is_last) and loop.step > loop.evaluated_step:
             samples_dir = run_dir / "samples" / f"step_{loop.step:06d}"
             with window.paused():  # speed is that of training alone
-                metrics = measure(val_items, samples_dir=samples_dir, picture_images=train_settings.picture_images)
+                metrics = measure_own(
+                    val_items, samples_dir=samples_dir, picture_images=train_settings.picture_images,
+                    automatic=choose_automatic(settings, is_end=loop.step == 0 or is_last),
+                )  # fmt: skip
                 metrics |= measure_general(measure, general_items)
-                ious = [f"{name[4:]} {value:.3f}" for name, value in metrics.items() if name.startswith("val/iou")]
+                shown = ("val/iou", CLASS_ACCURACY, "val/mask_ap")
+                ious = [f"{name[4:]} {value:.3f}" for name, value in metrics.items() if name.startswith(shown)]
                 tqdm.write(f"step {loop.step}: " + "  ".join(ious))
                 if line := describe_forgetting(loop.start_metrics, metrics, train_settings.max_forgetting):
                     tqdm.write(line)
@@ -936,12 +1122,18 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
             encoded_s = run.now_s(device) if is_timed else 0.0
             cut_embeddings, leaves = models.cut(embeddings)
             for chosen, object_loss, object_iou in prompted_losses(
-                model, cut_embeddings, batch, settings.prompts, settings.loss, loss_size, group_size, precision
-            ):
+                model, cut_embeddings, batch, settings.prompts, settings.loss, loss_size, group_size, precision,
+                class_head,
+            ):  # fmt: skip
                 weight = batch["object_weight"][chosen] / train_settings.accumulate
                 loss = (object_loss * weight).sum()
                 scaler.scale(loss).backward()
                 loss_and_iou += torch.stack([loss.detach(), (object_iou * weight).sum()])
+            if class_head is not None and len(batch["background_coords"]):
+                loss = background_loss(model, cut_embeddings, batch, class_head, settings.loss, precision)
+                loss = loss / train_settings.accumulate
+                scaler.scale(loss).backward()
+                loss_and_iou[0] += loss.detach()
             models.send_back(embeddings, leaves)
 
         # 4. read and clip
@@ -949,8 +1141,12 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
         step_loss, step_iou = loss_and_iou.tolist()  # the first wait for the device
         loops.check_finite(step_loss, loop.step, samples)
         step_loss, step_iou = ranks.mean(torch.tensor([step_loss, step_iou])).tolist()
-        ranks.average_gradients(trainable.values())
+        ranks.average_gradients([*trainable.values(), *head_parameters])
         grad_norm = loops.clip_gradients(trainable.values(), train_settings.clip_norm, optimizer, scaler, loop, samples)
+
+        torch.nn.utils.clip_grad_norm_(
+            head_parameters, train_settings.clip_norm
+        )  # by itself: masks learn as without it
 
         # 5. update (the scaler leaves out a step whose fp16 gradients overflowed)
         scaler.step(optimizer)
@@ -985,12 +1181,14 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     plot_curves(loop.rows, run_dir / "curves.png")
     log.close()
     if train_settings.blend:
-        loop.best = blend_weights(run_dir, model, measure, val_items, general_items) | {"step": loop.step}
+        mixed = blend_weights(run_dir, model, measure_own, val_items, general_items, beside)
+        loop.best = mixed | {"step": loop.step}
     finish_run(run_dir, {"start": loop.start_metrics, "best": loop.best, "last": last})
-    best, names = loop.best, [name for name in loop.best if "iou" in name]
+    best, shown = loop.best, ("iou", "class_accuracy", "mask_ap")
+    names = [name for name in loop.start_metrics | last if any(word in name for word in shown)]
     if not general_items:
         names = [name.removeprefix("val/") for name in names]
-    change = {name: best[name] - value for name, value in loop.start_metrics.items()}
+    change = {name: best[name] - value for name, value in loop.start_metrics.items() if name in best}
     columns = {"step 0": loop.start_metrics, "best": best, "change": change, "last": last}
     print("\n" + "\n".join(metric_lines(names, columns)))
     print(f"best checkpoint: step {best['step']}; {best['val/num_objects']} objects in {best['val/num_images']} images")
@@ -1035,12 +1233,14 @@ def blend_weights(
     measure: Callable[..., dict[str, float]],
     val_items: list[Item],
     general_items: list[Item],
+    beside: dict[str, torch.nn.Module],
 ) -> dict[str, float]:
     """Mix the weights at the start and at the end, and make the mixture that knows most of both datasets best.pt.
 
     Args:
         model: with the weights at the end.
         measure: `evaluate`, which takes items, samples_dir and picture_images here.
+        beside: what is not mixed, as for `save_run`: best.pt gets it as it is at the end.
     Returns:
         the metrics of that mixture, with "blend": the share of the weights at the end.
     Source: Wortsman et al. 2022 (WiSE-FT), mixtures in weight space.
@@ -1061,7 +1261,8 @@ def blend_weights(
             best = metrics | {"blend": factor}
             chosen = mixed
     stored = load_checkpoint(run_dir / "best.pt")
-    save_checkpoint(run_dir / "best.pt", stored | {"model": chosen, "metrics": best})
+    ends = {name: module.state_dict() for name, module in beside.items()}
+    save_checkpoint(run_dir / "best.pt", stored | {"model": chosen, "metrics": best} | ends)
     print(f"best.pt is the mixture with {best['blend']} of the weights at the end")
     return best
 

@@ -79,7 +79,7 @@ def main() -> None:
 
     def step_ours() -> None:
         model.zero_grad(set_to_none=True)
-        low_res_masks, _, _ = decode(model, embeddings, image_index, points, labels, None, multimask_output=True)
+        low_res_masks, *_ = decode(model, embeddings, image_index, points, labels, None, multimask_output=True)
         compute_loss(low_res_masks, slice(None)).backward()
 
     for fast_decoder in (False, True):

@@ -267,7 +267,7 @@ def find_differences(
         ((_, object_loss, _),) = prompted_losses(model, embeddings, batch, prompts, loss, model.image_size)
         our_loss = (object_loss * batch["object_weight"]).sum()
         loss_differences.append((abs(our_loss - plain_loss) / plain_loss).item())
-        masks, _, _ = decode(
+        masks, *_ = decode(
             model,
             embed(model, batch["pictures"]),
             batch["image_index"],

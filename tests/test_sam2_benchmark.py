@@ -229,7 +229,8 @@ def test_the_truth_as_prediction_has_the_best_value_of_every_protocol(root, tmp_
             chosen.append(masks[int(np.argmin(distances))])
         logits = torch.from_numpy(np.stack(chosen)).float()[:, None] * 20 - 10  # at the picture's size
         num_masks = 3 if coords.shape[1] == 1 else 1
-        return logits.expand(-1, num_masks, -1, -1), torch.ones(len(chosen), num_masks)
+        tokens = torch.zeros(len(chosen), num_masks, 8)
+        return logits.expand(-1, num_masks, -1, -1), torch.ones(len(chosen), num_masks), tokens
 
     def generate(model, image_rgb, settings, encoded=None):
         masks = masks_of(known[image_rgb.shape[:2]])

@@ -256,7 +256,7 @@ def test_edges_of_masks_are_those_of_a_plain_loop(nano):
         for point in torch.from_numpy(make_point_grid(side, orig_hw)).float():
             point = scale_points(point[None, None].expand(8, 1, 2), orig_hw, nano.image_size)  # 8: rounds as in batches
             labels = torch.ones(8, 1, dtype=torch.int32)
-            masks, ious, _ = decode(nano, embeddings, torch.zeros(8, dtype=torch.long), point, labels, None, True)
+            masks, ious, *_ = decode(nano, embeddings, torch.zeros(8, dtype=torch.long), point, labels, None, True)
             full = torch.nn.functional.interpolate(masks[:1], orig_hw, mode="bilinear", align_corners=False)[0]
             probabilities += list(full.sigmoid().numpy())
             predicted_ious += ious[0].tolist()
@@ -303,7 +303,7 @@ def test_edges_of_masks_lie_on_the_discs(nano):
 def test_empty_masks_have_no_edges(nano, monkeypatch):
     def decode_nothing(*arguments, image_index, **keywords):
         num_points = len(image_index)
-        return torch.full((num_points, 3, 16, 16), -5.0), torch.zeros(num_points, 3), None
+        return torch.full((num_points, 3, 16, 16), -5.0), torch.zeros(num_points, 3), None, None
 
     monkeypatch.setattr(mask_generation, "decode", decode_nothing)
     with torch.inference_mode():

@@ -6,7 +6,15 @@ from test_sam2_model import model_config
 
 from utils.sam2 import fast_decoder
 from utils.sam2.fast_decoder import decode_fast, to_pixels
-from utils.sam2.model import FrozenMaps, build_sam2, decode, finish_embeddings, freeze_except, project_high_res
+from utils.sam2.model import (
+    FrozenMaps,
+    build_sam2,
+    choose_masks,
+    decode,
+    finish_embeddings,
+    freeze_except,
+    project_high_res,
+)
 
 UNSEEN = "cross_attn_token_to_image.k_proj.bias", "final_attn_token_to_image.k_proj.bias"  # no mask depends on them
 IMAGE_INDEX = torch.tensor([3, 0, 0, 1, 3, 3, 0])  # seven objects in four images, in no order; none in the third
@@ -51,10 +59,11 @@ def run(model, inputs: dict, image_index: torch.Tensor, multimask_output: bool, 
     dense = dense.expand(len(image_index), -1, -1, -1)
     high_res_features = [inputs["stride_4"], inputs["stride_8"]]
     if fast:
-        outputs = decode_fast(
+        *of_masks, scores = decode_fast(
             model, inputs["image_embeddings"], high_res_features, image_index,
-            model.sam_prompt_encoder.get_dense_pe(), inputs["sparse_embeddings"], dense, is_shared, multimask_output,
+            model.sam_prompt_encoder.get_dense_pe(), inputs["sparse_embeddings"], dense, is_shared,
         )  # fmt: skip
+        outputs = *choose_masks(model.sam_mask_decoder, *of_masks, multimask_output)[:2], scores
     else:
         masks, ious, _, scores = model.sam_mask_decoder(
             image_embeddings=inputs["image_embeddings"][image_index],

@@ -71,7 +71,12 @@ class BlobPrompts(nn.Module):
 
 
 class BlobDecoder(nn.Module):
-    def forward(self, *, sparse_prompt_embeddings, high_res_features, multimask_output, **unused):
+    def forward(self, *, multimask_output, **inputs):
+        low_res_masks, predicted_ious, *_ = self.predict_masks(**inputs)
+        chosen = slice(1, 4) if multimask_output else slice(1)
+        return low_res_masks[:, chosen], predicted_ious[:, chosen], None, None
+
+    def predict_masks(self, *, sparse_prompt_embeddings, high_res_features, **unused):
         points = sparse_prompt_embeddings[:, 0]  # (O, 2)
         side = high_res_features[0].shape[-1]  # S/4
         ys, xs = torch.meshgrid(torch.arange(side) * 4.0, torch.arange(side) * 4.0, indexing="ij")
@@ -81,8 +86,9 @@ class BlobDecoder(nn.Module):
         brightness = high_res_features[0].mean(1)  # (1 or O, h, w)
         low_res_masks = 3 * (radius[..., None, None] - distance[:, None] + 6 * brightness[:, None])
         predicted_ious = 0.75 + 0.25 * torch.sin(3 * phase)
-        num_masks = 3 if multimask_output else 1
-        return low_res_masks[:, :num_masks], predicted_ious[:, :num_masks], None, None
+        order = [0, 0, 1, 2]  # a single mask is the first of three
+        tokens = phase[:, order, None]  # (O, 4, 1)
+        return low_res_masks[:, order], predicted_ious[:, order], tokens, None
 
 
 def smooth_image(height, width, seed=0):

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -575,17 +576,20 @@ def id_colors(ids: np.ndarray) -> np.ndarray:
     return np.where(ids[:, None] == 0, 0, np.rint(colors.T * 255)).astype(np.uint8)
 
 
-def overlay_label_map(image_rgb: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def overlay_label_map(image_rgb: np.ndarray, ids: np.ndarray, color_ids: np.ndarray | None = None) -> np.ndarray:
     """Draw the objects of a label map over its picture: half picture, half colour, with a contour one pixel thin.
 
     Args:
         image_rgb: uint8 (H, W, 3) RGB.
         ids: non-negative integers (H, W); 0 is left as it is.
+        color_ids: the number whose colour each id has, by id, such as that of its class; None: each has its own.
     Returns:
         uint8 (H, W, 3) RGB, a new array.
     """
     assert image_rgb.shape[:2] == ids.shape, (image_rgb.shape, ids.shape)
-    if ids.max(initial=0) <= ids.size:
+    if color_ids is not None:
+        colors = id_colors(color_ids)[ids]
+    elif ids.max(initial=0) <= ids.size:
         colors = id_colors(np.arange(ids.max(initial=0) + 1))[ids]  # (H, W, 3)
     else:  # few, large ids
         present, index = np.unique(ids, return_inverse=True)
@@ -598,6 +602,16 @@ def overlay_label_map(image_rgb: np.ndarray, ids: np.ndarray) -> np.ndarray:
     half = ((image_rgb.astype(np.uint16) + colors + 1) // 2).astype(np.uint8)
     overlay = np.where(is_contour[..., None], colors, half)
     return np.where(ids[..., None] > 0, overlay, image_rgb)
+
+
+def draw_legend(names: Sequence[str], color_ids: Sequence[int], width: int) -> np.ndarray:
+    """Draw which colour is whose, six names a row: uint8 (h, width, 3) RGB; what has the colour of 0 is hollow."""
+    legend = np.full((16 * math.ceil(len(names) / 6) + 4, width, 3), 255, np.uint8)
+    for index, (name, color) in enumerate(zip(names, id_colors(color_ids).tolist(), strict=True)):
+        x, y = index % 6 * width // 6, 16 * (index // 6)
+        cv2.rectangle(legend, (x + 4, y + 4), (x + 14, y + 14), color, -1 if any(color) else 1)
+        cv2.putText(legend, name[:24], (x + 18, y + 14), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+    return legend
 
 
 # ---------------------------------------------------------------------------------------------------------------------

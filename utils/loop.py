@@ -69,6 +69,7 @@ def save_run(
     description: dict,
     splits: dict[str, list[str]],
     is_best: bool,
+    beside: dict[str, torch.nn.Module] | None = None,
 ) -> None:
     """Write last.pt, then best.pt where these weights are the best: `resume_run` mends what a kill between them leaves.
 
@@ -77,10 +78,12 @@ def save_run(
     Args:
         description: what both files hold beside the weights, plain types: {"script": ..., "config": ..., ...}.
         splits: names of the samples of each split, for last.pt; see `keep_splits`.
+        beside: what trains and is no part of the model; the weights of each lie beside the model's, by its name.
     """
     if not ranks.is_first():
         return
-    best = {"format": 1, **description, "model": model.state_dict(), "git": git_state()}
+    weights = {name: module.state_dict() for name, module in {"model": model, **(beside or {})}.items()}
+    best = {"format": 1, **description, **weights, "git": git_state()}
     state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "loop": asdict(loop)}
     save_checkpoint(run_dir / "last.pt", best | state | {"splits": splits, "best_keys": list(best)})
     if is_best:
@@ -93,16 +96,20 @@ def resume_run(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    beside: dict[str, torch.nn.Module] | None = None,
 ) -> LoopState:
     """Bring a run back from its last.pt, and its best.pt into the new folder.
 
     Where last.pt is the best, best.pt is made from it: a run killed just after saving it has that of before.
 
+    Args:
+        beside: as for `save_run`.
     Returns:
         the state in which the loop goes on.
     """
     state = load_checkpoint(resume_path)
-    model.load_state_dict(state["model"])
+    for name, module in {"model": model, **(beside or {})}.items():
+        module.load_state_dict(state[name])
     optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:  # none of a run that computed in bf16 or fp32, on another device
         scaler.load_state_dict(state["scaler"])

@@ -143,6 +143,8 @@ def fill_defaults(cls: type, section: dict) -> dict:
     filled = dict(section)
     for field in dataclasses.fields(cls):
         kind = kinds[field.name]
+        if field.name not in filled and field.default_factory is not dataclasses.MISSING:
+            filled[field.name] = {}  # a younger section
         if SAME_SECTION in _marks(kind):
             filled = fill_defaults(typing.get_args(kind)[0], filled)
         elif dataclasses.is_dataclass(kind) and isinstance(filled.get(field.name), dict):

@@ -89,12 +89,21 @@ def check_data(
         "train_images": len(splits["train"]),
         "val_images": len(splits["val"]),
         "num_small_objects_left_out": num_small,
+        "classes": {split: count_classes(report, items, min_area_px) for split, items in splits.items()},
     }
     print(
         f"train on {len(splits['train'])} images, validate on {len(splits['val'])}; {num_small} objects below "
         f"data.min_area_px={min_area_px} left out; statistics in {run_dir / 'dataset.png'}"
     )
     return splits, counts, report
+
+
+def count_classes(report: CheckReport, items: list[Item], min_area_px: int) -> dict[str, int]:
+    """Count the objects of each class, "" for those without one, that are large enough: {name: objects}, sorted."""
+    names = {item.name for item in items}
+    contents = [item.content for item in report.usable if item.name in names]
+    pairs = [pair for content in contents for pair in zip(content.class_names, content.areas_px, strict=True)]
+    return dict(sorted(Counter(name for name, area in pairs if area >= min_area_px).items()))
 
 
 def count(report: CheckReport) -> dict[str, int]:

@@ -596,10 +596,12 @@ def read_labpics(path: Path, vessel: str = "visible") -> Instances:
     if channels.shape[2] < 3:
         raise ValueError(f"LabPics instance file {path} has one channel; must be RGB (R vessel ids, B material ids)")
     vessels, materials = channels[..., 0], channels[..., 2]
-    vessels = np.where(vessels > 0, vessels + materials.max(), 0)
-    if vessel == "full":
-        return Instances(np.stack([materials, vessels]))
-    return Instances(np.where(materials > 0, materials, vessels)[None])
+    num_materials = int(materials.max(initial=0))
+    vessels = np.where(vessels > 0, vessels + num_materials, 0)
+    num_vessels = int(vessels.max(initial=0)) - num_materials
+    annotations = ({"category": "material"},) * num_materials + ({"category": "vessel"},) * num_vessels
+    layers = [materials, vessels] if vessel == "full" else [np.where(materials > 0, materials, vessels)]
+    return Instances(np.stack(layers), annotations=annotations)
 
 
 def read_ids(path: Path, ignore_ids: tuple[int, ...] = ()) -> Instances:

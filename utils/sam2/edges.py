@@ -148,7 +148,8 @@ def _decode_grid(
     """
     points = torch.as_tensor(make_point_grid(points_per_side, orig_hw), dtype=torch.float32, device=model.device)
     parts = []
-    for _, low_res_masks, iou_predictions in decode_points(model, embeddings, points, orig_hw, POINTS_AT_ONCE, True):
+    decoded = decode_points(model, embeddings, points, orig_hw, POINTS_AT_ONCE, True)
+    for _, low_res_masks, iou_predictions, _ in decoded:
         masks, predicted_ious = low_res_masks.flatten(0, 1).float(), iou_predictions.flatten().float()
         are_there, boxes_xyxy = measure_full_size(masks, orig_hw, 0.0)  # a stability of 1, or 0 for an empty mask
         kept = torch.nonzero(are_there)[:, 0]

@@ -28,7 +28,7 @@ LOGIT_LIMIT = 32.0  # the largest logit that is fed back as a mask prompt, as SA
 
 
 class Clicked(NamedTuple):
-    """What was measured of O objects that were prompted, all float32 on the CPU, and what their first click showed."""
+    """What was measured of O objects that were prompted, float32 on the CPU, and what their first click showed."""
 
     ious: torch.Tensor  # (O, K), of the mask of highest predicted IoU after 1 to K clicks; nan where none was made
     first_ious: torch.Tensor  # (O, 3), of the three masks after one click
@@ -36,6 +36,7 @@ class Clicked(NamedTuple):
     box_iou: torch.Tensor  # (O,), from the exact box
     first_points: list[np.ndarray]  # (x, y), px of the picture
     first_masks: np.ndarray  # bool (O, H, W), of highest predicted IoU after one click
+    first_tokens: torch.Tensor  # (O, C), on the model's device, the tokens of these masks
 
 
 def kept_objects(layers: np.ndarray, min_area_px: int) -> list[tuple[int, int]]:
@@ -60,7 +61,7 @@ def predict_masks(
     mask_inputs: torch.Tensor | None,
     orig_hw: tuple[int, int],
     precision: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Predict the masks of O objects of one picture, prompted in the picture's own frame.
 
     Args:
@@ -69,16 +70,16 @@ def predict_masks(
         point_labels: int32 (O, P).
         mask_inputs: logits fed back, as `pick_mask` returns them, or None.
     Returns:
-        low_res_masks (O, M, S/4, S/4) logits, iou_predictions (O, M).
+        low_res_masks (O, M, S/4, S/4) logits, iou_predictions (O, M), mask_tokens (O, M, C).
     """
     coords = models.scale_points(torch.from_numpy(point_coords), orig_hw, model.image_size).to(model.device)
     labels = torch.from_numpy(point_labels).to(model.device)
     image_index = torch.zeros(len(coords), dtype=torch.long, device=model.device)
     with run.autocast(model.device, precision):
-        low_res_masks, iou_predictions, _ = models.decode(
+        low_res_masks, iou_predictions, _, mask_tokens = models.decode(
             model, embeddings, image_index, coords, labels, mask_inputs, multimask_output=coords.shape[1] == 1
         )
-    return low_res_masks, iou_predictions
+    return low_res_masks, iou_predictions, mask_tokens
 
 
 def predict_from_boxes(
@@ -88,7 +89,7 @@ def predict_from_boxes(
     mask_inputs: torch.Tensor | None,
     orig_hw: tuple[int, int],
     precision: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Predict the masks of O objects of one picture from their boxes, (O, 4) px: as `predict_masks`."""
     labels = np.full((len(boxes_xyxy), 2), [2, 3], np.int32)
     corners = boxes_xyxy.reshape(-1, 2, 2).astype(np.float32)
@@ -190,7 +191,7 @@ def click_objects(
     orig_hw = masks.shape[1:]
     truth = torch.from_numpy(masks).to(model.device)  # (O, H, W)
     boxes = np.stack(list(threads.map(mask_to_box, masks)))
-    prediction = predict_from_boxes(model, embeddings, boxes, None, orig_hw, precision)
+    *prediction, _ = predict_from_boxes(model, embeddings, boxes, None, orig_hw, precision)
     box_iou = measure_masks(*prediction, truth, threads)[0][:, 0]
 
     columns = []  # of each click: which objects it was made on, and their IoUs
@@ -210,16 +211,20 @@ def click_objects(
         points, labels = zip(*threads.map(prompts.center_point, masks, pred_masks), strict=True)
         point_coords = np.concatenate([point_coords, np.stack(points)[:, None]], 1)
         point_labels = np.concatenate([point_labels, np.array(labels, np.int32)[:, None]], 1)
-        prediction = predict_masks(model, embeddings, point_coords, point_labels, mask_inputs, orig_hw, precision)
+        *prediction, mask_tokens = predict_masks(
+            model, embeddings, point_coords, point_labels, mask_inputs, orig_hw, precision
+        )
         mask_inputs = pick_mask(*prediction)
         all_ious, pred_masks = measure_masks(*prediction, truth, threads)  # (o, M), (o, H, W)
         pred_masks = pred_masks.cpu().numpy()
-        iou = all_ious.gather(1, prediction[1].argmax(1, keepdim=True))[:, 0]  # (o,)
+        best = prediction[1].argmax(1)
+        iou = all_ious.gather(1, best[:, None])[:, 0]  # (o,)
         columns.append((left, iou))
         highest = torch.maximum(highest, iou)
         if count == 1:
             first_ious, first_predicted = all_ious, prediction[1].float()
             first_points, first_masks = list(points), pred_masks
+            first_tokens = mask_tokens[torch.arange(len(best), device=best.device), best].float()
 
     measured = [iou for _, iou in columns] + [first_ious.flatten(), first_predicted.flatten(), box_iou]
     *measured, first_ious, first_predicted, box_iou = torch.cat(measured).cpu().split([len(part) for part in measured])
@@ -228,4 +233,4 @@ def click_objects(
         ious[places, number] = iou
     num_masks = len(first_ious) // len(boxes)
     of_first = first_ious.reshape(-1, num_masks), first_predicted.reshape(-1, num_masks)
-    return Clicked(ious, *of_first, box_iou, first_points, first_masks)
+    return Clicked(ious, *of_first, box_iou, first_points, first_masks, first_tokens)

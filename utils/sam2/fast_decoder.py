@@ -48,9 +48,8 @@ def decode_fast(
     sparse_embeddings: torch.Tensor,
     dense_embeddings: torch.Tensor,
     is_dense_shared: bool,
-    multimask_output: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Predict the masks of O prompted objects; the images are decoded one after another.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Predict all four masks of O prompted objects; the images are decoded one after another.
 
     Args:
         model: SAM 2, with high-resolution features and object scores as in all its configs.
@@ -62,8 +61,8 @@ def decode_fast(
         dense_embeddings: (O, C, S/16, S/16) of mask prompts.
         is_dense_shared: there are no mask prompts, so dense_embeddings are the same for all objects.
     Returns:
-        low_res_masks (O, M, S/4, S/4) logits, iou_predictions (O, M), object_score_logits (O, 1); M is 3 or 1.
-    Source: sam2.modeling.sam.mask_decoder.MaskDecoder, whose function this is.
+        low_res_masks (O, 4, S/4, S/4) logits, iou_predictions (O, 4), mask_tokens (O, 4, C), object scores (O, 1).
+    Source: sam2.modeling.sam.mask_decoder.MaskDecoder.predict_masks, whose function this is.
     """
     decoder = model.sam_mask_decoder
     if not (decoder.use_high_res_features and decoder.pred_obj_scores and decoder.num_mask_tokens == 4):
@@ -102,14 +101,7 @@ def decode_fast(
     outputs = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
     if order is not None:
         outputs = [output.index_select(0, order.argsort()) for output in outputs]
-    low_res_masks, iou_predictions, object_score_logits = outputs
-    if multimask_output:
-        low_res_masks, iou_predictions = low_res_masks[:, 1:], iou_predictions[:, 1:]
-    elif decoder.dynamic_multimask_via_stability and not decoder.training:
-        low_res_masks, iou_predictions = decoder._dynamic_multimask_via_stability(low_res_masks, iou_predictions)
-    else:
-        low_res_masks, iou_predictions = low_res_masks[:, :1], iou_predictions[:, :1]
-    return low_res_masks, iou_predictions, object_score_logits
+    return tuple(outputs)
 
 
 def _decode_image(
@@ -118,7 +110,7 @@ def _decode_image(
     high_res_features: list[torch.Tensor],
     sparse_embeddings: torch.Tensor,
     pixel_pe: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Predict all four masks of O objects of one image.
 
     Args:
@@ -127,7 +119,7 @@ def _decode_image(
         sparse_embeddings: (O, T', C).
         pixel_pe: (1, N, C).
     Returns:
-        low_res_masks (O, 4, S/4, S/4), iou_predictions (O, 4), object_score_logits (O, 1).
+        as `decode_fast`.
     """
     num_objects = len(sparse_embeddings)
     own_tokens = torch.cat([decoder.obj_score_token.weight, decoder.iou_token.weight, decoder.mask_tokens.weight])
@@ -135,14 +127,15 @@ def _decode_image(
     tokens, pixels = _transform(decoder.transformer, tokens, to_pixels(embeddings), pixel_pe)  # (O, T, C), (O, N, C)
 
     features = _upscale(decoder.output_upscaling, pixels, high_res_features, embeddings.shape[-2:])  # (O, 16 N, C/8)
-    mask_tokens = tokens[:, 2:6].unbind(1)
+    mask_tokens = tokens[:, 2:6]  # (O, 4, C)
     mlps = decoder.output_hypernetworks_mlps
-    kernels = torch.stack([mlp(token) for mlp, token in zip(mlps, mask_tokens, strict=True)], dim=1)  # (O, 4, C/8)
-    logits = kernels @ features.transpose(1, 2)  # (O, 4, 16 N)
+    kernels = [mlp(token) for mlp, token in zip(mlps, mask_tokens.unbind(1), strict=True)]  # 4 of (O, C/8)
+    logits = torch.stack(kernels, dim=1) @ features.transpose(1, 2)  # (O, 4, 16 N)
     height, width = embeddings.shape[-2:]
     logits = logits.reshape(num_objects, 4, height, width, 2, 2, 2, 2)  # two levels of (row, column) inside a pixel
     low_res_masks = logits.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(num_objects, 4, 4 * height, 4 * width)
-    return low_res_masks, decoder.iou_prediction_head(tokens[:, 1]), decoder.pred_obj_score_head(tokens[:, 0])
+    iou_predictions, scores = decoder.iou_prediction_head(tokens[:, 1]), decoder.pred_obj_score_head(tokens[:, 0])
+    return low_res_masks, iou_predictions, mask_tokens, scores
 
 
 def to_pixels(maps: torch.Tensor) -> torch.Tensor:

@@ -20,10 +20,11 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.ops import box_convert, nms
+from torchvision.ops import batched_nms, box_convert, nms
 
 from utils.instances.codecs import decode_rle_counts, mask_to_rle
 from utils.run import now_s, start_threads
+from utils.sam2.class_head import ClassHead
 from utils.sam2.model import Embeddings, decode, encode, preprocess, scale_points, upscale_masks
 from utils.settings import at_least
 
@@ -68,6 +69,15 @@ class GeneratedMasks(NamedTuple):
     without_mask: tuple[int, ...] = ()  # prompts, counted from 0, whose mask is empty; a grid's do not count
 
 
+class ClassFilter(NamedTuple):
+    """Which masks are kept by the class that a head gives them, and which of them get in each other's way."""
+
+    head: ClassHead
+    keep_classes: tuple[str, ...] | None = None  # None: all
+    min_class_prob: float = 0.0  # of the mask's class
+    nms_across_classes: bool = True  # False: a mask is suppressed by those of its own class alone
+
+
 class Candidates(NamedTuple):
     """K masks that passed the filters, still at the decoder's resolution."""
 
@@ -76,6 +86,8 @@ class Candidates(NamedTuple):
     stability_scores: torch.Tensor  # (K,)
     boxes_xyxy: torch.Tensor  # (K, 4), px of the crop, of the outermost pixels
     point_coords: torch.Tensor  # (K, 2), px of the crop
+    class_numbers: torch.Tensor  # int64 (K,), places among the head's names; 0 without a head
+    class_probs: torch.Tensor  # (K,); 1 without a head
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,7 +96,11 @@ class Candidates(NamedTuple):
 
 @torch.inference_mode()
 def generate_masks(
-    model: torch.nn.Module, image_rgb: np.ndarray, settings: AutomaticSettings, encoded: Embeddings | None = None
+    model: torch.nn.Module,
+    image_rgb: np.ndarray,
+    settings: AutomaticSettings,
+    encoded: Embeddings | None = None,
+    class_filter: ClassFilter | None = None,
 ) -> GeneratedMasks:
     """Find the masks of an image with a grid of point prompts.
 
@@ -92,13 +108,15 @@ def generate_masks(
         model: from `model.build_sam2`, in eval mode.
         image_rgb: uint8 (H, W, 3).
         encoded: of the whole image, where it is there already.
+        class_filter: gives each mask a class; masks then rank by predicted IoU times the probability of their class.
     Returns:
-        GeneratedMasks; no mask is empty.
+        GeneratedMasks; no mask is empty. Of classes, annotations have those of `ClassHead.describe`, too.
     Source: sam2.automatic_mask_generator, whose filters these are, in its order.
     """
     orig_hw = image_rgb.shape[:2]
     crops = make_crops(orig_hw, settings.crop_n_layers, settings.crop_overlap_ratio)
     annotations, crop_areas, num_prompts, encode_s = [], [], 0, 0.0
+    is_across = class_filter is None or class_filter.nms_across_classes
     start = now_s(model.device)
     for crop_xyxy, layer in crops:
         x1, y1, x2, y2 = crop_xyxy
@@ -113,12 +131,16 @@ def generate_masks(
         points_per_side = max(1, int(settings.points_per_side / settings.crop_n_points_downscale_factor**layer))
         point_coords = make_point_grid(points_per_side, crop_hw)  # (P, 2)
         num_prompts += len(point_coords)
-        candidates = find_candidates(model, embeddings, point_coords, crop_hw, settings)
+        candidates = find_candidates(model, embeddings, point_coords, crop_hw, settings, class_filter)
         whole = torch.nonzero(~is_cut_off(candidates.boxes_xyxy, crop_xyxy, orig_hw))[:, 0]
-        best = whole[nms(candidates.boxes_xyxy[whole], candidates.predicted_ious[whole], settings.box_nms_thresh)]
+        boxes_xyxy, scores = candidates.boxes_xyxy[whole], candidates.predicted_ious[whole]
+        if class_filter is not None:
+            scores = scores * candidates.class_probs[whole]
+        groups = torch.zeros_like(whole) if is_across else candidates.class_numbers[whole]
+        best = whole[suppress(boxes_xyxy, scores, groups, settings.box_nms_thresh)]
         if len(best) == 0:
             continue
-        annotations += annotate_masks(
+        annotated = annotate_masks(
             torch.stack([candidates.low_res_masks[k] for k in best.tolist()]),
             candidates.predicted_ious[best],
             candidates.stability_scores[best],
@@ -127,14 +149,20 @@ def generate_masks(
             orig_hw,
             settings.min_region_area,
         )
+        if class_filter is not None:
+            described = class_filter.head.describe(candidates.class_numbers[best], candidates.class_probs[best])
+            annotated = [annotation | named for annotation, named in zip(annotated, described, strict=True)]
+        annotations += annotated
         crop_areas += [crop_hw[0] * crop_hw[1]] * len(best)
     if len(crops) > 1:  # the smaller crop shows more detail
-        annotations = drop_duplicates(annotations, [1 / area for area in crop_areas], settings.crop_nms_thresh)
+        inverse_areas = [1 / area for area in crop_areas]
+        annotations = drop_duplicates(annotations, inverse_areas, settings.crop_nms_thresh, is_across)
     if settings.min_region_area > 0:  # without its islands a mask may have become the same as another
-        predicted_ious = [annotation["predicted_iou"] for annotation in annotations]
-        annotations = drop_duplicates(annotations, predicted_ious, settings.box_nms_thresh)
+        annotations = drop_duplicates(
+            annotations, [score_mask(each) for each in annotations], settings.box_nms_thresh, is_across
+        )
     annotations = [annotation for annotation in annotations if annotation["area"] >= max(1, settings.min_area)]
-    annotations.sort(key=lambda annotation: -annotation["predicted_iou"])
+    annotations.sort(key=lambda annotation: -score_mask(annotation))
     total_s = now_s(model.device) - start
     return GeneratedMasks(annotations, num_prompts, 1000 * encode_s, 1000 * (total_s - encode_s))
 
@@ -145,8 +173,9 @@ def find_candidates(
     point_coords: np.ndarray,
     crop_hw: tuple[int, int],
     settings: AutomaticSettings,
+    class_filter: ClassFilter | None = None,
 ) -> Candidates:
-    """Decode the masks of each point and keep those that are good by predicted IoU, then by stability.
+    """Decode the masks of each point and keep those that are good by predicted IoU, by class, then by stability.
 
     Args:
         embeddings: one image's, or a crop's of it.
@@ -158,9 +187,14 @@ def find_candidates(
     points = torch.as_tensor(point_coords, dtype=torch.float32, device=model.device)  # (P, 2)
     batches = []
     decoded = decode_points(model, embeddings, points, crop_hw, settings.points_per_batch, settings.multimask_output)
-    for batch_points, low_res_masks, iou_predictions in decoded:  # (p, 2), (p, M, h, w), (p, M)
+    for batch_points, low_res_masks, iou_predictions, mask_tokens in decoded:  # (p, 2), (p, M, h, w), (p, M), (p, M, C)
         predicted_ious = iou_predictions.float().flatten()  # (M * p,)
-        indices = torch.nonzero(predicted_ious > settings.pred_iou_thresh)[:, 0]  # (k,) of the M * p masks
+        class_numbers, class_probs = torch.zeros_like(predicted_ious, dtype=torch.long), torch.ones_like(predicted_ious)
+        is_good = predicted_ious > settings.pred_iou_thresh
+        if class_filter is not None:
+            class_numbers, class_probs = class_filter.head.classify(mask_tokens.flatten(0, 1))
+            is_good &= is_kept_class(class_filter, class_numbers, class_probs)
+        indices = torch.nonzero(is_good)[:, 0]  # (k,) of the M * p masks
         masks = low_res_masks.flatten(0, 1)[indices].float()  # (k, h, w)
         most_stability = bound_stability(masks, crop_hw, settings.stability_score_offset)
         can_be_stable = torch.nonzero(most_stability >= settings.stability_score_thresh)[:, 0]
@@ -175,6 +209,8 @@ def find_candidates(
                 stability_scores[is_stable],
                 boxes_xyxy[is_stable],
                 batch_points[indices // iou_predictions.shape[1]],
+                class_numbers[indices],
+                class_probs[indices],
             )
         )
     masks = [mask for batch in batches for mask in batch.low_res_masks]
@@ -188,20 +224,20 @@ def decode_points(
     image_hw: tuple[int, int],
     most: int,
     multimask_output: bool,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Decode the masks of points, (P, 2) px of the image, each a prompt of its own.
 
     Args:
         most: points that are decoded together, at most; on a CPU no more than are quick there.
     Yields:
-        some of the points (p, 2), low_res_masks (p, M, h, w) logits, iou_predictions (p, M).
+        some of the points (p, 2), low_res_masks (p, M, h, w) logits, iou_predictions (p, M), mask_tokens (p, M, C).
     """
     parts = points.split(most)
     if model.device.type == "cpu":
         at_once = max(FEWEST_POINTS, PIXELS_ON_CPU // embeddings.image_embeddings[0, 0].numel())
         parts = [part for batch in parts for part in batch.tensor_split(max(1, len(batch) // at_once))]
     for part in parts:
-        low_res_masks, iou_predictions, _ = decode(
+        low_res_masks, iou_predictions, _, mask_tokens = decode(
             model,
             embeddings,
             image_index=torch.zeros(len(part), dtype=torch.long, device=model.device),
@@ -210,7 +246,7 @@ def decode_points(
             mask_inputs=None,
             multimask_output=multimask_output,
         )
-        yield part, low_res_masks, iou_predictions
+        yield part, low_res_masks, iou_predictions, mask_tokens
 
 
 def make_point_grid(points_per_side: int, image_hw: tuple[int, int]) -> np.ndarray:
@@ -267,10 +303,40 @@ def is_cut_off(
     return (is_near_crop & ~is_near_image).any(1)
 
 
-def drop_duplicates(annotations: list[dict], scores: list[float], max_iou: float) -> list[dict]:
-    """Keep, of masks whose boxes have a higher IoU than max_iou, the one of the highest score; the first on a tie."""
+def is_kept_class(class_filter: ClassFilter, class_numbers: torch.Tensor, class_probs: torch.Tensor) -> torch.Tensor:
+    """Tell which masks are kept by their class: int64 (K,), (K,) -> bool (K,)."""
+    is_kept = class_probs >= class_filter.min_class_prob
+    if class_filter.keep_classes is not None:
+        places = [class_filter.head.names.index(name) for name in class_filter.keep_classes]
+        is_kept &= torch.isin(class_numbers, torch.tensor(places, device=class_numbers.device))
+    return is_kept
+
+
+def score_mask(annotation: dict) -> float:
+    """Score a mask for ranking: its predicted IoU, times the probability of its class where it has one."""
+    return annotation["predicted_iou"] * annotation.get("class_prob", 1.0)
+
+
+def suppress(boxes_xyxy: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor, max_iou: float) -> torch.Tensor:
+    """Suppress boxes (K, 4) that have a higher IoU than max_iou with a better one of their group (K,): places kept."""
+    if not groups.any():  # a single group, 0
+        return nms(boxes_xyxy, scores, max_iou)
+    return batched_nms(boxes_xyxy, scores, groups, max_iou)
+
+
+def drop_duplicates(
+    annotations: list[dict], scores: list[float], max_iou: float, across_classes: bool = True
+) -> list[dict]:
+    """Keep, of masks whose boxes have a higher IoU than max_iou, the one of the highest score; the first on a tie.
+
+    Args:
+        across_classes: False: masks are compared with those of their own "class" alone.
+    """
     boxes_xywh = torch.tensor([annotation["bbox"] for annotation in annotations], dtype=torch.float32).reshape(-1, 4)
-    best = nms(box_convert(boxes_xywh, "xywh", "xyxy"), torch.tensor(scores, dtype=torch.float32), max_iou)
+    names = ["" if across_classes else annotation["class"] for annotation in annotations]
+    groups = torch.tensor([sorted(set(names)).index(name) for name in names], dtype=torch.long)
+    boxes_xyxy = box_convert(boxes_xywh, "xywh", "xyxy")
+    best = suppress(boxes_xyxy, torch.tensor(scores, dtype=torch.float32), groups, max_iou)
     return [annotations[k] for k in best.tolist()]
 
 
@@ -497,7 +563,11 @@ def remove_small_regions(mask: np.ndarray, min_region_area: int) -> np.ndarray:
 
 
 def stitch_masks(
-    segmentations: list[dict], scores: list[float], orig_hw: tuple[int, int], max_overlap: float = 0.15
+    segmentations: list[dict],
+    scores: list[float],
+    orig_hw: tuple[int, int],
+    max_overlap: float = 0.15,
+    classes: list[str] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lay masks into one label map, from the highest score to the lowest.
 
@@ -509,6 +579,7 @@ def stitch_masks(
         scores: N; of equal ones the earlier mask goes first.
         orig_hw: size (H, W) of the image.
         max_overlap: share of a mask's own area, 0..1.
+        classes: N; what counts as taken is what masks of the same class have; None: what any have.
     Returns:
         label_map int32 (H, W), 0 where there is no mask; ids int32 (N,), the id of each mask, 1, 2, ... by score, and
         0 for a dropped one.
@@ -516,6 +587,8 @@ def stitch_masks(
     height, width = orig_hw
     columns = np.zeros(height * width, np.int32)  # the label map in the order of run lengths: column after column
     ids = np.zeros(len(segmentations), np.int32)
+    class_of_mask = np.unique(classes or [""] * len(ids), return_inverse=True)[1]
+    class_of_id = np.full(len(segmentations) + 1, -1)  # id 0 is of none
     next_id = 1
     for index in np.argsort(-np.asarray(scores, np.float64), kind="stable"):
         rle = segmentations[index]
@@ -529,9 +602,13 @@ def stitch_masks(
         part = columns[first:last]
         is_free = is_mask & (part == 0)
         num_free = int(np.count_nonzero(is_free))
-        if num_free == 0 or area - num_free > max_overlap * area:  # an empty mask has no free pixel
+        num_taken = area - num_free
+        if classes is not None:
+            num_taken = int(np.count_nonzero(class_of_id[part[is_mask]] == class_of_mask[index]))
+        if num_free == 0 or num_taken > max_overlap * area:  # an empty mask has no free pixel
             continue
         part[is_free] = next_id
+        class_of_id[next_id] = class_of_mask[index]
         ids[index] = next_id
         next_id += 1
     return np.ascontiguousarray(columns.reshape(width, height).T), ids

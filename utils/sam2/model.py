@@ -197,7 +197,7 @@ def decode(
     point_labels: torch.Tensor,
     mask_inputs: torch.Tensor | None,
     multimask_output: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Predict the masks of O prompted objects, each on its own image's embeddings.
 
     Args:
@@ -208,7 +208,8 @@ def decode(
         mask_inputs: (O, 1, S/4, S/4) logits of an earlier prediction, or None.
         multimask_output: three masks (ambiguous prompt: one point) or one (box, several points).
     Returns:
-        low_res_masks (O, M, S/4, S/4) logits, iou_predictions (O, M), object_score_logits (O, 1); M is 3 or 1.
+        low_res_masks (O, M, S/4, S/4) logits, iou_predictions (O, M), object_score_logits (O, 1), and mask_tokens
+        (O, M, C), what each mask was made from; M is 3 or 1.
     """
     prompt_encoder, (image_embeddings, high_res_features) = model.sam_prompt_encoder, embeddings
     with torch.autocast(image_embeddings.device.type, enabled=False):  # bf16 would move a click by up to 2 px of 1024
@@ -219,7 +220,7 @@ def decode(
     if mask_inputs is not None:
         _, dense_embeddings = prompt_encoder(points=None, boxes=None, masks=mask_inputs)
     if model.fast_decoder:
-        return decode_fast(
+        low_res_masks, iou_predictions, mask_tokens, object_score_logits = decode_fast(
             model,
             image_embeddings,
             high_res_features,
@@ -228,22 +229,56 @@ def decode(
             sparse_embeddings,
             dense_embeddings,
             is_dense_shared=mask_inputs is None,
-            multimask_output=multimask_output,
         )
-    device = image_embeddings.device
-    image_index = image_index.to(device, non_blocking=may_overlap(device))
-    if len(image_embeddings) > 1:  # one image's are broadcast, which saves most of the memory
-        high_res_features = [features.index_select(0, image_index) for features in high_res_features]
-    low_res_masks, iou_predictions, _, object_score_logits = model.sam_mask_decoder(
-        image_embeddings=image_embeddings.index_select(0, image_index),
-        image_pe=image_pe,
-        sparse_prompt_embeddings=sparse_embeddings,
-        dense_prompt_embeddings=dense_embeddings,
-        multimask_output=multimask_output,
-        repeat_image=False,  # image_index has laid out one image per object already
-        high_res_features=high_res_features,
+    else:
+        device = image_embeddings.device
+        image_index = image_index.to(device, non_blocking=may_overlap(device))
+        if len(image_embeddings) > 1:  # one image's are broadcast, which saves most of the memory
+            high_res_features = [features.index_select(0, image_index) for features in high_res_features]
+        low_res_masks, iou_predictions, mask_tokens, object_score_logits = model.sam_mask_decoder.predict_masks(
+            image_embeddings=image_embeddings.index_select(0, image_index),
+            image_pe=image_pe,
+            sparse_prompt_embeddings=sparse_embeddings,
+            dense_prompt_embeddings=dense_embeddings,
+            repeat_image=False,  # image_index has laid out one image per object already
+            high_res_features=high_res_features,
+        )
+    of_masks = choose_masks(
+        model.sam_mask_decoder, low_res_masks, iou_predictions, mask_tokens, multimask_output=multimask_output
     )
-    return low_res_masks, iou_predictions, object_score_logits
+    return *of_masks[:2], object_score_logits, of_masks[2]
+
+
+def choose_masks(
+    decoder: nn.Module,
+    low_res_masks: torch.Tensor,
+    iou_predictions: torch.Tensor,
+    mask_tokens: torch.Tensor,
+    multimask_output: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Choose three of a decoder's four masks, or one, each with its own IoU prediction and its own token.
+
+    Args:
+        decoder: SAM 2's MaskDecoder.
+        low_res_masks: (O, 4, h, w) logits.
+        iou_predictions: (O, 4).
+        mask_tokens: (O, 4, C).
+    Returns:
+        low_res_masks (O, M, h, w), iou_predictions (O, M), mask_tokens (O, M, C); M is 3 or 1. A single mask is the
+        first, or in eval mode, where that is unstable, the one of the others with the highest predicted IoU.
+    Source: sam2.modeling.sam.mask_decoder.MaskDecoder.forward, which does not return the token of the mask it chose.
+    """
+    of_masks = low_res_masks, iou_predictions, mask_tokens
+    if multimask_output:
+        return tuple(tensor[:, 1:] for tensor in of_masks)
+    if decoder.training or not decoder.dynamic_multimask_via_stability:
+        return tuple(tensor[:, :1] for tensor in of_masks)
+    stability_scores = decoder._get_stability_scores(low_res_masks[:, 0])  # (O,)
+    best_of_others = 1 + iou_predictions[:, 1:].argmax(1)
+    is_stable = stability_scores >= decoder.dynamic_multimask_stability_thresh
+    chosen = torch.where(is_stable, 0, best_of_others)  # (O,)
+    rows = torch.arange(len(chosen), device=chosen.device)
+    return tuple(tensor[rows, chosen][:, None] for tensor in of_masks)
 
 
 def cut(embeddings: Embeddings) -> tuple[Embeddings, list[torch.Tensor]]:

@@ -28,6 +28,20 @@ def random_point(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.array([x, y], np.float32)
 
 
+def background_points(layers: np.ndarray, num_points: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw uniform points where no object lies.
+
+    Args:
+        layers: int32 (L, H, W), id layers.
+        num_points: how many; there are none where objects fill the picture.
+    Returns:
+        float32 (K, 2), (x, y) pixels of the picture; K is num_points or 0.
+    """
+    flat_index = np.flatnonzero(~layers.any(0))
+    chosen = flat_index[rng.integers(len(flat_index), size=num_points)] if len(flat_index) else flat_index
+    return np.stack([chosen % layers.shape[2], chosen // layers.shape[2]], 1).astype(np.float32)
+
+
 def noised_box(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw a user's box: each side moved uniformly by up to 10 % of the box's side, at most 20 px of 1024.
 

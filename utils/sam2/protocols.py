@@ -216,9 +216,9 @@ def measure_boxes(
     overlaps, areas, predicted, results = [], [], [], []
     for start in range(0, len(boxes_xyxy), evaluation.MOST_IN_GROUP):
         part = boxes_xyxy[start : start + evaluation.MOST_IN_GROUP]
-        first = evaluation.predict_from_boxes(model, embeddings, part, None, orig_hw, precision)
+        *first, _ = evaluation.predict_from_boxes(model, embeddings, part, None, orig_hw, precision)
         mask_inputs = evaluation.pick_mask(*first)
-        logits, ious = evaluation.predict_from_boxes(model, embeddings, part, mask_inputs, orig_hw, precision)
+        logits, ious, _ = evaluation.predict_from_boxes(model, embeddings, part, mask_inputs, orig_hw, precision)
         for low_res_masks in logits.split(1):
             mask = (models.upscale_masks(low_res_masks, orig_hw)[0, 0] > 0).cpu().numpy()  # (H, W)
             overlaps.append(count_overlaps(mask, truth))

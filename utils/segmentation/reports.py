@@ -1,11 +1,9 @@
 """What is drawn and printed of predictions of class maps."""
 
-import math
-
 import cv2
 import numpy as np
 
-from utils.images import id_colors, overlay_label_map
+from utils.images import draw_legend, overlay_label_map
 from utils.segmentation.metrics import segmentation_metrics
 
 REPORTED = ("mean_iou", "pixel_accuracy", "dice", "weighted_iou")  # what best.pt can be chosen by
@@ -32,13 +30,7 @@ def draw_sample(image: np.ndarray, pred: np.ndarray, class_map: np.ndarray, name
     size_wh = (max(1, round(image_rgb.shape[1] * scale)), max(1, round(image_rgb.shape[0] * scale)))
     panels = [cv2.resize(np.ascontiguousarray(panel), size_wh, interpolation=cv2.INTER_AREA) for panel in panels]
     picture = np.concatenate(panels, 1)
-    legend = np.full((16 * math.ceil(len(names) / 6) + 4, picture.shape[1], 3), 255, np.uint8)
-    for index, name in enumerate(names):
-        color = id_colors(class_ids(np.array([[index]]), names)[0])[0].tolist()
-        x, y = index % 6 * picture.shape[1] // 6, 16 * (index // 6)
-        cv2.rectangle(legend, (x + 4, y + 4), (x + 14, y + 14), color, -1 if any(color) else 1)  # uncoloured: hollow
-        cv2.putText(legend, name[:24], (x + 18, y + 14), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.concatenate([picture, legend])
+    return np.concatenate([picture, draw_legend(names, class_ids(np.arange(len(names)), names), picture.shape[1])])
 
 
 def remarks_on_predictions(matrix: np.ndarray, names: tuple[str, ...], split: str) -> list[str]:
