@@ -503,7 +503,7 @@ def test_the_check_counts_classes_and_names_what_looks_like_a_slip(tmp_path):
         write_labelme(tmp_path / f"{name}.json", [box | {"label": label} for label in labels])
     lines = report_lines(check_items(list_all("labelme", tmp_path), check_item))
     assert "classes, objects (pictures): cell 3 (2), Cell  1 (1), debris 1 (1)" in lines
-    assert "1 objects have no class" in lines
+    assert "1 objects have no class: b" in lines
     assert "'Cell ' and 'cell' differ in case or spaces alone: are they one class?" in lines
     write_label_maps(tmp_path / "maps")
     lines = report_lines(check_items(list_all("label_map", tmp_path / "maps"), check_item))
