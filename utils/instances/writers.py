@@ -24,6 +24,7 @@ from utils.log import write_json
 
 NO_CLASSES = ["object"]  # the one class of objects that have none
 MIN_IOU = 0.99  # of a simplified ring with the whole one, both filled
+LEAST_TOLERANCE_PX = 0.2  # below it hardly a corner is left out
 # Of the annotations of <name>.json: number, COCO's run lengths, score, and where there are classes the name of its own
 # and its probability, 0..1.
 OBJECT_KEYS = ("id", "segmentation", "predicted_iou", "class", "class_prob")
@@ -157,8 +158,10 @@ def simplify_ring(ring: np.ndarray, tolerance_px: float) -> np.ndarray:
     is_corner = (lengths > 1) & (np.roll(lengths, 1) > 1)
     points = np.stack([np.where(is_corner[:, None], local, local + halves), local + halves, local + edges - halves], 1)
     points = points.reshape(-1, 1, 2).astype(np.float32)
-    for share in (1, 0.7, 0.5, 0.35, 0.25):
-        simple = cv2.approxPolyDP(points, share * tolerance_px, True)[:, 0].astype(np.float64)
+    tolerance = min(tolerance_px, max(width, height))
+    while tolerance > LEAST_TOLERANCE_PX:
+        simple = cv2.approxPolyDP(points, tolerance, True)[:, 0].astype(np.float64)
+        tolerance *= 0.7
         if len(simple) < 3:
             continue
         # Programs differ in whether a pixel counts whose centre lies on the line. Turned around, it is the other way.
@@ -352,7 +355,7 @@ def label_picture(
     image_path = picture.path
     if picture.page is not None:
         image_path = run_dir / "pages" / f"{picture.name}.png"
-        image_path.parent.mkdir(exist_ok=True)
+        image_path.parent.mkdir(parents=True, exist_ok=True)
         write_image(image_path, image_rgb)
     objects = [{key: each[key] for key in OBJECT_KEYS if key in each} for each in annotations]
     return Labelled(picture, image_path, image_id, image_rgb.shape[:2], objects)
