@@ -39,7 +39,7 @@ and for each page of a file of several:
                          and image encoder, or reading the cache; ms_per_prompt: all that follows up to the finished
                          masks, per prompt
 and on request, write=[...], the objects of the label map, each with its whole mask (of mode=prompts all masks):
-    coco/annotations.json   all pictures; masks as run lengths, exact
+    coco/annotations.json   all pictures, at the end; masks as run lengths, exact
     labelme/<name>.json     polygons; several of one object are a group, a hole is joined to its outline by a seam
     yolo/                   data.yaml, images/ (links) and labels/; of an object its largest part, without holes:
                             summary.csv counts what is lost
@@ -246,7 +246,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
             if settings.write:
                 chosen = annotations if settings.mode == "prompts" else annotations[:num_objects]
                 labelled = writers.label_picture(run_dir, picture, image_index + 1, image_rgb, chosen)
-                written.append(labelled)
+                written += [labelled] if any(writers.WRITERS[name].needs_all for name in settings.write) else []
                 lost_here = write(labelled=[labelled], is_end=False)
                 lost += lost_here
             shown = picture.path.name if picture.page is None else picture.name

@@ -198,7 +198,9 @@ def write_all(tmp_path: Path, labelled: list, classes: list[str] = writers.NO_CL
     return lost
 
 
-MASKS = {"a.jpg": [ring_and_island(), box_mask()], "a.png": [box_mask()], "été 1.png": [ring_and_island()]}
+CORNER = np.zeros((24, 32), bool)  # of one pixel
+CORNER[0, 0] = True
+MASKS = {"a.jpg": [ring_and_island(), box_mask()], "a.png": [box_mask(), CORNER], "été 1.png": [ring_and_island()]}
 RESULTS = {"a.jpg": "a_jpg", "a.png": "a_png", "été 1.png": "été 1"}  # what the results of a picture are called
 
 
@@ -208,7 +210,7 @@ def test_coco_is_read_by_pycocotools(tmp_path):
     path = tmp_path / "run" / "coco" / "annotations.json"
     coco = COCO(str(path))
     assert [image["file_name"] for image in coco.dataset["images"]] == list(MASKS)
-    assert sorted(coco.imgs) == [1, 2, 3] and sorted(coco.anns) == [1, 2, 3, 4]
+    assert sorted(coco.imgs) == [1, 2, 3] and sorted(coco.anns) == [1, 2, 3, 4, 5]
     assert [(each["id"], each["name"]) for each in coco.dataset["categories"]] == [(1, "dog"), (2, "cat")]
     for image_id, masks in enumerate(MASKS.values(), 1):
         annotations = coco.loadAnns(coco.getAnnIds(image_id))
@@ -306,7 +308,7 @@ def test_our_own_readers_read_all_of_it(tmp_path):
     ]
     for items in datasets:
         report = check_items(items, check_item)
-        assert not report.bad and count(report)["num_objects"] == 4
+        assert not report.bad and count(report)["num_objects"] == 5
         by_picture = {os.path.realpath(item.image_path): item for item in items}
         assert len(by_picture) == 3
         for name, masks in MASKS.items():

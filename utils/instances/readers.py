@@ -511,7 +511,7 @@ def list_yolo(root: Path, data_yaml: str = "data.yaml") -> tuple[list[Item], lis
     if base is not None:
         bases = [path.parent / str(base), root / str(base), *bases, Path(str(base))]
     splits = []
-    for key in ("train", "val"):
+    for key in ("train", "val" if "val" in content else "validation"):
         places = content.get(key)
         if places is None:
             splits.append(None)
@@ -824,7 +824,8 @@ def _draw_outlines(polygons: list[list[float]], orig_hw: tuple[int, int]) -> tup
     height, width = orig_hw
     mask = polygons_to_mask(polygons, height, width)
     points = np.concatenate([np.asarray(polygon, np.float64).reshape(-1, 2) for polygon in polygons])
-    if max(orig_hw) > 2 and (points >= 0).all() and (points <= 1).all():
+    is_corner_pixel = np.abs(points - points.round()).max() < 1e-3
+    if max(orig_hw) > 2 and (points >= 0).all() and (points <= 1).all() and not is_corner_pixel:
         raise ValueError(
             f"all its coordinates are from 0 to 1, such as {_show_point(points[0])}: shares of width and height? "
             f"They must be pixels of {width} x {height}"
@@ -869,7 +870,7 @@ def _draw_labelme_shape(shape: dict, orig_hw: tuple[int, int]) -> tuple[np.ndarr
     if kind == "rectangle" and len(points) == 2:
         (x1, y1), (x2, y2) = points
         points = np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])
-    if kind in ("polygon", "rectangle"):
+    if kind in ("polygon", "rectangle", "oriented_rectangle"):
         return _draw_outlines([points.ravel().tolist()], orig_hw)
     if kind == "circle":
         center, edge = points

@@ -162,7 +162,7 @@ def simplify_ring(ring: np.ndarray, tolerance_px: float) -> np.ndarray:
     while tolerance > LEAST_TOLERANCE_PX:
         simple = cv2.approxPolyDP(points, tolerance, True)[:, 0].astype(np.float64)
         tolerance *= 0.7
-        if len(simple) < 3:
+        if not 3 <= len(simple) < len(ring):
             continue
         # Programs differ in whether a pixel counts whose centre lies on the line. Turned around, it is the other way.
         drawn = polygons_to_mask([simple.ravel().tolist()], height, width)
@@ -264,7 +264,7 @@ def write_labelme(folder: Path, pictures: list[Labelled], classes: list[str], to
     Holes are in the polygon of their part (`join_holes`), so that nothing is lost.
 
     Args:
-        classes: the label of an object without a class is the first.
+        classes: names of the labels that there are.
         tolerance_px: of outlines.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -389,9 +389,9 @@ WRITERS = {
 
 
 def class_of(labelled_object: dict, classes: list[str]) -> str:
-    """Return the name of an object's class, the first of `classes` where it has none."""
-    name = labelled_object.get("class", classes[0])
-    assert name in classes, (name, classes)
+    """Return the name of an object's class; where objects have none, there is one for all."""
+    name = labelled_object["class"] if "class" in labelled_object else classes[0]
+    assert name in classes and ("class" in labelled_object or len(classes) == 1), (name, classes)
     return name
 
 
