@@ -450,7 +450,7 @@ def test_labelme_reads_every_shape_that_covers_pixels(tmp_path):
         ({"shape_type": "mask", "points": [[1, 1], [3, 3]], "mask": ""}, "its mask is no PNG"),
         ({"shape_type": "polygon"}, "it lacks 'points'"),
         ({"shape_type": "polygon", "points": None}, "its points are None"),
-        ({"shape_type": "circle", "points": [[1, 1]]}, "not enough values"),
+        ({"shape_type": "circle", "points": [[1, 1]]}, "it is a circle of 1 points; must be 2"),
     ],
 )
 def test_a_broken_shape_of_labelme_costs_itself(tmp_path, shape, words):
@@ -585,6 +585,8 @@ def test_yolo_reads_list_files(tmp_path):
     assert [item.image_path.name for item in val_items] == ["e.jpg"]
     assert {item.read().annotations[0]["category"] for item in train_items} == {"class_0"}
     assert train_items[0].classes == ("class_0", "class_1")
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(content | {"names": {0: "cell", None: "x", "b": "y"}, "nc": 1}))
+    assert split_items(**data_keys("yolo", tmp_path))[0][0].classes == ("cell",)
     (tmp_path / "val.txt").write_text("sub/images/gone.jpg\n")
     with pytest.raises(FileNotFoundError, match=r"has no image .*images/gone\.jpg"):
         split_items(**data_keys("yolo", tmp_path))

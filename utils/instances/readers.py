@@ -359,7 +359,7 @@ def _find_picture(image_dir: Path, file_name: str, names_there: dict[str, Path])
     if os.path.lexists(path):
         return path
     parts = PurePosixPath(file_name.replace("\\", "/")).parts
-    is_absolute = parts[:1] == ("/",) or parts[:1] and parts[0].endswith(":")
+    is_absolute = len(parts) > 0 and (parts[0] in ("/", "//") or parts[0].endswith(":"))
     is_from_above = len(parts) > 1 and parts[0] == image_dir.name
     for start in range(1, len(parts)) if is_absolute else [1] * is_from_above:
         if os.path.lexists(image_dir.joinpath(*parts[start:])):
@@ -537,7 +537,8 @@ def _read_yolo_names(content: dict) -> dict[int, str]:
     if names is None and count is not None:
         names = [f"class_{number}" for number in range(min(count, MAX_CLASSES))]
     names = dict(enumerate(names)) if isinstance(names, list) else names
-    return {plain_id(number): str(name) for number, name in names.items()} if isinstance(names, dict) else {}
+    named = {_whole_number(number): str(name) for number, name in names.items()} if isinstance(names, dict) else {}
+    return {number: name for number, name in named.items() if number is not None}
 
 
 def _list_yolo_place(bases: list[Path], place: str, data_yaml: Path, key: str) -> dict[str, Path]:
@@ -564,7 +565,7 @@ def _list_yolo_place(bases: list[Path], place: str, data_yaml: Path, key: str) -
         picture = next((folder / line for folder in folders if os.path.lexists(folder / line)), None)
         if picture is None:  # such as a path of the disk on which the list was made
             picture = _find_picture(data_yaml.parent, line, {})
-        name = Path(os.path.normpath(line.removeprefix("/"))).with_suffix("").as_posix()
+        name = os.path.splitext(os.path.normpath(line.removeprefix("/")))[0]
         pictures[unicodedata.normalize("NFC", name)] = picture
     return pictures
 
@@ -873,6 +874,8 @@ def _draw_labelme_shape(shape: dict, orig_hw: tuple[int, int]) -> tuple[np.ndarr
     if kind in ("polygon", "rectangle", "oriented_rectangle"):
         return _draw_outlines([points.ravel().tolist()], orig_hw)
     if kind == "circle":
+        if len(points) != 2:
+            raise ValueError(f"it is a circle of {len(points)} points; must be 2, its centre and one of its line")
         center, edge = points
         ys, xs = np.mgrid[: orig_hw[0], : orig_hw[1]] + 0.5
         return np.hypot(xs - center[0], ys - center[1]) <= np.hypot(*(edge - center)), ""
