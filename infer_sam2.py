@@ -63,6 +63,7 @@ if __name__ == "__main__":
         sys.exit()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once, up to read_command_line
 
+import contextlib
 import csv
 import functools
 import logging
@@ -210,7 +211,11 @@ def infer(config: dict, run_dir: Path) -> list[str]:
             objects = [parse_object(prompt, orig_hw) for prompt in objects_of[file_name(picture)]]
         return images.scale_to_8_bits(image_unscaled), objects, images.remark_on_values(image_unscaled)
 
-    with (run_dir / "summary.csv").open("w", encoding="utf-8", newline="") as summary_file:
+    with (
+        (run_dir / "summary.csv").open("w", encoding="utf-8", newline="") as summary_file,
+        contextlib.ExitStack() as at_end,
+    ):
+        at_end.callback(write, labelled=written, is_end=True)  # after Ctrl-C, too: of the pictures that are done
         summary = csv.writer(summary_file)
         lost_columns = ["yolo_lost_holes", "yolo_lost_islands"] if "yolo" in settings.write else []
         summary.writerow(["name", "masks", "objects", "encode_ms", "ms_per_prompt", *lost_columns])
@@ -260,7 +265,6 @@ def infer(config: dict, run_dir: Path) -> list[str]:
                     f"encode {generated.encode_ms:.0f} ms, "
                     f"{ms_per_prompt:.2f} ms for each of {generated.num_prompts} prompts"
                 )
-    write(labelled=written, is_end=True)
     finish_run(run_dir, {"last": {"num_images": num_done, "num_masks": num_masks, "num_failed": len(failures)}})
     for kind, which in remarks.items():
         log.info(f"{len(which)} with {kind}: {PICTURE_REMEDIES[kind]}")

@@ -377,6 +377,24 @@ def test_formats_of_prompts_hold_a_mask_for_each(folder, tmp_path):
     assert len(coco["annotations"]) == 2 and coco["images"][0]["file_name"] == "photo.png"
 
 
+def test_an_interrupted_run_leaves_a_coco_file_of_what_is_done(folder, tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    for name in "ab":
+        shutil.copy(folder / "photo.png", tmp_path / "photos" / f"{name}.png")
+    real = infer_sam2.segment_objects
+
+    def interrupt(*args):
+        if args[-1].path.stem == "b":
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(infer_sam2, "segment_objects", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "run", f"input={tmp_path / 'photos'}", "mode=prompts", f"boxes=[{BOX}]", "write=[coco]")
+    coco = json.loads((tmp_path / "run" / "coco" / "annotations.json").read_text())
+    assert [image["file_name"] for image in coco["images"]] == ["a.png"] and len(coco["annotations"]) == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
 

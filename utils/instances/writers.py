@@ -375,7 +375,7 @@ def write_formats(
     """
     lost = Counter()
     for name in dict.fromkeys(formats):
-        if WRITERS[name].needs_all == is_end:
+        if labelled and WRITERS[name].needs_all == is_end:
             lost += WRITERS[name].write(run_dir / name, labelled, classes, tolerance_px)
     return lost
 
