@@ -44,7 +44,7 @@ and on request, write=[...], the objects of the label map, each with its whole m
     yolo/                   data.yaml, images/ (links) and labels/; of an object its largest part, without holes:
                             summary.csv counts what is lost
     cutouts/<name>_<id>.png each object's box of the picture, clear outside its mask
-    pages/<name>.png        the pages of files of several, 8 bits, for these programs
+    pages/<name>.png        for these programs: the pages of files of several, and GIFs, 8 bits
 An image that cannot be read is named at the end, the others are done, and the exit status is 1.
 mode=benchmark writes table.csv (protocol, group, metric, value, interval, note), boxes.json and proposals.json (COCO's
 result format), a picture for each protocol, and pictures/, a record of each picture; mode=compare writes compare.csv:

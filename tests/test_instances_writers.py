@@ -355,6 +355,10 @@ def test_pages_of_a_stack_are_saved_for_other_programs(tmp_path):
         np.testing.assert_array_equal(mask, box_mask())
         assert (read_image(tmp_path / "run" / "yolo" / "images" / f"{name}.png") == value).all()
         assert (np.array(Image.open(tmp_path / "run" / "cutouts" / f"{name}_1.png")) == [value] * 3 + [255]).all()
+    Image.fromarray(np.zeros((24, 32), np.uint8)).save(tmp_path / "my photos" / "one.gif")  # YOLO's trainers read none
+    (gif,) = [picture for picture in list_pictures(tmp_path / "my photos") if picture.name == "one"]
+    one = writers.label_picture(tmp_path / "run", gif, 3, read_image(gif.path), [])
+    assert one.image_path == tmp_path / "run" / "pages" / "one.png" and not read_image(one.image_path).any()
     images = json.loads((tmp_path / "run" / "coco" / "annotations.json").read_text())["images"]
     paths = [tmp_path / "my photos" / image["file_name"] for image in images]  # as seen from the folder of pictures
     assert [path.name for path in paths] == ["stack_0001.png", "stack_0002.png"] and all(map(Path.is_file, paths))

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import yaml
 
-from utils.images import Picture, read_image, write_image
+from utils.images import WRITTEN_SUFFIXES, Picture, read_image, write_image
 from utils.instances.codecs import polygons_to_mask, rle_to_part
 from utils.log import write_json
 
@@ -35,7 +35,7 @@ class Labelled(NamedTuple):
     """A picture and the objects in it, as they are written."""
 
     picture: Picture
-    image_path: Path  # what other programs open: the picture's file, or that of its page
+    image_path: Path  # what other programs open: the picture's file, or that of its page, see `label_picture`
     image_id: int
     orig_hw: tuple[int, int]
     objects: list[dict]  # each with some of OBJECT_KEYS
@@ -345,15 +345,17 @@ def write_cutouts(folder: Path, pictures: list[Labelled], classes: list[str], to
 def label_picture(
     run_dir: Path, picture: Picture, image_id: int, image_rgb: np.ndarray, annotations: list[dict]
 ) -> Labelled:
-    """Put together what is written of a picture; a page of a file of several is saved, in 8 bits, for other programs.
+    """Put together what is written of a picture.
+
+    A page of a file of several, and a GIF, is saved as <run_dir>/pages/<name>.png, in 8 bits: few programs read them.
 
     Args:
-        run_dir: pages go to <run_dir>/pages.
+        run_dir: the folder of all that is written.
         image_rgb: uint8 (H, W, 3).
         annotations: of <name>.json, those to write.
     """
     image_path = picture.path
-    if picture.page is not None:
+    if picture.page is not None or picture.path.suffix.lower() not in WRITTEN_SUFFIXES:
         image_path = run_dir / "pages" / f"{picture.name}.png"
         image_path.parent.mkdir(parents=True, exist_ok=True)
         write_image(image_path, image_rgb)
