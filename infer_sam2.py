@@ -10,6 +10,7 @@
     python infer_sam2.py input=photos/ mode=prompts prompts_file=prompts.json
     python infer_sam2.py input=photos/ mode=prompts prompts_file=more.json cache=auto   # encode each picture once
     python infer_sam2.py input=photos/ fast_decoder=false                        # sam2's own decoder, slower on a CPU
+    python infer_sam2.py input=photos/ 'write=[coco,labelme,yolo,cutouts]'       # for other programs
     python infer_sam2.py mode=benchmark data=coco data.root=/my/coco checkpoint=best.pt
     python infer_sam2.py mode=benchmark data=coco 'benchmark.protocols=[clicks,proposals,boxes,edges,groups]' ...
     python infer_sam2.py mode=benchmark resume=outputs/infer_sam2/<run>          # go on with a killed run
@@ -40,6 +41,13 @@ and for each page of a file of several:
     summary.csv          for each picture: name; masks: in its json; objects: in its label map; encode_ms: preprocessing
                          and image encoder, or reading the cache; ms_per_prompt: all that follows up to the finished
                          masks, per prompt
+and on request, write=[...], the objects of the label map, each with its whole mask (of mode=prompts all masks):
+    coco/annotations.json   all pictures, at the end; masks as run lengths, exact
+    labelme/<name>.json     polygons; several of one object are a group, a hole is joined to its outline by a seam
+    yolo/                   data.yaml, images/ (links) and labels/; of an object its largest part, without holes:
+                            summary.csv counts what is lost
+    cutouts/<name>_<id>.png each object's box of the picture, clear outside its mask
+    pages/<name>.png        for these programs: the pages of files of several, and GIFs, 8 bits
 An image that cannot be read is named at the end, the others are done, and the exit status is 1.
 mode=benchmark writes table.csv (protocol, group, metric, value, interval, note), boxes.json and proposals.json (COCO's
 result format), a picture for each protocol, and pictures/, a record of each picture; mode=compare writes compare.csv:
@@ -58,11 +66,13 @@ if __name__ == "__main__":
         sys.exit()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once, up to read_command_line
 
+import contextlib
 import csv
 import functools
 import logging
 import unicodedata
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -78,6 +88,7 @@ from utils import images
 from utils import settings as sections
 from utils.checkpoint import check_script, find_weights, load_checkpoint, resumed_config
 from utils.dataset_check import PICTURE_REMEDIES
+from utils.instances import writers
 from utils.listing import first_few, read_json
 from utils.log import finish_run, start_run, write_json
 from utils.run import autocast, now_s, read_ahead, sample_rng, seed_everything, set_up_device
@@ -88,7 +99,17 @@ from utils.sam2.class_head import ClassHead, load_class_head
 from utils.sam2.embedding_cache import CachePlan
 from utils.sam2.fast_decoder import DecoderSetting, fix_decoder
 from utils.sam2.mask_generation import AutomaticSettings, ClassFilter, GeneratedMasks
-from utils.settings import SAME_SECTION, CommonSettings, at_least, between, check_keys, one_of, read_settings
+from utils.settings import (
+    FINITE,
+    SAME_SECTION,
+    CommonSettings,
+    at_least,
+    between,
+    check_keys,
+    one_of,
+    read_settings,
+    some_of,
+)
 
 log = logging.getLogger("infer_sam2")
 REPOSITORY = Path(__file__).resolve().parent
@@ -99,7 +120,8 @@ MODES_OF_KEY = {  # which modes use a key that not all of them use
     "boxes": ("prompts",), "mask": ("prompts",), "prompts_file": ("prompts",), "data": ("benchmark",),
     "split": ("benchmark",), "results": ("compare",), "checkpoint": PREDICTING, "model": PREDICTING,
     "keep_classes": ("automatic",), "min_class_prob": ("automatic",), "nms_across_classes": ("automatic",),
-    "image_size": PREDICTING, "max_overlap": SEGMENTING, "cache": SEGMENTING, "cache_precision": SEGMENTING,
+    "image_size": PREDICTING, "max_overlap": SEGMENTING,
+    "write": SEGMENTING, "outline_tolerance_px": SEGMENTING, "cache": SEGMENTING, "cache_precision": SEGMENTING,
     **{f"benchmark.{field.name}": ("benchmark",) for field in fields(BenchmarkSettings)},
     **{f"automatic.{field.name}": SEGMENTING for field in fields(AutomaticSettings)},
 }  # fmt: skip
@@ -135,6 +157,8 @@ class Config:
     cache: embedding_cache.Setting  # off (false is what YAML makes of it), auto, or a folder
     cache_precision: embedding_cache.Precision
     fast_decoder: DecoderSetting
+    write: Annotated[list[str], some_of(*writers.WRITERS)] = field(default_factory=list)  # further formats
+    outline_tolerance_px: Annotated[float, at_least(0), FINITE] = 1.0  # of polygons
 
 
 @dataclass(frozen=True)
@@ -182,6 +206,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     model = models.build_sam2(**model_config, device=device, fast_decoder=settings.fast_decoder)
     class_head = load_class_head(model_config["checkpoint"], device)
     class_filter = choose_classes(settings, class_head)
+    class_names = [] if class_head is None else class_head.names
     cached = [(picture.path, False) for picture in pictures if picture.page is None]  # none is mirrored
     obstacle = "mode=automatic encodes crops of pictures, too" if settings.mode == "automatic" else None
     plan = embedding_cache.plan_cache(
@@ -191,6 +216,10 @@ def infer(config: dict, run_dir: Path) -> list[str]:
 
     is_single = len(pictures) == 1
     failures, remarks, num_done, num_masks = [], {}, 0, 0
+    written, lost = [], Counter()
+    write = functools.partial(
+        writers.write_formats, settings.write, run_dir, class_names or writers.NO_CLASSES, settings.outline_tolerance_px
+    )
 
     def read(image_index: int) -> tuple[np.ndarray, list[ObjectPrompt], tuple[str, str] | None]:
         picture = pictures[image_index]
@@ -203,9 +232,14 @@ def infer(config: dict, run_dir: Path) -> list[str]:
             objects = [parse_object(prompt, orig_hw) for prompt in objects_of[file_name(picture)]]
         return images.scale_to_8_bits(image_unscaled), objects, images.remark_on_values(image_unscaled)
 
-    with (run_dir / "summary.csv").open("w", encoding="utf-8", newline="") as summary_file:
+    with (
+        (run_dir / "summary.csv").open("w", encoding="utf-8", newline="") as summary_file,
+        contextlib.ExitStack() as at_end,
+    ):
+        at_end.callback(write, labelled=written, is_end=True)  # after Ctrl-C, too: of the pictures that are done
         summary = csv.writer(summary_file)
-        summary.writerow(["name", "masks", "objects", "encode_ms", "ms_per_prompt"])
+        lost_columns = ["yolo_lost_holes", "yolo_lost_islands"] if "yolo" in settings.write else []
+        summary.writerow(["name", "masks", "objects", "encode_ms", "ms_per_prompt", *lost_columns])
         progress = tqdm(pictures, desc="segment", unit="image", disable=is_single)
         readings = read_ahead(read, range(len(pictures)))
         for image_index, (picture, reading) in enumerate(zip(progress, readings, strict=True)):
@@ -231,14 +265,21 @@ def infer(config: dict, run_dir: Path) -> list[str]:
                 settings.max_overlap,
                 [annotation["class"] for annotation in generated.annotations] if is_apart else None,
             )
-            class_names = [] if class_head is None else class_head.names
-            write_results(
+            annotations = write_results(
                 run_dir, picture.name, picture.path.name, image_rgb, label_map, ids, generated, image_index, class_names
             )
             ms_per_prompt = generated.prompts_ms / generated.num_prompts
             num_objects = int(np.count_nonzero(ids))
+            lost_here = Counter()
+            if settings.write:
+                chosen = annotations if settings.mode == "prompts" else annotations[:num_objects]
+                labelled = writers.label_picture(run_dir, picture, image_index + 1, image_rgb, chosen)
+                written += [labelled] if any(writers.WRITERS[name].needs_all for name in settings.write) else []
+                lost_here = write(labelled=[labelled], is_end=False)
+                lost += lost_here
             shown = picture.path.name if picture.page is None else picture.name
-            summary.writerow([shown, len(ids), num_objects, f"{generated.encode_ms:.1f}", f"{ms_per_prompt:.3f}"])
+            row = [shown, len(ids), num_objects, f"{generated.encode_ms:.1f}", f"{ms_per_prompt:.3f}"]
+            summary.writerow(row + [lost_here[name.rpartition("_")[2]] for name in lost_columns])
             summary_file.flush()  # what is done stays if a later picture stops the run
             num_done, num_masks = num_done + 1, num_masks + len(ids)
             if is_single:
@@ -252,6 +293,11 @@ def infer(config: dict, run_dir: Path) -> list[str]:
         log.info(f"{len(which)} with {kind}: {PICTURE_REMEDIES[kind]}")
         for line in first_few(which):
             log.info(f"  {line}")
+    if lost:
+        log.info(
+            f"yolo/ lacks {lost['holes']} holes and {lost['islands']} islands of {lost['objects']} objects, which YOLO "
+            "cannot hold; coco/ and labelme/ hold them"
+        )
     log.info(f"{num_done} images, {num_masks} masks: {run_dir}")
     return failures
 
@@ -609,12 +655,14 @@ def write_results(
     generated: GeneratedMasks,
     image_index: int,
     class_names: list[str],
-) -> None:
+) -> list[dict]:
     """Write a picture's label map, overlay and json, and with classes its class map.
 
     Args:
         label_map, ids: from `stitch_masks`; masks without an id get the numbers that follow.
         class_names: of the checkpoint; [] where it knows none.
+    Returns:
+        the annotations of the json, those in the label map first.
     """
     images.write_label_map(run_dir / f"{name}_labels.png", label_map)
     if class_names:
@@ -642,6 +690,7 @@ def write_results(
         "prompts_without_mask": list(generated.without_mask),
     }
     write_json(run_dir / f"{name}.json", record)
+    return record["annotations"]
 
 
 @hydra.main(version_base="1.3", config_path="configs/sam2", config_name="infer_sam2")

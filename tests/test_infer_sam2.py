@@ -328,6 +328,73 @@ def test_prompts_of_a_folder(folder, tmp_path):
     assert len(failures) == 1 and "c.png" in failures[0] and "outside the picture of 160 x 120 px" in failures[0]
 
 
+FORMATS = "write=[coco,labelme,yolo,cutouts]"
+
+
+def test_formats_on_request_hold_the_label_maps_objects(folder, tmp_path):
+    (tmp_path / "photos").mkdir()
+    shutil.copy(folder / "photo.png", tmp_path / "photos" / "été 1.png")
+    page = cv2.imread(str(folder / "photo.png"))
+    cv2.imwritemulti(str(tmp_path / "photos" / "stack.tif"), [page, page[:, ::-1]])
+    (tmp_path / "photos" / "broken.jpg").write_text("no picture")
+    arguments = [f"input={tmp_path / 'photos'}", *MANY_MASKS, "max_overlap=0.9", "automatic.points_per_side=3"]
+    plain = run(folder, tmp_path / "plain", *arguments)
+    records, labels, failures = run(folder, tmp_path / "run", *arguments, FORMATS, "outline_tolerance_px=0")
+    assert records == plain[0] and len(failures) == 1
+    assert not {path.name for path in (tmp_path / "plain").iterdir()} & {"coco", "labelme", "yolo", "cutouts", "pages"}
+    coco = json.loads((tmp_path / "run" / "coco" / "annotations.json").read_text())
+    assert [image["file_name"].split("/")[-1] for image in coco["images"]] == [
+        "stack_0001.png", "stack_0002.png", "été 1.png"
+    ]  # fmt: skip
+    rows = {row["name"]: row for row in csv.DictReader((tmp_path / "run" / "summary.csv").open(encoding="utf-8"))}
+    num_written = 0
+    for image, name in zip(coco["images"], ("stack_0001", "stack_0002", "été 1"), strict=True):
+        num_objects, annotations = int(labels[name].max()), records[name]["annotations"]
+        assert 1 < num_objects < len(annotations) and image["id"] == records[name]["image"]["image_id"]
+        expected = [annotation["segmentation"] for annotation in annotations[:num_objects]]
+        written = [each["segmentation"] for each in coco["annotations"] if each["image_id"] == image["id"]]
+        assert written == expected
+        shapes = json.loads((tmp_path / "run" / "labelme" / f"{name}.json").read_text())["shapes"]
+        rings = [coco_mask.merge(coco_mask.frPyObjects([sum(s["points"], [])], 120, 160)) for s in shapes]
+        both = [coco_mask.decode(coco_mask.merge(each)).astype(bool) for each in (rings, expected)]
+        np.testing.assert_array_equal(*both)
+        lines = (tmp_path / "run" / "yolo" / "labels" / f"{name}.txt").read_text().splitlines()
+        assert len(lines) == num_objects == len(list((tmp_path / "run" / "cutouts").glob(f"{name}_*.png")))
+        assert (tmp_path / "run" / "yolo" / "images" / f"{name}.png").is_file()
+        row = rows.get(name) or rows[f"{name}.png"]
+        num_islands = len(shapes) - num_objects
+        assert int(row["yolo_lost_islands"]) == num_islands and int(row["yolo_lost_holes"]) >= 0
+        num_written += num_objects
+    assert [each["id"] for each in coco["annotations"]] == list(range(1, num_written + 1))
+
+
+def test_formats_of_prompts_hold_a_mask_for_each(folder, tmp_path):
+    boxes = f"boxes=[{BOX},{BOX}]".replace(" ", "")  # the same mask twice: one of them is in the label map
+    arguments = [f"input={folder / 'photo.png'}", "mode=prompts", boxes, "write=[coco]"]
+    _, labels, _ = run(folder, tmp_path / "run", *arguments)
+    assert labels["photo"].max() == 1
+    coco = json.loads((tmp_path / "run" / "coco" / "annotations.json").read_text())
+    assert len(coco["annotations"]) == 2 and coco["images"][0]["file_name"] == "photo.png"
+
+
+def test_an_interrupted_run_leaves_a_coco_file_of_what_is_done(folder, tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    for name in "ab":
+        shutil.copy(folder / "photo.png", tmp_path / "photos" / f"{name}.png")
+    real = infer_sam2.segment_objects
+
+    def interrupt(*args):
+        if args[-1].path.stem == "b":
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(infer_sam2, "segment_objects", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "run", f"input={tmp_path / 'photos'}", "mode=prompts", f"boxes=[{BOX}]", "write=[coco]")
+    coco = json.loads((tmp_path / "run" / "coco" / "annotations.json").read_text())
+    assert [image["file_name"] for image in coco["images"]] == ["a.png"] and len(coco["annotations"]) == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
 
@@ -435,6 +502,14 @@ def test_best_checkpoint_of_training_predicts_the_same_in_an_untouched_sam2(fold
         (["mode=region", "region=region.png", "num_points=0"], "num_points is 0"),
         (["num_points=many"], "num_points is 'many'; must be a whole number"),
         (["max_overlap=x"], "max_overlap is 'x'; must be a number"),
+        (["write=[coco,voc]"], r"write is \['coco', 'voc'\]; must be a list of some of coco, labelme, yolo, cutouts"),
+        (["write=coco"], "write is 'coco'; must be a list"),
+        (["write=[yolo]", "outline_tolerance_px=-1"], "outline_tolerance_px is -1; must be 0 or more"),
+        (["write=[yolo]", "outline_tolerance_px=inf"], "outline_tolerance_px is inf; must be finite"),
+        (
+            ["mode=compare", "input=null", "checkpoint=null", "write=[coco]"],
+            "write= is given but mode is compare.*take mode=automatic",
+        ),
         (["mode=prompts", "points=5"], "points is 5; must be a list or null"),
         (["image_size=1.5"], "image_size is 1.5; must be a whole number or null"),
         (["automatic.points_per_side=2.5"], "automatic.points_per_side is 2.5; must be a whole number"),

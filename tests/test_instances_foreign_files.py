@@ -274,6 +274,85 @@ def test_polygons_that_leave_the_picture_are_drawn_as_pycocotools_does(tmp_path)
         assert different <= (0 if reach == 30 else 50 * 24 * 32 * 1e-3)
 
 
+def write_outline(format: str, root: Path, points: list[list[float]], wh: tuple[int, int] = (60, 40)) -> list:
+    """Write a picture of 60 x 40 px whose file holds two objects, of which the second has these points; list it."""
+    write_picture(root / "images" / "one.jpg", 40, 60)
+    objects = [[[2, 3], [20, 3], [20, 18]], points]
+    width, height = wh
+    if format == "coco":
+        annotations = [square(1, 5 + k, segmentation=[sum(each, [])]) for k, each in enumerate(objects)]
+        write_json(root, [picture(1, width=width, height=height)], annotations)
+        return list_all("coco", root, **COCO | {"train_images": "images"})
+    if format == "labelme":
+        shapes = [{"label": "cell", "points": each} for each in objects]
+        content = {"shapes": shapes, "imageHeight": height, "imageWidth": width}
+        (root / "images" / "one.json").write_text(json.dumps(content))
+        return list_all("labelme", root / "images", val_fraction=0)
+    if format == "cvat":
+        texts = [";".join(f"{x},{y}" for x, y in each) for each in objects]
+        shapes = "".join(f'<polygon label="cell" points="{text}"/>' for text in texts)
+        image = f'<image name="one.jpg" width="{width}" height="{height}">{shapes}</image>'
+        (root / "annotations.xml").write_text(f"<annotations>{image}</annotations>")
+        return list_all("cvat", root, val_fraction=0)
+    lines = [" ".join(["0", *(str(x) for point in each for x in np.array(point) / wh)]) for each in objects]
+    (root / "images" / "one.txt").write_text("\n".join(lines))
+    (root / "data.yaml").write_text("names: [cell]\ntrain: images\n")
+    (root / "labels").mkdir()
+    (root / "images" / "one.txt").rename(root / "labels" / "one.txt")
+    return list_all("yolo", root, val_fraction=0)
+
+
+OUTLINES = {  # points of an object in a picture of 60 x 40 px: how many objects are left, and what is said
+    "two points": ([[1, 1], [9, 9]], 1, "fewer than 3 points|a polygon is|4 numbers|a box alone is no mask"),
+    "shares": (
+        [[0.1, 0.1], [0.9, 0.2], [0.5, 1.0]],
+        1,
+        r"0 to 1, such as \(0.1, 0.1\): shares of width and height",
+    ),
+    "beside it": ([[70, 5], [80, 5], [80, 30]], 1, r"reaches \(70, 5\), outside the picture of 60 x 40 px$"),
+    "exchanged": ([[10, 44], [30, 44], [30, 58]], 1, r"\(10, 44\), outside .* px; with x and y exchanged it would fit"),
+    "partly": ([[20, 10], [35, 10], [30, 55]], 2, r"\(30, 55\), outside .* px; with x and y exchanged it would fit"),
+    "far": ([[20, 10], [75, 10], [30, 55]], 2, r"\(75, 10\), outside the picture of 60 x 40 px$"),
+    "a rough hand": ([[20, 10], [61.5, 10], [30, -1.5]], 2, None),
+    "two pixels": ([[5, 5], [7, 5], [7, 7]], 2, None),
+}
+
+
+@pytest.mark.parametrize("name", OUTLINES)
+@pytest.mark.parametrize("format", ["coco", "labelme", "cvat", "yolo"])
+def test_outlines_that_do_not_lie_in_their_picture_are_named(tmp_path, format, name):
+    points, num_objects, words = OUTLINES[name]
+    if format == "yolo" and name == "shares":
+        pytest.skip("YOLO's coordinates are shares")
+    items = write_outline(format, tmp_path, points)
+    report = check_items(items, check_item)
+    kind = "outlines that leave the picture" if num_objects == 2 else "broken annotations"
+    said = [what for item in report.items for remark, what in item.remarks if remark == kind]
+    assert (count(report)["num_objects"], count(report)["num_bad"]) == (num_objects, 0)
+    if words is None:
+        assert said == []
+    else:
+        assert len(said) == 1 and re.search(words, said[0]), said
+        assert re.search(r"one\.jpg|one\.json|one\.txt", said[0])
+        assert f"1 with {kind}: " in "\n".join(report_lines(report))
+
+
+@pytest.mark.parametrize("format", ["coco", "labelme", "cvat"])
+def test_a_size_in_the_file_that_is_not_the_pictures_is_a_fault(tmp_path, format):
+    report = check_items(write_outline(format, tmp_path, [[5, 5], [9, 5], [9, 9]], wh=(120, 80)), check_item)
+    assert len(report.bad) == 1
+    assert re.search(
+        r"one\.jpg is 40 x 60 px .*but its annotation .* is 80 x 120; export both", report.bad[0].faults[0]
+    )
+
+
+def test_two_entries_of_one_picture_are_refused(tmp_path):
+    write_picture(tmp_path / "pictures" / "one.jpg")
+    write_json(tmp_path, [picture(1), picture(2, "/home/me/one.jpg")], [square(1), square(2)])
+    counts, text = check(tmp_path)
+    assert counts["num_bad"] == 2 and re.search(r"instances\.json: 2 of its images are .*one\.jpg; keep one", text)
+
+
 def test_run_lengths_that_wrap_around_are_refused():
     with pytest.raises(ValueError, match="run lengths add up"):
         rle_to_mask({"size": [2, 2], "counts": [2**62] * 4 + [4]})

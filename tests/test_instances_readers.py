@@ -450,7 +450,7 @@ def test_labelme_reads_every_shape_that_covers_pixels(tmp_path):
         ({"shape_type": "mask", "points": [[1, 1], [3, 3]], "mask": ""}, "its mask is no PNG"),
         ({"shape_type": "polygon"}, "it lacks 'points'"),
         ({"shape_type": "polygon", "points": None}, "its points are None"),
-        ({"shape_type": "circle", "points": [[1, 1]]}, "not enough values"),
+        ({"shape_type": "circle", "points": [[1, 1]]}, "it is a circle of 1 points; must be 2"),
     ],
 )
 def test_a_broken_shape_of_labelme_costs_itself(tmp_path, shape, words):
@@ -503,8 +503,16 @@ def test_the_check_counts_classes_and_names_what_looks_like_a_slip(tmp_path):
         write_labelme(tmp_path / f"{name}.json", [box | {"label": label} for label in labels])
     lines = report_lines(check_items(list_all("labelme", tmp_path), check_item))
     assert "classes, objects (pictures): cell 3 (2), Cell  1 (1), debris 1 (1)" in lines
-    assert "1 objects have no class" in lines
+    assert "1 objects have no class: b" in lines
     assert "'Cell ' and 'cell' differ in case or spaces alone: are they one class?" in lines
+    assert not any("classes without objects" in line for line in lines)  # labelme lists none
+    write_coco(tmp_path / "coco", [np.ones((24, 32), bool)])
+    content = json.loads((tmp_path / "coco" / "instances.json").read_text())
+    content["categories"] = [{"id": 3, "name": "dog"}, {"id": 1, "name": "cat"}, {"id": 2, "name": "cow"}]
+    content["annotations"][0]["category_id"] = 3
+    (tmp_path / "coco" / "instances.json").write_text(json.dumps(content))
+    lines = report_lines(check_items(list_all("coco", tmp_path / "coco", **COCO), check_item))
+    assert "classes without objects: cat, cow" in lines and "1 objects have no class: pictures/one.jpg" in lines
     write_label_maps(tmp_path / "maps")
     lines = report_lines(check_items(list_all("label_map", tmp_path / "maps"), check_item))
     assert not any(line.startswith("classes") or "no class" in line for line in lines)
@@ -558,6 +566,103 @@ def test_a_data_yaml_that_leads_nowhere_is_one_line(tmp_path, content, words):
         (tmp_path / "data.yaml").write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         list_all("yolo", tmp_path)
+
+
+def test_yolo_reads_list_files(tmp_path):
+    """Paths from the list's folder, from the dataset's, and those of the disk that they came from."""
+    for name in ("a", "b", "c", "été 1", "e"):
+        write_picture(tmp_path / "sub" / "images" / f"{name}.jpg", 24, 32)
+        path = tmp_path / "sub" / "labels" / f"{name}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("0 0.125 0.25 0.5 0.25 0.5 0.75 0.125 0.75\n")
+    lines = ["./images/a.jpg", "sub/images/b.jpg", f"{tmp_path}/sub/images/c.jpg", "/home/me/sub/images/été 1.jpg"]
+    (tmp_path / "sub" / "train.txt").write_text("\n".join([*lines, "sub\\images\\a.jpg", ""]))
+    (tmp_path / "val.txt").write_text("sub/images/e.jpg\n")
+    content = {"path": ".", "train": ["sub/train.txt"], "val": "./val.txt", "nc": 2}
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(content))
+    train_items, val_items = split_items(**data_keys("yolo", tmp_path))
+    assert sorted({item.image_path.stem for item in train_items}) == ["a", "b", "c", "été 1"]
+    assert [item.image_path.name for item in val_items] == ["e.jpg"]
+    assert {item.read().annotations[0]["category"] for item in train_items} == {"class_0"}
+    assert train_items[0].classes == ("class_0", "class_1")
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(content | {"names": {0: "cell", None: "x", "b": "y"}, "nc": 1}))
+    assert split_items(**data_keys("yolo", tmp_path))[0][0].classes == ("cell",)
+    (tmp_path / "val.txt").write_text("sub/images/gone.jpg\n")
+    with pytest.raises(FileNotFoundError, match=r"has no image .*images/gone\.jpg"):
+        split_items(**data_keys("yolo", tmp_path))
+
+
+@pytest.mark.parametrize("data_yaml", ["data.yaml", "sub/data.yaml"])
+def test_yolo_whose_val_is_train_is_split_by_a_fraction_or_lists(tmp_path, data_yaml):
+    for name in "abcd":
+        write_picture(tmp_path / "sub" / "images" / f"{name}.jpg")
+    place = "images" if data_yaml == "sub/data.yaml" else "sub\\images"
+    (tmp_path / data_yaml).write_text(yaml.safe_dump({"names": ["cell"], "train": place, "val": place}))
+    keys = data_keys("yolo", tmp_path, data_yaml=data_yaml, val_fraction=0.25)
+    assert [len(items) for items in split_items(**keys)] == [3, 1]
+    (tmp_path / "val.txt").write_text("a\nb.jpg\n")
+    train_items, val_items = split_items(**keys | {"val_list": str(tmp_path / "val.txt")})
+    assert [item.image_path.name for item in val_items] == ["a.jpg", "b.jpg"] and len(train_items) == 2
+
+
+@pytest.mark.parametrize("layout", ["names alone", "names with folders", "of another disk"])
+def test_one_coco_file_of_two_folders(tmp_path, layout):
+    starts = {"names with folders": ("train/", "val\\"), "of another disk": ("/x/train/", "C:\\val\\")}
+    start = starts.get(layout, ("", ""))
+    for folder, names in (("train", "ab"), ("val", "c")):
+        for name in names:
+            write_picture(tmp_path / folder / f"{name}.jpg")
+    images = [
+        {"id": number, "file_name": f"{start[name == 'c']}{name}.jpg", "height": 8, "width": 10}
+        for number, name in enumerate("abc")
+    ]
+    path = tmp_path / "all.json"
+    path.write_text(json.dumps({"images": images, "annotations": [], "categories": [{"id": 2, "name": "cell"}]}))
+    keys = data_keys("coco", tmp_path, train_images="train", val_images="val", train_annotations="all.json")
+    train_items, val_items = split_items(**keys | {"val_annotations": "./all.json"})
+    assert [[item.image_path for item in items] for items in (train_items, val_items)] == [
+        [tmp_path / "train" / "a.jpg", tmp_path / "train" / "b.jpg"], [tmp_path / "val" / "c.jpg"]
+    ]  # fmt: skip
+    assert val_items[0].classes == ("cell",)
+    if layout == "names alone":
+        shutil.copy(tmp_path / "val" / "c.jpg", tmp_path / "train" / "c.jpg")
+        with pytest.raises(ValueError, match=r"c\.jpg lies in train and in val; put the folder before the file_name"):
+            split_items(**keys | {"val_annotations": "all.json"})
+        (tmp_path / "val" / "c.jpg").unlink()
+        (tmp_path / "train" / "b.jpg").unlink()
+        with pytest.raises(FileNotFoundError, match=r"has no image .*train/b\.jpg"):
+            split_items(**keys | {"val_annotations": "all.json"})
+
+
+def test_one_coco_file_of_one_folder_is_split_by_a_fraction_or_lists(tmp_path):
+    images = []
+    for number, name in enumerate(("a/1", "a/2", "b/1", "b/2")):
+        write_picture(tmp_path / "pictures" / f"{name}.jpg")
+        images.append({"id": number, "file_name": f"{name}.jpg", "height": 8, "width": 10})
+    (tmp_path / "all.json").write_text(json.dumps({"images": images, "annotations": []}))
+    keys = data_keys("coco", tmp_path, train_images="pictures", val_images="pictures", train_annotations="all.json")
+    keys |= {"val_annotations": "all.json", "val_fraction": 0.5}
+    assert [len(items) for items in split_items(**keys)] == [2, 2]
+    (tmp_path / "val.txt").write_text("a/2.jpg\npictures/b/1.jpg\n")
+    _, val_items = split_items(**keys | {"val_list": str(tmp_path / "val.txt")})
+    assert [item.name for item in val_items] == ["pictures/a/2.jpg", "pictures/b/1.jpg"]
+
+
+def test_labelme_files_name_their_pictures(tmp_path):
+    box = {"label": "cell", "shape_type": "rectangle", "points": [[1, 1], [9, 9]]}
+    for name in ("photos/one.jpg", "photos/two.jpg"):
+        write_picture(tmp_path / name, 24, 32)
+    for path, image_path in {"jsons/one.json": "../photos/one.jpg", "jsons/2.json": "..\\photos\\two.jpg"}.items():
+        write_labelme(tmp_path / path, [box])
+        content = json.loads((tmp_path / path).read_text()) | {"imagePath": image_path}
+        (tmp_path / path).write_text(json.dumps(content))
+    for image_dir in ("jsons", "photos"):  # none there; and one of another name
+        items = list_all("labelme", tmp_path, image_dir=image_dir, annotation_dir="jsons")
+        pictures = {item.annotation_path.name: item.image_path.name for item in items}
+        assert pictures == {"one.json": "one.jpg", "2.json": "two.jpg"}
+    (tmp_path / "photos" / "two.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"annotation .*2\.json has no image .*2\.jpg"):
+        list_all("labelme", tmp_path, image_dir="photos", annotation_dir="jsons")
 
 
 def test_cvat_reads_every_shape_that_covers_pixels(tmp_path):

@@ -507,7 +507,7 @@ def write_image(path: str | Path, image_rgb: np.ndarray) -> Path:
 
     Args:
         path: file name ending in .png, .jpg, .jpeg, .bmp, .tif, .tiff or .webp.
-        image_rgb: uint8 (H, W, 3) RGB, or (H, W) grey.
+        image_rgb: uint8 (H, W, 3) RGB, (H, W, 4) RGB and alpha (PNG, TIFF, WebP), or (H, W) grey.
     Returns:
         The path.
     Raises:
@@ -517,8 +517,10 @@ def write_image(path: str | Path, image_rgb: np.ndarray) -> Path:
     assert image_rgb.dtype == np.uint8, image_rgb.dtype
     if path.suffix.lower() not in WRITTEN_SUFFIXES:
         raise ValueError(f"cannot write {path}: suffix {path.suffix!r} is not one of {', '.join(WRITTEN_SUFFIXES)}")
-    channels_last = image_rgb if image_rgb.ndim == 2 else cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR)
-    is_encoded, data = cv2.imencode(path.suffix.lower(), channels_last)
+    pixels = image_rgb
+    if image_rgb.ndim == 3:  # OpenCV's order is BGR
+        pixels = cv2.cvtColor(image_rgb, cv2.COLOR_RGBA2BGRA if image_rgb.shape[2] == 4 else cv2.COLOR_RGB2BGR)
+    is_encoded, data = cv2.imencode(path.suffix.lower(), pixels)
     assert is_encoded, path
     return _write_bytes(path, data.tobytes())
 

@@ -238,11 +238,11 @@ def read_list(path: str | Path, names: set[str], affixes: tuple[str, str] = ("",
     Returns:
         of each line the one among names that is: the line, or its first word where columns follow; the end of that
         path, less suffix and affixes; its file name; or the folder of the file (DAVIS 2016 lists a sequence by the
-        paths of its frames).
+        paths of its frames); or else the only name that ends so, with or without suffix (COCO's are those of files).
     Raises:
         FileNotFoundError, ValueError: for a file that is not there; a line that is no name.
     """
-    named = []
+    named, names_by_end = [], _find_ends(names)
     for line in read_lines(path):
         line = unicodedata.normalize("NFC", line.replace("\\", "/"))
         words = line.split()
@@ -254,11 +254,24 @@ def read_list(path: str | Path, names: set[str], affixes: tuple[str, str] = ("",
             ends = ["/".join(parts[start:]) for start in range(len(parts))]
             candidates = [entry, *ends, entry_path.name, entry_path.parent.name]
             name = name or next((candidate for candidate in candidates if candidate in names), None)
+            name = name or next((names_by_end[end] for end in (entry, *ends) if end in names_by_end), None)
         if name is None:
             example = min(names, default="")
             raise ValueError(f"{path} names {line!r}, which the dataset lacks; names look like {example!r}")
         named.append(name)
     return named
+
+
+def _find_ends(names: set[str]) -> dict[str, str]:
+    """List the ends of names that are paths, with and without suffix, that are those of one name alone."""
+    names_by_end = {}
+    for name in names:
+        parts = name.split("/")
+        for start in range(len(parts)):
+            end = "/".join(parts[start:])
+            for each in {end, os.path.splitext(end)[0]}:
+                names_by_end.setdefault(each, []).append(name)
+    return {end: those[0] for end, those in names_by_end.items() if len(those) == 1}
 
 
 def _is_column(word: str) -> bool:

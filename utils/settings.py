@@ -70,6 +70,11 @@ def one_of(*choices) -> Rule:
     return Rule(lambda value: value in choices, " or ".join(words) if len(words) < 3 else "one of " + ", ".join(words))
 
 
+def some_of(*choices: str) -> Rule:
+    """Make the rule that a list holds nothing but some of a few."""
+    return Rule(lambda values: set(values) <= set(choices), f"a list of some of {', '.join(choices)}")
+
+
 def of_length(count: int, words: str) -> Rule:
     """Make the rule that a list has so many entries, which `words` say, such as "two numbers"."""
     return Rule(lambda value: len(value) == count, words)

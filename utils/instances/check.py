@@ -29,6 +29,7 @@ REMEDIES = {  # kind of remark -> what to do about it
     "no objects": "left out of training; remove the picture, or annotate it",
     "crowd regions alone": "left out of training; if each is one object (CVAT marks all masks so), data.crowd=keep",
     "broken annotations": "what is broken is left out, other objects are not; export them again, or remove them",
+    "outlines that leave the picture": "cut off there; look whether x and y are exchanged, or the picture was resized",
     "a turn by EXIF and masks that fit with and without it": "look whether they lie right; if not, turn them, too",
     "empty masks": "they are no objects and are passed over; remove them, or draw them",
     f"objects below {TINY_PX} px": "remove stray pixels; real objects this small need larger pictures",
@@ -50,6 +51,7 @@ class Objects:
     classes: frozenset = frozenset()  # `class_key`s of its objects whose category has a name
     attributes: frozenset = frozenset()  # keys of its objects' attributes
     class_names: tuple[str, ...] = ()  # of its objects, "" where one has none
+    listed_classes: tuple[str, ...] = ()  # those that the dataset's files list
 
 
 def check_data(
@@ -149,7 +151,7 @@ def check_item(item: Item, with_shapes: bool = False) -> ItemReport:
         if orientation not in (1, read_orientation(item.annotation_path)) and is_size_kept:
             turn = ("a turn by EXIF and masks that fit with and without it", f"{item.image_path}: {TURNS[orientation]}")
             remarks.append(turn)
-    content = Objects(areas_px, centers_xy, concavities, num_crowd, num_broken, **said)
+    content = Objects(areas_px, centers_xy, concavities, num_crowd, num_broken, listed_classes=item.classes, **said)
     return ItemReport(item.name, tuple(faults), tuple(remarks), orig_hw, bits, len(areas_px) > 0, content)
 
 
@@ -186,28 +188,40 @@ def report_lines(report: CheckReport, max_listed: int | None = MAX_LISTED) -> li
             f"object centres: mean ({mean_x:.2f}, {mean_y:.2f}), spread ({std_x:.2f}, {std_y:.2f}) of (width, height); "
             f"{in_middle:.0%} in the middle ninth (11% if even)",
         ]
-    lines += class_lines([item.content.class_names for item in report.usable], max_listed)
+    listed_classes = [name for item in report.items for name in item.content.listed_classes]
+    names_of_pictures = [item.content.class_names for item in report.usable]
+    lines += class_lines(names_of_pictures, max_listed, listed_classes, [item.name for item in report.usable])
     if num_crowd := count(report)["num_crowd"]:
         lines.append(f"crowd regions left out: {num_crowd}; data.crowd=keep trains on them and clicks them")
     return lines + dataset_check.finding_lines(report, REMEDIES, max_listed)
 
 
-def class_lines(names_of_pictures: list[tuple[str, ...]], max_listed: int | None) -> list[str]:
+def class_lines(
+    names_of_pictures: list[tuple[str, ...]],
+    max_listed: int | None,
+    listed_classes: list[str] = (),
+    pictures: list[str] | None = None,
+) -> list[str]:
     """Count the objects and pictures of each class, and name what looks like a slip; no line where no object has one.
 
     Args:
         names_of_pictures: of each picture the names of its objects' classes, "" where one has none.
+        listed_classes: those that the dataset's files list, some of which may have no objects.
+        pictures: their names, of which those are named that have objects without a class; None: they are counted alone.
     """
     objects = Counter(name for names in names_of_pictures for name in names)
-    pictures = Counter(name for names in names_of_pictures for name in set(names))
+    num_pictures = Counter(name for names in names_of_pictures for name in set(names))
     named = [name for name in objects if name]
     if not named:
         return []
     named.sort(key=lambda name: (-objects[name], name))
-    shown = [f"{name} {objects[name]} ({pictures[name]})" for name in named]
+    shown = [f"{name} {objects[name]} ({num_pictures[name]})" for name in named]
     lines = [f"classes, objects (pictures): {', '.join(first_few(shown, max_listed))}"]
+    if unused := [name for name in dict.fromkeys(listed_classes) if name and not objects[name]]:
+        lines.append(f"classes without objects: {', '.join(first_few(unused, max_listed))}")
     if objects[""]:
-        lines.append(f"{objects['']} objects have no class")
+        where = [name for name, names in zip(pictures or [], names_of_pictures, strict=False) if "" in names]
+        lines.append(f"{objects['']} objects have no class: {', '.join(first_few(where, max_listed))}".rstrip(": "))
     alike = {}
     for name in sorted(named):
         alike.setdefault(name.strip().casefold(), []).append(name)
@@ -314,6 +328,7 @@ def _remark_on_objects(item: Item, instances: Instances, objects: list[tuple[int
         kind = "crowd regions alone" if instances.num_crowd else "no objects"
         remarks.append((kind, f"{item.image_path} ({item.annotation_path})"))
     remarks += [("broken annotations", which) for which in instances.broken]
+    remarks += [("outlines that leave the picture", which) for which in instances.doubts]
     empty = [name for index, name in enumerate(instances.mask_names) if index + 1 not in ids]
     if empty:
         remarks.append(("empty masks", f"{item.annotation_path} ({item.name}): {', '.join(empty)}"))

@@ -44,6 +44,33 @@ def rle_to_mask(rle: dict) -> np.ndarray:
     Raises:
         ValueError: if the run lengths do not fill the mask.
     """
+    return _counts_to_mask(_read_counts(rle), *rle["size"])
+
+
+def rle_to_part(rle: dict) -> tuple[np.ndarray, tuple[int, int]]:
+    """Decode the part of a mask that lies in its tight box, in time that follows the part's columns.
+
+    Args:
+        rle: as for `rle_to_mask`.
+    Returns:
+        bool (h, w), (0, 0) for an empty mask; the box's corner (x, y) px.
+    """
+    height, _ = rle["size"]
+    counts = _read_counts(rle)
+    counts = counts[: len(counts) // 2 * 2]  # without a last run of zeros
+    if not counts[1::2].any():
+        return np.zeros((0, 0), bool), (0, 0)
+    first, last = int(counts[0]) // height, (int(counts.sum()) - 1) // height  # columns
+    counts = np.append(counts, (last + 1) * height - counts.sum())
+    counts[0] -= first * height
+    part = _counts_to_mask(counts, height, last + 1 - first)
+    rows, columns = np.flatnonzero(part.any(1)), np.flatnonzero(part.any(0))
+    part = np.ascontiguousarray(part[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+    return part, (first + int(columns[0]), int(rows[0]))
+
+
+def _read_counts(rle: dict) -> np.ndarray:
+    """Return the run lengths, int64 (R,), having seen that they fill the mask."""
     height, width = rle["size"]
     counts = rle["counts"]
     if isinstance(counts, (str, bytes)):
@@ -53,7 +80,7 @@ def rle_to_mask(rle: dict) -> np.ndarray:
         raise ValueError(
             f"run lengths add up to {counts.sum()} pixels, but the mask is {height} x {width} = {height * width}"
         )
-    return _counts_to_mask(counts, height, width)
+    return counts
 
 
 def decode_rle_counts(text: str | bytes) -> np.ndarray:

@@ -17,8 +17,9 @@ import json
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from xml.etree import ElementTree
 
@@ -38,6 +39,8 @@ VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
+OUTSIDE_SHARE = 0.02  # of the longer side, and 2 px at least: outlines may leave a picture by as much
+MAX_CLASSES = 10_000  # of a YOLO dataset that only counts them
 LARGE_PX = 2**24  # a mask of more pixels is made once its picture's own size has been seen, so that memory follows that
 
 
@@ -50,6 +53,7 @@ class Instances(NamedTuple):
     broken: tuple[str, ...] = ()  # objects left out, whole or a part, because their annotation is broken; each says why
     annotations: tuple[dict, ...] = ()  # what a json file says of the objects of ids 1, 2, ...: some of ANNOTATION_KEYS
     image_id: int | str | None = None  # the picture's in a COCO file
+    doubts: tuple[str, ...] = ()  # objects that are read, and whose outline leaves the picture; each says where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Item:
     annotation_path: Path  # a file; for masks_per_file the folder of masks
     read: Callable[[], Instances] = dataclasses.field(compare=False)  # a functools.partial of a reader below
     group: str = ""  # what a split never divides, such as a sequence of frames; "": the picture alone
+    classes: tuple[str, ...] = ()  # the names that the dataset's files list, in their order; (): they list none
 
     @property
     def split_unit(self) -> str:
@@ -226,15 +231,34 @@ def list_coco(
 ) -> tuple[list[Item], list[Item] | None]:
     """List COCO: pictures <root>/<images>/<file_name> with <root>/<annotations>, polygons or run lengths.
 
+    One json for both parts is split by the two folders of pictures, or is one part where these are the same, too.
+
     Args:
         crowd: of regions marked iscrowd; skip, as COCO's rule is, or keep: each is an object like all others.
     """
     if crowd not in ("skip", "keep"):
         raise ValueError(f"data.crowd is {crowd!r}; must be skip or keep")
     train_items = _list_coco_file(root / train_images, root / train_annotations, train_images, crowd == "keep")
-    if val_annotations is None:
+    is_one_file = (
+        val_annotations is not None and (root / val_annotations).resolve() == (root / train_annotations).resolve()
+    )
+    if val_annotations is None or (is_one_file and (root / val_images).resolve() == (root / train_images).resolve()):
         return train_items, None
-    return train_items, _list_coco_file(root / val_images, root / val_annotations, val_images, crowd == "keep")
+    val_items = _list_coco_file(root / val_images, root / val_annotations, val_images, crowd == "keep")
+    if not is_one_file:
+        return train_items, val_items
+    are_there = [[os.path.lexists(item.image_path) for item in items] for items in (train_items, val_items)]
+    for item, in_train, in_val in zip(train_items, *are_there, strict=True):
+        if in_train and in_val:
+            raise ValueError(
+                f"{root / train_annotations} is that of both parts, and {item.image_path.name} lies in {train_images} "
+                f"and in {val_images}; put the folder before the file_name, or give each part a json of its own"
+            )
+    # What lies in neither folder stays in the first, where it is said to be missing.
+    return (
+        [item for item, in_val in zip(train_items, are_there[1], strict=True) if not in_val],
+        [item for item, in_val in zip(val_items, are_there[1], strict=True) if in_val],
+    )
 
 
 def _list_coco_file(image_dir: Path, annotation_path: Path, image_dir_name: str, with_crowds: bool) -> list[Item]:
@@ -263,6 +287,7 @@ def _list_coco_file(image_dir: Path, annotation_path: Path, image_dir_name: str,
         if isinstance(category, dict) and "id" in category:
             named = {"category": category.get("name"), "frequency": category.get("frequency")}
             categories[plain_id(category["id"])] = {key: value for key, value in named.items() if value is not None}
+    classes = _names_in_order({number: category.get("category") for number, category in categories.items()})
     items, names_there = [], {}
     for image_id, entries in images.items():
         file_names = sorted({image["file_name"] for image in entries})
@@ -275,8 +300,21 @@ def _list_coco_file(image_dir: Path, annotation_path: Path, image_dir_name: str,
                 entry, num_crowd = _coco_entry(image, annotations.get(image_id, []), categories, with_crowds)
                 read = functools.partial(read_coco, annotation_path, image_path, entry, num_crowd)
             name = unicodedata.normalize("NFC", f"{image_dir_name}/{image['file_name']}")
-            items.append(Item(name, image_path, annotation_path, read))
+            items.append(Item(name, image_path, annotation_path, read, classes=classes))
+    paths = Counter(item.image_path for item in items)
+    for index, item in enumerate(items):
+        if paths[item.image_path] > 1:
+            read = functools.partial(
+                _refuse, f"{annotation_path}: {paths[item.image_path]} of its images are {item.image_path}; keep one"
+            )
+            items[index] = dataclasses.replace(item, read=read)
     return items
+
+
+def _names_in_order(names: dict[int | str | None, object]) -> tuple[str, ...]:
+    """Return the names of numbered classes in the order of their numbers, each once; what is no number comes last."""
+    numbers = sorted(names, key=lambda number: number if isinstance(number, int) else float("inf"))
+    return tuple(dict.fromkeys(str(names[number]) for number in numbers if names[number] is not None))
 
 
 def _coco_entry(
@@ -309,7 +347,10 @@ def is_marked_crowd(annotation: dict) -> bool:
 
 
 def _find_picture(image_dir: Path, file_name: str, names_there: dict[str, Path]) -> Path:
-    """Find a picture by the name that a json file has for it, also where accents or slashes are written otherwise.
+    """Find a picture by the name that an annotation file has for it.
+
+    Accents and slashes may be written otherwise, and the name may begin above the folder: with the folder's own name,
+    or with the root of the disk on which the dataset was made.
 
     Args:
         names_there: of the folder's files, made here once a name is not found as it is.
@@ -317,6 +358,12 @@ def _find_picture(image_dir: Path, file_name: str, names_there: dict[str, Path])
     path = image_dir / file_name
     if os.path.lexists(path):
         return path
+    parts = PurePosixPath(file_name.replace("\\", "/")).parts
+    is_absolute = len(parts) > 0 and (parts[0] in ("/", "//") or parts[0].endswith(":"))
+    is_from_above = len(parts) > 1 and parts[0] == image_dir.name
+    for start in range(1, len(parts)) if is_absolute else [1] * is_from_above:
+        if os.path.lexists(image_dir.joinpath(*parts[start:])):
+            return image_dir.joinpath(*parts[start:])
     if not file_name.isascii() and not names_there:
         paths = sorted(image_dir.rglob("*"))
         names_there |= {unicodedata.normalize("NFC", path.relative_to(image_dir).as_posix()): path for path in paths}
@@ -410,23 +457,44 @@ def list_labelme(
 ) -> tuple[list[Item], None]:
     """List labelme: pictures <root>/<image_dir>/**/<stem>.jpg with <root>/<annotation_dir>/**/<stem>.json.
 
+    A json beside which no picture has its name is of the one that it names, its imagePath.
+
     Args:
         ignore_labels: labels whose shapes are no objects.
     """
     pairs = listing.pair_files(
         root / image_dir, root / annotation_dir, annotation_suffixes=(".json",), with_subfolders=True
     )
-    return [
-        Item(*pair, functools.partial(read_labelme, pair.annotation_path, pair.image_path, tuple(ignore_labels)))
-        for pair in pairs
-    ], None
+    named = {}  # annotation -> the picture that it names
+    for pair in pairs:
+        if not os.path.lexists(pair.image_path) and (image_path := _named_labelme_picture(pair.annotation_path)):
+            named[pair.annotation_path] = image_path
+    of_others = {os.path.realpath(path) for path in named.values()}
+    items = []
+    for name, own_path, annotation_path in pairs:
+        if not os.path.lexists(annotation_path) and os.path.realpath(own_path) in of_others:
+            continue
+        image_path = named.get(annotation_path, own_path)
+        read = functools.partial(read_labelme, annotation_path, image_path, tuple(ignore_labels))
+        items.append(Item(name, image_path, annotation_path, read))
+    return items, None
+
+
+def _named_labelme_picture(path: Path) -> Path | None:
+    """Find the picture that a labelme file says it is of; None where it is not there or cannot be read."""
+    try:
+        image_path = path.parent / str(_read_json(path)["imagePath"]).replace("\\", "/")
+        return image_path if image_path.is_file() else None
+    except (OSError, ValueError, LookupError):
+        return None
 
 
 def list_yolo(root: Path, data_yaml: str = "data.yaml") -> tuple[list[Item], list[Item] | None]:
-    """List YOLO's polygons: <root>/data.yaml names the classes and the folders of pictures; labels lie beside images.
+    """List YOLO's polygons: <root>/data.yaml names the classes and the places of pictures; labels lie beside images.
 
-    images/train with labels/train, as ultralytics has it, or train/images with train/labels, as Roboflow; a folder
-    without `images` in its path has the labels in it. A picture without a label file has no objects.
+    A place is a folder or a list file, .txt with a picture a line; train and val may have several. images/train with
+    labels/train, as ultralytics has it, or train/images with train/labels, as Roboflow; a folder without `images` in
+    its path has the labels in it. A picture without a label file has no objects. Where val is train, it is no part.
     """
     path = root / data_yaml
     if not path.is_file():
@@ -435,37 +503,71 @@ def list_yolo(root: Path, data_yaml: str = "data.yaml") -> tuple[list[Item], lis
         content = yaml.safe_load(listing.read_text(path))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
-    names = content["names"] if isinstance(content, dict) and "names" in content else None
-    names = dict(enumerate(names)) if isinstance(names, list) else names
-    if not isinstance(names, dict) or "train" not in content:
+    names = _read_yolo_names(content) if isinstance(content, dict) and "train" in content else {}
+    if not names:
         raise ValueError(f"{path} must have names, a list or numbers with names, and train, a folder of pictures")
-    names = {plain_id(number): str(name) for number, name in names.items()}
+    base = content.get("path")
+    bases = [path.parent, root]
+    if base is not None:
+        bases = [path.parent / str(base), root / str(base), *bases, Path(str(base))]
     splits = []
-    for key in ("train", "val"):
-        places = content[key] if key in content else None
+    for key in ("train", "val" if "val" in content else "validation"):
+        places = content.get(key)
         if places is None:
             splits.append(None)
             continue
         items = []
         for place in map(str, places if isinstance(places, list) else [places]):
-            folder = _find_yolo_folder(root, content.get("path"), place, path, key)
-            for name, image_path in listing.files_by_name(folder, with_subfolders=True).items():
+            for name, image_path in _list_yolo_place(bases, place, path, key).items():
                 label_path = _yolo_label_path(image_path)
                 read = functools.partial(read_yolo, label_path, image_path, names)
                 has_labels = os.path.lexists(label_path)
-                name = f"{place.removeprefix('../')}/{name}"
-                items.append(Item(name, image_path, label_path if has_labels else path, read))
+                annotation_path = label_path if has_labels else path
+                items.append(Item(name, image_path, annotation_path, read, classes=_names_in_order(names)))
         splits.append(items)
-    return splits[0], splits[1]
+    train_items, val_items = splits
+    if val_items is not None and {item.image_path for item in val_items} == {item.image_path for item in train_items}:
+        return train_items, None
+    return train_items, val_items
 
 
-def _find_yolo_folder(root: Path, base: object, place: str, data_yaml: Path, key: str) -> Path:
-    """Find a folder of pictures that a data.yaml names, also where the dataset was moved, or counts from elsewhere."""
-    bases = [root] if base is None else [Path(str(base)), root / str(base), root]
-    for folder in [each / place for each in bases] + [root / re.sub(r"^(\.\./)+", "", place)]:
-        if folder.is_dir():
-            return folder
-    raise FileNotFoundError(f"{data_yaml}: {key} is {place}, and no such folder is below {root}; correct it there")
+def _read_yolo_names(content: dict) -> dict[int, str]:
+    """Read the classes of a data.yaml, {number: name}; of one that only counts them, class_0, class_1, ..."""
+    names, count = content.get("names"), _whole_number(content.get("nc"))
+    if names is None and count is not None:
+        names = [f"class_{number}" for number in range(min(count, MAX_CLASSES))]
+    names = dict(enumerate(names)) if isinstance(names, list) else names
+    named = {_whole_number(number): str(name) for number, name in names.items()} if isinstance(names, dict) else {}
+    return {number: name for number, name in named.items() if number is not None}
+
+
+def _list_yolo_place(bases: list[Path], place: str, data_yaml: Path, key: str) -> dict[str, Path]:
+    """List the pictures of a folder or of a list file that a data.yaml names: {name, unique in the dataset: picture}.
+
+    Args:
+        bases: folders that places may count from.
+    """
+    place = place.replace("\\", "/")
+    above = re.sub(r"^(\.\./)+", "", place)
+    found = next((each for base in bases for each in (base / place, base / above) if os.path.lexists(each)), None)
+    if found is not None and found.is_dir():
+        below = listing.files_by_name(found, with_subfolders=True)
+        return {f"{above}/{name}": image_path for name, image_path in below.items()}
+    if found is None or found.suffix.lower() != ".txt":
+        raise FileNotFoundError(
+            f"{data_yaml}: {key} is {place}, and no such folder is below {data_yaml.parent}, nor a list file (.txt); "
+            "correct it there"
+        )
+    pictures = {}
+    for line in listing.read_lines(found):
+        line = line.replace("\\", "/")
+        folders = [found.parent, *bases]
+        picture = next((folder / line for folder in folders if os.path.lexists(folder / line)), None)
+        if picture is None:  # such as a path of the disk on which the list was made
+            picture = _find_picture(data_yaml.parent, line, {})
+        name = os.path.splitext(os.path.normpath(line.removeprefix("/")))[0]
+        pictures[unicodedata.normalize("NFC", name)] = picture
+    return pictures
 
 
 def _yolo_label_path(image_path: Path) -> Path:
@@ -486,13 +588,18 @@ def list_cvat(root: Path, annotations: str = "annotations.xml", image_dir: str =
         tree = ElementTree.fromstring(path.read_bytes())
     except ElementTree.ParseError as error:
         raise ValueError(f"{path} is no valid xml: {error}") from error
+    labels = [label.text or "" for label in tree.findall("meta//labels/label/name")]
+    drawn = ("polygon", "box", "mask", "ellipse")
+    labels += sorted({shape.get("label", "") for kind in drawn for shape in tree.iterfind(f"image/{kind}")})
+    classes = tuple(dict.fromkeys(filter(None, labels)))
     items, names_there = [], {}
     for image in tree.iter("image"):
         name = unicodedata.normalize("NFC", image.get("name", ""))
         shapes = [{"kind": shape.tag, **shape.attrib} for shape in image if shape.tag in CVAT_SHAPES]
         entry = {"orig_hw": [image.get("height"), image.get("width")], "shapes": shapes}
         image_path = _find_picture(root / image_dir, name, names_there)
-        items.append(Item(name, image_path, path, functools.partial(read_cvat, path, image_path, json.dumps(entry))))
+        read = functools.partial(read_cvat, path, image_path, json.dumps(entry))
+        items.append(Item(name, image_path, path, read, classes=classes))
     if not items:
         raise ValueError(f"{path} has no <image>; export as CVAT for images 1.1, not for video")
     return items, None
@@ -512,11 +619,12 @@ def list_voc(
     """
     objects = listing.files_by_name(root / object_dir)
     images = listing.files_by_name(root / image_dir)
+    classes = tuple(class_names) if (root / class_dir).is_dir() else ()
     items = []
     for name, path in objects.items():  # most of VOC's pictures have none
         image_path = images[name] if name in images else root / image_dir / f"{name}.jpg"
         read = functools.partial(read_voc, path, root / class_dir / path.name, tuple(class_names))
-        items.append(Item(name, image_path, path, read))
+        items.append(Item(name, image_path, path, read, classes=classes))
     return items, None
 
 
@@ -677,30 +785,68 @@ def read_labelme(path: Path, image_path: Path, ignore_labels: tuple[str, ...] = 
 
 def _join_shapes(
     shapes: list[tuple[int, str, object, dict]],
-    draw: Callable[[dict, tuple[int, int]], np.ndarray],
+    draw: Callable[[dict, tuple[int, int]], tuple[np.ndarray, str]],
     orig_hw: tuple[int, int],
     where: str,
 ) -> Instances:
     """Draw shapes; those of one label and one group are one object, and one that cannot be drawn costs itself.
 
     Args:
-        shapes: of each its place in the file, its label, its group or None, and what `draw` makes a mask of.
+        shapes: of each its place in the file, its label, its group or None, and what `draw` makes a mask of, and words
+            about what looks wrong with it, or "".
         where: for messages.
     """
-    masks, labels, broken = {}, {}, []  # by object: a label and its group, or the place of a shape without one
+    masks, labels = {}, {}  # by object: a label and its group, or the place of a shape without one
+    broken, doubts = [], []
     for number, label, group, shape in shapes:
         try:
-            mask = draw(shape, orig_hw)
+            mask, doubt = draw(shape, orig_hw)
         except (ValueError, LookupError, TypeError, OverflowError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error
             broken.append(f"{where}, shape {number} ({label}): {reason}")
             continue
+        doubts += [f"{where}, shape {number} ({label}): {doubt}"] if doubt else []
         key = number if group is None else (label, group)
         masks[key] = masks[key] | mask if key in masks else mask
         labels[key] = label
     names = tuple(f"{label} ({'shape' if isinstance(key, int) else 'group'} {key})" for key, label in labels.items())
     annotations = tuple({"category": label} for label in labels.values())
-    return Instances(stack_masks([*masks.values()], orig_hw), names, broken=tuple(broken), annotations=annotations)
+    layers = stack_masks([*masks.values()], orig_hw)
+    return Instances(layers, names, broken=tuple(broken), doubts=tuple(doubts), annotations=annotations)
+
+
+def _draw_outlines(polygons: list[list[float]], orig_hw: tuple[int, int]) -> tuple[np.ndarray, str]:
+    """Draw an object given as polygons, [x1, y1, x2, y2, ...] px each, having looked at where they lie.
+
+    Returns:
+        bool (H, W); words about an outline that leaves the picture by more than a rough hand does, or "".
+    Raises:
+        ValueError: for what is no polygon, and for one that covers nothing: shares of the sides instead of pixels, or
+            all of it beside the picture.
+    """
+    height, width = orig_hw
+    mask = polygons_to_mask(polygons, height, width)
+    points = np.concatenate([np.asarray(polygon, np.float64).reshape(-1, 2) for polygon in polygons])
+    is_corner_pixel = np.abs(points - points.round()).max() < 1e-3
+    if max(orig_hw) > 2 and (points >= 0).all() and (points <= 1).all() and not is_corner_pixel:
+        raise ValueError(
+            f"all its coordinates are from 0 to 1, such as {_show_point(points[0])}: shares of width and height? "
+            f"They must be pixels of {width} x {height}"
+        )
+    margin = max(2, OUTSIDE_SHARE * max(orig_hw))
+    is_outside = ((points < -margin) | (points > np.array([width, height]) + margin)).any(1)
+    if not is_outside.any():
+        return mask, ""
+    fits_turned = ((points >= -margin) & (points <= np.array([height, width]) + margin)).all()
+    doubt = f"it reaches {_show_point(points[is_outside][0])}, outside the picture of {width} x {height} px"
+    doubt += "; with x and y exchanged it would fit" if fits_turned else ""
+    if not mask.any():
+        raise ValueError(doubt)
+    return mask, doubt
+
+
+def _show_point(point: np.ndarray) -> str:
+    return f"({point[0]:g}, {point[1]:g})"
 
 
 def _declared_hw(sides: list, image_path: Path, where: str) -> tuple[int, int]:
@@ -719,26 +865,28 @@ def _picture_hw(path: Path) -> tuple[int, int]:
     return read_image(path).shape[:2] if frame_wh is None else frame_wh[::-1]
 
 
-def _draw_labelme_shape(shape: dict, orig_hw: tuple[int, int]) -> np.ndarray:
-    """Draw a shape of labelme: bool (H, W)."""
+def _draw_labelme_shape(shape: dict, orig_hw: tuple[int, int]) -> tuple[np.ndarray, str]:
+    """Draw a shape of labelme: bool (H, W), and what `_draw_outlines` says."""
     kind, points = shape.get("shape_type") or "polygon", np.array(shape["points"], np.float64)
     if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
         raise ValueError(f"its points are {str(shape['points'])[:60]}; must be [[x, y], ...]")
     if kind == "rectangle" and len(points) == 2:
         (x1, y1), (x2, y2) = points
         points = np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])
-    if kind in ("polygon", "rectangle"):
-        return polygons_to_mask([points.ravel().tolist()], *orig_hw)
+    if kind in ("polygon", "rectangle", "oriented_rectangle"):
+        return _draw_outlines([points.ravel().tolist()], orig_hw)
     if kind == "circle":
+        if len(points) != 2:
+            raise ValueError(f"it is a circle of {len(points)} points; must be 2, its centre and one of its line")
         center, edge = points
         ys, xs = np.mgrid[: orig_hw[0], : orig_hw[1]] + 0.5
-        return np.hypot(xs - center[0], ys - center[1]) <= np.hypot(*(edge - center))
+        return np.hypot(xs - center[0], ys - center[1]) <= np.hypot(*(edge - center)), ""
     if kind == "mask":
         data = np.frombuffer(base64.b64decode(shape["mask"]), np.uint8)
         part = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE) if len(data) else None
         if part is None:
             raise ValueError("its mask is no PNG")
-        return _place_mask(part > 0, *points[0].round().astype(int).tolist(), orig_hw)
+        return _place_mask(part > 0, *points[0].round().astype(int).tolist(), orig_hw), ""
     raise ValueError(f"its shape_type is {kind}, which covers no pixels")
 
 
@@ -761,7 +909,7 @@ def read_yolo(path: Path, image_path: Path, names: dict[int, str]) -> Instances:
         names: {class: its name}.
     """
     height, width = _picture_hw(image_path)
-    masks, labels, annotations, broken = [], [], [], []
+    masks, labels, annotations, broken, doubts = [], [], [], [], []
     for number, line in enumerate(listing.read_text(path).splitlines() if os.path.lexists(path) else [], 1):
         words = line.split()
         if not words:
@@ -776,13 +924,15 @@ def read_yolo(path: Path, image_path: Path, names: dict[int, str]) -> Instances:
                 raise ValueError(f"{len(coords)} numbers; must be x1 y1 x2 y2 x3 y3 ...")
             if not np.abs(coords).max() <= 1.5:
                 raise ValueError(f"{coords.max():g} is no share of the picture's side; must be 0 to 1")
-            masks.append(polygons_to_mask([(coords.reshape(-1, 2) * [width, height]).ravel().tolist()], height, width))
+            mask, doubt = _draw_outlines([(coords.reshape(-1, 2) * [width, height]).ravel().tolist()], (height, width))
+            masks.append(mask)
+            doubts += [f"{path}, line {number}: {doubt}"] if doubt else []
             labels.append(f"line {number}")
             annotations.append({"category_id": class_id, "category": names[class_id]})
         except ValueError as error:
             broken.append(f"{path}, line {number}: {error}")
     layers = stack_masks(masks, (height, width))
-    return Instances(layers, tuple(labels), broken=tuple(broken), annotations=tuple(annotations))
+    return Instances(layers, tuple(labels), broken=tuple(broken), doubts=tuple(doubts), annotations=tuple(annotations))
 
 
 def read_cvat(path: Path, image_path: Path, entry_json: str) -> Instances:
@@ -801,33 +951,34 @@ def read_cvat(path: Path, image_path: Path, entry_json: str) -> Instances:
     return _join_shapes(shapes, _draw_cvat_shape, _declared_hw(entry["orig_hw"], image_path, where), where)
 
 
-def _draw_cvat_shape(shape: dict, orig_hw: tuple[int, int]) -> np.ndarray:
-    """Draw a shape of CVAT: bool (H, W)."""
+def _draw_cvat_shape(shape: dict, orig_hw: tuple[int, int]) -> tuple[np.ndarray, str]:
+    """Draw a shape of CVAT: bool (H, W), and what `_draw_outlines` says."""
     height, width = orig_hw
     turn = np.deg2rad(float(shape.get("rotation", 0)))  # clockwise, about the shape's centre
     along, across = np.array([np.cos(turn), np.sin(turn)]), np.array([-np.sin(turn), np.cos(turn)])
     if shape["kind"] == "polygon":
         points = [float(number) for point in shape["points"].split(";") for number in point.split(",")]
-        return polygons_to_mask([points], height, width)
+        return _draw_outlines([points], orig_hw)
     if shape["kind"] == "box":
         x1, y1, x2, y2 = (float(shape[key]) for key in ("xtl", "ytl", "xbr", "ybr"))
         center, sides = np.array([x1 + x2, y1 + y2]) / 2, np.array([x2 - x1, y2 - y1]) / 2
         corners = [
             center + x * sides[0] * along + y * sides[1] * across for x, y in ((-1, -1), (1, -1), (1, 1), (-1, 1))
         ]
-        return polygons_to_mask([np.ravel(corners).tolist()], height, width)
+        return _draw_outlines([np.ravel(corners).tolist()], orig_hw)
     if shape["kind"] == "ellipse":
         center_x, center_y, radius_x, radius_y = (float(shape[key]) for key in ("cx", "cy", "rx", "ry"))
         ys, xs = np.mgrid[:height, :width] + 0.5
         offsets = np.stack([xs - center_x, ys - center_y], 2)  # (H, W, 2)
-        return (radius_y * (offsets @ along)) ** 2 + (radius_x * (offsets @ across)) ** 2 <= (radius_x * radius_y) ** 2
+        lengths = (radius_y * (offsets @ along)) ** 2 + (radius_x * (offsets @ across)) ** 2
+        return lengths <= (radius_x * radius_y) ** 2, ""
     if shape["kind"] == "mask":  # runs row by row within its box, the first of them background
         counts = [int(count) for count in shape["rle"].split(",")]
         left, top, part_width, part_height = (int(float(shape[key])) for key in ("left", "top", "width", "height"))
         if min(counts) < 0 or sum(counts) != part_width * part_height:
             raise ValueError(f"its runs are of {sum(counts)} pixels, and its box of {part_width} x {part_height}")
         flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
-        return _place_mask(flat.reshape(part_height, part_width), left, top, orig_hw)
+        return _place_mask(flat.reshape(part_height, part_width), left, top, orig_hw), ""
     raise ValueError(f"it is a {shape['kind']}, which covers no pixels")
 
 
@@ -870,7 +1021,7 @@ def _read_segmentations(annotations: list, sides: list, image_path: Path, where:
         where: for messages.
     """
     orig_hw = _declared_hw(sides, image_path, where)
-    masks, names, kept, broken = [], [], [], []
+    masks, names, kept, broken, doubts = [], [], [], [], []
     for annotation in annotations:
         name = f"annotation {annotation.get('id', '?') if isinstance(annotation, dict) else '?'}"
         segmentation = annotation.get("segmentation") if isinstance(annotation, dict) else None
@@ -892,12 +1043,15 @@ def _read_segmentations(annotations: list, sides: list, image_path: Path, where:
                     )
                 if not parts:
                     continue
-                masks.append(polygons_to_mask(parts, *orig_hw))
+                mask, doubt = _draw_outlines(parts, orig_hw)
+                masks.append(mask)
+                doubts += [f"{where}, {name}: {doubt}"] if doubt else []
             names.append(name)
             kept.append({key: annotation[key] for key in ANNOTATION_KEYS if key in annotation})
         except (ValueError, LookupError, TypeError, OverflowError) as error:
             broken.append(f"{where}, {name}: {error}")
-    return Instances(stack_masks(masks, orig_hw), tuple(names), broken=tuple(broken), annotations=tuple(kept))
+    layers = stack_masks(masks, orig_hw)
+    return Instances(layers, tuple(names), broken=tuple(broken), doubts=tuple(doubts), annotations=tuple(kept))
 
 
 def _sides_of(rle: dict) -> tuple[int | None, ...] | None:
