@@ -50,6 +50,7 @@ class Instances(NamedTuple):
     broken: tuple[str, ...] = ()  # objects left out, whole or a part, because their annotation is broken; each says why
     annotations: tuple[dict, ...] = ()  # what a json file says of the objects of ids 1, 2, ...: some of ANNOTATION_KEYS
     image_id: int | str | None = None  # the picture's in a COCO file
+    ignored: np.ndarray | None = None  # bool (H, W), pixels that the annotation leaves open, such as VOC's outlines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Item:
     annotation_path: Path  # a file; for masks_per_file the folder of masks
     read: Callable[[], Instances] = dataclasses.field(compare=False)  # a functools.partial of a reader below
     group: str = ""  # what a split never divides, such as a sequence of frames; "": the picture alone
+    classes: tuple[str, ...] = ()  # the names that the dataset's files list, in their order; (): they list none
 
     @property
     def split_unit(self) -> str:
@@ -263,6 +265,7 @@ def _list_coco_file(image_dir: Path, annotation_path: Path, image_dir_name: str,
         if isinstance(category, dict) and "id" in category:
             named = {"category": category.get("name"), "frequency": category.get("frequency")}
             categories[plain_id(category["id"])] = {key: value for key, value in named.items() if value is not None}
+    classes = _names_in_order({number: category.get("category") for number, category in categories.items()})
     items, names_there = [], {}
     for image_id, entries in images.items():
         file_names = sorted({image["file_name"] for image in entries})
@@ -275,8 +278,14 @@ def _list_coco_file(image_dir: Path, annotation_path: Path, image_dir_name: str,
                 entry, num_crowd = _coco_entry(image, annotations.get(image_id, []), categories, with_crowds)
                 read = functools.partial(read_coco, annotation_path, image_path, entry, num_crowd)
             name = unicodedata.normalize("NFC", f"{image_dir_name}/{image['file_name']}")
-            items.append(Item(name, image_path, annotation_path, read))
+            items.append(Item(name, image_path, annotation_path, read, classes=classes))
     return items
+
+
+def _names_in_order(names: dict[int | str | None, object]) -> tuple[str, ...]:
+    """Return the names of numbered classes in the order of their numbers, each once; what is no number comes last."""
+    numbers = sorted(names, key=lambda number: number if isinstance(number, int) else float("inf"))
+    return tuple(dict.fromkeys(str(names[number]) for number in numbers if names[number] is not None))
 
 
 def _coco_entry(
@@ -454,7 +463,8 @@ def list_yolo(root: Path, data_yaml: str = "data.yaml") -> tuple[list[Item], lis
                 read = functools.partial(read_yolo, label_path, image_path, names)
                 has_labels = os.path.lexists(label_path)
                 name = f"{place.removeprefix('../')}/{name}"
-                items.append(Item(name, image_path, label_path if has_labels else path, read))
+                annotation_path = label_path if has_labels else path
+                items.append(Item(name, image_path, annotation_path, read, classes=_names_in_order(names)))
         splits.append(items)
     return splits[0], splits[1]
 
@@ -486,13 +496,18 @@ def list_cvat(root: Path, annotations: str = "annotations.xml", image_dir: str =
         tree = ElementTree.fromstring(path.read_bytes())
     except ElementTree.ParseError as error:
         raise ValueError(f"{path} is no valid xml: {error}") from error
+    labels = [label.text or "" for label in tree.findall("meta//labels/label/name")]
+    drawn = ("polygon", "box", "mask", "ellipse")
+    labels += sorted({shape.get("label", "") for kind in drawn for shape in tree.iterfind(f"image/{kind}")})
+    classes = tuple(dict.fromkeys(filter(None, labels)))
     items, names_there = [], {}
     for image in tree.iter("image"):
         name = unicodedata.normalize("NFC", image.get("name", ""))
         shapes = [{"kind": shape.tag, **shape.attrib} for shape in image if shape.tag in CVAT_SHAPES]
         entry = {"orig_hw": [image.get("height"), image.get("width")], "shapes": shapes}
         image_path = _find_picture(root / image_dir, name, names_there)
-        items.append(Item(name, image_path, path, functools.partial(read_cvat, path, image_path, json.dumps(entry))))
+        read = functools.partial(read_cvat, path, image_path, json.dumps(entry))
+        items.append(Item(name, image_path, path, read, classes=classes))
     if not items:
         raise ValueError(f"{path} has no <image>; export as CVAT for images 1.1, not for video")
     return items, None
@@ -512,11 +527,12 @@ def list_voc(
     """
     objects = listing.files_by_name(root / object_dir)
     images = listing.files_by_name(root / image_dir)
+    classes = tuple(class_names) if (root / class_dir).is_dir() else ()
     items = []
     for name, path in objects.items():  # most of VOC's pictures have none
         image_path = images[name] if name in images else root / image_dir / f"{name}.jpg"
         read = functools.partial(read_voc, path, root / class_dir / path.name, tuple(class_names))
-        items.append(Item(name, image_path, path, read))
+        items.append(Item(name, image_path, path, read, classes=classes))
     return items, None
 
 
@@ -605,9 +621,9 @@ def read_labpics(path: Path, vessel: str = "visible") -> Instances:
 def read_ids(path: Path, ignore_ids: tuple[int, ...] = ()) -> Instances:
     """Read a map of ids; those to ignore become background."""
     ids = read_label_map(path)
-    for ignore_id in ignore_ids:
-        ids[ids == ignore_id] = 0
-    return Instances(ids[None])
+    ignored = np.isin(ids, ignore_ids)
+    ids[ignored] = 0
+    return Instances(ids[None], ignored=ignored)
 
 
 def read_masks_per_file(folder: Path, image_path: Path) -> Instances:
@@ -839,13 +855,14 @@ def read_voc(path: Path, class_path: Path, class_names: tuple[str, ...]) -> Inst
     """
     ids = read_label_map(path)
     there = np.setdiff1d(ids, [0, 255])
-    masks, annotations = [ids == i for i in there], []
+    masks, annotations, ignored = [ids == i for i in there], [], ids == 255
     if os.path.lexists(class_path):
         classes = read_label_map(class_path)
         if classes.shape != ids.shape:
             raise ValueError(
                 f"{class_path} is {classes.shape[::-1]} px, but {path} is {ids.shape[::-1]}; must be equal"
             )
+        ignored |= classes == 255
         for mask in masks:
             counts = np.bincount(classes[mask], minlength=256)
             counts[[0, 255]] = 0
@@ -854,7 +871,7 @@ def read_voc(path: Path, class_path: Path, class_names: tuple[str, ...]) -> Inst
             category = {"category": class_names[class_id - 1]} if is_named else {}
             annotations.append({"category_id": class_id, **category} if counts.any() else {})
     names = tuple(f"object {i}" for i in there)
-    return Instances(stack_masks(masks, ids.shape), names, annotations=tuple(annotations))
+    return Instances(stack_masks(masks, ids.shape), names, annotations=tuple(annotations), ignored=ignored)
 
 
 def _read_segmentations(annotations: list, sides: list, image_path: Path, where: str) -> Instances:
