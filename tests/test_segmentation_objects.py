@@ -13,7 +13,6 @@ from scipy import ndimage
 from test_instances_readers import write_labelme, write_picture, write_png, write_sa1b
 from tiny_segmentation import compose_config, run_main, tiny_overrides, train_in
 
-import train_unet
 from utils.dataset_check import check_items
 from utils.images import IGNORE_INDEX
 from utils.instances.readers import Instances, stack_masks
@@ -149,7 +148,7 @@ def test_each_layout_gives_the_map_that_a_plain_loop_paints(tmp_path, write, cla
 
 @pytest.mark.parametrize("order", ["size", "file"])
 def test_drawing_equals_a_slow_loop(order):
-    """Of many overlapping objects of all kinds: named, left out, without a class, ignored, crowds, background, empty."""
+    """Of many overlapping objects: named, left out, without a class, ignored, crowds, background, without a pixel."""
     rng = np.random.default_rng(0)
     kinds = [
         {"category": "a"}, {"category": "b"}, {"category": "left out"}, {"category": ""}, {}, {"category": "skip"},
@@ -211,7 +210,7 @@ def test_crowds_of_coco(tmp_path, crowd, value):
 
 
 def test_real_files_give_the_class_maps_that_labelme_exports(data_root):
-    """Exactly those of its VOC files; of its json files but for outlines, which labelme's painter fills on both sides."""
+    """Those of its VOC files; of its json files but for the outlines, which labelme fills and COCO's rule halves."""
     root, num_outline = data_root / "COCO_labelme_voc3", 0
     names = (root / "data_dataset_voc" / "class_names.txt").read_text().splitlines()
     voc = {"image_dir": "../data_annotated", "voc_class_names": names[1:]}
@@ -225,9 +224,7 @@ def test_real_files_give_the_class_maps_that_labelme_exports(data_root):
         for shape in json.loads((root / "data_annotated" / f"{stem}.json").read_text())["shapes"]:
             ImageDraw.Draw(outlines).polygon([tuple(point) for point in shape["points"]], outline=1)
         differs, near = class_map != exported, ndimage.binary_dilation(np.array(outlines), np.ones((3, 3)))
-        assert (
-            not (differs & ~near).any() and differs.mean() < 0.0065 and set(np.unique(class_map)) <= {*range(21), 255}
-        )
+        assert not (differs & ~near).any() and differs.mean() < 0.0065
         assert not differs.any() or item in drawn
         num_outline += differs.sum()
     assert len(drawn) == 3 and 2000 < num_outline < 3000  # it is no test of nothing
@@ -296,7 +293,7 @@ def test_the_check_says_what_it_says_of_objects_and_of_class_maps(tmp_path):
     )
     assert "'Cat' and 'cat' differ in case or spaces alone: are they one class?" in lines
     assert "checked 7 images: 5 usable, 2 bad, 0 with all pixels ignored" in lines
-    assert "f.json is no valid json" in text.replace("is not valid", "is no valid") and "its annotation" in text
+    assert "f.json is not valid json" in text and "g.jpg is 24 x 33 px (height x width), but its annotation" in text
     assert "shape 0 (cat): its shape_type is line, which covers no pixels" in text
     assert "2 with no objects: all of it is background, and trains as such" in text
     drawn = paint([("Cat", 2, 2, 9, 9)], ["", "Cat"], "size").astype(int)
