@@ -58,7 +58,15 @@ from tqdm import tqdm
 from utils import fit, ranks, run
 from utils import loop as loops
 from utils import settings as sections
-from utils.checkpoint import check_script, config_to_resume, find_weights, load_checkpoint, stored_config
+from utils.checkpoint import (
+    check_script,
+    config_to_resume,
+    find_resume,
+    find_weights,
+    load_checkpoint,
+    load_run,
+    stored_config,
+)
 from utils.dataset_check import CheckReport
 from utils.images import IGNORE_INDEX, list_pictures, overlay_label_map, write_image
 from utils.log import (
@@ -426,6 +434,16 @@ def fix_tiles(config: dict) -> dict:
     margin = output_margin(settings.model)
     tile_hw = prediction.choose_tile(settings.tiles, model, settings.data.framing, margin, channels)
     return config | {"tiles": config["tiles"] | {"size": list(tile_hw)}}
+
+
+def keep_stored_classes(config: dict) -> dict:
+    """Take the classes of the run that `resume` names for data=instances: a class that came since is none of its."""
+    is_open = "classes" in config["data"] and config["data"]["classes"] is None
+    if config["resume"] is None or not is_open:
+        return config
+    stored_data = load_run(find_resume(config["resume"]), "train_unet")["config"]["data"]
+    kept = {key: stored_data[key] for key in ("classes", "num_classes", "class_names") if key in stored_data}
+    return config | {"data": config["data"] | kept}
 
 
 def fix_values(config: dict) -> dict:
@@ -986,6 +1004,7 @@ def main(cfg) -> float | None:
             config = fix_classes(summary_config(config, overrides))
         check_mode(read_settings(Config, config))
         if config["mode"] == "train":
+            config = keep_stored_classes(config)
             config, resume_path = config_to_resume(Config, "train_unet", config, overrides, RESUMABLE, fix_values)
             if config["check"] == "fit":
                 config = fix_classes(config)

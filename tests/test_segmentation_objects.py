@@ -334,9 +334,10 @@ def test_a_run_trains_resumes_evaluates_and_predicts_by_the_names_of_its_classes
     assert {"val/iou_background", "val/iou_cat", "val/iou_dog"} <= set(last["metrics"][-1])
     # a class that came to the dataset since is none of the run's
     write_labelme_boxes(root, ["new"], [("ant", 1, 1, 9, 9), *BOXES])
-    arguments = [f"resume={tmp_path / 'run'}", "train.steps=5", "device=cpu", "num_workers=0"]
-    status, output = run_main(monkeypatch, capfd, tmp_path / "resumed", *arguments)
-    assert status == 0 and "3 classes" in output and "left out 1 others" in output, output
+    resume, steps = f"resume={tmp_path / 'run'}", "train.steps=5"
+    for name, arguments in (("resumed", ["device=cpu", "num_workers=0"]), ("again", [*tiny, *data, *size])):
+        status, output = run_main(monkeypatch, capfd, tmp_path / name, resume, steps, "train.eval_every=2", *arguments)
+        assert status == 0 and "3 classes" in output and "left out 1 others" in output, output
     # another dataset, whose own order is another; the class that the checkpoint lacks is background
     checkpoint = f"checkpoint={tmp_path / 'run' / 'best.pt'}"
     other = [f"data.{key}={value}" for key, value in write_yolo_boxes(tmp_path / "yolo", ["a", "b"]).items()]
