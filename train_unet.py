@@ -442,7 +442,9 @@ def keep_stored_classes(config: dict) -> dict:
     if config["resume"] is None or not is_open:
         return config
     stored_data = load_run(find_resume(config["resume"]), "train_unet")["config"]["data"]
-    kept = {key: stored_data[key] for key in ("classes", "num_classes", "class_names") if key in stored_data}
+    if "classes" not in stored_data:  # of another kind of dataset
+        return config
+    kept = {key: stored_data[key] for key in ("classes", "num_classes", "class_names")}
     return config | {"data": config["data"] | kept}
 
 

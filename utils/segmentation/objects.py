@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.images import IGNORE_INDEX
-from utils.instances.readers import Instances, Item, is_marked_crowd
+from utils.instances.readers import Instances, Item, is_marked_crowd, plain_id
 from utils.listing import first_few
 
 BACKGROUND, ONE_CLASS = "background", "object"
@@ -54,13 +54,13 @@ def list_classes(format: str, items: list[Item], ignore_labels: list[str]) -> li
     return [name for name in names if name not in ignore_labels and not is_background(name)] or [ONE_CLASS]
 
 
-def _list_kinds(item: Item) -> set[tuple[str, int | None]]:
+def _list_kinds(item: Item) -> set[tuple[str, int | str | None]]:
     """Return the names and numbers of the classes of a picture's objects; none of files that cannot be read."""
     try:
         annotations = item.read().annotations
     except (OSError, ValueError):  # the check says so
         return set()
-    return {(name_object(annotation), annotation.get("category_id")) for annotation in annotations}
+    return {(name_object(annotation), plain_id(annotation.get("category_id"))) for annotation in annotations}
 
 
 def draw_classes(

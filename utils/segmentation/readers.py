@@ -143,7 +143,7 @@ def split_items(
 
 
 def split_objects(
-    format: str,
+    format: str | None,
     root: str,
     channels: int,
     classes: list[str] | None,
@@ -159,7 +159,7 @@ def split_objects(
     """List pictures with annotated objects, whose class maps are drawn, and split them into training and validation.
 
     Args:
-        format, root, on_bad: as those of `split_items` in utils/instances/readers.py.
+        format, root, on_bad: as those of `split_items` in utils/instances/readers.py; a format must be given.
         channels: 1 (grey) or 3 (RGB).
         classes, num_classes, class_names: from `find_classes`.
         order: what lies on top, see `objects.draw_classes`.
@@ -175,6 +175,8 @@ def split_objects(
     """
     if channels not in (1, 3):
         raise ValueError(f"data.channels is {channels!r}; must be 1 (grey) or 3 (colour; alpha is dropped)")
+    if format not in instances.LISTERS:
+        raise ValueError(f"data.format is {format}; must be one of {', '.join(instances.LISTERS)}")
     keys = {key: value for key, value in keys.items() if value is not None} | {"on_bad": on_bad}
     if format == "coco":
         keys["crowd"] = "skip" if crowd == "skip" else "keep"
@@ -211,8 +213,6 @@ def find_classes(reader_keys: dict) -> dict:
         FileNotFoundError, ValueError: as `split_objects`; for a class that no object has, more classes than a map can
             hold, and another num_classes or class_names than those that follow.
     """
-    if reader_keys["format"] not in instances.LISTERS:
-        raise ValueError(f"data.format is {reader_keys['format']}; must be one of {', '.join(instances.LISTERS)}")
     check_keys(split_objects, reader_keys, "data")
     given = {key: reader_keys[key] for key in ("classes", "num_classes", "class_names")}
     if given["classes"] and given == _follow_from(given["classes"]):
