@@ -3,6 +3,7 @@
     python train_unet.py                                           # generated pets, a small U-Net, on a CPU
     python train_unet.py model=segnet data=oxford_pet data.root=/my/oxford-iiit-pet
     python train_unet.py check=true data=folders data.root=/my/dataset       # look at a dataset and stop
+    python train_unet.py data=instances data.format=labelme data.root=/my/labels  # annotated objects as class maps
     python train_unet.py check=fit data=folders data.root=/my/dataset        # does it fit the memory, how fast is it
     python train_unet.py mode=evaluate checkpoint=best.pt split=test
     python train_unet.py mode=predict checkpoint=best.pt input=photos/       # a picture or a folder, of any size
@@ -10,7 +11,8 @@
     python train_unet.py resume=outputs/train_unet/<run>           # continue a killed run, exactly
     python train_unet.py --cfg job                                 # print every knob with its value
 
-Reads   pictures and class maps: data=oxford_pet|isbi|camvid|folders (data/README.md).
+Reads   pictures and class maps: data=oxford_pet|isbi|camvid|folders, or pictures with annotated objects, of which the
+        maps are drawn: data=instances data.format=coco|labelme|yolo|cvat|voc|... (data/README.md).
 Writes  outputs/train_unet/<time>/: best.pt (rebuilds its own model), last.pt (to resume), metrics.csv, curves.png,
         samples/, splits/, tensorboard/, run.json; mode=predict: for each picture
         <name>_classes.png (class indices), <name>_overlay.png, on request <name>_probabilities.npy.
@@ -56,7 +58,15 @@ from tqdm import tqdm
 from utils import fit, ranks, run
 from utils import loop as loops
 from utils import settings as sections
-from utils.checkpoint import check_script, config_to_resume, find_weights, load_checkpoint, stored_config
+from utils.checkpoint import (
+    check_script,
+    config_to_resume,
+    find_resume,
+    find_weights,
+    load_checkpoint,
+    load_run,
+    stored_config,
+)
 from utils.dataset_check import CheckReport
 from utils.images import IGNORE_INDEX, list_pictures, overlay_label_map, write_image
 from utils.log import (
@@ -72,7 +82,16 @@ from utils.log import (
 from utils.samples.write import write_samples
 from utils.segmentation import losses, metrics, model_summary, prediction, reports, views
 from utils.segmentation.check import check_data, count_class_pixels, remark_on_parts
-from utils.segmentation.readers import Item, name_classes, read_item, read_picture, split_items
+from utils.segmentation.objects import BACKGROUND
+from utils.segmentation.readers import (
+    Item,
+    find_classes,
+    name_classes,
+    read_item,
+    read_picture,
+    split_items,
+    split_objects,
+)
 from utils.segmentation.segmenters import FCN, DeepLabV3, SegNet, ViTSegmenter
 from utils.segmentation.unet import PAPER_MARGIN, PAPER_SIZE, UNet, UNetPaper
 from utils.settings import (
@@ -400,6 +419,14 @@ def output_margin(model_config: dict) -> int:
     return PAPER_MARGIN if model_config["name"] == "unet_paper" else 0
 
 
+def fix_classes(config: dict) -> dict:
+    """Put in the place of null the classes that the files of data=instances have; all other data YAMLs say theirs."""
+    if "classes" not in config["data"]:
+        return config
+    reader_keys = read_settings(Config, config).data.reader_keys
+    return config | {"data": config["data"] | ranks.from_first(functools.partial(find_classes, reader_keys))}
+
+
 def fix_tiles(config: dict) -> dict:
     """Put numbers in the place of tiles.size "auto": they follow from the network and data.image_size alone."""
     settings = read_settings(Config, config)
@@ -407,6 +434,23 @@ def fix_tiles(config: dict) -> dict:
     margin = output_margin(settings.model)
     tile_hw = prediction.choose_tile(settings.tiles, model, settings.data.framing, margin, channels)
     return config | {"tiles": config["tiles"] | {"size": list(tile_hw)}}
+
+
+def keep_stored_classes(config: dict) -> dict:
+    """Take the classes of the run that `resume` names for data=instances: a class that came since is none of its."""
+    is_open = "classes" in config["data"] and config["data"]["classes"] is None
+    if config["resume"] is None or not is_open:
+        return config
+    stored_data = load_run(find_resume(config["resume"]), "train_unet")["config"]["data"]
+    if "classes" not in stored_data:  # of another kind of dataset
+        return config
+    kept = {key: stored_data[key] for key in ("classes", "num_classes", "class_names")}
+    return config | {"data": config["data"] | kept}
+
+
+def fix_values(config: dict) -> dict:
+    """Put in place what follows from the dataset, the network and data.image_size: the values that a run keeps."""
+    return fix_tiles(fix_classes(config))
 
 
 def build_shapes(settings: Config) -> torch.nn.Module:
@@ -443,8 +487,9 @@ def list_splits(reader_keys: dict) -> dict[str, list[Item]]:
     generate = reader_keys.pop("generate", None)
     if generate is not None:
         reader_keys["root"] = str(write_samples(generate, reader_keys["root"]))
-    check_keys(split_items, reader_keys, "data")
-    return dict(zip(("train", "val", "test"), split_items(**reader_keys), strict=True))
+    split = split_objects if "classes" in reader_keys else split_items
+    check_keys(split, reader_keys, "data")
+    return dict(zip(("train", "val", "test"), split(**reader_keys), strict=True))
 
 
 def write_splits(splits: dict[str, list[Item]], splits_dir: Path) -> None:
@@ -560,7 +605,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
         resume_path: the last.pt to continue from, or None.
         data: what `list_data` returned; None: list it.
     """
-    config = fix_tiles(config)
+    config = fix_values(config)
     settings = read_settings(Config, config)
     common, train_settings, reader_keys = settings.common, settings.train, settings.data.reader_keys
     device, precision = run.set_up_device(common.device, common.precision)
@@ -806,13 +851,33 @@ def checkpoint_config(state: dict, current: dict, overrides: list[str]) -> dict:
             data[key.split(".")[1]] = current["data"][key.split(".")[1]]
     fixed = ("channels", "num_classes", *views.Framing.__dataclass_fields__)
     for key in fixed:
-        if (f"data.{key}" in given or key == "num_classes") and data[key] != stored["data"][key]:
+        is_said = f"data.{key}" in given or key == "num_classes" and data[key] is not None
+        if is_said and data[key] != stored["data"][key]:
             raise ValueError(f"data.{key} is {data[key]}; checkpoint {name} was trained with {stored['data'][key]}")
     data |= {key: stored["data"][key] for key in fixed}
+    if "classes" in data:
+        data |= keep_classes(stored["data"], data["classes"], name)
     tiles = dict(current["tiles"] if "experiment" in given else stored["tiles"])
     tiles |= {key: value for key, value in current["tiles"].items() if f"tiles.{key}" in given}
     keys = ("mode", "checkpoint", "split", "input", "probabilities", "device", "precision", "num_workers")
     return fix_tiles(stored | {key: current[key] for key in keys} | {"data": data, "tiles": tiles})
+
+
+def keep_classes(stored_data: dict, classes: list[str] | None, name: str) -> dict:
+    """Return the keys of data=instances that say the classes of a checkpoint, by whose names objects are looked up.
+
+    Args:
+        stored_data: its config's.
+        classes: those that the config asks for, or None.
+        name: the checkpoint's, for messages.
+    Raises:
+        ValueError: for a checkpoint without a background before its other classes, or other classes than its own.
+    """
+    class_names = name_classes(stored_data["num_classes"], stored_data["class_names"])
+    if class_names[0] != BACKGROUND or classes not in (None, class_names[1:]):
+        asked = "data=instances has the background first" if classes is None else f"data.classes is {classes}"
+        raise ValueError(f"{asked}; checkpoint {name} was trained with the classes {', '.join(class_names)}")
+    return {"classes": class_names[1:], "class_names": class_names}
 
 
 def load_predictor(config: dict, state: dict) -> prediction.Predictor:
@@ -836,7 +901,8 @@ def evaluate_checkpoint(config: dict, state: dict, run_dir: Path) -> float:
     if split not in splits:
         raise ValueError(f"split is {split}; must be one of {', '.join(splits)}")
     if not splits[split]:
-        raise ValueError(f"data.root {reader_keys['root']} has no picture in its {split} split")
+        others = " or ".join(f"split={name}" for name, items in splits.items() if items)
+        raise ValueError(f"data.root {reader_keys['root']} has no picture in its {split} split; give {others}")
     splits, counts, _ = check_data({split: splits[split]}, reader_keys["on_bad"], run_dir, list_all=False)
     items, loss_settings = splits[split], replace(settings.loss, class_weights=state["class_weights"])
     start_run(run_dir, config, counts)
@@ -937,11 +1003,13 @@ def main(cfg) -> float | None:
         hydra_config = HydraConfig.get()
         run_dir, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
         if config["mode"] == "summary" and config["checkpoint"] is None:
-            config = summary_config(config, overrides)
+            config = fix_classes(summary_config(config, overrides))
         check_mode(read_settings(Config, config))
         if config["mode"] == "train":
-            config, resume_path = config_to_resume(Config, "train_unet", config, overrides, RESUMABLE, fix_tiles)
+            config = keep_stored_classes(config)
+            config, resume_path = config_to_resume(Config, "train_unet", config, overrides, RESUMABLE, fix_values)
             if config["check"] == "fit":
+                config = fix_classes(config)
                 settings = read_settings(Config, config)
                 data = list_data(settings, run_dir, resume_path)
                 return fit.check_fit(train, data, config, list_changes(settings), "pictures")

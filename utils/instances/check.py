@@ -145,7 +145,7 @@ def check_item(item: Item, with_shapes: bool = False) -> ItemReport:
         centers_xy = _centers(instances.layers)
         if with_shapes:
             concavities = np.array([_concavity(instances.layers[layer] == i) for layer, i, _ in objects])
-        remarks += _remark_on_objects(item, instances, objects)
+        remarks += remark_on_objects(item, instances, objects)
         orientation = read_orientation(item.image_path)
         is_size_kept = orientation not in LYING or orig_hw[0] == orig_hw[1]
         if orientation not in (1, read_orientation(item.annotation_path)) and is_size_kept:
@@ -321,7 +321,12 @@ def measure_objects(report: CheckReport) -> tuple[np.ndarray, np.ndarray, np.nda
     return per_image, np.concatenate(area_share), np.concatenate([content.centers_xy for content in contents])
 
 
-def _remark_on_objects(item: Item, instances: Instances, objects: list[tuple[int, int, int]]) -> list[tuple[str, str]]:
+def remark_on_objects(item: Item, instances: Instances, objects: list[tuple[int, int, int]]) -> list[tuple[str, str]]:
+    """Remark on a picture's objects: (kind, a key of REMEDIES; what and where).
+
+    Args:
+        objects: from `object_ids`.
+    """
     remarks = []
     ids = {object_id for _, object_id, _ in objects}
     if not objects:

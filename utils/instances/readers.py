@@ -54,6 +54,7 @@ class Instances(NamedTuple):
     annotations: tuple[dict, ...] = ()  # what a json file says of the objects of ids 1, 2, ...: some of ANNOTATION_KEYS
     image_id: int | str | None = None  # the picture's in a COCO file
     doubts: tuple[str, ...] = ()  # objects that are read, and whose outline leaves the picture; each says where
+    ignored: np.ndarray | None = None  # bool (H, W), pixels that the annotation leaves open, such as VOC's outlines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -715,9 +716,9 @@ def read_labpics(path: Path, vessel: str = "visible") -> Instances:
 def read_ids(path: Path, ignore_ids: tuple[int, ...] = ()) -> Instances:
     """Read a map of ids; those to ignore become background."""
     ids = read_label_map(path)
-    for ignore_id in ignore_ids:
-        ids[ids == ignore_id] = 0
-    return Instances(ids[None])
+    ignored = np.isin(ids, ignore_ids)
+    ids[ignored] = 0
+    return Instances(ids[None], ignored=ignored)
 
 
 def read_masks_per_file(folder: Path, image_path: Path) -> Instances:
@@ -992,13 +993,14 @@ def read_voc(path: Path, class_path: Path, class_names: tuple[str, ...]) -> Inst
     """
     ids = read_label_map(path)
     there = np.setdiff1d(ids, [0, 255])
-    masks, annotations = [ids == i for i in there], []
+    masks, annotations, ignored = [ids == i for i in there], [], ids == 255
     if os.path.lexists(class_path):
         classes = read_label_map(class_path)
         if classes.shape != ids.shape:
             raise ValueError(
                 f"{class_path} is {classes.shape[::-1]} px, but {path} is {ids.shape[::-1]}; must be equal"
             )
+        ignored |= classes == 255
         for mask in masks:
             counts = np.bincount(classes[mask], minlength=256)
             counts[[0, 255]] = 0
@@ -1007,7 +1009,7 @@ def read_voc(path: Path, class_path: Path, class_names: tuple[str, ...]) -> Inst
             category = {"category": class_names[class_id - 1]} if is_named else {}
             annotations.append({"category_id": class_id, **category} if counts.any() else {})
     names = tuple(f"object {i}" for i in there)
-    return Instances(stack_masks(masks, ids.shape), names, annotations=tuple(annotations))
+    return Instances(stack_masks(masks, ids.shape), names, annotations=tuple(annotations), ignored=ignored)
 
 
 def _read_segmentations(annotations: list, sides: list, image_path: Path, where: str) -> Instances:

@@ -13,6 +13,8 @@ import numpy as np
 from utils import dataset_check
 from utils.dataset_check import CheckReport, ItemReport
 from utils.images import IGNORE_INDEX, LYING, read_image_unscaled, read_orientation, remark_on_values
+from utils.instances import check as objects_check
+from utils.instances.readers import Instances, object_ids
 from utils.listing import MAX_LISTED
 from utils.segmentation import readers
 from utils.segmentation.readers import Item, MaskCoding, yaml_value
@@ -25,6 +27,10 @@ REMEDIES = {  # kind of remark -> what to do about it
     "an orientation that the other of the pair lacks": "each is turned as its own tag says, so a mask drawn on the "
     "unturned picture lies elsewhere on it; turn the mask likewise, or remove the tag",
 } | dataset_check.PICTURE_REMEDIES
+REMEDIES_OF_OBJECTS = REMEDIES | objects_check.REMEDIES | {
+    "no objects": "all of it is background, and trains as such; if that is not meant, annotate it",
+    "crowd regions alone": "if each is one object (CVAT marks all masks so), data.crowd=keep",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Classes:
     known: tuple[int, ...]  # listed values that the mask may have: those of its classes
     unknown: tuple[tuple[int, int], ...]  # (value without a class, pixels)
     is_color: bool  # the mask's values are colours
+    object_names: tuple[str, ...] = ()  # of a picture with annotated objects: their classes, "" where one has none
 
 
 def check_data(
@@ -69,7 +76,7 @@ def check_item(item: Item) -> ItemReport:
     num_classes = len(item.coding.class_names)
     faults, remarks, known, unknown = [], [], (), {}
     orig_hw = bits = is_grey = None
-    is_color, class_pixels, num_ignored = False, np.zeros(num_classes, np.int64), 0
+    is_color, class_pixels, num_ignored, object_names = False, np.zeros(num_classes, np.int64), 0, ()
     try:
         path = item.image_path
         image = read_image_unscaled(path, item.page)
@@ -84,7 +91,11 @@ def check_item(item: Item) -> ItemReport:
     except (OSError, ValueError) as error:
         faults.append(str(error))
     try:
-        class_map, values, is_color = readers.decode_mask(item)
+        if item.objects is None:
+            class_map, values, is_color = readers.decode_mask(item)
+        else:
+            instances = item.objects.read()
+            class_map = item.draw(instances)  # of values that are all classes
         pixels = np.bincount(class_map.ravel(), minlength=IGNORE_INDEX + 1)
         known = tuple(value for value, class_index in item.coding.classes if pixels[class_index])
         if orig_hw is not None:
@@ -104,11 +115,28 @@ def check_item(item: Item) -> ItemReport:
         if orientations[0] != orientations[1] and fits_either_way:
             what = f"{item.image_path}: orientation {orientations[0]}, {item.mask_path}: {orientations[1]}"
             remarks.append(("an orientation that the other of the pair lacks", what))
-        if len(present) == 1:
+        if item.objects is not None:
+            object_names, remarks_on_objects = _describe_objects(item, instances, present.tolist())
+            remarks += remarks_on_objects
+        elif len(present) == 1:
             remarks.append(("a single class", f"{item.mask_path}: {item.coding.class_names[present[0]]}"))
-    content = Classes(item, is_grey, class_pixels, num_ignored, known, tuple(unknown.items()), is_color)
+    content = Classes(item, is_grey, class_pixels, num_ignored, known, tuple(unknown.items()), is_color, object_names)
     is_usable = bool(class_pixels.any())
     return ItemReport(item.name, tuple(faults), tuple(remarks), orig_hw, bits, is_usable, content)
+
+
+def _describe_objects(item: Item, instances: Instances, present: list[int]) -> tuple[tuple[str, ...], list]:
+    """Return the names of the classes of a picture's objects, and the remarks on these.
+
+    Args:
+        present: the classes that its map has.
+    """
+    objects = object_ids(instances.layers)
+    said = objects_check.read_annotations(instances, objects)
+    remarks = objects_check.remark_on_objects(item.objects, instances, objects)
+    if said["is_crowd"].any() and present == [0]:  # they are ignored
+        remarks.append(("crowd regions alone", f"{item.image_path} ({item.mask_path})"))
+    return said["class_names"], remarks
 
 
 def keep_usable(items: list[Item], report: CheckReport, on_bad: str) -> list[Item]:
@@ -152,6 +180,8 @@ def remark_on_parts(report: CheckReport, train_items: list[Item], val_items: lis
                 f"the validation pictures are {names[present[0]]} alone: what answers nothing else is perfect on them, "
                 "so best.pt says little; validate on others (data.split_seed, data.val_list), or on more of them"
             )
+        elif absent := [names[index] for index in present_classes(report) if index not in present]:
+            lines.append(f"no pixel of the validation pictures is {', '.join(absent)}: not measured there")
     return lines
 
 
@@ -162,8 +192,8 @@ def present_classes(report: CheckReport) -> list[int]:
 
 def suggestions(report: CheckReport) -> list[str]:
     """Propose YAML lines for the whole dataset: files without a partner, values and pixels without a class."""
-    lines, coding = [], _coding(report)
-    if partners := readers.suggest_partners([item.content.item for item in report.items]):
+    lines, coding, are_drawn = [], _coding(report), report.items[0].content.item.objects is not None
+    if not are_drawn and (partners := readers.suggest_partners([item.content.item for item in report.items])):
         lines.append(f"to mend: {partners}")
     for is_color in (False, True):
         masks = [item.content for item in report.items if item.content.is_color == is_color]
@@ -174,19 +204,22 @@ def suggestions(report: CheckReport) -> list[str]:
             lines.append(f"to mend: {suggest_coding(coding, known, unknown, is_color, is_blurred)}")
     present, names = present_classes(report), coding.class_names
     absent = [f"{index} ({names[index]})" for index in range(len(names)) if index not in present]
+    codes = (
+        "class_values and ignore_values in the data YAML (masks of 0 and 255: class_values: {0: 0, 255: 1}, "
+        "ignore_values: [])"
+    )
     if report.usable and len(present) < 2:
         num_ignored = sum(item.content.num_ignored for item in report.usable)
         num_pixels = num_ignored + sum(int(item.content.class_pixels.sum()) for item in report.usable)
         lines.append(
             f"only class {present[0]} ({names[present[0]]}) occurs in {len(report.usable)} masks, and "
-            f"{num_ignored / num_pixels:.1%} of their pixels are ignored: nothing to learn; see class_values and "
-            f"ignore_values in the data YAML (masks of 0 and 255: class_values: {{0: 0, 255: 1}}, ignore_values: [])"
+            f"{num_ignored / num_pixels:.1%} of their pixels are ignored: nothing to learn; see "
+            + ("data.classes, and data.crowd where all objects are marked as crowds" if are_drawn else codes)
         )
     elif report.usable and absent:
-        lines.append(
-            f"classes without a pixel: {', '.join(absent)}; if that is not meant, see class_values in the data YAML, "
-            "or leave the class out of num_classes and class_names"
-        )
+        remedy = "see class_values in the data YAML, or leave the class out of num_classes and class_names"
+        remedy = "choose with data.classes" if are_drawn else remedy
+        lines.append(f"classes without a pixel: {', '.join(absent)}; if that is not meant, {remedy}")
     return lines
 
 
@@ -270,7 +303,9 @@ def report_lines(report: CheckReport, max_listed: int | None = MAX_LISTED) -> li
         ]
         if num_ignored:
             lines.append(f"ignored: {num_ignored / (num_ignored + class_pixels.sum()):.3%} of the pixels")
-    return lines + dataset_check.finding_lines(report, REMEDIES, max_listed, suggestions(report))
+    lines += objects_check.class_lines([item.content.object_names for item in report.usable], max_listed)
+    remedies = REMEDIES if report.items[0].content.item.objects is None else REMEDIES_OF_OBJECTS
+    return lines + dataset_check.finding_lines(report, remedies, max_listed, suggestions(report))
 
 
 def plot_statistics(report: CheckReport, path: str | Path) -> None:

@@ -1,7 +1,8 @@
-"""Datasets of pictures with one class per pixel, read straight from disk: Oxford-IIIT Pet, ISBI 2012, CamVid, and any
-two folders of pictures and masks.
+"""Datasets of pictures with one class per pixel, read straight from disk: Oxford-IIIT Pet, ISBI 2012, CamVid, any two
+folders of pictures and masks, and pictures with annotated objects.
 
-`split_items(**config["data"])` lists a dataset: its keyword arguments are the keys of configs/unet/data/*.yaml.
+`split_items(**config["data"])` lists a dataset: its keyword arguments are the keys of configs/unet/data/*.yaml; of
+instances.yaml they are those of `split_objects`, after `find_classes`.
 `read_item(item)` reads one picture and its class map, uint8 (H, W): 0..num_classes-1, or 255 (IGNORE_INDEX) for pixels
 that neither train nor count. Which value (or colour) of a mask file is which class stands in the YAML.
 """
@@ -12,9 +13,11 @@ import os
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
+from typing import Annotated
 
 import cv2
 import numpy as np
@@ -29,7 +32,9 @@ from utils.images import (
     read_image_unscaled,
     read_label_map,
 )
-from utils.settings import check_keys
+from utils.instances import readers as instances
+from utils.segmentation import objects
+from utils.settings import check_keys, one_of
 
 UNKNOWN = 254  # in class maps under way: a value of the file that the YAML gives no class
 MAX_VALUE = 65535  # a mask's values are looked up in a table; larger ones are unknown
@@ -59,6 +64,8 @@ class Item:
     channels: int  # 1 or 3, of the picture as the network gets it
     coding: MaskCoding
     page: int | None = None  # the page in both files, if they are TIFF stacks
+    objects: instances.Item | None = None  # of a picture with annotated objects, whose class map `draw` makes
+    draw: Callable[[instances.Instances], np.ndarray] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,7 +117,8 @@ def split_items(
         ValueError: for an unknown format or key, or a value that makes no sense.
     """
     if format not in LISTERS:
-        raise ValueError(f"data.format is {format!r}; must be one of {', '.join(LISTERS)}")
+        of_objects = f"; {format} goes with data=instances" if format in instances.LISTERS else ""
+        raise ValueError(f"data.format is {format!r}; must be one of {', '.join(LISTERS)}{of_objects}")
     if channels not in (1, 3):
         raise ValueError(f"data.channels is {channels!r}; must be 1 (grey) or 3 (colour; alpha is dropped)")
     coding = mask_coding(num_classes, class_names, class_values, ignore_values, nearest_value, boundary_class)
@@ -132,6 +140,116 @@ def split_items(
     train_items = [item for item in train_items if item.name not in val_names | test_names]
     rule = "a picture goes in one of train, val and test"
     return tuple(listing.sort_splits([train_items, val_items, test_items], root, format, rule))
+
+
+def split_objects(
+    format: str | None,
+    root: str,
+    channels: int,
+    classes: list[str] | None,
+    order: Annotated[str, one_of("size", "file")],
+    crowd: Annotated[str, one_of("ignore", "skip", "keep")],
+    ignore_labels: list[str],
+    num_classes: int | None,
+    class_names: list[str] | None,
+    on_bad: str,
+    voc_class_names: list[str] | None = None,
+    **keys,
+) -> tuple[list[Item], list[Item], list[Item]]:
+    """List pictures with annotated objects, whose class maps are drawn, and split them into training and validation.
+
+    Args:
+        format, root, on_bad: as those of `split_items` in utils/instances/readers.py; a format must be given.
+        channels: 1 (grey) or 3 (RGB).
+        classes, num_classes, class_names: from `find_classes`.
+        order: what lies on top, see `objects.draw_classes`.
+        crowd: of COCO's regions marked iscrowd: "ignore": their pixels become IGNORE_INDEX; "skip": they are as if they
+            were not there; "keep": objects like others.
+        ignore_labels: names of classes whose pixels become IGNORE_INDEX.
+        voc_class_names: of the numbers 1, 2, ... in the class maps of the format voc; None: PASCAL VOC's own.
+        keys: as those of `split_items` there; None: not given.
+    Returns:
+        (train_items, val_items, no test items), each sorted by name.
+    Raises:
+        FileNotFoundError, ValueError: as `split_items` there.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"data.channels is {channels!r}; must be 1 (grey) or 3 (colour; alpha is dropped)")
+    if format not in instances.LISTERS:
+        raise ValueError(f"data.format is {format}; must be one of {', '.join(instances.LISTERS)}")
+    keys = {key: value for key, value in keys.items() if value is not None} | {"on_bad": on_bad}
+    if format == "coco":
+        keys["crowd"] = "skip" if crowd == "skip" else "keep"
+    elif format == "labelme":
+        keys["ignore_labels"] = []  # drawn, and ignored
+    elif format == "voc" and voc_class_names is not None:
+        keys["class_names"] = voc_class_names
+    check_keys(instances.split_items, {"format": format, "root": root, **keys}, "data")
+    coding = mask_coding(num_classes, class_names, None, [], False)
+    draw = functools.partial(
+        objects.draw_classes,
+        class_names=coding.class_names,
+        order=order,
+        is_crowd_ignored=crowd == "ignore",
+        ignore_labels=tuple(ignore_labels),
+    )
+    make = functools.partial(Item, channels=channels, coding=coding, draw=draw)
+    train_items, val_items = (
+        [make(item.name, item.image_path, item.annotation_path, objects=item) for item in part]
+        for part in instances.split_items(format, root, **keys)
+    )
+    return train_items, val_items, []
+
+
+def find_classes(reader_keys: dict) -> dict:
+    """Find the classes of a dataset of pictures with annotated objects: the keys of the data YAML that say them.
+
+    Args:
+        reader_keys: those of `split_objects`.
+    Returns:
+        {"classes": names of objects' classes, "class_names": the background's before them, "num_classes": how many};
+        where all three are given, these.
+    Raises:
+        FileNotFoundError, ValueError: as `split_objects`; for a class that no object has, more classes than a map can
+            hold, and another num_classes or class_names than those that follow.
+    """
+    check_keys(split_objects, reader_keys, "data")
+    given = {key: reader_keys[key] for key in ("classes", "num_classes", "class_names")}
+    if given["classes"] and given == _follow_from(given["classes"]):
+        return given
+    root, listed = reader_keys["root"], reader_keys | _follow_from([objects.ONE_CLASS]) | {"on_bad": "skip"}
+    items = [item.objects for part in split_objects(**listed) for item in part]
+    try:
+        names = objects.list_classes(reader_keys["format"], items, reader_keys["ignore_labels"])
+    except ValueError as error:
+        if given["classes"] != [objects.ONE_CLASS]:
+            raise ValueError(f"data.root {root}: {error}") from error
+        names = given["classes"]
+    classes = names
+    if given["classes"] is not None:
+        classes = [name for name in given["classes"] if not objects.is_background(name)]
+        shown = ", ".join(listing.first_few(names, 20))
+        if not classes or len(set(classes)) < len(classes):
+            raise ValueError(f"data.classes is {given['classes']}; must be null, or different names among {shown}")
+        if unknown := [name for name in classes if name not in names]:
+            raise ValueError(
+                f"data.classes names {', '.join(map(repr, unknown))}, which data.root {root} lacks; it has {shown}"
+            )
+    if len(classes) > objects.MOST_CLASSES:
+        raise ValueError(
+            f"data.root {root} has {len(classes)} classes, and a class map holds {objects.MOST_CLASSES} beside the "
+            "background; choose some with data.classes"
+        )
+    for key, value in _follow_from(classes).items():
+        if given[key] not in (None, value) and key != "classes":
+            raise ValueError(f"data.{key} is {given[key]}, but follows from the classes, and is {value}; leave it null")
+    return _follow_from(classes)
+
+
+def _follow_from(classes: list[str]) -> dict:
+    """Return the keys of the data YAML that follow from the classes of objects."""
+    class_names = [objects.BACKGROUND, *classes]
+    return {"classes": classes, "num_classes": len(class_names), "class_names": class_names}
 
 
 # A function of each format: (root, item, its own keys) -> training, validation and test items; None for a part that
@@ -446,6 +564,8 @@ def read_item(item: Item) -> tuple[np.ndarray, np.ndarray]:
 
 def check_same_size(item: Item, image_hw: tuple[int, int], mask_hw: tuple[int, int]) -> None:
     """Raise a ValueError that names both files if a picture and its mask differ in size (height, width)."""
+    if item.objects is not None:
+        instances.check_same_size(item.objects, image_hw, mask_hw)
     if tuple(image_hw) != tuple(mask_hw):
         remedy = "export both at one size (masks with nearest-neighbour resizing)"
         if tuple(image_hw) == tuple(mask_hw[::-1]):
@@ -498,6 +618,9 @@ def decode_mask(item: Item) -> tuple[np.ndarray, np.ndarray, bool]:
         FileNotFoundError, ValueError: with the file, if it cannot be read or is a JPEG.
     """
     coding = item.coding
+    if item.objects is not None:
+        class_map = item.draw(item.objects.read())
+        return class_map, class_map.astype(np.int32), False
     values, is_color = _read_mask_values(item)
     if is_color != coding.is_color:
         return np.full(values.shape, UNKNOWN, np.uint8), values, is_color
