@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import torch
 from options import read_option
-from tiny_segmentation import ROOT, compose_config, run_main, tiny_overrides, train_in, write_dataset
+from tiny_segmentation import ROOT, compose_config, make_runs_quick, run_main, tiny_overrides, train_in, write_dataset
 
 import train_unet
 from utils.segmentation.export import export_network
@@ -177,13 +177,11 @@ def test_readme_s_tiles_give_what_the_predictor_gives(name, framing, tile_hw, ov
 def best(tmp_path_factory):
     """The best.pt of a run that has learnt something."""
     folder = tmp_path_factory.mktemp("export")
-    root = write_dataset(folder / "data")
-    train_in(
-        folder / "run",
-        compose_config(
-            *tiny_overrides(root), "train.steps=30", "train.eval_every=30", "train.batch_size=5", "optim.lr=0.01"
-        ),
-    )
+    config = compose_config(*tiny_overrides(write_dataset(folder / "data")), "optim.lr=0.02", "train.steps=12")
+    config["train"] |= {"eval_every": 12, "batch_size": 5, "picture_images": 0, "test_at_end": False}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_runs_quick(monkeypatch)
+        train_in(folder / "run", config)
     return folder / "run" / "best.pt"
 
 
