@@ -117,6 +117,6 @@ def describe_comparison(path: Path, measured: dict[str, float]) -> str:
     """Say in a line how a file compares with PyTorch."""
     return (
         f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, off PyTorch by {measured['difference']:.0e} of the peak; "
-        f"{measured['onnxruntime_ms']:.1f} ms in onnxruntime, {measured['torch_ms']:.1f} ms in PyTorch, on "
-        f"{torch.get_num_threads()} CPU threads"
+        f"{measured['onnxruntime_ms']:.1f} ms in onnxruntime, {measured['torch_ms']:.1f} ms in PyTorch (CPU, threads: "
+        f"{torch.get_num_threads()})"
     )

@@ -98,7 +98,10 @@ class ExportedEncoder(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.model, trunk = model, model.image_encoder.trunk
+        if hasattr(trunk, "_get_pos_embed"):  # hiera's positions hang on S alone; tiled in the file, onnxruntime warns
+            positions = trunk._get_pos_embed((model.image_size // 4, model.image_size // 4)).detach()
+            trunk._get_pos_embed = lambda hw: positions
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         image_embeddings, high_res_features = encode(self.model, image)
