@@ -1,6 +1,6 @@
 """Write ONNX files, and hold them against PyTorch. The packages are an extra that only exporting needs."""
 
-import importlib.util
+import importlib
 import io
 import math
 import os
@@ -14,6 +14,7 @@ from utils.run import now_s
 
 PACKAGES = ("onnx", "onnxruntime")
 OPSET = 17  # has LayerNormalization; onnxruntime 1.12 (2022) and newer read it
+MOST_BYTES = 2 * 10**9  # protobuf's limit is 2 GiB
 MOST_DIFFERENCE = 1e-3  # of an output's peak: a file that differs by more is wrong; rounding is a thousandth of that
 
 Dims = list[int | str]  # of a tensor; what is named may be of any length
@@ -21,9 +22,21 @@ Dims = list[int | str]  # of a tensor; what is named may be of any length
 
 def check_packages() -> None:
     """Raise a ValueError that names the packages which mode=export lacks, if any."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    missing, reasons = [], []
+    for name in PACKAGES:
+        try:
+            if (
+                importlib.import_module(name).__file__ is None
+            ):  # a folder of that name, which Python takes for a package
+                missing.append(name)
+        except ImportError as error:
+            missing.append(name)
+            reasons.append(" ".join(str(error).split()))
     if missing:
-        raise ValueError(f"mode=export needs packages that are not installed: pip install {' '.join(missing)}")
+        raise ValueError(
+            f"mode=export needs packages that cannot be imported: pip install {' '.join(missing)}"
+            + (f" ({'; '.join(reasons)})" if reasons else "")
+        )
 
 
 def write_onnx(
@@ -40,8 +53,17 @@ def write_onnx(
         inputs: {name: (an example, its dimensions)}, in order.
         outputs: {name: its dimensions}, in order.
         properties: what a reader of the file should know, {name: text}.
+    Raises:
+        ValueError: for more weights than a file can hold.
     """
     import onnx
+
+    num_bytes = sum(values.numel() * values.element_size() for values in module.state_dict().values())
+    if num_bytes > MOST_BYTES:
+        raise ValueError(
+            f"{path.name} needs {num_bytes / 1e9:.1f} GB; an ONNX file holds {MOST_BYTES / 1e9:.1f} GB: "
+            "take a smaller model"
+        )
 
     dims = {name: dims for name, (_, dims) in inputs.items()} | outputs
     named = {name: {axis: dim for axis, dim in enumerate(dims[name]) if isinstance(dim, str)} for name in dims}

@@ -9,6 +9,7 @@ from utils.onnx_files import compare_with_torch, describe_comparison, write_onnx
 from utils.segmentation.prediction import Predictor
 
 TRACED_HW = (236, 252)  # px of the picture that is traced: any will do, but for unet_paper, which needs 16 k + 60
+MOST_COMPARED = 1020  # px of a side of the picture that is compared; 16 k + 60, too
 README = """\
 # {name}.onnx
 
@@ -80,22 +81,26 @@ def export_network(
         network,
         {"image": (example, ["batch", channels, "height", "width"])},
         {output: ["batch", len(class_names), *out_hw]},
-        {"image": f"{'RGB' if channels == 3 else 'grey'} / 255", "classes": ", ".join(class_names)},
+        {"image": f"{name_colors(channels)} / 255", "classes": ", ".join(class_names)},
     )
     text = describe_file(predictor, name, channels, class_names, output)
     (out_dir / "README.md").write_text(text, encoding="utf-8")
-    height, width = predictor.framing.input_hw
+    height, width = (min(side, MOST_COMPARED) for side in predictor.framing.input_hw)
     other = torch.rand(1, channels, height, width, generator=torch.Generator().manual_seed(1))
     measured = compare_with_torch(path, network, {"image": other})
     print(f"{describe_comparison(path, measured)}, for one picture of {height} x {width} px")
     return measured
 
 
+def name_colors(channels: int) -> str:
+    """Say what a picture's channels are."""
+    return {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
+
+
 def describe_file(predictor: Predictor, name: str, channels: int, class_names: tuple[str, ...], output: str) -> str:
     """Explain the input, the output, and how mode=predict brings a picture of any size before the network."""
     margin, (tile_h, tile_w), overlap = predictor.margin, predictor.tile_hw, predictor.overlap
     seen_h, seen_w = (side - 2 * margin for side in predictor.framing.input_hw)
-    colors = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
     classes = ", ".join(f"{index} {class_name}" for index, class_name in enumerate(class_names))
     framing, last = "Take the picture at its own size.", "The highest logit is the class."
     if predictor.framing.fit == "resize":
@@ -110,7 +115,7 @@ def describe_file(predictor: Predictor, name: str, channels: int, class_names: t
     return README.format(
         name=name,
         channels=channels,
-        colors=colors,
+        colors=name_colors(channels),
         output=output,
         num_classes=len(class_names),
         classes=classes,
