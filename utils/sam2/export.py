@@ -11,9 +11,10 @@ All are float32; N objects and P points may be any. The image is RGB / 255, less
 to S x S with antialiasing (`preprocess`). Points are px of the S x S frame; labels are 1 object, 0 not, 2 and 3 the
 corners of a box, -1 padding. mask_input, logits of an earlier prediction, counts where has_mask_input is 1.
 
-M is 3 where no object has more than one point, padding aside, and there is no mask prompt: infer_sam2.py takes the best
-of three for a single click. Otherwise it is 1: the single mask, or where that is unstable the best of the three, as
-`decode` gives it. So the mask of the highest iou_predictions is always that of infer_sam2.py mode=prompts.
+M is 3 where none of the N objects has more than one point, padding aside, and there is no mask prompt, since
+infer_sam2.py takes the best of three for a single click. Otherwise it is 1: the single mask, or where that is unstable
+the best of the three, as `decode` gives it. A reader that takes the mask of the highest iou_predictions, whatever M is,
+has that of infer_sam2.py mode=prompts.
 
 What reads these files, X-AnyLabeling (August 2026) and AnyLabeling (April 2026):
 * S is the encoder's, other sizes than 1024 will do. Inputs are fed by position, outputs read by position, so the order
@@ -22,7 +23,8 @@ What reads these files, X-AnyLabeling (August 2026) and AnyLabeling (April 2026)
   mask_input is 0 and has_mask_input 0. The best mask by iou_predictions is taken. X-AnyLabeling's "segment everything"
   feeds a batch of single clicks and filters all M masks of each.
 * Both cut clicks to whole px of the S x S frame: of a picture four times as large as S, to 4 px.
-* X-AnyLabeling resizes with antialiasing, as here. AnyLabeling does not, and swaps red and blue.
+* X-AnyLabeling resizes with antialiasing, as here. AnyLabeling does not, which matters little, and swaps red and blue,
+  which matters in photographs (README.md).
 """
 
 from dataclasses import asdict
@@ -54,7 +56,7 @@ amg_box_nms_thresh: {box_nms_thresh}
 """
 ANYLABELING = """\
 # AnyLabeling: Load Custom Model, this file. Keep it beside the two .onnx files.
-# It swaps red and blue and resizes without antialiasing (April 2026); X-AnyLabeling does neither.
+# It hands pictures over with red and blue swapped (April 2026): in photographs masks are worse than X-AnyLabeling's.
 type: segment_anything
 name: {name}
 display_name: {name} ({side} px)
