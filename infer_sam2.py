@@ -295,9 +295,8 @@ def export_onnx(config: dict, settings: Config, run_dir: Path) -> None:
     model = models.build_sam2(**model_config, device="cpu")
     start_run(run_dir, config | {"model": model_config}, {})
     measured = export.export_model(model, model_config["name"], automatic, run_dir)
-    finish_run(
-        run_dir, {"last": {f"{part}/{key}": v for part, values in measured.items() for key, v in values.items()}}
-    )
+    metrics = {f"{part}/{name}": value for part, values in measured.items() for name, value in values.items()}
+    finish_run(run_dir, {"last": metrics})
     log.info(
         f"written to {run_dir}, for pictures of {model.image_size} x {model.image_size} px: load x_anylabeling.yaml or "
         "anylabeling.yaml as a custom model, or run example.py (utils/sam2/export.py says more)"

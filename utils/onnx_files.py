@@ -25,13 +25,13 @@ def check_packages() -> None:
     missing, reasons = [], []
     for name in PACKAGES:
         try:
-            if (
-                importlib.import_module(name).__file__ is None
-            ):  # a folder of that name, which Python takes for a package
-                missing.append(name)
+            package = importlib.import_module(name)
         except ImportError as error:
             missing.append(name)
             reasons.append(" ".join(str(error).split()))
+            continue
+        if package.__file__ is None:  # a folder of that name, which Python takes for a package
+            missing.append(name)
     if missing:
         raise ValueError(
             f"mode=export needs packages that cannot be imported: pip install {' '.join(missing)}"

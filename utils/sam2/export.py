@@ -163,10 +163,8 @@ def export_model(model: nn.Module, name: str, automatic: AutomaticSettings, out_
         ValueError: as `compare_with_torch`.
     """
     side = model.image_size
-    prompt, image = (
-        _example_prompt(2, 3, side),
-        torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)),
-    )
+    image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    prompt = _example_prompt(2, 3, side)
     encoder, decoder = ExportedEncoder(model).eval(), ExportedDecoder(model).eval()
     with torch.no_grad():
         stride_4, stride_8, embed = encoder(image)

@@ -121,16 +121,10 @@ class SegNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[-2:]
-        if (
-            torch.jit.is_tracing() or min(height, width) < 16
-        ):  # four poolings leave nothing of it; an exporter sees sizes
-            padding = (
-                0,
-                (16 - width) * (width < 16),
-                0,
-                (16 - height) * (height < 16),
-            )  # as tensors: no branch is left
-            images = F.pad(images, padding, mode="replicate")
+        if min(height, width) < 16 or torch.jit.is_tracing():  # four poolings leave nothing of it
+            # products in place of max(), since a tracer follows sizes through arithmetic alone
+            right, bottom = (16 - width) * (width < 16), (16 - height) * (height < 16)
+            images = F.pad(images, (0, right, 0, bottom), mode="replicate")
         features = self.input_norm(images)
         sizes, indices = [], []
         for encoder in self.encoder:
