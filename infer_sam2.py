@@ -15,6 +15,7 @@
     python infer_sam2.py mode=benchmark data=coco 'benchmark.protocols=[clicks,proposals,boxes,edges,groups]' ...
     python infer_sam2.py mode=benchmark resume=outputs/infer_sam2/<run>          # go on with a killed run
     python infer_sam2.py mode=compare 'results=[outputs/infer_sam2/<run>,outputs/infer_sam2/<another>]'
+    python infer_sam2.py mode=export checkpoint=best.pt                          # ONNX, for annotation tools
 
 Modes, each with the keys of its own:
     automatic   a grid of points; automatic.*
@@ -22,6 +23,7 @@ Modes, each with the keys of its own:
     prompts     points=, boxes=, mask= or prompts_file=
     benchmark   clicks, boxes, proposals, edges, groups on data=<dataset>; benchmark.*, split
     compare     results=[a,b]: runs of benchmark, or dataset.json files of train_sam2.py check=true
+    export      image encoder and prompt decoder as ONNX files (pip install onnx onnxruntime)
 
 Inputs: pictures (8 or 16 bit), and a checkpoint: our best.pt, an official SAM 2 file, or nothing for the bundled one.
 prompts.json is a list of objects, each with at least one positive point, a box or a mask of the picture's size
@@ -52,6 +54,8 @@ An image that cannot be read is named at the end, the others are done, and the e
 mode=benchmark writes table.csv (protocol, group, metric, value, interval, note), boxes.json and proposals.json (COCO's
 result format), a picture for each protocol, and pictures/, a record of each picture; mode=compare writes compare.csv:
 differences with their 95 % intervals. What each protocol is: utils/sam2/benchmark.py.
+mode=export writes <model>.encoder.onnx, <model>.decoder.onnx, x_anylabeling.yaml and anylabeling.yaml to load them
+with, and example.py, which needs no torch. Inputs, outputs, and what the two tools do: utils/sam2/export.py.
 
 Sources: Ravi et al., "SAM 2: Segment Anything in Images and Videos", 2024; points in a region and stitching as in
 github.com/sagieppel/fine-tune-train_segment_anything_2_in_60_lines_of_code.
@@ -84,7 +88,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from utils import images
+from utils import images, onnx_files
 from utils import settings as sections
 from utils.checkpoint import check_script, find_weights, load_checkpoint, resumed_config
 from utils.dataset_check import PICTURE_REMEDIES
@@ -92,7 +96,7 @@ from utils.instances import writers
 from utils.listing import first_few, read_json
 from utils.log import finish_run, start_run, write_json
 from utils.run import autocast, now_s, read_ahead, sample_rng, seed_everything, set_up_device
-from utils.sam2 import benchmark, compare, embedding_cache, mask_generation
+from utils.sam2 import benchmark, compare, embedding_cache, export, mask_generation
 from utils.sam2 import model as models
 from utils.sam2.benchmark import BenchmarkSettings
 from utils.sam2.class_head import ClassHead, load_class_head
@@ -114,13 +118,13 @@ from utils.settings import (
 log = logging.getLogger("infer_sam2")
 REPOSITORY = Path(__file__).resolve().parent
 SEGMENTING = ("automatic", "region", "prompts")
-PREDICTING = (*SEGMENTING, "benchmark")
+LOADING = (*SEGMENTING, "benchmark", "export")  # a model
 MODES_OF_KEY = {  # which modes use a key that not all of them use
     "input": SEGMENTING, "region": ("region",), "num_points": ("region",), "points": ("prompts",),
     "boxes": ("prompts",), "mask": ("prompts",), "prompts_file": ("prompts",), "data": ("benchmark",),
-    "split": ("benchmark",), "results": ("compare",), "checkpoint": PREDICTING, "model": PREDICTING,
+    "split": ("benchmark",), "results": ("compare",), "checkpoint": LOADING, "model": LOADING,
     "keep_classes": ("automatic",), "min_class_prob": ("automatic",), "nms_across_classes": ("automatic",),
-    "image_size": PREDICTING, "max_overlap": SEGMENTING,
+    "image_size": LOADING, "max_overlap": SEGMENTING,
     "write": SEGMENTING, "outline_tolerance_px": SEGMENTING, "cache": SEGMENTING, "cache_precision": SEGMENTING,
     **{f"benchmark.{field.name}": ("benchmark",) for field in fields(BenchmarkSettings)},
     **{f"automatic.{field.name}": SEGMENTING for field in fields(AutomaticSettings)},
@@ -140,7 +144,7 @@ class Config:
     input: str | None  # a picture, or a folder of pictures
     checkpoint: str | None  # .pt file; None: the model's own, and the bundled nano if no model is named either
     image_size: int | None  # side S that pictures are resized to, px; None: as the checkpoint was trained
-    mode: Annotated[str, one_of("automatic", "region", "prompts", "benchmark", "compare")]
+    mode: Annotated[str, one_of("automatic", "region", "prompts", "benchmark", "compare", "export")]
     region: str | None  # mode=region: mask file of the picture's size, the region is where it is not 0
     num_points: Annotated[int, at_least(1)]  # mode=region: points drawn in it, one mask each
     points: list | None  # mode=prompts: [[x, y, label], ...] px, all of one object
@@ -191,6 +195,9 @@ def infer(config: dict, run_dir: Path) -> list[str]:
         return []
     if settings.mode == "benchmark":
         measure(config, settings, run_dir)
+        return []
+    if settings.mode == "export":
+        export_onnx(config, settings, run_dir)
         return []
     pictures = images.list_pictures(Path(settings.input))
     objects_of = read_prompts(settings, pictures) if settings.mode == "prompts" else {}
@@ -337,6 +344,24 @@ def measure(config: dict, settings: Config, run_dir: Path) -> None:
     )  # fmt: skip
     finish_run(run_dir, {"last": {"/".join(key): value for key, value in table.items()}})
     log.info(f"written to {run_dir}")
+
+
+def export_onnx(config: dict, settings: Config, run_dir: Path) -> None:
+    """Write a model as ONNX files: mode=export, on the CPU in fp32."""
+    onnx_files.check_packages()
+    model_config = choose_model(settings.checkpoint, settings.image_size, settings.model)
+    check_keys(functools.partial(models.build_sam2, device="cpu"), model_config, "model")
+    automatic = read_settings(AutomaticSettings, model_config.get("automatic", {}), "automatic")
+    seed_everything(settings.common.seed)  # of random weights
+    model = models.build_sam2(**model_config, device="cpu")
+    start_run(run_dir, config | {"model": model_config}, {})
+    measured = export.export_model(model, model_config["name"], automatic, run_dir)
+    metrics = {f"{part}/{name}": value for part, values in measured.items() for name, value in values.items()}
+    finish_run(run_dir, {"last": metrics})
+    log.info(
+        f"written to {run_dir}, for pictures of {model.image_size} x {model.image_size} px: load x_anylabeling.yaml or "
+        "anylabeling.yaml as a custom model, or run example.py (utils/sam2/export.py says more)"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

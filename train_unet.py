@@ -8,6 +8,7 @@
     python train_unet.py mode=evaluate checkpoint=best.pt split=test
     python train_unet.py mode=predict checkpoint=best.pt input=photos/       # a picture or a folder, of any size
     python train_unet.py mode=summary model=segnet_dsc             # layers, parameters, multiply-adds, latency
+    python train_unet.py mode=export checkpoint=best.pt            # an ONNX file (pip install onnx onnxruntime)
     python train_unet.py resume=outputs/train_unet/<run>           # continue a killed run, exactly
     python train_unet.py --cfg job                                 # print every knob with its value
 
@@ -15,7 +16,8 @@ Reads   pictures and class maps: data=oxford_pet|isbi|camvid|folders, or picture
         maps are drawn: data=instances data.format=coco|labelme|yolo|cvat|voc|... (data/README.md).
 Writes  outputs/train_unet/<time>/: best.pt (rebuilds its own model), last.pt (to resume), metrics.csv, curves.png,
         samples/, splits/, tensorboard/, run.json; mode=predict: for each picture
-        <name>_classes.png (class indices), <name>_overlay.png, on request <name>_probabilities.npy.
+        <name>_classes.png (class indices), <name>_overlay.png, on request <name>_probabilities.npy;
+        mode=export: <model>.onnx, of dynamic batch, height and width, and README.md: input, output, tiles.
         A picture that cannot be read is named at the end, the others are done, and the exit status is 1.
 Metrics, from one confusion matrix over all pixels of the validation set (test/...: of the test set), each picture at
 its own size, classes that are not there left out:
@@ -55,7 +57,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from utils import fit, ranks, run
+from utils import fit, onnx_files, ranks, run
 from utils import loop as loops
 from utils import settings as sections
 from utils.checkpoint import (
@@ -80,7 +82,7 @@ from utils.log import (
     write_pictures,
 )
 from utils.samples.write import write_samples
-from utils.segmentation import losses, metrics, model_summary, prediction, reports, views
+from utils.segmentation import export, losses, metrics, model_summary, prediction, reports, views
 from utils.segmentation.check import check_data, count_class_pixels, remark_on_parts
 from utils.segmentation.objects import BACKGROUND
 from utils.segmentation.readers import (
@@ -131,7 +133,7 @@ BELOW_ONE = Rule(lambda number: 0 <= number < 1, "0 or more and below 1")
 TWO_BELOW_ONE = Rule(lambda pair: len(pair) == 2 and all(map(BELOW_ONE.holds, pair)), "two numbers, each 0..1, below 1")
 LATENCY_REPEATS = 30
 MODES_OF_KEY = {
-    "checkpoint": ("evaluate", "predict", "summary"), "input": ("predict",), "resume": ("train",),
+    "checkpoint": ("evaluate", "predict", "summary", "export"), "input": ("predict",), "resume": ("train",),
 }  # fmt: skip
 
 
@@ -200,7 +202,7 @@ class Config:
     """All keys of this script (configs/unet/train_unet.yaml explains each)."""
 
     common: Annotated[CommonSettings, SAME_SECTION]
-    mode: Annotated[str, one_of("train", "evaluate", "predict", "summary")]
+    mode: Annotated[str, one_of("train", "evaluate", "predict", "summary", "export")]
     check: fit.Check
     checkpoint: str | None
     split: str  # train, val or test
@@ -781,7 +783,7 @@ RESUMABLE = (
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# a finished network: evaluate, predict, summary
+# a finished network: evaluate, predict, export, summary
 
 
 def load_network(config: dict, state: dict | None, device: torch.device) -> torch.nn.Module:
@@ -966,6 +968,26 @@ def predict(config: dict, state: dict, run_dir: Path) -> list[str]:
     return failures
 
 
+def export_onnx(config: dict, state: dict, run_dir: Path) -> None:
+    """Write a checkpoint's network as an ONNX file, on the CPU in fp32, and how to feed it.
+
+    Args:
+        config: from `checkpoint_config`.
+        state: the checkpoint.
+        run_dir: where <model>.onnx and README.md are written.
+    """
+    onnx_files.check_packages()
+    settings = read_settings(Config, config)
+    reader_keys = settings.data.reader_keys
+    class_names = tuple(name_classes(reader_keys["num_classes"], reader_keys["class_names"]))
+    predictor = load_predictor(config | {"device": "cpu", "precision": "fp32"}, state)
+    start_run(run_dir, config, {})
+    name, has_softmax = settings.model["name"], settings.probabilities
+    measured = export.export_network(predictor, name, reader_keys["channels"], class_names, has_softmax, run_dir)
+    finish_run(run_dir, {"last": measured})
+    print(f"Written to {os.path.relpath(run_dir)}: {name}.onnx, README.md (input, output, tiles)")
+
+
 def print_summary(config: dict, state: dict | None) -> None:
     """Print what a network is made of and what it costs, for pictures of data.image_size.
 
@@ -1022,6 +1044,8 @@ def main(cfg) -> float | None:
             return evaluate_checkpoint(config, state, run_dir)
         if config["mode"] == "summary":
             return print_summary(config, state)
+        if config["mode"] == "export":
+            return export_onnx(config, state, run_dir)
         failures = predict(config, state, run_dir)
     if failures:
         sys.exit(f"{len(failures)} pictures failed:\n" + "\n".join(f"  {line}" for line in failures))

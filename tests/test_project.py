@@ -18,6 +18,7 @@ TESTS = sorted((ROOT / "tests").glob("*.py"))
 TASKS = {"sam2", "segmentation", "tracking"}  # folders of utils that import none of the others
 PACKAGES = {"cv2": "opencv-python-headless", "hydra": "hydra-core", "omegaconf": "hydra-core", "PIL": "pillow"}
 PACKAGES |= {"skimage": "scikit-image", "yaml": "pyyaml"}
+EXTRAS = {"onnx", "onnxruntime"}  # of one mode: imported inside functions, named where they are missing
 
 
 def parse(path):
@@ -159,7 +160,10 @@ def third_party(paths) -> set[str]:
 
 
 def test_requirements_list_what_is_used_and_nothing_else():
-    assert third_party(SCRIPTS + UTILS) == required("requirements.txt")
+    assert third_party(SCRIPTS + UTILS) - EXTRAS == required("requirements.txt")
+    for path in SCRIPTS + UTILS:
+        top = ast.Module([node for node in parse(path).body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
+        assert not {name.split(".")[0] for name in imports(top)} & EXTRAS, path
     assert third_party(TESTS) <= required("requirements-test.txt")
     plugins = {"ruff", "pytest-xdist", "hydra-submitit-launcher"}
     assert required("requirements-test.txt") <= third_party(SCRIPTS + UTILS + TESTS) | plugins

@@ -25,6 +25,7 @@ from utils.run import REPOSITORY, num_cores
 
 RECORDED_PACKAGES = (
     "torch", "torchvision", "numpy", "opencv-python-headless", "opencv-python", "hydra-core", "omegaconf", "sam2",
+    "onnx", "onnxruntime",
 )  # fmt: skip
 
 

@@ -121,8 +121,10 @@ class SegNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[-2:]
-        if min(height, width) < 16:  # four poolings leave nothing of it
-            images = F.pad(images, (0, max(0, 16 - width), 0, max(0, 16 - height)), mode="replicate")
+        if min(height, width) < 16 or torch.jit.is_tracing():  # four poolings leave nothing of it
+            # products in place of max(), since a tracer follows sizes through arithmetic alone
+            right, bottom = (16 - width) * (width < 16), (16 - height) * (height < 16)
+            images = F.pad(images, (0, right, 0, bottom), mode="replicate")
         features = self.input_norm(images)
         sizes, indices = [], []
         for encoder in self.encoder:
@@ -143,8 +145,10 @@ class Unpool(nn.Module):
     """
 
     def forward(self, values: torch.Tensor, indices: torch.Tensor, size_hw: tuple[int, int]) -> torch.Tensor:
-        places = values.new_zeros(*values.shape[:2], size_hw[0] * size_hw[1])
-        return places.scatter(2, indices.flatten(2), values.flatten(2)).unflatten(2, size_hw)
+        batch_size, channels = values.shape[:2]
+        places = values.new_zeros(batch_size, channels, size_hw[0] * size_hw[1])
+        places = places.scatter(2, indices.flatten(2), values.flatten(2))
+        return places.reshape(batch_size, channels, *size_hw)  # not unflatten: an exporter would fix the batch's size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,7 +205,7 @@ class ViTSegmenter(nn.Module):
         features = self.patch_embedding(F.pad(self.input_norm(images), padding, mode="replicate"))  # (B, dim, h, w)
         num_rows, num_columns = features.shape[-2:]
         positions = self.positions
-        if positions.shape[-2:] != features.shape[-2:]:
+        if torch.jit.is_tracing() or positions.shape[-2:] != features.shape[-2:]:  # an exported file takes any size
             positions = F.interpolate(positions, size=(num_rows, num_columns), mode="bicubic", align_corners=False)
         tokens = (features + positions).flatten(2).transpose(1, 2)  # (B, h*w, dim)
         scores = self.head(self.blocks(tokens))  # (B, h*w, num_classes * patch_size**2)
