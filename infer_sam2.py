@@ -222,7 +222,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     start_run(run_dir, config | {"model": model_config, "automatic": asdict(automatic)}, {"images": len(pictures)})
 
     is_single = len(pictures) == 1
-    failures, remarks, num_done, num_masks = [], {}, 0, 0
+    failures, remarks, num_done, num_masks, num_empty = [], {}, 0, 0, 0
     written, lost = [], Counter()
     write = functools.partial(
         writers.write_formats, settings.write, run_dir, class_names or writers.NO_CLASSES, settings.outline_tolerance_px
@@ -288,7 +288,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
             row = [shown, len(ids), num_objects, f"{generated.encode_ms:.1f}", f"{ms_per_prompt:.3f}"]
             summary.writerow(row + [lost_here[name.rpartition("_")[2]] for name in lost_columns])
             summary_file.flush()  # what is done stays if a later picture stops the run
-            num_done, num_masks = num_done + 1, num_masks + len(ids)
+            num_done, num_masks, num_empty = num_done + 1, num_masks + len(ids), num_empty + (len(ids) == 0)
             if is_single:
                 log.info(
                     f"{shown}: {len(ids)} masks, {num_objects} of them in the label map; "
@@ -296,6 +296,8 @@ def infer(config: dict, run_dir: Path) -> list[str]:
                     f"{ms_per_prompt:.2f} ms for each of {generated.num_prompts} prompts"
                 )
     finish_run(run_dir, {"last": {"num_images": num_done, "num_masks": num_masks, "num_failed": len(failures)}})
+    if settings.mode == "automatic" and num_empty > 0:
+        log.info(f"{num_empty} images without a mask: {describe_filters(automatic, class_filter)}")
     for kind, which in remarks.items():
         log.info(f"{len(which)} with {kind}: {PICTURE_REMEDIES[kind]}")
         for line in first_few(which):
@@ -447,6 +449,15 @@ def choose_model(checkpoint: str | None, image_size: int | None, model: dict | N
         chosen = read_model_config("sam2_nano")
     given = {"checkpoint": checkpoint and str(checkpoint), "image_size": image_size}
     return chosen | {key: value for key, value in given.items() if value}
+
+
+def describe_filters(automatic: AutomaticSettings, class_filter: ClassFilter | None) -> str:
+    """Say what keeps automatic masks from being written, for pictures that have none."""
+    limits = {f"automatic.{name}": getattr(automatic, name) for name in ("stability_score_thresh", "pred_iou_thresh")}
+    if class_filter is not None:
+        limits["min_class_prob"] = class_filter.min_class_prob
+    listed = ", ".join(f"{key} ({value})" for key, value in limits.items())
+    return f"lower {listed}; masks of a model that has seen little of such pictures are often unstable"
 
 
 def choose_classes(settings: Config, class_head: ClassHead | None) -> ClassFilter | None:

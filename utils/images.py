@@ -607,12 +607,15 @@ def overlay_label_map(image_rgb: np.ndarray, ids: np.ndarray, color_ids: np.ndar
 
 
 def draw_legend(names: Sequence[str], color_ids: Sequence[int], width: int) -> np.ndarray:
-    """Draw which colour is whose, six names a row: uint8 (h, width, 3) RGB; what has the colour of 0 is hollow."""
-    legend = np.full((16 * math.ceil(len(names) / 6) + 4, width, 3), 255, np.uint8)
-    for index, (name, color) in enumerate(zip(names, id_colors(color_ids).tolist(), strict=True)):
-        x, y = index % 6 * width // 6, 16 * (index // 6)
+    """Draw which colour is whose, up to six in a row: uint8 (h, width, 3) RGB; what has the colour of 0 is hollow."""
+    shown, font = [name[:24] for name in names], (cv2.FONT_HERSHEY_SIMPLEX, 0.4)
+    widest = max(cv2.getTextSize(name, *font, 1)[0][0] for name in shown)
+    columns = max(1, min(6, width // (widest + 22)))
+    legend = np.full((16 * math.ceil(len(shown) / columns) + 4, width, 3), 255, np.uint8)
+    for index, (name, color) in enumerate(zip(shown, id_colors(color_ids).tolist(), strict=True)):
+        x, y = index % columns * width // columns, 16 * (index // columns)
         cv2.rectangle(legend, (x + 4, y + 4), (x + 14, y + 14), color, -1 if any(color) else 1)
-        cv2.putText(legend, name[:24], (x + 18, y + 14), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+        cv2.putText(legend, name, (x + 18, y + 14), *font, (0, 0, 0), 1, cv2.LINE_AA)
     return legend
 
 

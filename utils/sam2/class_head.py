@@ -23,16 +23,16 @@ UNKNOWN = -1  # the target of an object whose class is not known: it teaches the
 
 
 def _is_choice(setting: object) -> bool:
-    return setting in (None, "auto") or (
+    return setting == "auto" or (
         isinstance(setting, list) and len(setting) > 0 and all(isinstance(name, str) and name for name in setting)
     )
 
 
-Choice = Annotated[list | str | None, Rule(_is_choice, "auto, a list of names, or null")]
+Choice = Annotated[list | str | None, Rule(_is_choice, "auto or a list of names")]
 
 
 def _is_weights(setting: object) -> bool:
-    return setting in (None, "auto") or (
+    return setting == "auto" or (
         isinstance(setting, dict) and all(type(weight) in (int, float) and weight >= 0 for weight in setting.values())
     )
 
@@ -43,7 +43,7 @@ class ClassSettings:
 
     lr: Annotated[float, above(0)] = 1e-3  # highest rate of the head, which starts from random weights
     # {name: weight of its objects}, auto: rare classes more, by the root of their number; None: all count the same
-    class_weights: Annotated[dict | str | None, Rule(_is_weights, "auto, {name: weight}, or null")] = None
+    class_weights: Annotated[dict | str | None, Rule(_is_weights, "auto or {name: weight}")] = None
     background_clicks: Annotated[int, at_least(0)] = 4  # of a picture, on what is no object: they teach "none"
 
 
