@@ -11,6 +11,8 @@
     python infer_sam2.py input=photos/ mode=prompts prompts_file=more.json cache=auto   # encode each picture once
     python infer_sam2.py input=photos/ fast_decoder=false                        # sam2's own decoder, slower on a CPU
     python infer_sam2.py input=photos/ 'write=[coco,labelme,yolo,cutouts]'       # for other programs
+    python infer_sam2.py mode=label input=photos/ labels=engine/ checkpoint=best.pt  # again with each round's model
+    python infer_sam2.py mode=audit 'results=[engine/,corrected/]'
     python infer_sam2.py mode=benchmark data=coco data.root=/my/coco checkpoint=best.pt
     python infer_sam2.py mode=benchmark data=coco 'benchmark.protocols=[clicks,proposals,boxes,edges,groups]' ...
     python infer_sam2.py mode=benchmark resume=outputs/infer_sam2/<run>          # go on with a killed run
@@ -22,6 +24,8 @@ Modes, each with the keys of its own:
     region      random points inside region=<mask>
     prompts     points=, boxes=, mask= or prompts_file=
     benchmark   clicks, boxes, proposals, edges, groups on data=<dataset>; benchmark.*, split
+    label       masks of a grid, as a dataset to correct and train on; labels=, label.*
+    audit       results=[a,b]: masks before and after a person's corrections
     compare     results=[a,b]: runs of benchmark, or dataset.json files of train_sam2.py check=true
     export      image encoder and prompt decoder as ONNX files (pip install onnx onnxruntime)
 
@@ -96,7 +100,7 @@ from utils.instances import writers
 from utils.listing import first_few, read_json
 from utils.log import finish_run, start_run, write_json
 from utils.run import autocast, now_s, read_ahead, sample_rng, seed_everything, set_up_device
-from utils.sam2 import benchmark, compare, embedding_cache, export, mask_generation
+from utils.sam2 import benchmark, compare, embedding_cache, export, label, mask_generation
 from utils.sam2 import model as models
 from utils.sam2.benchmark import BenchmarkSettings
 from utils.sam2.class_head import ClassHead, load_class_head
@@ -118,16 +122,19 @@ from utils.settings import (
 log = logging.getLogger("infer_sam2")
 REPOSITORY = Path(__file__).resolve().parent
 SEGMENTING = ("automatic", "region", "prompts")
-LOADING = (*SEGMENTING, "benchmark", "export")  # a model
+GRID = ("automatic", "label")  # masks of a grid of points
+FOLDER = (*SEGMENTING, "label")  # of pictures
+LOADING = (*FOLDER, "benchmark", "export")  # a model
 MODES_OF_KEY = {  # which modes use a key that not all of them use
-    "input": SEGMENTING, "region": ("region",), "num_points": ("region",), "points": ("prompts",),
+    "input": FOLDER, "labels": ("label",), "label.val_fraction": ("label",),
+    "region": ("region",), "num_points": ("region",), "points": ("prompts",),
     "boxes": ("prompts",), "mask": ("prompts",), "prompts_file": ("prompts",), "data": ("benchmark",),
-    "split": ("benchmark",), "results": ("compare",), "checkpoint": LOADING, "model": LOADING,
-    "keep_classes": ("automatic",), "min_class_prob": ("automatic",), "nms_across_classes": ("automatic",),
-    "image_size": LOADING, "max_overlap": SEGMENTING,
+    "split": ("benchmark",), "results": ("compare", "audit"), "checkpoint": LOADING, "model": LOADING,
+    "keep_classes": GRID, "min_class_prob": GRID, "nms_across_classes": GRID,
+    "image_size": LOADING, "max_overlap": FOLDER,
     "write": SEGMENTING, "outline_tolerance_px": SEGMENTING, "cache": SEGMENTING, "cache_precision": SEGMENTING,
     **{f"benchmark.{field.name}": ("benchmark",) for field in fields(BenchmarkSettings)},
-    **{f"automatic.{field.name}": SEGMENTING for field in fields(AutomaticSettings)},
+    **{f"automatic.{field.name}": FOLDER for field in fields(AutomaticSettings)},
 }  # fmt: skip
 PROMPTS = ("region", "points", "boxes", "mask", "prompts_file")  # keys that say what to look for
 MASK_LOGIT = 10.0  # a mask prompt's pixels are +10 inside and -10 outside, as in SAM 2's training
@@ -144,7 +151,7 @@ class Config:
     input: str | None  # a picture, or a folder of pictures
     checkpoint: str | None  # .pt file; None: the model's own, and the bundled nano if no model is named either
     image_size: int | None  # side S that pictures are resized to, px; None: as the checkpoint was trained
-    mode: Annotated[str, one_of("automatic", "region", "prompts", "benchmark", "compare", "export")]
+    mode: Annotated[str, one_of(*LOADING, "audit", "compare")]
     region: str | None  # mode=region: mask file of the picture's size, the region is where it is not 0
     num_points: Annotated[int, at_least(1)]  # mode=region: points drawn in it, one mask each
     points: list | None  # mode=prompts: [[x, y, label], ...] px, all of one object
@@ -157,7 +164,9 @@ class Config:
     max_overlap: float  # a mask of which a larger share is taken by better ones is left out of the label map, 0..1
     split: Annotated[str, one_of("val", "train")]  # mode=benchmark: of data
     benchmark: BenchmarkSettings
-    results: list[str] | None  # mode=compare: runs of mode=benchmark, or dataset.json files
+    results: list[str] | None  # mode=compare: runs of mode=benchmark, or dataset.json files; mode=audit: two folders
+    labels: str | None  # mode=label: the folder of labels
+    label: label.LabelSettings
     cache: embedding_cache.Setting  # off (false is what YAML makes of it), auto, or a folder
     cache_precision: embedding_cache.Precision
     fast_decoder: DecoderSetting
@@ -199,6 +208,14 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     if settings.mode == "export":
         export_onnx(config, settings, run_dir)
         return []
+    if settings.mode == "label":
+        return label_folder(config, settings, run_dir)
+    if settings.mode == "audit":
+        start_run(run_dir, config, {})
+        audited = label.audit_labels(*map(Path, settings.results), run_dir / "audit.csv")
+        finish_run(run_dir, {"last": audited})
+        log.info(describe_audit(audited, run_dir))
+        return []
     pictures = images.list_pictures(Path(settings.input))
     objects_of = read_prompts(settings, pictures) if settings.mode == "prompts" else {}
     if settings.mode == "prompts":
@@ -206,11 +223,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     region = images.read_label_map(settings.region) > 0 if settings.mode == "region" else None  # (H, W)
 
     device, precision = set_up_device(settings.common.device, settings.common.precision)
-    model_config = choose_model(settings.checkpoint, settings.image_size, settings.model)
-    changed = {key: value for key, value in settings.automatic.items() if value is not None}
-    automatic = read_settings(AutomaticSettings, model_config.get("automatic", {}) | changed, "automatic")
-    check_keys(functools.partial(models.build_sam2, device=device), model_config, "model")
-    model = models.build_sam2(**model_config, device=device, fast_decoder=settings.fast_decoder)
+    model, model_config, automatic = load_model(settings, device)
     class_head = load_class_head(model_config["checkpoint"], device)
     class_filter = choose_classes(settings, class_head)
     class_names = [] if class_head is None else class_head.names
@@ -348,6 +361,57 @@ def measure(config: dict, settings: Config, run_dir: Path) -> None:
     log.info(f"written to {run_dir}")
 
 
+def label_folder(config: dict, settings: Config, run_dir: Path) -> list[str]:
+    """Label a folder of pictures for training, in rounds: mode=label. Returns a line for each picture that failed."""
+    pictures = images.list_pictures(Path(settings.input))
+    device, precision = set_up_device(settings.common.device, settings.common.precision)
+    model, model_config, automatic = load_model(settings, device)
+    class_filter = choose_classes(settings, load_class_head(model_config["checkpoint"], device))
+    start_run(run_dir, config | {"model": model_config, "automatic": asdict(automatic)}, {"images": len(pictures)})
+    filtered = None if class_filter is None else class_filter[1:]
+    made_by = benchmark.digest(
+        repr((benchmark.digest_weights(model), model.image_size, automatic, filtered, settings.max_overlap)).encode()
+    )
+
+    def generate(image_rgb: np.ndarray) -> GeneratedMasks:
+        with torch.inference_mode(), autocast(device, precision):
+            return mask_generation.generate_masks(model, image_rgb, automatic, class_filter=class_filter)
+
+    counts, failures = label.label_pictures(
+        generate, pictures, Path(settings.labels), made_by, settings.max_overlap, settings.label, settings.common.seed
+    )
+    finish_run(run_dir, {"last": counts})
+    log.info(
+        f"{settings.labels}: {counts['labelled']} pictures labelled with {counts['masks']} automatic masks beside "
+        f"{counts['kept']} of people's; {counts['done_before']} were done before, {counts['validating']} wait for a "
+        "person (val.txt)"
+    )
+    where = {"data.root": settings.input, "data.annotation_dir": str((Path(settings.labels) / "masks").absolute())}
+    lists = {"data.val_list": f"{settings.labels}/val.txt"} if counts["validating"] else {}
+    command = sections.show_command("train_sam2.py data=sa1b data.on_bad=skip", **where, **lists)
+    log.info(f"train on them: {command}")
+    return failures
+
+
+def describe_audit(audited: dict[str, float], run_dir: Path) -> str:
+    """Say what mode=audit found."""
+    return (
+        f"{audited['pairs']} pairs of masks in {audited['pictures']} pictures: {audited['above_90']:.1%} have an IoU "
+        f"above 0.9, {audited['above_75']:.1%} above 0.75, mean {audited['mean_iou']:.3f}; {audited['removed']} masks "
+        f"of the first were removed, {audited['added']} added: {run_dir / 'audit.csv'}"
+    )
+
+
+def load_model(settings: Config, device: torch.device) -> tuple[torch.nn.Module, dict, AutomaticSettings]:
+    """Build the model that the settings name: it, the arguments of `build_sam2`, and its grid of points."""
+    model_config = choose_model(settings.checkpoint, settings.image_size, settings.model)
+    changed = {key: value for key, value in settings.automatic.items() if value is not None}
+    automatic = read_settings(AutomaticSettings, model_config.get("automatic", {}) | changed, "automatic")
+    check_keys(functools.partial(models.build_sam2, device=device), model_config, "model")
+    model = models.build_sam2(**model_config, device=device, fast_decoder=settings.fast_decoder)
+    return model, model_config, automatic
+
+
 def export_onnx(config: dict, settings: Config, run_dir: Path) -> None:
     """Write a model as ONNX files: mode=export, on the CPU in fp32."""
     onnx_files.check_packages()
@@ -385,6 +449,10 @@ def check_mode(settings: Config) -> None:
         raise ValueError("mode=benchmark needs data=<a dataset>, such as data=coco data.root=/my/coco")
     if settings.mode == "benchmark" and settings.data is not None and settings.benchmark.protocols == ["edges"]:
         raise ValueError("data= is given but benchmark.protocols is [edges], which does not use it; leave it out")
+    if settings.mode == "label" and settings.labels is None:
+        raise ValueError("mode=label needs labels=<a folder, new or of an earlier round>")
+    if settings.mode == "audit" and len(settings.results or []) != 2:
+        raise ValueError("mode=audit needs 'results=[a,b]': two folders of masks, such as before and after a person")
     if settings.mode == "compare" and len(settings.results or []) < 2:
         raise ValueError("mode=compare needs 'results=[a,b]', two or more folders that mode=benchmark wrote")
     given = [key for key in given if key in PROMPTS]
@@ -467,7 +535,7 @@ def choose_classes(settings: Config, class_head: ClassHead | None) -> ClassFilte
         ValueError: for a choice where there are no classes, and for a class that the checkpoint does not know.
     """
     if class_head is None:
-        chosen = [key for key in list_given(settings) if MODES_OF_KEY[key] == ("automatic",)]
+        chosen = [key for key in list_given(settings) if MODES_OF_KEY[key] == GRID]
         if chosen:
             raise ValueError(
                 f"{chosen[0]}= needs a checkpoint that knows classes: train_sam2.py classes=auto makes one"

@@ -589,7 +589,7 @@ def test_inference_with_fp16_is_the_same_in_the_first_run_and_later(root, tmp_pa
 
 
 def test_automatic_mode_has_no_cache(root, tmp_path, capfd, monkeypatch):
-    def go_on(*args):
+    def go_on(*args, **keywords):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(mask_generation, "generate_masks", go_on)

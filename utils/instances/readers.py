@@ -763,7 +763,12 @@ def read_sa1b(path: Path, image_path: Path) -> Instances:
     content = _read_json(path)
     image = _field(content, "image", path)
     orig_hw = [_field(image, "height", path), _field(image, "width", path)]
-    return _read_segmentations(_list_field(content, "annotations", path), orig_hw, image_path, str(path))
+    annotations = [
+        annotation | {"category": annotation["class"]}  # as infer_sam2.py writes it
+        if isinstance(annotation, dict) and isinstance(annotation.get("class"), str) else annotation
+        for annotation in _list_field(content, "annotations", path)
+    ]  # fmt: skip
+    return _read_segmentations(annotations, orig_hw, image_path, str(path))
 
 
 def read_labelme(path: Path, image_path: Path, ignore_labels: tuple[str, ...] = ()) -> Instances:

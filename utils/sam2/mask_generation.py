@@ -136,7 +136,7 @@ def generate_masks(
         boxes_xyxy, scores = candidates.boxes_xyxy[whole], candidates.predicted_ious[whole]
         if class_filter is not None:
             scores = scores * candidates.class_probs[whole]
-        groups = torch.zeros_like(whole) if is_across else candidates.class_numbers[whole]
+        groups = None if is_across else candidates.class_numbers[whole]
         best = whole[suppress(boxes_xyxy, scores, groups, settings.box_nms_thresh)]
         if len(best) == 0:
             continue
@@ -317,9 +317,11 @@ def score_mask(annotation: dict) -> float:
     return annotation["predicted_iou"] * annotation.get("class_prob", 1.0)
 
 
-def suppress(boxes_xyxy: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor, max_iou: float) -> torch.Tensor:
+def suppress(
+    boxes_xyxy: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor | None, max_iou: float
+) -> torch.Tensor:
     """Suppress boxes (K, 4) that have a higher IoU than max_iou with a better one of their group (K,): places kept."""
-    if not groups.any():  # a single group, 0
+    if groups is None:
         return nms(boxes_xyxy, scores, max_iou)
     return batched_nms(boxes_xyxy, scores, groups, max_iou)
 
@@ -333,8 +335,10 @@ def drop_duplicates(
         across_classes: False: masks are compared with those of their own "class" alone.
     """
     boxes_xywh = torch.tensor([annotation["bbox"] for annotation in annotations], dtype=torch.float32).reshape(-1, 4)
-    names = ["" if across_classes else annotation["class"] for annotation in annotations]
-    groups = torch.tensor([sorted(set(names)).index(name) for name in names], dtype=torch.long)
+    groups = None
+    if not across_classes:
+        names = [annotation["class"] for annotation in annotations]
+        groups = torch.tensor([sorted(set(names)).index(name) for name in names], dtype=torch.long)
     boxes_xyxy = box_convert(boxes_xywh, "xywh", "xyxy")
     best = suppress(boxes_xyxy, torch.tensor(scores, dtype=torch.float32), groups, max_iou)
     return [annotations[k] for k in best.tolist()]

@@ -1,0 +1,221 @@
+"""mode=label and mode=audit: what rounds leave alone, what trains, pairs of masks, bad input."""
+
+import csv
+import json
+
+import cv2
+import numpy as np
+import pytest
+import tiny
+import tiny_training
+import torch
+from options import read_option
+from pycocotools import mask as coco_mask
+
+import infer_sam2
+from infer_sam2 import infer
+from utils.checkpoint import save_checkpoint
+from utils.images import write_image
+from utils.instances.codecs import mask_to_rle
+from utils.instances.readers import split_items
+from utils.sam2 import label
+from utils.sam2.label import LabelSettings, audit_labels, label_pictures
+from utils.sam2.mask_generation import GeneratedMasks
+from utils.sam2.model import build_sam2
+
+NANO = read_option("sam2", "model", "sam2_nano") | {"checkpoint": "none", "image_size": 64}
+NAMES = ["a", "b", "c d", "é", "x1"]
+
+
+def annotate(mask, score=0.9, **more):
+    box = [float(v) for v in coco_mask.toBbox(coco_mask.encode(np.asfortranarray(mask.view(np.uint8))))]
+    record = {"segmentation": mask_to_rle(mask), "area": int(mask.sum()), "bbox": box, "predicted_iou": score}
+    return record | {"stability_score": 0.9} | more
+
+
+def square(x, y, side, hw=(40, 50)):
+    mask = np.zeros(hw, bool)
+    mask[y : y + side, x : x + side] = True
+    return mask
+
+
+@pytest.fixture
+def photos(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name in NAMES:
+        write_image(tmp_path / "photos" / f"{name}.png", np.zeros((40, 50, 3), np.uint8))
+    return tmp_path / "photos"
+
+
+def label_round(photos, labels, masks, made_by="one", val_fraction=0.2):
+    asked = []
+
+    def generate(image_rgb):
+        asked.append(image_rgb.shape)
+        return GeneratedMasks(masks, 1, 0.0, 0.0)
+
+    pictures = infer_sam2.images.list_pictures(photos)
+    counts, failures = label_pictures(generate, pictures, labels, made_by, 0.15, LabelSettings(val_fraction), 0)
+    assert not failures
+    return counts, len(asked)
+
+
+def read_masks(labels, name):
+    record = json.loads((labels / "masks" / f"{name}.json").read_text())
+    return record, cv2.imread(str(labels / "maps" / f"{name}.png"), cv2.IMREAD_UNCHANGED)
+
+
+def test_rounds_leave_people_and_validation_alone(photos, tmp_path):
+    labels = tmp_path / "engine"
+    masks = [annotate(square(5, 5, 10), 0.9), annotate(square(8, 8, 20), 0.7), annotate(square(5, 6, 10), 0.5)]
+    counts, num_asked = label_round(photos, labels, masks)
+    (validating,) = (labels / "val.txt").read_text().splitlines()
+    assert counts == {"labelled": 4, "done_before": 0, "validating": 1, "masks": 8, "kept": 0} and num_asked == 4
+    assert not (labels / "masks" / f"{validating}.json").exists()
+    name, other = [each for each in NAMES if each != validating][:2]
+    record, label_map = read_masks(labels, name)
+    assert [each["predicted_iou"] for each in record["annotations"]] == [0.7, 0.9]  # the best lies on top
+    assert {each["origin"] for each in record["annotations"]} == {"automatic"}
+    expected = np.zeros((40, 50), int)
+    expected[square(8, 8, 20)], expected[square(5, 5, 10)] = 1, 2
+    assert np.array_equal(label_map, expected) and label_map.dtype == np.uint16
+
+    assert label_round(photos, labels, masks)[1] == 0  # all are done
+    (labels / "masks" / f"{other}.json").unlink()  # as after a kill before the record
+    assert label_round(photos, labels, masks)[1] == 1
+
+    by_hand = [annotate(square(6, 6, 9), 0.1, origin="person"), annotate(square(30, 20, 8), 0.1, origin="assisted")]
+    record["annotations"] = [*record["annotations"], *by_hand]
+    (labels / "masks" / f"{name}.json").write_text(json.dumps(record))
+    write_image(photos / "new.png", np.zeros((40, 50, 3), np.uint8))  # pictures that come later train
+    counts, num_asked = label_round(photos, labels, masks, "two")
+    assert num_asked == 5 and counts["kept"] == 2 and counts["validating"] == 1
+    record, label_map = read_masks(labels, name)
+    origins = [each["origin"] for each in record["annotations"]]
+    assert origins == ["automatic", "person", "assisted"]  # the other automatic mask overlaps the person's
+    assert [each["segmentation"] for each in record["annotations"][1:]] == [each["segmentation"] for each in by_hand]
+    assert np.array_equal(label_map == 2, square(6, 6, 9)) and np.array_equal(label_map == 3, square(30, 20, 8))
+
+
+def test_a_file_that_is_no_record_is_not_overwritten(photos, tmp_path):
+    labels = tmp_path / "engine"
+    (labels / "masks").mkdir(parents=True)
+    for text in ("[1, 2]", "{}", "my notes"):
+        for name in NAMES:
+            (labels / "masks" / f"{name}.json").write_text(text)
+        with pytest.raises(ValueError, match="json"):
+            label_round(photos, labels, [])
+        assert {(labels / "masks" / f"{name}.json").read_text() for name in NAMES} == {text}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("label") / "best.pt"
+    torch.manual_seed(0)
+    model = tiny_training.answer_to_prompts(build_sam2(**NANO, device="cpu"))
+    save_checkpoint(path, {"model": model.state_dict(), "config": {"model": NANO}, "format": 1})
+    return path
+
+
+def run(run_dir, *arguments):
+    run_dir.mkdir()
+    return infer(tiny.compose_config("infer_sam2", "device=cpu", *arguments), run_dir)
+
+
+def test_a_labelled_folder_is_a_dataset(checkpoint, photos, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in NAMES:
+        write_image(photos / f"{name}.png", tiny_training.draw_picture(rng, 40, 50)[0])
+    (photos / "torn.png").write_bytes(b"\x89PNG\r\n")
+    grid = ["points_per_side=3", "pred_iou_thresh=0", "stability_score_thresh=0", "crop_n_layers=0"]
+    arguments = [f"checkpoint={checkpoint}", "mode=label", f"input={photos}", f"labels={tmp_path / 'engine'}"]
+    arguments += [*(f"automatic.{key}" for key in grid), "label.val_fraction=0"]
+    failures = run(tmp_path / "run", *arguments)
+    assert len(failures) == 1 and "torn.png" in failures[0]
+    metrics = json.loads((tmp_path / "run" / "run.json").read_text())["metrics"]["last"]
+    assert metrics["labelled"] == 5 and metrics["masks"] >= 5
+    assert run(tmp_path / "again", *arguments) == failures
+    assert json.loads((tmp_path / "again" / "run.json").read_text())["metrics"]["last"]["done_before"] == 5
+    run(tmp_path / "other", *arguments, "automatic.points_per_side=2")
+    assert json.loads((tmp_path / "other" / "run.json").read_text())["metrics"]["last"]["labelled"] == 5
+
+    shared = {"root": str(photos), "on_bad": "skip", "val_fraction": 0.4, "split_seed": 0}
+    for keys in ({"format": "sa1b", "annotation_dir": f"{tmp_path}/engine/masks"}, {"format": "label_map"}):
+        if keys["format"] == "label_map":
+            keys |= {"image_dir": ".", "label_dir": f"{tmp_path}/engine/maps"}
+        items = [item for split in split_items(**shared, **keys) for item in split if item.name != "torn"]
+        assert [item.name for item in sorted(items, key=lambda item: item.name)] == sorted(NAMES)
+        assert all(item.read().layers.any() for item in items)
+
+
+def test_audit_pairs_masks_by_what_they_share(tmp_path):
+    before = [square(0, 0, 10), square(20, 0, 10), square(0, 20, 10), square(20, 20, 10)]
+    after = [square(20, 1, 10), square(0, 0, 10), square(0, 24, 10), square(35, 30, 9)]
+    for name, masks in (("before/masks", before), ("after", after)):
+        (tmp_path / name).mkdir(parents=True)
+        annotations = [annotate(mask) | {"id": number} for number, mask in enumerate(masks, 1)]
+        record = {"image": {"height": 40, "width": 50, "file_name": "a.png"}, "annotations": annotations}
+        (tmp_path / name / "a.json").write_text(json.dumps(record))
+    (tmp_path / "after" / "run.json").write_text("{}")
+    run(tmp_path / "run", "mode=audit", f"results=[{tmp_path / 'before'},{tmp_path / 'after'}]")
+    found = json.loads((tmp_path / "run" / "run.json").read_text())["metrics"]["last"]
+    ious = [1, 90 / 110, 60 / 140]
+    assert found["pairs"] == 3 and found["removed"] == found["added"] == 1 and found["pictures"] == 1
+    assert found["mean_iou"] == pytest.approx(np.mean(ious))
+    assert found["above_90"] == pytest.approx(1 / 3) and found["above_75"] == pytest.approx(2 / 3)
+    with (tmp_path / "run" / "audit.csv").open(newline="") as file:
+        rows = {(row["before"], row["after"]): row["iou"] for row in csv.DictReader(file)}
+    assert rows.keys() == {("1", "2"), ("2", "1"), ("3", "3"), ("4", ""), ("", "4")}
+    assert float(rows["2", "1"]) == pytest.approx(90 / 110, abs=1e-6) and rows["4", ""] == ""
+
+
+def test_pairs_are_the_best_of_all_pairings():
+    """Against all orders of few masks."""
+    import itertools
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        parts = [
+            [square(*rng.integers(0, 25, 2), rng.integers(5, 15)) for _ in range(n)] for n in rng.integers(1, 5, 2)
+        ]
+        ious = np.array([[(a & b).sum() / (a | b).sum() for b in parts[1]] for a in parts[0]])
+        few, many = sorted(ious.shape)
+        table = ious if ious.shape[0] == few else ious.T
+        best = max(sum(table[i, order[i]] for i in range(few)) for order in itertools.permutations(range(many), few))
+        found = label.pair_masks(*(make_record(masks) for masks in parts))
+        assert sum(iou for *_, iou in found if iou is not None) == pytest.approx(best)
+        assert len(found) == sum(ious.shape) - sum(iou is not None for *_, iou in found)
+
+
+def make_record(masks):
+    annotations = [annotate(mask) | {"id": number} for number, mask in enumerate(masks, 1)]
+    return {"image": {"height": 40, "width": 50}, "annotations": annotations}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["mode=label", "input=PHOTOS"], "mode=label needs labels="),
+        (["mode=label", "labels=x"], "mode=label needs input="),
+        (["mode=label", "input=PHOTOS", "labels=x", "label.val_fraction=2"], "label.val_fraction is 2"),
+        (["input=PHOTOS", "labels=x"], "labels= is given but mode is automatic"),
+        (["mode=label", "input=PHOTOS", "labels=x", "write=[coco]"], "write= is given but mode is label"),
+        (["mode=audit", "results=[PHOTOS]"], "mode=audit needs"),
+        (["mode=audit", "results=[PHOTOS,PHOTOS]"], "no picture in common"),
+        (["mode=audit", "results=[PHOTOS,nowhere]"], "nowhere is no folder of labels"),
+    ],
+)
+def test_bad_input_is_one_line(photos, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    arguments = [argument.replace("PHOTOS", "photos") for argument in arguments]
+    with pytest.raises((ValueError, FileNotFoundError), match=message.replace("[", r"\[")):
+        run(tmp_path / "run", *arguments)
+
+
+def test_records_of_two_sizes_are_no_pair(tmp_path):
+    for name, hw in (("a", (40, 50)), ("b", (50, 40))):
+        (tmp_path / name).mkdir()
+        record = {"image": {"height": hw[0], "width": hw[1]}, "annotations": []}
+        (tmp_path / name / "p.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="p.json"):
+        audit_labels(tmp_path / "a", tmp_path / "b", tmp_path / "audit.csv")
