@@ -11,7 +11,8 @@
     python train_sam2.py resume=outputs/train_sam2/<run>           # continue a killed run, exactly
     python train_sam2.py --cfg job                                 # print every knob with its value
 
-Reads   pictures and instance masks: data=labpics|label_map|masks_per_file|coco|sa1b|davis (data/README.md).
+Reads   pictures and instance masks: data=labpics|label_map|masks_per_file|coco|sa1b|davis|labelme|yolo|cvat|voc
+        (data/README.md).
 Writes  outputs/train_sam2/<time>/: best.pt (loads in sam2.build_sam.build_sam2), last.pt (to resume), metrics.csv,
         curves.png, samples/, tensorboard/, run.json.
 Metrics, each a mean over all validation objects, at their picture's own size, of the mask of highest predicted IoU:
@@ -76,7 +77,6 @@ from utils.sam2 import class_head as class_heads
 from utils.sam2 import class_metrics, embedding_cache, evaluation, losses, mask_generation, prompts
 from utils.sam2 import model as models
 from utils.sam2.class_head import ClassHead, ClassSettings
-from utils.sam2.detection_metrics import Matches
 from utils.sam2.fast_decoder import DecoderSetting, fix_decoder
 from utils.sam2.mask_generation import AutomaticSettings, ClassFilter
 from utils.sam2.metrics import mask_iou
@@ -729,25 +729,14 @@ def evaluate(
     ious = torch.cat(ranks.gather(measured), 1)
     means = {name: of_objects.mean().item() for name, of_objects in zip(names, ious, strict=True)}
     if class_head is not None:
-        means |= summarize_classes(ranks.gather(answered), ranks.gather(matched), class_head.names, samples_dir)
+        accuracy, with_none = class_metrics.summarize_answers(ranks.gather(answered))
+        means |= {} if accuracy is None else {CLASS_ACCURACY: accuracy}
+        if samples_dir is not None and ranks.is_first():
+            with drawing(samples_dir / "confusion.png"):
+                class_metrics.draw_confusion(with_none, class_head.names, samples_dir / "confusion.png")
+        summary = class_metrics.summarize_matches(ranks.gather(matched), class_head.names)
+        means |= {f"val/{name}": value for name, value in summary.items()}
     return means | {"val/num_images": len(items), "val/num_objects": ious.shape[1]}
-
-
-def summarize_classes(
-    matrices: list[np.ndarray], matches: list[list[Matches]], names: list[str], samples_dir: Path | None
-) -> dict[str, float]:
-    """Summarise what was measured of the classes in each picture, and draw confusion.png."""
-    with_none, of_names = np.sum(matrices, 0)  # (1 + names, 1 + names) each
-    values = {}
-    if of_names[1:].any():
-        values[CLASS_ACCURACY] = float(of_names[1:, 1:].trace() / of_names[1:].sum())
-    if with_none.any() and samples_dir is not None and ranks.is_first():
-        with drawing(samples_dir / "confusion.png"):
-            class_metrics.draw_confusion(with_none, names, samples_dir / "confusion.png")
-    if matches:
-        summary = class_metrics.summarize_matches(matches, names)
-        values |= {f"val/{name}": value for name, value in summary.items()}
-    return values
 
 
 def draw_sample(

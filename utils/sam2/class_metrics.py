@@ -84,13 +84,25 @@ def count_answers(targets: list[int], logits: np.ndarray) -> np.ndarray:
     return np.stack(counted).reshape(2, num_answers, num_answers)
 
 
+def summarize_answers(pictures: list[np.ndarray]) -> tuple[float | None, np.ndarray]:
+    """Add up what `count_answers` counted in pictures.
+
+    Returns:
+        the share of objects whose likeliest name is right, None where no object has a class; and the matrix of the
+        likeliest answers, int64 (1 + names, 1 + names).
+    """
+    with_none, of_names = np.sum(pictures, 0)
+    num_named = of_names[1:].sum()
+    return (float(of_names[1:, 1:].trace() / num_named) if num_named else None), with_none
+
+
 def draw_confusion(matrix: np.ndarray, names: list[str], path: Path) -> None:
     """Draw which classes were taken for which: shares of each true class, and how many objects it has."""
     from matplotlib.figure import Figure
 
     all_names = [NONE, *names]
-    rows = [number for number in range(len(all_names)) if matrix[number].any()]
-    shares = matrix[rows] / matrix[rows].sum(1, keepdims=True)
+    rows = [number for number in range(len(all_names)) if matrix[number].any()] or [0]
+    shares = matrix[rows] / matrix[rows].sum(1, keepdims=True).clip(1)
     figure = Figure(figsize=(2.5 + 0.6 * len(all_names), 2 + 0.5 * len(rows)), layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
