@@ -184,7 +184,8 @@ def list_labpics(
             pairs = listing.pair_files(root / subset / folder / "Image", root / subset / folder / "Instance")
             for stem, image_path, label_path in pairs:
                 read = functools.partial(read_labpics, label_path, vessel)
-                items.append(Item(f"{subset}/{folder}/{stem}", image_path, label_path, read))
+                name = f"{subset}/{folder}/{stem}"
+                items.append(Item(name, image_path, label_path, read, classes=("material", "vessel")))
         return items
 
     return list_folder(train_folder), None if val_folder is None else list_folder(val_folder)

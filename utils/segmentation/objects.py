@@ -13,7 +13,7 @@ from utils.instances.readers import Instances, Item, is_marked_crowd, plain_id
 from utils.listing import first_few
 
 BACKGROUND, ONE_CLASS = "background", "object"
-WITHOUT_CLASSES = ("label_map", "labpics", "masks_per_file", "davis")  # formats whose files name no classes
+WITHOUT_CLASSES = ("label_map", "masks_per_file", "davis")  # formats whose files name no classes
 MOST_CLASSES = 253  # beside the background, in maps of 8 bits with two values that are no class
 
 
