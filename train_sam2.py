@@ -671,11 +671,11 @@ def evaluate(
         clicks: numbers of clicks to report, such as [1, 2, 3, 5, 9].
         samples_dir: where to put pictures (image with prompts, prediction, truth) of the first `picture_images` items.
         entries: as for `read_picture`.
-        class_head: whose answers are measured, and drawn as confusion.png; None: masks alone.
+        class_head: whose answers are measured, for confusion.png and classes.csv too; None: masks alone.
         automatic: the grid of the automatic masks whose precision is measured by class; None: it is not.
     Returns:
         {"val/iou_1_click": mean over objects, ...} for `metric_names`, and "val/num_images", "val/num_objects"; with
-        classes also val/class_accuracy_1_click, and val/mask_ap and others of `summarize_matches`.
+        classes also val/class_accuracy_1_click, val/mask_ap and val/mask_ap_50.
     """
 
     def read(item: Item) -> tuple[Instances, torch.Tensor | FrozenMaps]:
@@ -729,13 +729,10 @@ def evaluate(
     ious = torch.cat(ranks.gather(measured), 1)
     means = {name: of_objects.mean().item() for name, of_objects in zip(names, ious, strict=True)}
     if class_head is not None:
-        accuracy, with_none = class_metrics.summarize_answers(ranks.gather(answered))
-        means |= {} if accuracy is None else {CLASS_ACCURACY: accuracy}
-        if samples_dir is not None and ranks.is_first():
-            with drawing(samples_dir / "confusion.png"):
-                class_metrics.draw_confusion(with_none, class_head.names, samples_dir / "confusion.png")
-        summary = class_metrics.summarize_matches(ranks.gather(matched), class_head.names)
-        means |= {f"val/{name}": value for name, value in summary.items()}
+        folder = samples_dir if ranks.is_first() else None
+        of_classes = ranks.gather(answered), ranks.gather(matched)
+        reported = class_metrics.report_classes(*of_classes, class_head.names, folder)
+        means |= {f"val/{name}": value for name, value in reported.items()}
     return means | {"val/num_images": len(items), "val/num_objects": ious.shape[1]}
 
 

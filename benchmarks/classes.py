@@ -162,7 +162,8 @@ def measure_without_head(path: Path) -> dict[str, dict[str, float]]:
         for item in val_items:
             measure_picture(model, item, automatic, precision, data.min_area_px, threads, rules, names, right, matched)
     return {
-        rule: {"accuracy": float(np.mean(right[rule]))} | class_metrics.summarize_matches(matched[rule], names)
+        rule: {"accuracy": float(np.mean(right[rule]))}
+        | class_metrics.summarize_precision(class_metrics.precision_by_class(matched[rule], names))
         for rule in rules
     }
 

@@ -1,6 +1,7 @@
 """Classes of masks: tokens, head, losses and measures against other definitions; tiny runs, their files, bad input."""
 
 import contextlib
+import csv
 import dataclasses
 import io
 import json
@@ -307,11 +308,12 @@ def test_precision_by_class_is_cocos():
         evaluation.evaluate()
         evaluation.accumulate()
     precision = evaluation.eval["precision"][:, :, :, 0, 2]  # (T, R, K); -1 for c, which no object is
-    summary = class_metrics.summarize_matches(matches, names)
-    assert summary.keys() == {"mask_ap", "mask_ap_50", "mask_ap/a", "mask_ap/b"}
+    by_class = class_metrics.precision_by_class(matches, names)
+    summary = class_metrics.summarize_precision(by_class)
     assert summary["mask_ap"] == pytest.approx(precision[:, :, :2].mean(), abs=1e-9) and summary["mask_ap"] > 0.05
     assert summary["mask_ap_50"] == pytest.approx(precision[0, :, :2].mean(), abs=1e-9)
-    assert summary["mask_ap/b"] == pytest.approx(precision[:, :, 1].mean(), abs=1e-9)
+    np.testing.assert_allclose(by_class[:2], precision[:, :, :2].mean(1).T, atol=1e-9)
+    assert np.isnan(by_class[2]).all()
 
 
 def test_a_mask_of_an_object_without_a_class_is_neither_right_nor_wrong():
@@ -326,10 +328,11 @@ def test_a_mask_of_an_object_without_a_class_is_neither_right_nor_wrong():
         ]
         for number, annotation in enumerate(annotations, 1):
             annotation["predicted_iou"] = scores[number]
-        return class_metrics.summarize_matches([class_metrics.match_masks(annotations, instances, ["a"])], ["a"])
+        return class_metrics.precision_by_class([class_metrics.match_masks(annotations, instances, ["a"])], ["a"])
 
-    assert precision([1, 2])["mask_ap"] == precision([2, 1])["mask_ap"] == pytest.approx(1)
-    assert class_metrics.summarize_matches([class_metrics.match_masks([], instances, ["b"])], ["b"]) == {}
+    assert precision([1, 2]).mean() == precision([2, 1]).mean() == pytest.approx(1)
+    of_none = class_metrics.precision_by_class([class_metrics.match_masks([], instances, ["b"])], ["b"])
+    assert class_metrics.summarize_precision(of_none) == {}
 
 
 def test_answers_are_counted_and_drawn(tmp_path):
@@ -337,8 +340,16 @@ def test_answers_are_counted_and_drawn(tmp_path):
     with_none, of_names = class_metrics.count_answers([1, 1, 2, 0, -1], logits)
     assert with_none.tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
     assert of_names.tolist() == [[0, 1, 0], [0, 1, 1], [0, 0, 1]]
-    class_metrics.draw_confusion(with_none, ["cell", "débris"], tmp_path / "new" / "confusion.png")
+    counted = [np.stack([with_none, of_names])] * 2
+    values = class_metrics.report_classes(counted, [], ["cell", "débris, braun"], tmp_path / "new")
+    assert values == {"class_accuracy_1_click": pytest.approx(2 / 3)}
     assert read_image(tmp_path / "new" / "confusion.png").std() > 0
+    with (tmp_path / "new" / "classes.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[1:] == [["cell", "4", "0.5000", "", ""], ["débris, braun", "2", "1.0000", "", ""]]
+    many = np.eye(101, dtype=np.int64)
+    class_metrics.draw_confusion(many, [f"class {number}" for number in range(100)], tmp_path / "many.png")
+    assert max(read_image(tmp_path / "many.png").shape) < 3000
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -524,7 +535,9 @@ def test_a_class_without_validation_objects_is_said_and_not_measured(tmp_path, m
     config = configure(root, "train.steps=1", "train.eval_every=1", "train.eval_automatic=ends")
     last = tiny_training.train_in(tmp_path / "run", config)
     assert "class blue: no validation object is of it" in capfd.readouterr().out
-    assert "val/mask_ap/red" in last["best"] and "val/mask_ap/blue" not in last["best"]
+    with (tmp_path / "run" / "samples" / "step_000001" / "classes.csv").open(newline="") as file:
+        rows = {row["class"]: row for row in csv.DictReader(file)}
+    assert "val/mask_ap" in last["best"] and rows["red"]["mask_ap"] and not rows["blue"]["mask_ap"]
 
 
 @pytest.mark.parametrize(

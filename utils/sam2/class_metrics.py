@@ -1,11 +1,13 @@
 """How good classes of masks are: the average precision of automatic masks by class, and which are taken for which."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
 
 from utils.instances.codecs import rle_to_mask
 from utils.instances.readers import Instances
+from utils.log import drawing
 from utils.sam2 import detection_metrics as metrics
 from utils.sam2 import protocols
 from utils.sam2.class_head import NONE, class_targets
@@ -52,18 +54,17 @@ def match_masks(annotations: list[dict], instances: Instances, names: list[str])
     return of_names
 
 
-def summarize_matches(pictures: list[list[metrics.Matches]], names: list[str]) -> dict[str, float]:
-    """Compute {"mask_ap": mean over classes and over IoUs of 0.5 to 0.95, "mask_ap_50": at 0.5, "mask_ap/<name>": ...}.
+def precision_by_class(pictures: list[list[metrics.Matches]], names: list[str]) -> np.ndarray:
+    """Compute the average precision of each class at IoUs of 0.5 to 0.95: (names, 10), nan for one without objects."""
+    return np.array([metrics.average_precision([picture[n] for picture in pictures]) for n in range(len(names))])
 
-    A class without an object has no precision and counts for nothing.
-    """
-    of_names = np.array([metrics.average_precision([picture[n] for picture in pictures]) for n in range(len(names))])
-    is_there = ~np.isnan(of_names[:, 0])
-    if not is_there.any():
+
+def summarize_precision(by_class: np.ndarray) -> dict[str, float]:
+    """Compute {"mask_ap": mean over classes and IoUs, "mask_ap_50": at 0.5}, less classes without objects; {} of none."""
+    by_class = by_class[~np.isnan(by_class[:, 0])]
+    if not len(by_class):
         return {}
-    means = {"mask_ap": float(of_names[is_there].mean()), "mask_ap_50": float(of_names[is_there, 0].mean())}
-    shown = {name: of_names[n].mean() for n, name in enumerate(names) if is_there[n]}
-    return means | {f"mask_ap/{name}": float(value) for name, value in shown.items()}
+    return {"mask_ap": float(by_class.mean()), "mask_ap_50": float(by_class[:, 0].mean())}
 
 
 def count_answers(targets: list[int], logits: np.ndarray) -> np.ndarray:
@@ -84,16 +85,36 @@ def count_answers(targets: list[int], logits: np.ndarray) -> np.ndarray:
     return np.stack(counted).reshape(2, num_answers, num_answers)
 
 
-def summarize_answers(pictures: list[np.ndarray]) -> tuple[float | None, np.ndarray]:
-    """Add up what `count_answers` counted in pictures.
+def report_classes(
+    answers: list[np.ndarray], matches: list[list[metrics.Matches]], names: list[str], folder: Path | None
+) -> dict[str, float]:
+    """Summarise what was measured of classes in each picture, and write confusion.png and classes.csv.
 
+    Args:
+        answers: of each picture, from `count_answers`.
+        matches: of each picture, from `match_masks`; [] where automatic masks were not measured.
+        folder: where the files go; None: there are none.
     Returns:
-        the share of objects whose likeliest name is right, None where no object has a class; and the matrix of the
-        likeliest answers, int64 (1 + names, 1 + names).
+        class_accuracy_1_click, the share of objects whose likeliest name is right; mask_ap and mask_ap_50: those that
+        there is something to measure of.
     """
-    with_none, of_names = np.sum(pictures, 0)
-    num_named = of_names[1:].sum()
-    return (float(of_names[1:, 1:].trace() / num_named) if num_named else None), with_none
+    with_none, of_names = np.sum(answers, 0)
+    num_objects, num_right = of_names[1:].sum(1), of_names.diagonal()[1:]
+    by_class = precision_by_class(matches, names)
+    values = summarize_precision(by_class)
+    if num_objects.any():
+        values = {"class_accuracy_1_click": float(num_right.sum() / num_objects.sum())} | values
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "classes.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["class", "objects", "named_right", "mask_ap", "mask_ap_50"])
+            for name, count, right, precision in zip(names, num_objects, num_right, by_class, strict=True):
+                measured = [f"{value:.4f}" if np.isfinite(value) else "" for value in (precision.mean(), precision[0])]
+                writer.writerow([name, count, f"{right / count:.4f}" if count else "", *measured])
+        with drawing(folder / "confusion.png"):
+            draw_confusion(with_none, names, folder / "confusion.png")
+    return values
 
 
 def draw_confusion(matrix: np.ndarray, names: list[str], path: Path) -> None:
@@ -103,7 +124,8 @@ def draw_confusion(matrix: np.ndarray, names: list[str], path: Path) -> None:
     all_names = [NONE, *names]
     rows = [number for number in range(len(all_names)) if matrix[number].any()] or [0]
     shares = matrix[rows] / matrix[rows].sum(1, keepdims=True).clip(1)
-    figure = Figure(figsize=(2.5 + 0.6 * len(all_names), 2 + 0.5 * len(rows)), layout="constrained")
+    side = min(0.6, 18 / len(all_names))  # inches of a class
+    figure = Figure(figsize=(2.5 + side * len(all_names), 2 + side * len(rows)), layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     if len(all_names) <= 30:
