@@ -60,7 +60,7 @@ def precision_by_class(pictures: list[list[metrics.Matches]], names: list[str]) 
 
 
 def summarize_precision(by_class: np.ndarray) -> dict[str, float]:
-    """Average over the classes with objects: {"mask_ap": at all IoUs, "mask_ap_50": at 0.5}, or {} where none has one."""
+    """Average over the classes with objects: {"mask_ap": all IoUs, "mask_ap_50": at 0.5}, or {} where none has any."""
     by_class = by_class[~np.isnan(by_class[:, 0])]
     if not len(by_class):
         return {}
