@@ -524,8 +524,10 @@ def describe_filters(automatic: AutomaticSettings, class_filter: ClassFilter | N
     limits = {f"automatic.{name}": getattr(automatic, name) for name in ("stability_score_thresh", "pred_iou_thresh")}
     if class_filter is not None:
         limits["min_class_prob"] = class_filter.min_class_prob
+    if class_filter is not None and class_filter.keep_classes is not None:
+        limits["keep_classes"] = ", ".join(class_filter.keep_classes)
     listed = ", ".join(f"{key} ({value})" for key, value in limits.items())
-    return f"lower {listed}; masks of a model that has seen little of such pictures are often unstable"
+    return f"try other {listed}; masks of a model that has seen little of such pictures are often unstable"
 
 
 def choose_classes(settings: Config, class_head: ClassHead | None) -> ClassFilter | None:
@@ -542,6 +544,8 @@ def choose_classes(settings: Config, class_head: ClassHead | None) -> ClassFilte
             )
         return None
     if settings.keep_classes is not None:
+        if not settings.keep_classes:
+            raise ValueError("keep_classes is [], which keeps no mask; name classes, or leave it out")
         if strange := [name for name in settings.keep_classes if name not in class_head.names]:
             listed = ", ".join(first_few(class_head.names, 20))
             raise ValueError(f"keep_classes has {strange[0]}; the checkpoint's classes are {listed}")
@@ -775,8 +779,10 @@ def write_results(
         class_of_id[0] = 0
         images.write_label_map(run_dir / f"{name}_classes.png", class_of_id[label_map])
         overlay = images.overlay_label_map(image_rgb, label_map, class_of_id)
-        legend = images.draw_legend(class_names, range(1, len(class_names) + 1), image_rgb.shape[1])
-        overlay = np.concatenate([overlay, legend])
+        present = np.unique(class_of_id[1:])
+        if len(present):
+            legend = images.draw_legend([class_names[number - 1] for number in present], present, image_rgb.shape[1])
+            overlay = np.concatenate([overlay, legend])
     else:
         overlay = images.overlay_label_map(image_rgb, label_map)
     images.write_image(run_dir / f"{name}_overlay.png", overlay)

@@ -189,7 +189,7 @@ class LossSettings:
     all_masks: Annotated[float, at_least(0)] = 0.0  # weight of the mean of all masks' losses beside that of the best
     full_size_iou: bool = False  # the IoU to be predicted is that of the enlarged mask; False: at the size of the loss
     soft_truth: bool = False  # a pixel of the loss is the share of it that the object covers; False: 0 or 1
-    classes: Annotated[float, at_least(0)] = 0.1  # cross-entropy of the class, in runs with classes
+    classes: Annotated[float, at_least(0), sections.FINITE] = 0.1  # cross-entropy of the class, in runs with classes
 
     def __post_init__(self):
         sections.check_terms(self.terms, TERMS)
@@ -377,7 +377,9 @@ class PromptedMasks(Dataset):
         }
         if self.class_names is not None:  # last: all other draws are those of a run without classes
             targets = class_heads.class_targets(instances, [objects[number] for number in chosen], self.class_names)
-            background = torch.from_numpy(prompts.background_points(layers, self.background_clicks, rng))  # (K, 2)
+            ignored = None if instances.ignored is None else instances.ignored[:, :: -1 if is_mirrored else 1]
+            clicks = prompts.background_points(layers, ignored, self.background_clicks, rng)  # (K, 2)
+            background = torch.from_numpy(clicks)
             sample["class_targets"] = torch.tensor(targets)
             sample["background_coords"] = models.scale_points(background, (height, width), side)
         return sample
@@ -458,7 +460,7 @@ def mask_prediction_loss(
         masks: (O, s, s) truth, 0..1; logits are brought to s x s where that differs from h x w.
         full_size_masks: bool (O, S, S) truth, of which loss.full_size_iou measures the IoU.
         class_losses: (O, M), of the class that each mask got; it counts as the loss of the mask's shape does, but does
-            not say which mask trains.
+            not say which mask trains, and with loss.masks=first all masks learn their class.
     Returns:
         loss (O,); iou (O, M) of the thresholded masks, without gradient.
     Source: SAM 2's training: of three masks the one with the lowest mask loss trains, all three learn their IoU.
@@ -480,9 +482,10 @@ def mask_prediction_loss(
     shape_loss = mask_loss.amin(1) + loss_settings.all_masks * mask_loss.mean(1)  # (O,)
     loss = shape_loss + loss_settings.iou * iou_loss + loss_settings.objectness * objectness_loss
     if class_losses is not None:
-        class_losses = class_losses[:, : mask_loss.shape[1]]
-        of_best = class_losses.gather(1, mask_loss.argmin(1, keepdim=True)).squeeze(1)  # (O,)
-        loss = loss + loss_settings.classes * (of_best + loss_settings.all_masks * class_losses.mean(1))
+        of_all = class_losses.mean(1)  # (O,)
+        of_best = class_losses.gather(1, mask_loss.argmin(1, keepdim=True)).squeeze(1)
+        of_best = of_all if loss_settings.masks == "first" else of_best  # the others are chosen now and then, too
+        loss = loss + loss_settings.classes * (of_best + loss_settings.all_masks * of_all)
     return loss, iou
 
 
@@ -615,28 +618,32 @@ def _decode_round(
     return object_loss, iou.gather(1, best).squeeze(1), evaluation.pick_mask(low_res_masks, iou_predictions)
 
 
-def background_loss(
+def background_losses(
     model: torch.nn.Module,
     embeddings: Embeddings,
     batch: dict,
     class_head: ClassHead,
     loss_settings: LossSettings,
+    clicks_per_forward: int | None,
     precision: str,
-) -> torch.Tensor:
+) -> Iterator[torch.Tensor]:
     """Compute the loss of clicks on what is no object: each of their masks is to be "none".
 
-    Returns:
-        the weighted sum over a batch's clicks, scalar.
+    Args:
+        clicks_per_forward: clicks that are decoded together, at most; None: all.
+    Yields:
+        weighted sums over some of the batch's clicks, scalars.
     """
-    coords = batch["background_coords"]  # (K, 2)
-    labels = torch.ones(len(coords), 1, dtype=torch.int32, device=coords.device)
-    with run.autocast(coords.device, precision):
-        *_, mask_tokens = models.decode(
-            model, embeddings, batch["background_index"], coords[:, None], labels, None, multimask_output=True
-        )
-    losses_of_masks = class_head.loss(mask_tokens, torch.zeros(len(coords), dtype=torch.long, device=coords.device))
-    factor = loss_settings.classes * (1 + loss_settings.all_masks)  # as one whose masks all have the same loss
-    return factor * (losses_of_masks.mean(1) * batch["background_weight"]).sum()
+    num_clicks, factor = len(batch["background_coords"]), loss_settings.classes * (1 + loss_settings.all_masks)
+    for first in range(0, num_clicks, clicks_per_forward or num_clicks or 1):
+        chosen = slice(first, first + (clicks_per_forward or num_clicks))
+        coords, index = batch["background_coords"][chosen], batch["background_index"][chosen]  # (k, 2), (k,)
+        labels = torch.ones(len(coords), 1, dtype=torch.int32, device=coords.device)
+        with run.autocast(coords.device, precision):
+            *_, mask_tokens = models.decode(model, embeddings, index, coords[:, None], labels, None, True)
+        targets = torch.zeros(len(coords), dtype=torch.long, device=coords.device)
+        of_clicks = class_head.loss(mask_tokens, targets).mean(1)  # (k,), of three masks each
+        yield factor * (of_clicks * batch["background_weight"][chosen]).sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -720,7 +727,9 @@ def evaluate(
                         embeddings,
                         ClassFilter(class_head, nms_across_classes=False),
                     )
-                matched.append(class_metrics.match_masks(generated.annotations, instances, class_head.names))
+                matched.append(
+                    class_metrics.match_masks(generated.annotations, instances, class_head.names, min_area_px)
+                )
             drawn.append(None)
             if is_pictured:
                 with drawing(item.name):
@@ -850,24 +859,29 @@ def make_class_head(
     Raises:
         ValueError: as `choose_classes` and `weigh_classes`; where nothing trains and the checkpoint has no such head.
     """
+    earlier = None if resume_path else class_heads.load_class_head(settings.model["checkpoint"], torch.device("cpu"))
     if settings.classes is None:
+        if earlier is not None:
+            print(
+                f"model.checkpoint knows the classes {', '.join(first_few(earlier.names, 20))}: classes=null drops them"
+            )
         return None
+    is_evaluated = settings.train.steps == 0 and resume_path is None
     if resume_path is not None:
         names = load_checkpoint(resume_path)["classes"]
+    elif is_evaluated and earlier is not None and settings.classes in ("auto", earlier.names):
+        names = earlier.names
     else:
         names = class_heads.choose_classes(settings.classes, counts["classes"])
     head = ClassHead(names, model.sam_mask_decoder.transformer_dim, settings.common.seed)
-    earlier = None if resume_path else class_heads.load_class_head(settings.model["checkpoint"], torch.device("cpu"))
     if earlier is not None and earlier.names == names:
         head.load_state_dict(earlier.state_dict())
-    elif resume_path is None and (earlier is not None or settings.train.steps == 0):
+    elif is_evaluated or earlier is not None:
         there = "no classes" if earlier is None else f"the classes {', '.join(first_few(earlier.names, 20))}"
         line = f"model.checkpoint has {there}, but classes are {', '.join(first_few(names, 20))}"
-        if settings.train.steps == 0:
+        if is_evaluated:
             raise ValueError(f"{line}; with train.steps=0 nothing learns them: give a checkpoint with these classes")
         print(f"{line}: they are learned anew")
-    if settings.train.select_by == CLASS_ACCURACY and not any(counts["classes"]["val"].get(name) for name in names):
-        raise ValueError(f"train.select_by is {CLASS_ACCURACY}, but no validation object has one of the classes")
     head.class_weights = class_heads.weigh_classes(settings.class_head.class_weights, names, counts["classes"]["train"])
     return head.to(model.device)
 
@@ -1001,8 +1015,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     groups = parameter_groups(trainable, optim_settings)
     head_parameters = [] if class_head is None else [*class_head.parameters()]
     if class_head is not None:
-        lr_factor = settings.class_head.lr / optim_settings.lr
-        groups.append({"params": head_parameters, "lr_factor": lr_factor, "weight_decay": 0.0})
+        groups.append({"params": head_parameters, "own_lr": settings.class_head.lr, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=optim_settings.lr, betas=tuple(optim_settings.betas))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if train_settings.compile:
@@ -1070,6 +1083,11 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
                 tqdm.write(f"step {loop.step}: " + "  ".join(ious))
                 if line := describe_forgetting(loop.start_metrics, metrics, train_settings.max_forgetting):
                     tqdm.write(line)
+                if train_settings.select_by not in metrics:
+                    raise ValueError(
+                        f"train.select_by is {train_settings.select_by}, but no validation object that is measured has "
+                        "one of the classes; see train.eval_images"
+                    )
                 log.log(loop.step, metrics)
                 plot_curves(loop.rows, run_dir / "curves.png")
                 save(is_best=loop.take(metrics, train_settings.select_by))
@@ -1083,15 +1101,13 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
         model.train()
 
         # 2. learning rate
-        lr = run.cosine_lr(
-            loop.step,
-            train_settings.steps,
-            optim_settings.lr,
-            optim_settings.warmup_steps,
-            optim_settings.min_lr_factor,
-        )
+        schedule = optim_settings.warmup_steps, optim_settings.min_lr_factor
+        lr = run.cosine_lr(loop.step, train_settings.steps, optim_settings.lr, *schedule)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_factor"]
+            if "own_lr" in group:
+                group["lr"] = run.cosine_lr(loop.step, train_settings.steps, group["own_lr"], *schedule)
+            else:
+                group["lr"] = lr * group["lr_factor"]
 
         loss_and_iou, step_names = torch.zeros(2, device=device), []
         for micro_step in range(train_settings.accumulate):
@@ -1115,11 +1131,13 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
                 loss = (object_loss * weight).sum()
                 scaler.scale(loss).backward()
                 loss_and_iou += torch.stack([loss.detach(), (object_iou * weight).sum()])
-            if class_head is not None and len(batch["background_coords"]):
-                loss = background_loss(model, cut_embeddings, batch, class_head, settings.loss, precision)
-                loss = loss / train_settings.accumulate
-                scaler.scale(loss).backward()
-                loss_and_iou[0] += loss.detach()
+            if class_head is not None:
+                for loss in background_losses(
+                    model, cut_embeddings, batch, class_head, settings.loss, group_size, precision
+                ):
+                    loss = loss / train_settings.accumulate
+                    scaler.scale(loss).backward()
+                    loss_and_iou[0] += loss.detach()
             models.send_back(embeddings, leaves)
 
         # 4. read and clip
@@ -1178,6 +1196,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     columns = {"step 0": loop.start_metrics, "best": best, "change": change, "last": last}
     print("\n" + "\n".join(metric_lines(names, columns)))
     print(f"best checkpoint: step {best['step']}; {best['val/num_objects']} objects in {best['val/num_images']} images")
+    if class_head is not None and best["step"] == 0 and train_settings.steps > 0:
+        print(f"best.pt is of step 0, so its classes have not been learned: see train.select_by={CLASS_ACCURACY}")
     if line := describe_forgetting(loop.start_metrics, best, train_settings.max_forgetting):
         print(line)
     shown_dir, example = os.path.relpath(run_dir), os.path.relpath(val_items[0].image_path)

@@ -193,7 +193,7 @@ def measure_picture(
             each | {"class": name_mask(image_rgb, class_metrics.rle_to_mask(each["segmentation"])), "class_prob": 1.0}
             for each in generated
         ]
-        matched[rule].append(class_metrics.match_masks(named, instances, names))
+        matched[rule].append(class_metrics.match_masks(named, instances, names, min_area_px))
 
 
 def main() -> None:

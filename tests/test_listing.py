@@ -137,6 +137,20 @@ def test_a_list_entry_with_a_space_is_never_another_picture(tmp_path):
             listing.read_list(tmp_path / "list.txt", names)
 
 
+def test_a_list_entry_is_never_a_picture_of_another_folder(tmp_path):
+    names = {"dogs/001.jpg", "train2017/7.jpg", "x/8.jpg", "y/8.jpg"}
+    for line, name in {
+        "dogs/001.jpg": "dogs/001.jpg", "001.jpg": "dogs/001.jpg", "001": "dogs/001.jpg", "./7.jpg": "train2017/7.jpg",
+        "/data/coco/train2017/7.jpg": "train2017/7.jpg", "y/8": "y/8.jpg",
+    }.items():  # fmt: skip
+        (tmp_path / "list.txt").write_text(line)
+        assert listing.read_list(tmp_path / "list.txt", names) == [name], line
+    for line in ("cats/001.jpg", "val2017/7.jpg", "8.jpg", "/dogs/002.jpg"):
+        (tmp_path / "list.txt").write_text(line)
+        with pytest.raises(ValueError, match="which the dataset lacks"):
+            listing.read_list(tmp_path / "list.txt", names)
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
 def test_lists_are_read_in_the_encodings_of_windows(encoding, tmp_path):
     text = "\ufeffcafé\nb\n" if encoding == "utf-16-le" else "café\nb\n"

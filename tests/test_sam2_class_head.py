@@ -13,7 +13,6 @@ import pytest
 import tiny
 import tiny_training
 import torch
-import torch.nn.functional as F
 from options import read_option
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -213,12 +212,40 @@ def preprocessed_color(picture, mask):
 def test_background_clicks_lie_on_no_object():
     layers = np.zeros((2, 20, 30), np.int32)
     layers[0, 5:15], layers[1, :, 3:20] = 1, 2
-    points = background_points(layers, 500, np.random.default_rng(0)).astype(int)
+    ignored = np.zeros((20, 30), bool)
+    ignored[:, 25:] = True
+    points = background_points(layers, ignored, 500, np.random.default_rng(0)).astype(int)
     clicked = {tuple(point) for point in points}
-    free = {(x, y) for y, x in zip(*np.nonzero(~layers.any(0)), strict=True)}
+    free = {(x, y) for y, x in zip(*np.nonzero(~layers.any(0) & ~ignored), strict=True)}
     assert clicked <= free and len(clicked) > 0.7 * len(free)
     layers[:] = 1
-    assert background_points(layers, 5, np.random.default_rng(0)).shape == (0, 2)
+    assert background_points(layers, None, 5, np.random.default_rng(0)).shape == (0, 2)
+
+
+@pytest.mark.parametrize("clicks_per_forward", [None, 2])
+def test_background_clicks_are_none_in_all_their_masks(nano, clicks_per_forward):
+    """Against a loop over pictures, clicks and masks; a picture's clicks weigh one together."""
+    head = ClassHead(["a", "b"], nano.hidden_dim)
+    head.class_weights = torch.tensor([0.5, 1.0, 1.0])
+    settings = train_sam2.LossSettings(**read_option("sam2", "loss", "sam_official") | {"all_masks": 0.7})
+    generator = torch.Generator().manual_seed(0)
+    counts, embeddings = [3, 2], encode(nano, torch.randn(2, 3, 64, 64, generator=generator))
+    index = torch.tensor([0, 0, 0, 1, 1])
+    batch = {
+        "background_coords": torch.rand(5, 2, generator=generator) * 64, "background_index": index,
+        "background_weight": 1 / torch.tensor(counts)[index] / 2,
+    }  # fmt: skip
+    arguments = (nano, embeddings, batch, head, settings, clicks_per_forward, "fp32")
+    loss = sum(train_sam2.background_losses(*arguments))
+    expected = 0.0
+    for click, picture in enumerate(index.tolist()):
+        prompt = (batch["background_coords"][click][None, None], torch.ones(1, 1, dtype=torch.int32), None, True)
+        tokens = decode(nano, embeddings, torch.tensor([picture]), *prompt)[3][0]  # (3, C)
+        of_masks = [-0.5 * head(token).log_softmax(-1)[0] for token in tokens]
+        expected = expected + sum(of_masks) / 3 / counts[picture] / 2
+    torch.testing.assert_close(loss, settings.classes * 1.7 * expected, rtol=1e-4, atol=1e-6)
+    empty = {"background_coords": torch.zeros(0, 2), "background_index": index[:0], "background_weight": index[:0]}
+    assert list(train_sam2.background_losses(nano, embeddings, empty, head, settings, None, "fp32")) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,7 +299,7 @@ def test_targets_of_objects():
 
 
 def test_precision_by_class_is_cocos():
-    """Against COCOeval with categories; objects without a class are crowds of each class there."""
+    """Against COCOeval with categories; objects without a class are left out on both sides."""
     rng, names = np.random.default_rng(0), ["a", "b", "c"]
     images, truth, results, matches = [], [], [], []
     for number in range(8):
@@ -333,6 +360,42 @@ def test_a_mask_of_an_object_without_a_class_is_neither_right_nor_wrong():
     assert precision([1, 2]).mean() == precision([2, 1]).mean() == pytest.approx(1)
     of_none = class_metrics.precision_by_class([class_metrics.match_masks([], instances, ["b"])], ["b"])
     assert class_metrics.summarize_precision(of_none) == {}
+
+
+def test_what_the_annotation_leaves_open_is_neither_right_nor_wrong():
+    """A crowd that is left out, an object below min_area_px: masks on them take nothing from the precision."""
+    layers = np.zeros((1, 20, 20), np.int32)
+    layers[0, :5], layers[0, 10:12, :3] = 1, 2
+    crowd = np.zeros((20, 20), bool)
+    crowd[15:] = True
+    instances = Instances(layers, annotations=({"category": "a"}, {"category": "a"}), ignored=crowd)
+    part = np.zeros((20, 20), bool)
+    part[16:18] = True
+    masks = [part, layers[0] == 2, layers[0] == 1]
+    annotations = [
+        {"segmentation": mask_to_rle(mask), "area": int(mask.sum()), "class": "a", "class_prob": score}
+        | {"predicted_iou": 1.0}
+        for mask, score in zip(masks, (0.9, 0.8, 0.7), strict=True)
+    ]
+    for instances, least, expected in (  # noqa: B020
+        (instances, 10, 1.0),
+        (instances, 0, 1.0),
+        (instances._replace(ignored=None), 10, 0.5),
+    ):
+        matches = class_metrics.match_masks(annotations, instances, ["a"], least)
+        assert class_metrics.precision_by_class([matches], ["a"])[0] == pytest.approx(expected, abs=0.01)
+
+
+def test_crowds_of_a_coco_file_are_left_open(tmp_path):
+    root = write_coco(tmp_path / "data")
+    content = json.loads((root / "train.json").read_text())
+    content["annotations"][0]["iscrowd"] = 1
+    (root / "train.json").write_text(json.dumps(content))
+    items = split_items(**data_keys(configure(root)))[0]
+    first = items[0].read()
+    crowd = coco_mask.decode(content["annotations"][0]["segmentation"]) > 0
+    assert np.array_equal(first.ignored, crowd) and not first.layers[:, crowd].any() and first.num_crowd == 1
+    assert items[1].read().ignored is None
 
 
 def test_answers_are_counted_and_drawn(tmp_path):
@@ -479,6 +542,9 @@ def test_formats_get_the_classes(learned, root, tmp_path):
     in_map = [each for each in record["annotations"][: len(coco["annotations"])]]
     names = {category["id"]: category["name"] for category in coco["categories"]}
     assert [names[each["category_id"]] for each in coco["annotations"]] == [each["class"] for each in in_map]
+    (label_path,) = (tmp_path / "run" / "yolo" / "labels").glob("*.txt")
+    numbers = [int(line.split()[0]) for line in label_path.read_text().splitlines()]
+    assert numbers == [sorted(COLORS).index(each["class"]) for each in in_map]
 
 
 def test_a_run_goes_on_exactly(root, tmp_path, monkeypatch):
@@ -516,6 +582,9 @@ def test_a_head_with_the_same_classes_goes_on(learned, root, tmp_path, capfd):
         for folder in (learned, tmp_path / "same")
     ]
     assert accuracies[0] == accuracies[1]
+    only_val = overrides(root, "classes=auto", *more, "data.val_annotations=null", "data.val_fraction=1")
+    status, message = tiny.run_script(train_sam2, tmp_path / "val", *only_val)  # no training picture says the classes
+    assert status == 0, message
     status, message = tiny.run_script(train_sam2, tmp_path / "other", *overrides(root, "classes=[red]", *more))
     assert status == 1 and "model.checkpoint has the classes blue, green, red, but classes are red" in message
     capfd.readouterr()
@@ -529,7 +598,7 @@ def test_a_class_without_validation_objects_is_said_and_not_measured(tmp_path, m
     tiny_training.make_runs_quick(monkeypatch)
     use_few_points(monkeypatch)
     root = write_coco(tmp_path / "data", val_names=("red", "green"))
-    config = configure(root, "train.steps=0", "train.eval_automatic=ends", "classes=[red,green,blue]")
+    config = configure(root, "train.steps=0", "classes=[red,green,blue]")
     with pytest.raises(ValueError, match="with train.steps=0 nothing learns them"):
         tiny_training.train_in(tmp_path / "none", config)
     config = configure(root, "train.steps=1", "train.eval_every=1", "train.eval_automatic=ends")
@@ -544,7 +613,7 @@ def test_a_class_without_validation_objects_is_said_and_not_measured(tmp_path, m
     "more, message",
     [
         (["classes=[purple]"], "classes has purple, which no training object is"),
-        (["classes=yes"], "classes is yes; must be null, or auto or a list of names"),
+        (["classes=yes"], "classes is yes; must be null, or auto or a list of names (numbers in quotes)"),
         (["classes=[]"], "classes is []; must be null, or auto or a list of names"),
         (["train.select_by=val/class_accuracy_1_click"], "which a run without classes does not measure"),
         (["classes=auto", "+class_head.class_weights={dirt:2}"], "class_head.class_weights has dirt"),
@@ -552,6 +621,8 @@ def test_a_class_without_validation_objects_is_said_and_not_measured(tmp_path, m
             ["classes=auto", "class_head.class_weights=rare"],
             "class_head.class_weights is rare; must be null, or auto or {name: weight}",
         ),
+        (["classes=[1,2]"], "classes is [1, 2]; must be null, or auto or a list of names (numbers in quotes)"),
+        (["classes=auto", "class_head.lr=inf"], "class_head.lr is inf"),
         (["classes=auto", "class_head.lr=0"], "class_head.lr is 0; must be above 0"),
         (["classes=auto", "train.eval_automatic=sometimes"], "train.eval_automatic is sometimes; must be one of ends"),
     ],
@@ -566,13 +637,42 @@ def test_bad_choices_of_masks_are_one_line(learned, root, tmp_path):
         run_infer(learned, root, tmp_path / "a", "keep_classes=[cat]")
     with pytest.raises(ValueError, match="keep_classes= needs a checkpoint that knows classes"):
         run_infer(learned, root, tmp_path / "b", "keep_classes=[red]", "checkpoint=null")
+    with pytest.raises(ValueError, match="keep_classes is "):
+        run_infer(learned, root, tmp_path / "e", "keep_classes=[]")
     with pytest.raises(ValueError, match="min_class_prob"):
         run_infer(learned, root, tmp_path / "c", "min_class_prob=1.5")
     with pytest.raises(ValueError, match="keep_classes"):
         run_infer(learned, root, tmp_path / "d", "keep_classes=[red]", "mode=prompts", "boxes=[[3,3,20,40]]")
 
 
-def test_weights_are_those_of_pytorch():
-    """The head starts as nn.Linear does."""
-    head = ClassHead(["a"], 64, seed=3)
-    assert head.layers[0].weight.abs().max() <= 1 / 8 and F.linear(torch.ones(64), head.layers[0].weight).std() > 0
+def test_a_head_starts_as_linear_layers_do():
+    torch.manual_seed(0)
+    expected = torch.nn.Linear(256, 256).weight
+    weight = ClassHead(["a"], 256, seed=3).layers[0].weight
+    assert weight.abs().max() <= 1 / 16 and weight.std().item() == pytest.approx(expected.std().item(), rel=0.02)
+
+
+def test_the_end_measures_automatic_masks_and_the_middle_does_not(root, tmp_path, monkeypatch):
+    """And the head's rate follows the schedule from its own highest one, whatever optim.lr is."""
+    tiny_training.make_runs_quick(monkeypatch)
+    use_few_points(monkeypatch)
+    config = configure(root, "train.steps=3", "train.eval_every=1", "train.eval_automatic=ends", "optim.lr=0")
+    last = tiny_training.train_in(tmp_path / "run", config)
+    assert [row["step"] for row in last["metrics"] if "val/mask_ap" in row] == [0, 3]
+    groups = last["optimizer"]["param_groups"]
+    assert (
+        groups[-1]["own_lr"] == 1e-3 and 0 < groups[-1]["lr"] <= 1e-3 and {group["lr"] for group in groups[:-1]} == {0}
+    )
+    start = ClassHead(sorted(COLORS), build_sam2(**NANO, device="cpu").hidden_dim).state_dict()
+    moved = {name: (last["class_head"][name] - start[name]).abs().max().item() for name in start}
+    assert moved.pop("class_weights") == 0 and all(0 < move < 5e-3 for move in moved.values())
+
+
+def test_a_mixture_of_weights_has_the_head_of_the_end(root, tmp_path, monkeypatch):
+    tiny_training.make_runs_quick(monkeypatch)
+    general = {**configure(root)["data"], "val_images": "val", "val_annotations": "val.json"}
+    general = {key: value for key, value in general.items() if key not in ("min_area_px", "hflip", "color_jitter")}
+    config = configure(root, "train.steps=2", "train.eval_every=1", "train.blend=true") | {"general_data": general}
+    last = tiny_training.train_in(tmp_path / "run", config)
+    best = load_checkpoint(tmp_path / "run" / "best.pt")
+    assert not tiny.differences(best["class_head"], last["class_head"]) and "blend" in best["metrics"]

@@ -170,7 +170,7 @@ def test_drawing_equals_a_slow_loop(order):
             others.sort(key=lambda i: -masks[i].sum())  # stable: of one size in the order of the file
         for i in crowds + others:
             expected[masks[i]] = 255 if i in crowds else value_of[said[i].get("category", "")]
-        ours = draw_classes(instances, ("background", "a", "b"), order, True, ("skip",))
+        ours = draw_classes(instances, ("background", "a", "b"), order, "ignore", ("skip",))
         assert ours.dtype == np.uint8 and np.array_equal(ours, expected)
 
 

@@ -238,7 +238,7 @@ def read_list(path: str | Path, names: set[str], affixes: tuple[str, str] = ("",
     Returns:
         of each line the one among names that is: the line, or its first word where columns follow; the end of that
         path, less suffix and affixes; its file name; or the folder of the file (DAVIS 2016 lists a sequence by the
-        paths of its frames); or else the only name that ends so, with or without suffix (COCO's are those of files).
+        paths of its frames); or else the only name that ends in the whole line, with or without suffix (COCO's do).
     Raises:
         FileNotFoundError, ValueError: for a file that is not there; a line that is no name.
     """
@@ -252,9 +252,11 @@ def read_list(path: str | Path, names: set[str], affixes: tuple[str, str] = ("",
             entry_path = Path(entry)
             parts = [*entry_path.parts[:-1], entry_path.stem.removeprefix(affixes[0]).removesuffix(affixes[1])]
             ends = ["/".join(parts[start:]) for start in range(len(parts))]
-            candidates = [entry, *ends, entry_path.name, entry_path.parent.name]
+            whole_ends = ["/".join(entry_path.parts[start:]) for start in range(len(parts))]
+            candidates = [entry, *ends, *whole_ends, entry_path.name, entry_path.parent.name]
             name = name or next((candidate for candidate in candidates if candidate in names), None)
-            name = name or next((names_by_end[end] for end in (entry, *ends) if end in names_by_end), None)
+            lines = entry, ends[0], whole_ends[0]  # whole: an end of the line may be that of another folder's file
+            name = name or next((names_by_end[end] for end in lines if end in names_by_end), None)
         if name is None:
             example = min(names, default="")
             raise ValueError(f"{path} names {line!r}, which the dataset lacks; names look like {example!r}")

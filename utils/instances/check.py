@@ -16,7 +16,15 @@ import numpy as np
 from utils import dataset_check
 from utils.dataset_check import CheckReport, ItemReport
 from utils.images import LYING, read_image_unscaled, read_orientation, remark_on_values
-from utils.instances.readers import Instances, Item, check_same_size, class_key, is_marked_crowd, object_ids
+from utils.instances.readers import (
+    Instances,
+    Item,
+    check_same_size,
+    class_key,
+    class_name,
+    is_marked_crowd,
+    object_ids,
+)
 from utils.listing import MAX_LISTED, existing_file, first_few, read_text
 from utils.log import drawing, write_json
 
@@ -165,7 +173,7 @@ def read_annotations(instances: Instances, objects: list[tuple[int, int, int]]) 
         "is_crowd": np.array([is_marked_crowd(annotation) for annotation in of_objects], bool),
         "classes": frozenset(class_key(annotation) for annotation in named),
         "attributes": frozenset(key for each in attributes if isinstance(each, dict) for key in each),
-        "class_names": tuple(str(annotation.get("category", "")) for annotation in of_objects),
+        "class_names": tuple(class_name(annotation) for annotation in of_objects),
     }
 
 

@@ -54,7 +54,8 @@ class Instances(NamedTuple):
     annotations: tuple[dict, ...] = ()  # what a json file says of the objects of ids 1, 2, ...: some of ANNOTATION_KEYS
     image_id: int | str | None = None  # the picture's in a COCO file
     doubts: tuple[str, ...] = ()  # objects that are read, and whose outline leaves the picture; each says where
-    ignored: np.ndarray | None = None  # bool (H, W), pixels that the annotation leaves open, such as VOC's outlines
+    # bool (H, W), pixels that the annotation leaves open, such as VOC's outlines and crowds that are left out
+    ignored: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,8 +324,8 @@ def _coco_entry(
     image: dict, annotations: list[dict], categories: dict[object, dict], with_crowds: bool
 ) -> tuple[str, int]:
     """Return what `read_coco` reads of a picture, and how many crowd regions are left out."""
-    are_left_out = [is_marked_crowd(annotation) and not with_crowds for annotation in annotations]
-    objects = [annotation for annotation, is_left_out in zip(annotations, are_left_out, strict=True) if not is_left_out]
+    crowds = [annotation for annotation in annotations if is_marked_crowd(annotation) and not with_crowds]
+    objects = [annotation for annotation in annotations if not is_marked_crowd(annotation) or with_crowds]
     kept = [
         {key: annotation[key] for key in ("segmentation", *ANNOTATION_KEYS) if key in annotation}
         | categories.get(plain_id(annotation.get("category_id")), {})
@@ -332,9 +333,15 @@ def _coco_entry(
     ]
     entry = {
         "image_id": plain_id(image.get("id")), "orig_hw": [image.get("height"), image.get("width")],
-        "annotations": kept,
+        "annotations": kept, "crowds": [{"segmentation": crowd.get("segmentation")} for crowd in crowds],
     }  # fmt: skip
-    return json.dumps(entry), len(annotations) - len(objects)
+    return json.dumps(entry), len(crowds)
+
+
+def class_name(annotation: dict) -> str:
+    """Give the name of an object's class, "" where its annotation names none."""
+    name = annotation.get("category")
+    return "" if name is None else str(name)
 
 
 def class_key(annotation: dict) -> int | str | None:
@@ -746,13 +753,17 @@ def read_coco(path: Path, image_path: Path, entry_json: str, num_crowd: int) -> 
     Args:
         path: the file, for messages.
         image_path: the picture.
-        entry_json: {"image_id", "orig_hw": [height, width], "annotations": [{"id", "segmentation", ...}, ...]} as text.
+        entry_json: {"image_id", "orig_hw": [height, width], "annotations": [{"id", "segmentation", ...}, ...],
+            "crowds": [{"segmentation"}, ...], those left out} as text.
         num_crowd: annotations left out of it.
     """
     entry = json.loads(entry_json)
     where = f"{path}, image {image_path.name}"
     instances = _read_segmentations(entry["annotations"], entry["orig_hw"], image_path, where)
-    return instances._replace(num_crowd=num_crowd, image_id=entry["image_id"])
+    ignored = None
+    if entry["crowds"]:
+        ignored = _read_segmentations(entry["crowds"], entry["orig_hw"], image_path, where).layers.any(0)
+    return instances._replace(num_crowd=num_crowd, image_id=entry["image_id"], ignored=ignored)
 
 
 def read_sa1b(path: Path, image_path: Path) -> Instances:

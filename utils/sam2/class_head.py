@@ -4,6 +4,7 @@ A mask's class is read from the token that the decoder made the mask from. The h
 best.pt ("class_head", "classes"), which other programs read as before.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.checkpoint import load_checkpoint
-from utils.instances.readers import Instances
+from utils.instances.readers import Instances, class_name
 from utils.listing import first_few
-from utils.settings import Rule, above, at_least
+from utils.settings import FINITE, Rule, above, at_least
 
 NONE = "none"  # the class of what is no object of a named class: the head's first answer
 UNKNOWN = -1  # the target of an object whose class is not known: it teaches the masks alone
@@ -28,12 +29,13 @@ def _is_choice(setting: object) -> bool:
     )
 
 
-Choice = Annotated[list | str | None, Rule(_is_choice, "auto or a list of names")]
+Choice = Annotated[list | str | None, Rule(_is_choice, "auto or a list of names (numbers in quotes)")]
 
 
 def _is_weights(setting: object) -> bool:
     return setting == "auto" or (
-        isinstance(setting, dict) and all(type(weight) in (int, float) and weight >= 0 for weight in setting.values())
+        isinstance(setting, dict)
+        and all(type(weight) in (int, float) and 0 <= weight < math.inf for weight in setting.values())
     )
 
 
@@ -41,7 +43,7 @@ def _is_weights(setting: object) -> bool:
 class ClassSettings:
     """How classes are learned (`class_head:`)."""
 
-    lr: Annotated[float, above(0)] = 1e-3  # highest rate of the head, which starts from random weights
+    lr: Annotated[float, above(0), FINITE] = 1e-3  # highest rate of the head, which starts from random weights
     # {name: weight of its objects}, auto: rare classes more, by the root of their number; None: all count the same
     class_weights: Annotated[dict | str | None, Rule(_is_weights, "auto or {name: weight}")] = None
     background_clicks: Annotated[int, at_least(0)] = 4  # of a picture, on what is no object: they teach "none"
@@ -62,7 +64,7 @@ class ClassHead(nn.Module):
             for parameter in self.parameters():
                 bound = self.layers[0].in_features ** -0.5  # as nn.Linear draws them
                 parameter.uniform_(-bound, bound, generator=generator)
-        self.register_buffer("class_weights", torch.ones(1 + len(names)), persistent=False)
+        self.register_buffer("class_weights", torch.ones(1 + len(names)))  # of "none" and each name, in the loss
 
     def forward(self, mask_tokens: torch.Tensor) -> torch.Tensor:
         """Compute logits, float32 (..., 1 + names), of mask tokens (..., C); under autocast, too, in fp32."""
@@ -145,6 +147,8 @@ def choose_classes(choice: list | str | None, counts: dict[str, dict[str, int]])
         + (f'; {others} training objects of other classes are "{NONE}"' if others else "")
         + (f"; {counts['train']['']} without a class teach masks alone" if counts["train"].get("") else "")
     )
+    if strangers := [name for name in counts["val"] if name and name not in present]:
+        print(f'classes that validation alone has, which are "{NONE}": {", ".join(first_few(strangers, 20))}')
     for name in names:
         if not counts["val"].get(name):
             print(f"class {name}: no validation object is of it, so its accuracy and precision are not measured")
@@ -164,10 +168,11 @@ def weigh_classes(weights: dict | str | None, names: list[str], counts: dict[str
     if weights is None:
         return torch.ones(1 + len(names))
     if weights == "auto":
-        numbers = torch.tensor([float(counts[name]) for name in names])
+        numbers = torch.tensor([float(counts.get(name, 1)) for name in names])  # 1: a resumed run's may be gone
         of_names = numbers**-0.5
         of_names = of_names * numbers.sum() / (of_names * numbers).sum()
         return torch.cat([torch.ones(1), of_names])
+    weights = {str(name): weight for name, weight in weights.items()}
     if strange := [name for name in weights if name not in (NONE, *names)]:
         raise ValueError(
             f"class_head.class_weights has {strange[0]}; must be among {', '.join(first_few([NONE, *names], 20))}"
@@ -179,5 +184,5 @@ def class_targets(instances: Instances, objects: list[tuple[int, int]], names: l
     """Give the right answer for each object, (layer, id): 1 + place in `names`, 0 for another class, or UNKNOWN."""
     places = {name: 1 + place for place, name in enumerate(names)}
     said = [instances.annotations[object_id - 1] if instances.annotations else {} for _, object_id in objects]
-    given = [str(annotation.get("category") or "") for annotation in said]
+    given = [class_name(annotation) for annotation in said]
     return [places.get(name, 0) if name else UNKNOWN for name in given]

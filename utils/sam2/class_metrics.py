@@ -10,19 +10,25 @@ from utils.instances.readers import Instances
 from utils.log import drawing
 from utils.sam2 import detection_metrics as metrics
 from utils.sam2 import protocols
-from utils.sam2.class_head import NONE, class_targets
+from utils.sam2.class_head import NONE, UNKNOWN, class_targets
 from utils.sam2.mask_generation import score_mask
 
 MOST_MASKS = 100  # of a picture, as COCO counts
 AREA_OF_OTHERS = 1e11  # px, beyond all ranges: objects without a class are neither found nor missed
 
 
-def match_masks(annotations: list[dict], instances: Instances, names: list[str]) -> list[metrics.Matches]:
+def match_masks(
+    annotations: list[dict], instances: Instances, names: list[str], min_area_px: int = 0
+) -> list[metrics.Matches]:
     """Match the automatic masks of a picture with its objects, class by class, as COCO does.
+
+    Neither right nor wrong are masks on objects without a class, or that are too small to be used, and on what the
+    annotation leaves open, such as crowds.
 
     Args:
         annotations: of `generate_masks` with a ClassFilter: a mask's score is its predicted IoU times the probability
             of its class.
+        min_area_px: smaller objects are not looked for.
     Returns:
         the matches of each name.
     """
@@ -34,20 +40,27 @@ def match_masks(annotations: list[dict], instances: Instances, names: list[str])
     pred_areas = np.array([annotation["area"] for annotation in annotations], np.float64)
     overlaps = [protocols.count_overlaps(rle_to_mask(annotation["segmentation"]), truth) for annotation in annotations]
     overlaps = np.array(overlaps, np.float64).reshape(len(annotations), len(targets))
+    truth = truth._replace(is_crowd=np.zeros(len(targets), bool))  # crowds that are objects are like all others
     ious = protocols.measure_overlaps(overlaps, pred_areas, truth)
+    areas, is_crowd = truth.given_areas, truth.is_crowd
+    if instances.ignored is not None:  # one more, as a crowd of each class
+        shares = [np.count_nonzero(rle_to_mask(each["segmentation"]) & instances.ignored) for each in annotations]
+        shares = np.array(shares, np.float64).reshape(-1, 1) / np.maximum(pred_areas[:, None], 1)
+        ious, targets = np.concatenate([ious, shares], 1), np.append(targets, UNKNOWN)
+        areas, is_crowd = np.append(areas, AREA_OF_OTHERS), np.append(is_crowd, True)
+    is_small = np.append(truth.areas, np.full(len(targets) - len(truth.areas), np.inf)) < min_area_px
     of_names = []
     for number in range(len(names)):
-        is_given, is_class = given == number, targets == 1 + number
-        unknown = targets == -1
-        is_seen = is_class | unknown
-        areas = np.where(unknown, AREA_OF_OTHERS, truth.given_areas)[is_seen]
+        is_given = given == number
+        is_seen = (targets == 1 + number) | (targets == UNKNOWN)
+        limited = np.where((targets == UNKNOWN) | is_small, AREA_OF_OTHERS, areas)[is_seen]
         of_names.append(
             metrics.match_predictions(
                 ious[is_given][:, is_seen],
                 scores[is_given],
                 pred_areas[is_given],
-                areas,
-                truth.is_crowd[is_seen],
+                limited,
+                is_crowd[is_seen],
                 most=MOST_MASKS,
             )
         )
@@ -95,10 +108,13 @@ def report_classes(
         matches: of each picture, from `match_masks`; [] where automatic masks were not measured.
         folder: where the files go; None: there are none.
     Returns:
-        class_accuracy_1_click, the share of objects whose likeliest name is right; mask_ap and mask_ap_50: those that
+        class_accuracy_1_click, the share of objects whose likeliest name is right (of a single name: which is likelier
+        than "none"); mask_ap and mask_ap_50: those that
         there is something to measure of.
     """
     with_none, of_names = np.sum(answers, 0)
+    if len(names) == 1:  # any answer but "none" would be right
+        of_names = with_none
     num_objects, num_right = of_names[1:].sum(1), of_names.diagonal()[1:]
     by_class = precision_by_class(matches, names)
     values = summarize_precision(by_class)

@@ -281,7 +281,8 @@ def make_crops(
         for column in range(per_side):
             for row in range(per_side):
                 x1, y1 = column * (crop_width - overlap), row * (crop_height - overlap)
-                crops.append(((x1, y1, min(x1 + crop_width, width), min(y1 + crop_height, height)), layer))
+                if x1 < width and y1 < height:  # of a picture of a few pixels
+                    crops.append(((x1, y1, min(x1 + crop_width, width), min(y1 + crop_height, height)), layer))
     return crops
 
 

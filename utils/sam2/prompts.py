@@ -28,16 +28,20 @@ def random_point(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.array([x, y], np.float32)
 
 
-def background_points(layers: np.ndarray, num_points: int, rng: np.random.Generator) -> np.ndarray:
+def background_points(
+    layers: np.ndarray, ignored: np.ndarray | None, num_points: int, rng: np.random.Generator
+) -> np.ndarray:
     """Draw uniform points where no object lies.
 
     Args:
         layers: int32 (L, H, W), id layers.
+        ignored: bool (H, W), where the annotation does not say what lies there, such as crowds; None: nowhere.
         num_points: how many; there are none where objects fill the picture.
     Returns:
         float32 (K, 2), (x, y) pixels of the picture; K is num_points or 0.
     """
-    flat_index = np.flatnonzero(~layers.any(0))
+    is_taken = layers.any(0) if ignored is None else layers.any(0) | ignored
+    flat_index = np.flatnonzero(~is_taken)
     chosen = flat_index[rng.integers(len(flat_index), size=num_points)] if len(flat_index) else flat_index
     return np.stack([chosen % layers.shape[2], chosen // layers.shape[2]], 1).astype(np.float32)
 

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.images import IGNORE_INDEX
-from utils.instances.readers import Instances, Item, is_marked_crowd, plain_id
+from utils.instances.readers import Instances, Item, class_name, is_marked_crowd, plain_id
 from utils.listing import first_few
 
 BACKGROUND, ONE_CLASS = "background", "object"
@@ -20,12 +20,6 @@ MOST_CLASSES = 253  # beside the background, in maps of 8 bits with two values t
 def is_background(name: str) -> bool:
     """Tell whether a class of objects is named as the background is: background, _background_ (labelme)."""
     return name.strip("_ ").casefold() == BACKGROUND
-
-
-def name_object(annotation: dict) -> str:
-    """Return the name of an object's class, "" where its annotation names none."""
-    name = annotation.get("category")
-    return "" if name is None else str(name)
 
 
 def list_classes(format: str, items: list[Item], ignore_labels: list[str]) -> list[str]:
@@ -60,14 +54,14 @@ def _list_kinds(item: Item) -> set[tuple[str, int | str | None]]:
         annotations = item.read().annotations
     except (OSError, ValueError):  # the check says so
         return set()
-    return {(name_object(annotation), plain_id(annotation.get("category_id"))) for annotation in annotations}
+    return {(class_name(annotation), plain_id(annotation.get("category_id"))) for annotation in annotations}
 
 
 def draw_classes(
     instances: Instances,
     class_names: tuple[str, ...],
     order: str,
-    is_crowd_ignored: bool,
+    crowd: str,
     ignore_labels: tuple[str, ...],
 ) -> np.ndarray:
     """Draw the objects of a picture as a class map.
@@ -79,7 +73,7 @@ def draw_classes(
         class_names: the background's first.
         order: what lies on top: "size", the object with fewer pixels, of equal ones the later in the file; or "file",
             the later in the file.
-        is_crowd_ignored: regions marked as crowds are ignored, below all objects; if not, they are objects.
+        crowd: regions marked so: "ignore": they are ignored, below all objects; "skip": passed over; "keep": objects.
         ignore_labels: names of classes whose pixels are ignored.
     Returns:
         uint8 (H, W): classes, and IGNORE_INDEX.
@@ -93,8 +87,11 @@ def draw_classes(
         areas_px = sum(np.bincount(layer.ravel(), minlength=num_objects + 1) for layer in instances.layers)
         drawn = []  # of each object: what it is drawn after, its id, its value
         for object_id, annotation in enumerate(instances.annotations, 1):
-            name = name_object(annotation)
-            is_ignored_crowd = is_crowd_ignored and is_marked_crowd(annotation)
+            name = class_name(annotation)
+            is_crowd = is_marked_crowd(annotation)
+            if is_crowd and crowd == "skip":
+                continue
+            is_ignored_crowd = is_crowd and crowd == "ignore"
             value = 0 if is_background(name) else values.get(name) if name.strip() else without_name
             if value is not None:
                 place = (not is_ignored_crowd, -areas_px[object_id] if order == "size" else 0, object_id)

@@ -179,7 +179,7 @@ def split_objects(
         raise ValueError(f"data.format is {format}; must be one of {', '.join(instances.LISTERS)}")
     keys = {key: value for key, value in keys.items() if value is not None} | {"on_bad": on_bad}
     if format == "coco":
-        keys["crowd"] = "skip" if crowd == "skip" else "keep"
+        keys["crowd"] = "keep"  # drawn, ignored or passed over
     elif format == "labelme":
         keys["ignore_labels"] = []  # drawn, and ignored
     elif format == "voc" and voc_class_names is not None:
@@ -190,7 +190,7 @@ def split_objects(
         objects.draw_classes,
         class_names=coding.class_names,
         order=order,
-        is_crowd_ignored=crowd == "ignore",
+        crowd=crowd,
         ignore_labels=tuple(ignore_labels),
     )
     make = functools.partial(Item, channels=channels, coding=coding, draw=draw)
