@@ -7,6 +7,7 @@
     python infer_sam2.py input=photo.jpg mode=region region=region.png           # 30 random points inside a mask
     python infer_sam2.py input=photo.jpg mode=prompts 'points=[[420,310,1],[80,40,0]]'
     python infer_sam2.py input=photo.jpg mode=prompts 'boxes=[[300,200,560,430],[10,20,90,80]]'
+    python infer_sam2.py input=photo.jpg mode=prompts text='a wheel' checkpoint=best.pt  # trained with prompts=text
     python infer_sam2.py input=photos/ mode=prompts prompts_file=prompts.json
     python infer_sam2.py input=photos/ mode=prompts prompts_file=more.json cache=auto   # encode each picture once
     python infer_sam2.py input=photos/ fast_decoder=false                        # sam2's own decoder, slower on a CPU
@@ -20,14 +21,14 @@
 Modes, each with the keys of its own:
     automatic   a grid of points; automatic.*
     region      random points inside region=<mask>
-    prompts     points=, boxes=, mask= or prompts_file=
+    prompts     points=, boxes=, mask=, text= or prompts_file=
     benchmark   clicks, boxes, proposals, edges, groups on data=<dataset>; benchmark.*, split
     compare     results=[a,b]: runs of benchmark, or dataset.json files of train_sam2.py check=true
     export      image encoder and prompt decoder as ONNX files (pip install onnx onnxruntime)
 
 Inputs: pictures (8 or 16 bit), and a checkpoint: our best.pt, an official SAM 2 file, or nothing for the bundled one.
-prompts.json is a list of objects, each with at least one positive point, a box or a mask of the picture's size
-    [{"points": [[x, y, label], ...], "box": [x1, y1, x2, y2], "mask": "file.png"}, ...]
+prompts.json is a list of objects, each with a positive point, a box, a mask of the picture's size, or words (text)
+    [{"points": [[x, y, label], ...], "box": [x1, y1, x2, y2], "mask": "file.png", "text": "a wheel"}, ...]
 or, with prompts of its own for each picture of a folder, {"<file name>": [objects], ...}: other pictures are left out.
 Points and boxes are px of the picture, (0, 0) is the top left pixel's centre; label 1 is the object, 0 is not.
 Each mask names its prompt: "prompt" counts the objects of the list, or the boxes, or the points of a region, from 0;
@@ -96,7 +97,7 @@ from utils.instances import writers
 from utils.listing import first_few, read_json
 from utils.log import finish_run, start_run, write_json
 from utils.run import autocast, now_s, read_ahead, sample_rng, seed_everything, set_up_device
-from utils.sam2 import benchmark, compare, embedding_cache, export, mask_generation
+from utils.sam2 import benchmark, compare, embedding_cache, export, mask_generation, words
 from utils.sam2 import model as models
 from utils.sam2.benchmark import BenchmarkSettings
 from utils.sam2.class_head import ClassHead, load_class_head
@@ -122,6 +123,7 @@ LOADING = (*SEGMENTING, "benchmark", "export")  # a model
 MODES_OF_KEY = {  # which modes use a key that not all of them use
     "input": SEGMENTING, "region": ("region",), "num_points": ("region",), "points": ("prompts",),
     "boxes": ("prompts",), "mask": ("prompts",), "prompts_file": ("prompts",), "data": ("benchmark",),
+    "text": ("prompts",),
     "split": ("benchmark",), "results": ("compare",), "checkpoint": LOADING, "model": LOADING,
     "keep_classes": ("automatic",), "min_class_prob": ("automatic",), "nms_across_classes": ("automatic",),
     "image_size": LOADING, "max_overlap": SEGMENTING,
@@ -129,7 +131,7 @@ MODES_OF_KEY = {  # which modes use a key that not all of them use
     **{f"benchmark.{field.name}": ("benchmark",) for field in fields(BenchmarkSettings)},
     **{f"automatic.{field.name}": SEGMENTING for field in fields(AutomaticSettings)},
 }  # fmt: skip
-PROMPTS = ("region", "points", "boxes", "mask", "prompts_file")  # keys that say what to look for
+PROMPTS = ("region", "points", "boxes", "mask", "text", "prompts_file")  # keys that say what to look for
 MASK_LOGIT = 10.0  # a mask prompt's pixels are +10 inside and -10 outside, as in SAM 2's training
 
 
@@ -163,6 +165,7 @@ class Config:
     fast_decoder: DecoderSetting
     write: Annotated[list[str], some_of(*writers.WRITERS)] = field(default_factory=list)  # further formats
     outline_tolerance_px: Annotated[float, at_least(0), FINITE] = 1.0  # of polygons
+    text: str | None = None  # mode=prompts: words for one object, with a checkpoint of prompts=text
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,7 @@ class ObjectPrompt:
     point_coords: np.ndarray  # float32 (P, 2), (x, y); a box is two points, its corners, put first
     point_labels: np.ndarray  # int32 (P,), 1 object, 0 not, 2 and 3 the corners of a box, -1 no point
     mask: np.ndarray | None  # bool (H, W)
+    text: str | None = None
 
 
 def infer(config: dict, run_dir: Path) -> list[str]:
@@ -212,6 +216,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     check_keys(functools.partial(models.build_sam2, device=device), model_config, "model")
     model = models.build_sam2(**model_config, device=device, fast_decoder=settings.fast_decoder)
     class_head = load_class_head(model_config["checkpoint"], device)
+    text_tokens = embed_texts(objects_of, model_config["checkpoint"], device)
     class_filter = choose_classes(settings, class_head)
     class_names = [] if class_head is None else class_head.names
     cached = [(picture.path, False) for picture in pictures if picture.page is None]  # none is mirrored
@@ -263,7 +268,9 @@ def infer(config: dict, run_dir: Path) -> list[str]:
                 if settings.mode == "automatic":
                     generated = mask_generation.generate_masks(model, image_rgb, automatic, class_filter=class_filter)
                 else:
-                    generated = segment_objects(model, image_rgb, objects, automatic, plan, picture, class_head)
+                    generated = segment_objects(
+                        model, image_rgb, objects, automatic, plan, picture, class_head, text_tokens
+                    )
             is_apart = class_head is not None and not settings.nms_across_classes
             label_map, ids = mask_generation.stitch_masks(
                 [annotation["segmentation"] for annotation in generated.annotations],
@@ -371,6 +378,8 @@ def export_onnx(config: dict, settings: Config, run_dir: Path) -> None:
 def check_mode(settings: Config) -> None:
     """Refuse a mode without its input, and input that the mode would not use."""
     given = list_given(settings)
+    if settings.text is not None and not settings.text.strip():
+        raise ValueError("text= is empty; say what to look for, such as text='a wheel', or leave it out")
     sections.check_modes(given, MODES_OF_KEY, settings.mode)
     if settings.common.resume is not None and settings.mode != "benchmark":
         raise ValueError(
@@ -389,7 +398,7 @@ def check_mode(settings: Config) -> None:
     if settings.mode == "region" and not given:
         raise ValueError("mode=region needs region=<mask file of the picture's size>")
     if settings.mode == "prompts" and not given:
-        raise ValueError("mode=prompts needs points=, boxes=, mask= or prompts_file=")
+        raise ValueError("mode=prompts needs points=, boxes=, mask=, text= or prompts_file=")
     if "prompts_file" in given and len(given) > 1:
         raise ValueError(f"prompts_file= is given together with {given[0]}=; put all prompts in the json file")
 
@@ -488,16 +497,16 @@ def read_prompts(settings: Config, pictures: list[images.Picture]) -> dict[str, 
     """Collect the prompts from the command line or the json file.
 
     Returns:
-        {picture's `file_name`: [{"points": ..., "box": ..., "mask": ...}, ...]}, values not checked yet.
+        {picture's `file_name`: [{"points": ..., "box": ..., "mask": ..., "text": ...}, ...]}, values not checked yet.
     """
     names = [file_name(picture) for picture in pictures]
     if not settings.prompts_file:
         boxes = settings.boxes or []
-        if len(boxes) > 1 and (settings.points or settings.mask):
+        if len(boxes) > 1 and (settings.points or settings.mask or settings.text):
             raise ValueError(
-                f"points= or mask= is given with {len(boxes)} boxes; say in a prompts_file= which belong together"
+                f"points=, mask= or text= is given with {len(boxes)} boxes; say in a prompts_file= which is whose"
             )
-        shared = {key: getattr(settings, key) for key in ("points", "mask") if getattr(settings, key)}
+        shared = {key: getattr(settings, key) for key in ("points", "mask", "text") if getattr(settings, key)}
         return {name: [shared | {"box": box} for box in boxes] or [shared] for name in names}
     path = Path(settings.prompts_file)
     if not path.is_file():
@@ -520,14 +529,14 @@ def parse_object(prompt: dict, orig_hw: tuple[int, int]) -> ObjectPrompt:
     """Check one object's prompts against its picture.
 
     Args:
-        prompt: {"points": [[x, y, label], ...], "box": [x1, y1, x2, y2], "mask": file}, at least one of them.
+        prompt: {"points": [[x, y, label], ...], "box": [x1, y1, x2, y2], "mask": file, "text": words}, at least one.
         orig_hw: size of the picture.
     Raises:
         ValueError: naming the value that is wrong.
     """
     height, width = orig_hw
-    if not isinstance(prompt, dict) or not set(prompt) <= {"points", "box", "mask"}:
-        raise ValueError(f"an object's prompts are {prompt}; must have points, box or mask and nothing else")
+    if not isinstance(prompt, dict) or not set(prompt) <= {"points", "box", "mask", "text"}:
+        raise ValueError(f"an object's prompts are {prompt}; must have points, box, mask or text and nothing else")
     point_coords, point_labels = [], []
     if prompt.get("box") is not None:
         box = prompt["box"]
@@ -556,9 +565,39 @@ def parse_object(prompt: dict, orig_hw: tuple[int, int]) -> ObjectPrompt:
         check_mask(mask, orig_hw, f"mask {mask_path}")
         if not point_coords:  # SAM 2 is trained with one "no point" beside a mask
             point_coords, point_labels = [[0, 0]], [-1]
-    if not {1, 2, -1} & set(point_labels) and mask is None:
-        raise ValueError(f"an object's prompts are {prompt}; it needs a point with label 1, a box or a mask")
-    return ObjectPrompt(np.array(point_coords, np.float32), np.array(point_labels, np.int32), mask)
+    text = prompt.get("text")
+    if not isinstance(text, str | None) or (text is not None and not text.strip()):
+        raise ValueError(f"an object's text is {text!r}; must be words, such as 'a wheel'")
+    if not {1, 2, -1} & set(point_labels) and mask is None and text is None:
+        raise ValueError(f"an object's prompts are {prompt}; it needs a point with label 1, a box, a mask or text")
+    point_coords = np.array(point_coords, np.float32).reshape(-1, 2)
+    return ObjectPrompt(point_coords, np.array(point_labels, np.int32), mask, text)
+
+
+def embed_texts(
+    objects_of: dict[str, list[dict]], checkpoint: str | None, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Make the prompt tokens of all texts: {text: float32 (C,)}.
+
+    Args:
+        objects_of: from `read_prompts`.
+        checkpoint: whose text map is used.
+    Raises:
+        ValueError: for texts without a text map; as `build_encoder` and its embed_words.
+    """
+    prompts = [prompt for objects in objects_of.values() for prompt in objects if isinstance(prompt, dict)]
+    texts = sorted({prompt["text"] for prompt in prompts if isinstance(prompt.get("text"), str)} - {""})
+    if not texts:
+        return {}
+    text_map = words.load_text_map(checkpoint, device)
+    if text_map is None:
+        raise ValueError(
+            f"text is {texts[0]!r}, but checkpoint {checkpoint} has no text map; "
+            "train_sam2.py prompts=text text_encoder=<a model of open_clip> makes one"
+        )
+    embeddings = words.build_encoder(text_map.encoder_name, device).embed_words(texts).to(device)
+    with torch.inference_mode():
+        return dict(zip(texts, text_map(embeddings), strict=True))
 
 
 def check_mask(mask: np.ndarray, orig_hw: tuple[int, int], name: str) -> None:
@@ -588,8 +627,9 @@ def segment_objects(
     plan: CachePlan | None,
     picture: images.Picture,
     class_head: ClassHead | None,
+    text_tokens: dict[str, torch.Tensor],
 ) -> GeneratedMasks:
-    """Predict one mask for each object: the best of three by predicted IoU for a single point, else the only one.
+    """Predict one mask for each object: the best of three by predicted IoU for one point or words alone, else the only.
 
     Args:
         image_rgb: uint8 (H, W, 3).
@@ -597,6 +637,7 @@ def segment_objects(
         plan: from `plan_cache`: the picture's entry is read, and made first if it is missing; None: no cache.
         picture: the picture's file; a page of a file of several has no entry.
         class_head: gives each mask its class; None: they have none.
+        text_tokens: of the objects' texts, from `embed_texts`.
     Returns:
         GeneratedMasks in the order of the objects, less empty masks; "prompt" is the object's number, from 0.
     """
@@ -611,9 +652,10 @@ def segment_objects(
         encoder_input = embedding_cache.read_entry(plan.entries[key])
     embeddings = embedding_cache.embed(model, encoder_input)
     encoded = now_s(model.device)
-    groups = {}  # one decode call holds objects with as many points, and all or none with a mask
+    groups = {}  # one decode call holds objects with as many points, and all or none with a mask, and with words
     for index, prompt in enumerate(objects):
-        groups.setdefault((len(prompt.point_labels), prompt.mask is not None), []).append(index)
+        kind = len(prompt.point_labels), prompt.mask is not None, prompt.text is not None
+        groups.setdefault(kind, []).append(index)
     size = automatic.points_per_batch
     batches = [indices[i : i + size] for indices in groups.values() for i in range(0, len(indices), size)]
     annotations = {}
@@ -621,6 +663,7 @@ def segment_objects(
         point_coords = torch.from_numpy(np.stack([objects[i].point_coords for i in batch]))  # (O, P, 2)
         point_labels = torch.from_numpy(np.stack([objects[i].point_labels for i in batch]))  # (O, P)
         masks = [objects[i].mask for i in batch if objects[i].mask is not None]
+        tokens = [text_tokens[objects[i].text] for i in batch if objects[i].text is not None]
         low_res_masks, iou_predictions, _, mask_tokens = models.decode(
             model,
             embeddings,
@@ -628,7 +671,8 @@ def segment_objects(
             point_coords=models.scale_points(point_coords.to(model.device), orig_hw, model.image_size),
             point_labels=point_labels.to(model.device),
             mask_inputs=mask_logits(masks, model) if masks else None,
-            multimask_output=point_labels.shape[1] == 1 and not masks,
+            multimask_output=point_labels.shape[1] + bool(tokens) == 1 and not masks,
+            text_tokens=torch.stack(tokens) if tokens else None,
         )  # (O, M, h, w), (O, M), (O, M, C)
         predicted_ious, best = iou_predictions.float().max(1)
         best_masks = low_res_masks[torch.arange(len(batch), device=best.device), best].float()  # (O, h, w)
@@ -647,7 +691,9 @@ def segment_objects(
             described = class_head.describe(*class_head.classify(best_tokens))
             annotated = [annotation | named for annotation, named in zip(annotated, described, strict=True)]
         annotations |= dict(zip(batch, annotated, strict=True))
-    filled = [annotations[i] | {"prompt": i} for i in range(len(objects)) if annotations[i]["area"] > 0]
+    for i, prompt in enumerate(objects):
+        annotations[i] |= {"prompt": i} | ({} if prompt.text is None else {"text": prompt.text})
+    filled = [annotations[i] for i in range(len(objects)) if annotations[i]["area"] > 0]
     empty = tuple(i for i in range(len(objects)) if annotations[i]["area"] == 0)
     if empty:
         numbers = ", ".join(first_few([str(i) for i in empty], 10))

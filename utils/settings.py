@@ -28,8 +28,8 @@ TYPE_WORDS = {
     int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list",
     dict: "keys and values", type(None): "null",
 }  # fmt: skip
-PATH_KEYS = re.compile(  # keys of the command line whose values are paths
-    r"\+{0,2}(input|checkpoint|resume|region|mask|prompts_file|cache|data_root|model\.checkpoint|picture_attributes"
+PATH_KEYS = re.compile(  # keys of the command line whose values are paths, or words: taken as they are
+    r"\+{0,2}(input|checkpoint|resume|region|mask|text|prompts_file|cache|data_root|model\.checkpoint|picture_attributes"
     r"|benchmark\.(detections|groups|edges\.root)"
     r"|data\.(\w+\.)*(root|index|groundtruth|\w+_(dir|list|folder|images|annotations))|hydra\.(run|sweep)\.dir)"
 )

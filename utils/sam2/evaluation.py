@@ -89,7 +89,7 @@ def measure_tokens(
     model: torch.nn.Module,
     embeddings: Embeddings,
     masks: np.ndarray,
-    text_tokens: torch.Tensor,
+    text_tokens: torch.Tensor | None,
     precision: str,
     threads: ThreadPoolExecutor,
     point_coords: np.ndarray | None = None,
@@ -99,8 +99,8 @@ def measure_tokens(
     Args:
         embeddings: of this picture alone.
         masks: bool (O, H, W), truth.
-        text_tokens: (O, C), from `words.TextMap`.
-        point_coords: float32 (O, P, 2), px of the picture, a click on each object beside its words; None: no clicks.
+        text_tokens: (O, C), from `words.TextMap`; None: clicks alone.
+        point_coords: float32 (O, P, 2), px of the picture, clicks on each object; None: words alone.
     Returns:
         float32 (O,) on the CPU: IoU of the mask of highest predicted IoU.
     """
