@@ -2,11 +2,11 @@
 
     python -m benchmarks.words runs/ --seeds 3
 
-The embedding is the stand-in text_encoder=named_shapes, in which crops and words agree by construction: this measures the
-way from an embedding to a mask, not CLIP. The nano trains on crops of 24 kinds of objects; words appear in no training. The
-last weights are measured on 80 test pictures, which choose nothing; each has an object of the six kinds that no training
-or validation picture shows, and one that shares its colour and one that shares its shape. Prints mean IoU, mean and
-standard deviation over seeds, for objects of the six kinds and for the others:
+The embedding is the stand-in text_encoder=named_shapes, in which crops and words agree by construction: this measures
+the way from an embedding to a mask, not CLIP. The nano trains on crops of 24 kinds of objects; words appear in no
+training. The last weights are measured on 80 test pictures, which choose nothing; each has an object of the six kinds
+that no training or validation picture shows, one that shares its colour and one that shares its shape. Prints mean IoU,
+mean and standard deviation over seeds, for objects of the six kinds and for the others:
 
     right words         the object's name, no click
     no text             the zero embedding in their place
@@ -40,7 +40,8 @@ from utils.samples.named_shapes import HELD_OUT
 STEPS = 400
 SETTINGS = [
     "prompts=text", "text_encoder=named_shapes", "data=named_shapes", "train.eval_clicks=[1]",
-    "train.trainable=[prompt_encoder,mask_decoder,image_encoder]", "train.select_by=val/iou_crop", "train.eval_images=8",
+    "train.trainable=[prompt_encoder,mask_decoder,image_encoder]", "train.select_by=val/iou_crop",
+    "train.eval_images=8",
 ]  # fmt: skip
 ROWS = ("right words", "no text", "wrong words", "crop", "point", "point and words", "point, wrong words")
 
@@ -68,8 +69,8 @@ def measure(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """Measure weights on every object of the test pictures.
 
     Returns:
-        {row: IoU (N,)}; is_new bool (N,), objects of a kind that training does not show; is_lost bool (N,), objects whose
-        words give a mask that overlaps another object more.
+        {row: IoU (N,)}; is_new bool (N,), objects of a kind that training does not show; is_lost bool (N,), objects
+        whose words give a mask that overlaps another object more.
     """
     state = torch.load(path, weights_only=True, map_location="cpu")
     config = state["config"]
