@@ -122,8 +122,8 @@ SEGMENTING = ("automatic", "region", "prompts")
 LOADING = (*SEGMENTING, "benchmark", "export")  # a model
 MODES_OF_KEY = {  # which modes use a key that not all of them use
     "input": SEGMENTING, "region": ("region",), "num_points": ("region",), "points": ("prompts",),
-    "boxes": ("prompts",), "mask": ("prompts",), "prompts_file": ("prompts",), "data": ("benchmark",),
-    "text": ("prompts",),
+    "boxes": ("prompts",), "mask": ("prompts",), "text": ("prompts",), "prompts_file": ("prompts",),
+    "data": ("benchmark",),
     "split": ("benchmark",), "results": ("compare",), "checkpoint": LOADING, "model": LOADING,
     "keep_classes": ("automatic",), "min_class_prob": ("automatic",), "nms_across_classes": ("automatic",),
     "image_size": LOADING, "max_overlap": SEGMENTING,

@@ -303,10 +303,10 @@ def test_the_next_picture_is_read_while_one_is_segmented(folder, tmp_path, monke
         was_read[path.stem].set()
         return real_read(path, page)
 
-    def segment(model, image_rgb, objects, automatic, plan, picture, class_head):
+    def segment(model, image_rgb, objects, automatic, plan, picture, class_head, text_tokens):
         following = {"a": "b", "b": "c"}.get(picture.path.stem)
         assert following is None or was_read[following].wait(10), following
-        return real_segment(model, image_rgb, objects, automatic, plan, picture, class_head)
+        return real_segment(model, image_rgb, objects, automatic, plan, picture, class_head, text_tokens)
 
     monkeypatch.setattr(infer_sam2.images, "read_image_unscaled", read)
     monkeypatch.setattr(infer_sam2, "segment_objects", segment)
@@ -517,12 +517,12 @@ def test_best_checkpoint_of_training_predicts_the_same_in_an_untouched_sam2(fold
             ["checkpoint=null", "model=sam2_nano", "model.image_size=big"],
             "model.image_size is 'big'; must be a whole number",
         ),
-        (["mode=prompts"], "mode=prompts needs points=, boxes=, mask= or prompts_file="),
+        (["mode=prompts"], "mode=prompts needs points=, boxes=, mask=, text= or prompts_file="),
         (["mode=prompts", "points=[[160,5,1]]"], r"point \[160, 5\] lies outside the picture of 160 x 120 px"),
         (["mode=prompts", "points=[[5,-1,1]]"], r"point \[5, -1\] lies outside"),
         (["mode=prompts", "points=[[5,6]]"], r"point is \[5, 6\]; must be \[x, y, label\]"),
         (["mode=prompts", "points=[[5,6,2]]"], r"point is \[5, 6, 2\]; must be"),
-        (["mode=prompts", "points=[[5,6,0]]"], "needs a point with label 1, a box or a mask"),
+        (["mode=prompts", "points=[[5,6,0]]"], "needs a point with label 1, a box, a mask or text"),
         (["mode=prompts", "boxes=[[50,10,20,40]]"], r"box is \[50, 10, 20, 40\]; must have x1 < x2"),
         (["mode=prompts", "boxes=[[0,0,200,40]]"], "lie in the picture of 160 x 120 px"),
         (["mode=prompts", "boxes=[[0,0,9]]"], r"box is \[0, 0, 9\]; must be"),
@@ -531,7 +531,7 @@ def test_best_checkpoint_of_training_predicts_the_same_in_an_untouched_sam2(fold
         (["mode=prompts", "prompts_file=missing.json"], "prompts file missing.json does not exist"),
         (["mode=prompts", "prompts_file=text.jpg"], "is not valid json"),
         (["mode=prompts", "prompts_file=other.json"], "names the picture other.png, which is not in photo.png"),
-        (["mode=prompts", "prompts_file=typo.json"], "must have points, box or mask and nothing else"),
+        (["mode=prompts", "prompts_file=typo.json"], "must have points, box, mask or text and nothing else"),
         (["mode=prompts", "prompts_file=typo.json", "mask=region.png"], "put all prompts in the json file"),
     ],
 )
