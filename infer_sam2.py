@@ -176,6 +176,7 @@ class ObjectPrompt:
     point_labels: np.ndarray  # int32 (P,), 1 object, 0 not, 2 and 3 the corners of a box, -1 no point
     mask: np.ndarray | None  # bool (H, W)
     text: str | None = None
+    text_token: torch.Tensor | None = None  # (C,), what the text is to the decoder
 
 
 def infer(config: dict, run_dir: Path) -> list[str]:
@@ -241,7 +242,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
             rng = sample_rng(settings.common.seed, image_index)
             objects = objects_in_region(region, orig_hw, settings.num_points, rng)
         elif settings.mode == "prompts":
-            objects = [parse_object(prompt, orig_hw) for prompt in objects_of[file_name(picture)]]
+            objects = [parse_object(prompt, orig_hw, text_tokens) for prompt in objects_of[file_name(picture)]]
         return images.scale_to_8_bits(image_unscaled), objects, images.remark_on_values(image_unscaled)
 
     with (
@@ -268,9 +269,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
                 if settings.mode == "automatic":
                     generated = mask_generation.generate_masks(model, image_rgb, automatic, class_filter=class_filter)
                 else:
-                    generated = segment_objects(
-                        model, image_rgb, objects, automatic, plan, picture, class_head, text_tokens
-                    )
+                    generated = segment_objects(model, image_rgb, objects, automatic, plan, picture, class_head)
             is_apart = class_head is not None and not settings.nms_across_classes
             label_map, ids = mask_generation.stitch_masks(
                 [annotation["segmentation"] for annotation in generated.annotations],
@@ -525,12 +524,15 @@ def read_prompts(settings: Config, pictures: list[images.Picture]) -> dict[str, 
     return prompts
 
 
-def parse_object(prompt: dict, orig_hw: tuple[int, int]) -> ObjectPrompt:
+def parse_object(
+    prompt: dict, orig_hw: tuple[int, int], text_tokens: dict[str, torch.Tensor] | None = None
+) -> ObjectPrompt:
     """Check one object's prompts against its picture.
 
     Args:
         prompt: {"points": [[x, y, label], ...], "box": [x1, y1, x2, y2], "mask": file, "text": words}, at least one.
         orig_hw: size of the picture.
+        text_tokens: of all texts, from `embed_texts`; None: there is no text.
     Raises:
         ValueError: naming the value that is wrong.
     """
@@ -571,7 +573,8 @@ def parse_object(prompt: dict, orig_hw: tuple[int, int]) -> ObjectPrompt:
     if not {1, 2, -1} & set(point_labels) and mask is None and text is None:
         raise ValueError(f"an object's prompts are {prompt}; it needs a point with label 1, a box, a mask or text")
     point_coords = np.array(point_coords, np.float32).reshape(-1, 2)
-    return ObjectPrompt(point_coords, np.array(point_labels, np.int32), mask, text)
+    token = None if text is None else text_tokens[text]
+    return ObjectPrompt(point_coords, np.array(point_labels, np.int32), mask, text, token)
 
 
 def embed_texts(
@@ -627,7 +630,6 @@ def segment_objects(
     plan: CachePlan | None,
     picture: images.Picture,
     class_head: ClassHead | None,
-    text_tokens: dict[str, torch.Tensor],
 ) -> GeneratedMasks:
     """Predict one mask for each object: the best of three by predicted IoU for one point or words alone, else the only.
 
@@ -637,7 +639,6 @@ def segment_objects(
         plan: from `plan_cache`: the picture's entry is read, and made first if it is missing; None: no cache.
         picture: the picture's file; a page of a file of several has no entry.
         class_head: gives each mask its class; None: they have none.
-        text_tokens: of the objects' texts, from `embed_texts`.
     Returns:
         GeneratedMasks in the order of the objects, less empty masks; "prompt" is the object's number, from 0.
     """
@@ -663,7 +664,7 @@ def segment_objects(
         point_coords = torch.from_numpy(np.stack([objects[i].point_coords for i in batch]))  # (O, P, 2)
         point_labels = torch.from_numpy(np.stack([objects[i].point_labels for i in batch]))  # (O, P)
         masks = [objects[i].mask for i in batch if objects[i].mask is not None]
-        tokens = [text_tokens[objects[i].text] for i in batch if objects[i].text is not None]
+        text_tokens = [objects[i].text_token for i in batch if objects[i].text is not None]
         low_res_masks, iou_predictions, _, mask_tokens = models.decode(
             model,
             embeddings,
@@ -671,8 +672,8 @@ def segment_objects(
             point_coords=models.scale_points(point_coords.to(model.device), orig_hw, model.image_size),
             point_labels=point_labels.to(model.device),
             mask_inputs=mask_logits(masks, model) if masks else None,
-            multimask_output=point_labels.shape[1] + bool(tokens) == 1 and not masks,
-            text_tokens=torch.stack(tokens) if tokens else None,
+            multimask_output=point_labels.shape[1] + bool(text_tokens) == 1 and not masks,
+            text_tokens=torch.stack(text_tokens) if text_tokens else None,
         )  # (O, M, h, w), (O, M), (O, M, C)
         predicted_ious, best = iou_predictions.float().max(1)
         best_masks = low_res_masks[torch.arange(len(batch), device=best.device), best].float()  # (O, h, w)

@@ -303,10 +303,10 @@ def test_the_next_picture_is_read_while_one_is_segmented(folder, tmp_path, monke
         was_read[path.stem].set()
         return real_read(path, page)
 
-    def segment(model, image_rgb, objects, automatic, plan, picture, class_head, text_tokens):
+    def segment(model, image_rgb, objects, automatic, plan, picture, class_head):
         following = {"a": "b", "b": "c"}.get(picture.path.stem)
         assert following is None or was_read[following].wait(10), following
-        return real_segment(model, image_rgb, objects, automatic, plan, picture, class_head, text_tokens)
+        return real_segment(model, image_rgb, objects, automatic, plan, picture, class_head)
 
     monkeypatch.setattr(infer_sam2.images, "read_image_unscaled", read)
     monkeypatch.setattr(infer_sam2, "segment_objects", segment)
