@@ -3,10 +3,10 @@
     python -m benchmarks.words runs/ --seeds 3
 
 The embedding is the stand-in text_encoder=named_shapes, in which crops and words agree by construction: this measures
-the way from an embedding to a mask, not CLIP. The nano trains on crops of 24 kinds of objects; words appear in no
-training. The last weights are measured on 80 test pictures, which choose nothing; each has an object of the six kinds
+the way from an embedding to a mask, not CLIP. The nano trains on crops of 12 kinds of objects; words appear in no
+training. The last weights are measured on 80 test pictures, which choose nothing; each has an object of the four kinds
 that no training or validation picture shows, one that shares its colour and one that shares its shape. Prints mean IoU,
-mean and standard deviation over seeds, for objects of the six kinds and for the others:
+mean and standard deviation over seeds, for objects of the four kinds and for the others:
 
     right words         the object's name, no click
     no text             the zero embedding in their place
@@ -37,7 +37,7 @@ from utils.sam2 import embedding_cache, evaluation, prompts, words
 from utils.sam2 import model as models
 from utils.samples.named_shapes import HELD_OUT
 
-STEPS = 500
+STEPS = 450
 SETTINGS = [
     "prompts=text", "text_encoder=named_shapes", "data=named_shapes", "model.image_size=128", "loss=balanced",
     "train.trainable=[prompt_encoder,mask_decoder,image_encoder]", "loss.click_similarity=0", "prompts.text.lr=1e-2",

@@ -69,7 +69,7 @@ def test_crops_and_words_agree_on_all_kinds_of_objects():
     assert encoder.embed_crops(grey).norm() == 0 and encoder.embed_crops(grey[:0]).shape == (0, encoder.size)
 
 
-def test_generated_pictures_make_both_words_count_and_keep_six_kinds_for_the_test(tmp_path, monkeypatch):
+def test_generated_pictures_make_both_words_count_and_keep_four_kinds_for_the_test(tmp_path, monkeypatch):
     monkeypatch.setattr(named_shapes, "NUM_PICTURES", {"train": 3, "val": 2, "test": 3})
     named_shapes.write_named_shapes(tmp_path / "shapes")
     assert {name.split()[0] for name in HELD_OUT} == set(named_shapes.COLORS)
@@ -154,7 +154,7 @@ def test_token_is_one_more_prompt_and_gets_gradient(is_fast):
         given = models.decode(model, embeddings, index, *others, None, count == 1, points[:, 0])
         for ours, theirs in zip(given, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    text_map = words.TextMap("named_shapes", 11, model.hidden_dim)
+    text_map = words.TextMap("named_shapes", words.NamedShapes.size, model.hidden_dim)
     tokens = text_map(words.NamedShapes().embed_words(["red circle", "blue star", "red star"]))
     masks, *_ = models.decode(model, embeddings, index, coords[:, :0], labels[:, :0], None, True, tokens)
     masks.square().mean().backward()
