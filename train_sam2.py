@@ -968,17 +968,20 @@ def make_class_head(
     return head.to(model.device)
 
 
-def make_words(
-    settings: Config, model: torch.nn.Module, device: torch.device, resume_path: Path | None
-) -> tuple[words.NamedShapes | words.OpenClip | None, words.TextMap | None]:
-    """Make what turns crops and words into prompt tokens, or (None, None): see `words.make_text_map`."""
-    if settings.text_encoder is None:
-        return None, None
-    encoder = ranks.after_first(functools.partial(words.build_encoder, settings.text_encoder, device))
+def make_text_map(
+    settings: Config,
+    encoder: words.NamedShapes | words.OpenClip | None,
+    model: torch.nn.Module,
+    resume_path: Path | None,
+) -> words.TextMap | None:
+    """Make what turns embeddings of crops and words into prompt tokens, or None: see `words.make_text_map`."""
+    if encoder is None:
+        return None
     num_channels = model.sam_mask_decoder.transformer_dim
     earlier = settings.model["checkpoint"] if resume_path is None else str(resume_path)
     is_trained = settings.train.steps > 0
-    return encoder, words.make_text_map(encoder, num_channels, settings.common.seed, earlier, is_trained).to(device)
+    text_map = words.make_text_map(encoder, num_channels, settings.common.seed, earlier, is_trained)
+    return text_map.to(model.device)
 
 
 def choose_automatic(settings: Config, is_end: bool) -> AutomaticSettings | None:
@@ -1082,6 +1085,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     device, precision = run.set_up_device(common.device, common.precision)
     ranks.own_size("train.batch_size", train_settings.batch_size)  # raises before anything takes time
     run.seed_everything(common.seed)
+    has_words = settings.text_encoder is not None and settings.check is not True
+    build = functools.partial(words.build_encoder, settings.text_encoder, device)
+    text_encoder = ranks.after_first(build) if has_words else None
 
     # data: list, check, leave out what cannot be used
     splits, counts = data or ranks.from_first(functools.partial(list_data, settings, run_dir, resume_path))
@@ -1106,7 +1112,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
         f"{device}, {precision}; loss: {sections.describe_terms(settings.loss.terms)}"
     )
     class_head = make_class_head(settings, counts, model, resume_path)
-    text_encoder, text_map = make_words(settings, model, device, resume_path)
+    text_map = make_text_map(settings, text_encoder, model, resume_path)
     heads = {"class_head": class_head, "text_map": text_map}
     beside = {name: module for name, module in heads.items() if module is not None}
     groups = parameter_groups(trainable, optim_settings)

@@ -133,9 +133,10 @@ class OpenClip:
             listed = ", ".join(first_few(near or open_clip.list_models(), 20))
             raise ValueError(f"text_encoder is {name}; must be {NAMED_SHAPES} or a model of open_clip: {listed}")
         tags = open_clip.list_pretrained_tags_by_model(model_name)
-        tag = tag or (tags[0] if tags else "none")
+        tag = tag or (tags[0] if tags else "")
         if tag not in (*tags, "none"):
-            raise ValueError(f"text_encoder is {name}; weights of {model_name} are {', '.join([*tags, 'none'])}")
+            listed = ", ".join([*tags, "none (random)"])
+            raise ValueError(f"text_encoder is {name}; give one of its weights, {model_name}/<tag>: {listed}")
         self.name, weights = f"{model_name}/{tag}", None if tag == "none" else tag
         try:
             with torch.random.fork_rng(devices=[]):  # random weights are the same in every run, and draw nothing of it
