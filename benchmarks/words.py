@@ -16,7 +16,7 @@ mean and standard deviation over seeds, for objects of the four kinds and for th
     point and words     the same click beside the name
     point, wrong words  the same click beside the name of the next object in the picture
 
-and the last rows again where the right words alone give a mask that overlaps another object more than theirs.
+and all rows again where the right words alone give a mask that overlaps another object more than theirs, or none.
 """
 
 import argparse
