@@ -7,6 +7,7 @@
     python infer_sam2.py input=photo.jpg mode=region region=region.png           # 30 random points inside a mask
     python infer_sam2.py input=photo.jpg mode=prompts 'points=[[420,310,1],[80,40,0]]'
     python infer_sam2.py input=photo.jpg mode=prompts 'boxes=[[300,200,560,430],[10,20,90,80]]'
+    python infer_sam2.py input=photo.jpg mode=prompts text='a wheel' checkpoint=best.pt  # trained with prompts=text
     python infer_sam2.py input=photos/ mode=prompts prompts_file=prompts.json
     python infer_sam2.py input=photos/ mode=prompts prompts_file=more.json cache=auto   # encode each picture once
     python infer_sam2.py input=photos/ fast_decoder=false                        # sam2's own decoder, slower on a CPU
@@ -22,7 +23,7 @@
 Modes, each with the keys of its own:
     automatic   a grid of points; automatic.*
     region      random points inside region=<mask>
-    prompts     points=, boxes=, mask= or prompts_file=
+    prompts     points=, boxes=, mask=, text= or prompts_file=
     benchmark   clicks, boxes, proposals, edges, groups on data=<dataset>; benchmark.*, split
     label       masks of a grid, as a dataset to correct and train on; labels=, label.*
     audit       results=[a,b]: masks before and after a person's corrections
@@ -30,8 +31,8 @@ Modes, each with the keys of its own:
     export      image encoder and prompt decoder as ONNX files (pip install onnx onnxruntime)
 
 Inputs: pictures (8 or 16 bit), and a checkpoint: our best.pt, an official SAM 2 file, or nothing for the bundled one.
-prompts.json is a list of objects, each with at least one positive point, a box or a mask of the picture's size
-    [{"points": [[x, y, label], ...], "box": [x1, y1, x2, y2], "mask": "file.png"}, ...]
+prompts.json is a list of objects, each with a positive point, a box, a mask of the picture's size, or words (text)
+    [{"points": [[x, y, label], ...], "box": [x1, y1, x2, y2], "mask": "file.png", "text": "a wheel"}, ...]
 or, with prompts of its own for each picture of a folder, {"<file name>": [objects], ...}: other pictures are left out.
 Points and boxes are px of the picture, (0, 0) is the top left pixel's centre; label 1 is the object, 0 is not.
 Each mask names its prompt: "prompt" counts the objects of the list, or the boxes, or the points of a region, from 0;
@@ -100,7 +101,7 @@ from utils.instances import writers
 from utils.listing import first_few, read_json
 from utils.log import finish_run, start_run, write_json
 from utils.run import autocast, now_s, read_ahead, sample_rng, seed_everything, set_up_device
-from utils.sam2 import benchmark, compare, embedding_cache, export, label, mask_generation
+from utils.sam2 import benchmark, compare, embedding_cache, export, label, mask_generation, words
 from utils.sam2 import model as models
 from utils.sam2.benchmark import BenchmarkSettings
 from utils.sam2.class_head import ClassHead, load_class_head
@@ -128,7 +129,8 @@ LOADING = (*FOLDER, "benchmark", "export")  # a model
 MODES_OF_KEY = {  # which modes use a key that not all of them use
     "input": FOLDER, "labels": ("label",), "label.val_fraction": ("label",),
     "region": ("region",), "num_points": ("region",), "points": ("prompts",),
-    "boxes": ("prompts",), "mask": ("prompts",), "prompts_file": ("prompts",), "data": ("benchmark",),
+    "boxes": ("prompts",), "mask": ("prompts",), "text": ("prompts",), "prompts_file": ("prompts",),
+    "data": ("benchmark",),
     "split": ("benchmark",), "results": ("compare", "audit"), "checkpoint": LOADING, "model": LOADING,
     "keep_classes": GRID, "min_class_prob": GRID, "nms_across_classes": GRID,
     "image_size": LOADING, "max_overlap": FOLDER,
@@ -136,7 +138,7 @@ MODES_OF_KEY = {  # which modes use a key that not all of them use
     **{f"benchmark.{field.name}": ("benchmark",) for field in fields(BenchmarkSettings)},
     **{f"automatic.{field.name}": FOLDER for field in fields(AutomaticSettings)},
 }  # fmt: skip
-PROMPTS = ("region", "points", "boxes", "mask", "prompts_file")  # keys that say what to look for
+PROMPTS = ("region", "points", "boxes", "mask", "text", "prompts_file")  # keys that say what to look for
 MASK_LOGIT = 10.0  # a mask prompt's pixels are +10 inside and -10 outside, as in SAM 2's training
 
 
@@ -172,6 +174,7 @@ class Config:
     fast_decoder: DecoderSetting
     write: Annotated[list[str], some_of(*writers.WRITERS)] = field(default_factory=list)  # further formats
     outline_tolerance_px: Annotated[float, at_least(0), FINITE] = 1.0  # of polygons
+    text: str | None = None  # mode=prompts: words for one object, with a checkpoint of prompts=text
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,8 @@ class ObjectPrompt:
     point_coords: np.ndarray  # float32 (P, 2), (x, y); a box is two points, its corners, put first
     point_labels: np.ndarray  # int32 (P,), 1 object, 0 not, 2 and 3 the corners of a box, -1 no point
     mask: np.ndarray | None  # bool (H, W)
+    text: str | None = None
+    text_token: torch.Tensor | None = None  # (C,), what the text is to the decoder
 
 
 def infer(config: dict, run_dir: Path) -> list[str]:
@@ -225,6 +230,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     device, precision = set_up_device(settings.common.device, settings.common.precision)
     model, model_config, automatic = load_model(settings, device)
     class_head = load_class_head(model_config["checkpoint"], device)
+    text_tokens = embed_texts(objects_of, model_config["checkpoint"], device)
     class_filter = choose_classes(settings, class_head)
     class_names = [] if class_head is None else class_head.names
     cached = [(picture.path, False) for picture in pictures if picture.page is None]  # none is mirrored
@@ -249,7 +255,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
             rng = sample_rng(settings.common.seed, image_index)
             objects = objects_in_region(region, orig_hw, settings.num_points, rng)
         elif settings.mode == "prompts":
-            objects = [parse_object(prompt, orig_hw) for prompt in objects_of[file_name(picture)]]
+            objects = [parse_object(prompt, orig_hw, text_tokens) for prompt in objects_of[file_name(picture)]]
         return images.scale_to_8_bits(image_unscaled), objects, images.remark_on_values(image_unscaled)
 
     with (
@@ -437,6 +443,8 @@ def export_onnx(config: dict, settings: Config, run_dir: Path) -> None:
 def check_mode(settings: Config) -> None:
     """Refuse a mode without its input, and input that the mode would not use."""
     given = list_given(settings)
+    if settings.text is not None and not settings.text.strip():
+        raise ValueError("text= is empty; say what to look for, such as text='a wheel', or leave it out")
     sections.check_modes(given, MODES_OF_KEY, settings.mode)
     if settings.common.resume is not None and settings.mode != "benchmark":
         raise ValueError(
@@ -459,7 +467,7 @@ def check_mode(settings: Config) -> None:
     if settings.mode == "region" and not given:
         raise ValueError("mode=region needs region=<mask file of the picture's size>")
     if settings.mode == "prompts" and not given:
-        raise ValueError("mode=prompts needs points=, boxes=, mask= or prompts_file=")
+        raise ValueError("mode=prompts needs points=, boxes=, mask=, text= or prompts_file=")
     if "prompts_file" in given and len(given) > 1:
         raise ValueError(f"prompts_file= is given together with {given[0]}=; put all prompts in the json file")
 
@@ -571,16 +579,16 @@ def read_prompts(settings: Config, pictures: list[images.Picture]) -> dict[str, 
     """Collect the prompts from the command line or the json file.
 
     Returns:
-        {picture's `file_name`: [{"points": ..., "box": ..., "mask": ...}, ...]}, values not checked yet.
+        {picture's `file_name`: [{"points": ..., "box": ..., "mask": ..., "text": ...}, ...]}, values not checked yet.
     """
     names = [file_name(picture) for picture in pictures]
     if not settings.prompts_file:
         boxes = settings.boxes or []
-        if len(boxes) > 1 and (settings.points or settings.mask):
+        if len(boxes) > 1 and (settings.points or settings.mask or settings.text):
             raise ValueError(
-                f"points= or mask= is given with {len(boxes)} boxes; say in a prompts_file= which belong together"
+                f"points=, mask= or text= is given with {len(boxes)} boxes; say in a prompts_file= which is whose"
             )
-        shared = {key: getattr(settings, key) for key in ("points", "mask") if getattr(settings, key)}
+        shared = {key: getattr(settings, key) for key in ("points", "mask", "text") if getattr(settings, key)}
         return {name: [shared | {"box": box} for box in boxes] or [shared] for name in names}
     path = Path(settings.prompts_file)
     if not path.is_file():
@@ -599,18 +607,21 @@ def read_prompts(settings: Config, pictures: list[images.Picture]) -> dict[str, 
     return prompts
 
 
-def parse_object(prompt: dict, orig_hw: tuple[int, int]) -> ObjectPrompt:
+def parse_object(
+    prompt: dict, orig_hw: tuple[int, int], text_tokens: dict[str, torch.Tensor] | None = None
+) -> ObjectPrompt:
     """Check one object's prompts against its picture.
 
     Args:
-        prompt: {"points": [[x, y, label], ...], "box": [x1, y1, x2, y2], "mask": file}, at least one of them.
+        prompt: {"points": [[x, y, label], ...], "box": [x1, y1, x2, y2], "mask": file, "text": words}, at least one.
         orig_hw: size of the picture.
+        text_tokens: of all texts, from `embed_texts`; None: there is no text.
     Raises:
         ValueError: naming the value that is wrong.
     """
     height, width = orig_hw
-    if not isinstance(prompt, dict) or not set(prompt) <= {"points", "box", "mask"}:
-        raise ValueError(f"an object's prompts are {prompt}; must have points, box or mask and nothing else")
+    if not isinstance(prompt, dict) or not set(prompt) <= {"points", "box", "mask", "text"}:
+        raise ValueError(f"an object's prompts are {prompt}; must have points, box, mask or text and nothing else")
     point_coords, point_labels = [], []
     if prompt.get("box") is not None:
         box = prompt["box"]
@@ -639,9 +650,40 @@ def parse_object(prompt: dict, orig_hw: tuple[int, int]) -> ObjectPrompt:
         check_mask(mask, orig_hw, f"mask {mask_path}")
         if not point_coords:  # SAM 2 is trained with one "no point" beside a mask
             point_coords, point_labels = [[0, 0]], [-1]
-    if not {1, 2, -1} & set(point_labels) and mask is None:
-        raise ValueError(f"an object's prompts are {prompt}; it needs a point with label 1, a box or a mask")
-    return ObjectPrompt(np.array(point_coords, np.float32), np.array(point_labels, np.int32), mask)
+    text = prompt.get("text")
+    if not isinstance(text, str | None) or (text is not None and not text.strip()):
+        raise ValueError(f"an object's text is {text!r}; must be words, such as 'a wheel'")
+    if not {1, 2, -1} & set(point_labels) and mask is None and text is None:
+        raise ValueError(f"an object's prompts are {prompt}; it needs a point with label 1, a box, a mask or text")
+    point_coords = np.array(point_coords, np.float32).reshape(-1, 2)
+    token = None if text is None else text_tokens[text]
+    return ObjectPrompt(point_coords, np.array(point_labels, np.int32), mask, text, token)
+
+
+def embed_texts(
+    objects_of: dict[str, list[dict]], checkpoint: str | None, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Make the prompt tokens of all texts: {text: float32 (C,)}.
+
+    Args:
+        objects_of: from `read_prompts`.
+        checkpoint: whose text map is used.
+    Raises:
+        ValueError: for texts without a text map; as `build_encoder` and its embed_words.
+    """
+    prompts = [prompt for objects in objects_of.values() for prompt in objects if isinstance(prompt, dict)]
+    texts = sorted({prompt["text"] for prompt in prompts if isinstance(prompt.get("text"), str)} - {""})
+    if not texts:
+        return {}
+    text_map = words.load_text_map(checkpoint, device)
+    if text_map is None:
+        raise ValueError(
+            f"text is {texts[0]!r}, but checkpoint {checkpoint} has no text map; "
+            "train_sam2.py prompts=text text_encoder=<a model of open_clip> makes one"
+        )
+    embeddings = words.build_encoder(text_map.encoder_name, device).embed_words(texts).to(device)
+    with torch.inference_mode():
+        return dict(zip(texts, text_map(embeddings), strict=True))
 
 
 def check_mask(mask: np.ndarray, orig_hw: tuple[int, int], name: str) -> None:
@@ -672,7 +714,7 @@ def segment_objects(
     picture: images.Picture,
     class_head: ClassHead | None,
 ) -> GeneratedMasks:
-    """Predict one mask for each object: the best of three by predicted IoU for a single point, else the only one.
+    """Predict one mask for each object: the best of three by predicted IoU for one point or words alone, else the only.
 
     Args:
         image_rgb: uint8 (H, W, 3).
@@ -694,9 +736,10 @@ def segment_objects(
         encoder_input = embedding_cache.read_entry(plan.entries[key])
     embeddings = embedding_cache.embed(model, encoder_input)
     encoded = now_s(model.device)
-    groups = {}  # one decode call holds objects with as many points, and all or none with a mask
+    groups = {}  # one decode call holds objects with as many points, and all or none with a mask, and with words
     for index, prompt in enumerate(objects):
-        groups.setdefault((len(prompt.point_labels), prompt.mask is not None), []).append(index)
+        kind = len(prompt.point_labels), prompt.mask is not None, prompt.text is not None
+        groups.setdefault(kind, []).append(index)
     size = automatic.points_per_batch
     batches = [indices[i : i + size] for indices in groups.values() for i in range(0, len(indices), size)]
     annotations = {}
@@ -704,6 +747,7 @@ def segment_objects(
         point_coords = torch.from_numpy(np.stack([objects[i].point_coords for i in batch]))  # (O, P, 2)
         point_labels = torch.from_numpy(np.stack([objects[i].point_labels for i in batch]))  # (O, P)
         masks = [objects[i].mask for i in batch if objects[i].mask is not None]
+        text_tokens = [objects[i].text_token for i in batch if objects[i].text is not None]
         low_res_masks, iou_predictions, _, mask_tokens = models.decode(
             model,
             embeddings,
@@ -711,7 +755,8 @@ def segment_objects(
             point_coords=models.scale_points(point_coords.to(model.device), orig_hw, model.image_size),
             point_labels=point_labels.to(model.device),
             mask_inputs=mask_logits(masks, model) if masks else None,
-            multimask_output=point_labels.shape[1] == 1 and not masks,
+            multimask_output=point_labels.shape[1] + bool(text_tokens) == 1 and not masks,
+            text_tokens=torch.stack(text_tokens) if text_tokens else None,
         )  # (O, M, h, w), (O, M), (O, M, C)
         predicted_ious, best = iou_predictions.float().max(1)
         best_masks = low_res_masks[torch.arange(len(batch), device=best.device), best].float()  # (O, h, w)
@@ -730,7 +775,9 @@ def segment_objects(
             described = class_head.describe(*class_head.classify(best_tokens))
             annotated = [annotation | named for annotation, named in zip(annotated, described, strict=True)]
         annotations |= dict(zip(batch, annotated, strict=True))
-    filled = [annotations[i] | {"prompt": i} for i in range(len(objects)) if annotations[i]["area"] > 0]
+    for i, prompt in enumerate(objects):
+        annotations[i] |= {"prompt": i} | ({} if prompt.text is None else {"text": prompt.text})
+    filled = [annotations[i] for i in range(len(objects)) if annotations[i]["area"] > 0]
     empty = tuple(i for i in range(len(objects)) if annotations[i]["area"] == 0)
     if empty:
         numbers = ", ".join(first_few([str(i) for i in empty], 10))

@@ -6,6 +6,7 @@
     python train_sam2.py check=fit model=sam2.1_hiera_large ...    # does it fit the memory, how fast is it
     python train_sam2.py cache=auto model=sam2.1_hiera_small ...   # encode each picture once, for all runs to come
     python train_sam2.py classes=auto data=coco data.root=/my/coco # masks with the dataset's classes
+    python train_sam2.py prompts=text text_encoder=ViT-B-32/openai data=coco ...   # masks from words (open_clip)
     python train_sam2.py fast_decoder=false                        # sam2's own decoder, slower on a CPU
     python train_sam2.py train.steps=0 model.checkpoint=best.pt    # evaluate and stop
     python train_sam2.py resume=outputs/train_sam2/<run>           # continue a killed run, exactly
@@ -21,6 +22,8 @@ Metrics, each a mean over all validation objects, at their picture's own size, o
     val/iou_box              the object's exact box
     val/class_accuracy_1_click  with classes: share of objects whose class is the likeliest name of their 1-click mask
     val/mask_ap              with classes: COCO's average precision of automatic masks, mean over the classes
+    val/iou_crop             with prompts=text: the embedding of the object's own crop, no click
+    val/iou_words            the same from its class name, over objects that are their class's only one in a picture
     general/iou_1_click ...  the same on general_data=<a file of data>, so that forgetting is seen
     train/loss, train/iou    running means over training steps (bias-corrected, 0.99)
 Sources: Ravi et al. 2024 (SAM 2) for prompts and losses; Kirillov et al. 2023 (SAM), appendix A and D.
@@ -38,6 +41,7 @@ if __name__ == "__main__":
 import copy
 import functools
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -61,7 +65,7 @@ from utils.checkpoint import config_to_resume, load_checkpoint, save_checkpoint
 from utils.dataset_check import CheckReport
 from utils.images import id_colors, read_image
 from utils.instances.check import check_data
-from utils.instances.readers import Instances, Item, check_same_size, list_items
+from utils.instances.readers import Instances, Item, check_same_size, class_name, list_items
 from utils.listing import first_few
 from utils.log import (
     MetricsLog,
@@ -74,7 +78,7 @@ from utils.log import (
     write_pictures,
 )
 from utils.sam2 import class_head as class_heads
-from utils.sam2 import class_metrics, embedding_cache, evaluation, losses, mask_generation, prompts
+from utils.sam2 import class_metrics, embedding_cache, evaluation, losses, mask_generation, prompts, words
 from utils.sam2 import model as models
 from utils.sam2.class_head import ClassHead, ClassSettings
 from utils.sam2.fast_decoder import DecoderSetting, fix_decoder
@@ -90,18 +94,15 @@ TERMS = {  # losses of a mask's shape, summed in this order: logits and truth (O
 }
 OF_OBJECTS = (  # what a batch has of each of its objects
     "masks", "point_coords", "point_labels", "num_points", "num_rounds", "is_click", "is_truth_click", "uniform",
-    "image_index", "class_targets",
+    "image_index", "class_targets", "has_text", "text_embeddings",
 )  # fmt: skip
-READ_ON_CPU = (
-    "image_index",
-    "num_points",
-    "num_rounds",
-    "is_click",
-    "background_index",
-)  # what a batch says of the work to do
+READ_ON_CPU = (  # what a batch says of the work to do
+    "image_index", "num_points", "num_rounds", "is_click", "background_index", "has_text",
+)  # fmt: skip
 HIERA_SIZES = ("tiny", "small", "base_plus", "large")
 CONFIGS = run.REPOSITORY / "configs" / "sam2"
 CLASS_ACCURACY = "val/class_accuracy_1_click"
+CROP_IOU = "val/iou_crop"
 BLEND_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the weights at the end
 
 
@@ -135,7 +136,7 @@ class TrainSettings:
     eval_automatic: Annotated[str, one_of("ends", "never", "always")] = "ends"
 
     def __post_init__(self):
-        names = [*metric_names(self.eval_clicks), CLASS_ACCURACY]
+        names = [*metric_names(self.eval_clicks), CLASS_ACCURACY, CROP_IOU]
         check_value(self.select_by, Annotated[str, one_of(*names)], "train.select_by")
 
 
@@ -168,6 +169,7 @@ class PromptSettings:
     # rounds without a new click: one last, one at a random place before
     mask_only_rounds: Annotated[int, one_of(0, 1, 2)]
     detach: bool  # no gradient through the logits that are fed back
+    text: words.TextSettings | None = None  # None: no object starts with words
 
     def __post_init__(self):
         fewest, most = self.min_corrections, self.max_corrections
@@ -226,6 +228,7 @@ class Config:
     picture_attributes: str | None = None  # check=true: a csv for dataset.json
     classes: class_heads.Choice = None  # names, "auto": those of the training objects, or None: masks alone
     class_head: ClassSettings = field(default_factory=ClassSettings)
+    text_encoder: str | None = None  # named_shapes, or a model of open_clip, with prompts=text
 
     def __post_init__(self):
         if self.train.blend and self.general_data is None:
@@ -236,6 +239,14 @@ class Config:
             )
         if self.classes is None and self.train.select_by == CLASS_ACCURACY:
             raise ValueError(f"train.select_by is {CLASS_ACCURACY}, which a run without classes does not measure")
+        if (self.text_encoder is None) != (self.prompts.text is None):
+            given = "prompts=text" if self.text_encoder is None else f"text_encoder={self.text_encoder}"
+            other = (
+                "text_encoder=<a model of open_clip, or named_shapes>" if self.text_encoder is None else "prompts=text"
+            )
+            raise ValueError(f"{given} is given alone; masks from words need {other}, too")
+        if self.text_encoder is None and self.train.select_by == CROP_IOU:
+            raise ValueError(f"train.select_by is {CROP_IOU}, which a run without prompts=text does not measure")
         check_keys(functools.partial(models.build_sam2, device="cpu"), self.model, "model")
 
 
@@ -295,7 +306,9 @@ class PromptedMasks(Dataset):
         entries: dict[tuple[Path, bool], Path] | None = None,  # see read_picture
         class_names: list[str] | None = None,  # None: masks alone
         background_clicks: int = 0,
+        crop_side: int = 0,  # px, of the crops that words learn from
     ):
+        self.crop_side = crop_side
         self.class_names, self.background_clicks = class_names, background_clicks
         self.items, self.seed, self.image_size, self.entries = items, seed, image_size, entries
         self.objects_per_image, self.min_area_px = objects_per_image, data_settings.min_area_px
@@ -310,7 +323,8 @@ class PromptedMasks(Dataset):
             padding; num_points int64 (N,): 2 or 1; num_rounds int64 (N,): 1 to R + 1; is_click bool (N, R),
             is_truth_click bool (N, R), uniform float (N, R) in [0, 1): the rounds' draws; name: the picture's file.
             With classes: class_targets int64 (N,), see `class_targets`, and background_coords float (K, 2), clicks on
-            what is no object.
+            what is no object. With words: has_text bool (N,), objects that start without points, and their crops uint8
+            (N, 3, s, s).
         """
         item_number = run.shuffled_item(self.seed, sample_index, len(self.items))
         item = self.items[item_number]
@@ -382,6 +396,12 @@ class PromptedMasks(Dataset):
             background = torch.from_numpy(clicks)
             sample["class_targets"] = torch.tensor(targets)
             sample["background_coords"] = models.scale_points(background, (height, width), side)
+        if self.prompt_settings.text is not None:  # of the picture in its own colours, read again: a cache has none
+            image_rgb = read_image(item.image_path)[:, :: -1 if is_mirrored else 1]
+            own_masks = [layers[layer] == object_id for layer, object_id in (objects[number] for number in chosen)]
+            has_text, crops = words.draw_crops(image_rgb, own_masks, self.prompt_settings.text, self.crop_side, rng)
+            sample |= {"has_text": has_text, "crops": crops}
+            sample["num_points"] = torch.where(has_text, 0, sample["num_points"])
         return sample
 
 
@@ -499,6 +519,7 @@ def prompted_losses(
     objects_per_forward: int | None = None,
     precision: str = "fp32",
     class_head: ClassHead | None = None,
+    text_map: words.TextMap | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Prompt the objects of a batch, correct their masks round by round, and give the loss as it comes.
 
@@ -512,6 +533,7 @@ def prompted_losses(
         loss_size: side of the square on which the loss is computed, pixels.
         objects_per_forward: objects that are decoded together, at most; None: all.
         class_head: learns the classes of batch["class_targets"]; None: masks alone.
+        text_map: makes tokens of batch["text_embeddings"], for objects in batch["has_text"]; None: no words.
     Yields:
         chosen int64 (O',), loss (O',), iou (O',) of some objects in one round or in several: what they add to their
         object's means over its rounds; the IoU, without gradient, is that of the mask of highest predicted IoU.
@@ -522,7 +544,7 @@ def prompted_losses(
     for first in range(0, num_objects, group_size):
         group = {name: tensor[first : first + group_size] for name, tensor in of_objects.items()}
         parts = _prompt_group(
-            model, embeddings, group, prompt_settings, loss_settings, loss_size, precision, class_head
+            model, embeddings, group, prompt_settings, loss_settings, loss_size, precision, class_head, text_map
         )
         if prompt_settings.detach:
             yield from ((first + chosen, *losses_and_ious) for chosen, *losses_and_ious in parts)
@@ -540,6 +562,7 @@ def _prompt_group(
     loss_size: int,
     precision: str,
     class_head: ClassHead | None,
+    text_map: words.TextMap | None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Prompt a group of objects: `prompted_losses`, where all objects are decoded together."""
     masks, image_index, num_rounds = group["masks"], group["image_index"], group["num_rounds"]  # (G, S, S), (G,), (G,)
@@ -548,6 +571,7 @@ def _prompt_group(
     point_coords = torch.nn.functional.pad(group["point_coords"], (0, 0, 0, num_corrections))  # (G, 2 + R, 2)
     point_labels = torch.nn.functional.pad(group["point_labels"], (0, num_corrections), value=-1)  # (G, 2 + R)
     num_points = group["num_points"].clone()  # (G,)
+    has_text = torch.zeros_like(num_points) if text_map is None else group["has_text"].long()  # (G,)
     mask_inputs = masks.new_zeros((num_objects, 1, model.image_size // 4, model.image_size // 4), dtype=torch.float32)
     if loss_settings.click_similarity > 0:
         clicked = (num_points == 1).nonzero().squeeze(1)  # not the boxes
@@ -562,15 +586,19 @@ def _prompt_group(
         yield on_device, loss_settings.click_similarity * similarity_loss, torch.zeros_like(similarity_loss)
 
     for round_number in range(int(num_rounds.max())):
-        # objects with the same number of points go through the decoder together: padding points would move the logits
-        for count in num_points[num_rounds > round_number].unique().tolist():
-            chosen = ((num_points == count) & (num_rounds > round_number)).nonzero().squeeze(1)
+        # objects with the same number of points, and words or not, go through the decoder together: padding would move
+        # the logits
+        kinds = 2 * num_points + has_text
+        for kind in kinds[num_rounds > round_number].unique().tolist():
+            count, is_worded = divmod(kind, 2)
+            chosen = ((kinds == kind) & (num_rounds > round_number)).nonzero().squeeze(1)
             on_device = chosen.to(device, non_blocking=run.may_overlap(device))
             inputs = (
                 *(model, embeddings, image_index[chosen], point_coords[on_device, :count]),
                 *(point_labels[on_device, :count], mask_inputs[on_device] if round_number > 0 else None),
                 *(truth[on_device], loss_settings, masks[on_device]),
                 *(class_head, None if class_head is None else group["class_targets"][on_device]),
+                *(text_map, group["text_embeddings"][on_device] if is_worded else None),
             )
             with run.autocast(device, precision):
                 if prompt_settings.detach:
@@ -604,11 +632,13 @@ def _prompt_group(
 
 def _decode_round(
     model, embeddings, image_index, point_coords, point_labels, mask_inputs, truth, loss_settings, full_size_masks,
-    class_head, class_targets,
+    class_head, class_targets, text_map, text_embeddings,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Decode objects that have the same number of points: loss (O,), IoU (O,) of the chosen mask, and its logits."""
+    text_tokens = None if text_embeddings is None else text_map(text_embeddings)  # (O, C)
+    num_prompts = point_coords.shape[1] + (text_tokens is not None)
     low_res_masks, iou_predictions, object_score_logits, mask_tokens = models.decode(
-        model, embeddings, image_index, point_coords, point_labels, mask_inputs, point_coords.shape[1] == 1
+        model, embeddings, image_index, point_coords, point_labels, mask_inputs, num_prompts == 1, text_tokens
     )
     class_losses = None if class_head is None else class_head.loss(mask_tokens, class_targets)  # (O, M)
     object_loss, iou = mask_prediction_loss(
@@ -668,6 +698,8 @@ def evaluate(
     entries: dict[tuple[Path, bool], Path] | None = None,
     class_head: ClassHead | None = None,
     automatic: AutomaticSettings | None = None,
+    text_map: words.TextMap | None = None,
+    text_encoder: words.NamedShapes | words.OpenClip | None = None,
 ) -> dict[str, float]:
     """Measure a model on every object of the items, at each picture's own size.
 
@@ -680,9 +712,11 @@ def evaluate(
         entries: as for `read_picture`.
         class_head: whose answers are measured, for confusion.png and classes.csv too; None: masks alone.
         automatic: the grid of the automatic masks whose precision is measured by class; None: it is not.
+        text_map, text_encoder: what turns crops and class names into tokens; None: masks from words are not measured.
     Returns:
         {"val/iou_1_click": mean over objects, ...} for `metric_names`, and "val/num_images", "val/num_objects"; with
-        classes also val/class_accuracy_1_click, val/mask_ap and val/mask_ap_50.
+        classes also val/class_accuracy_1_click, val/mask_ap and val/mask_ap_50; with words val/iou_crop, and
+        val/iou_words where objects have names.
     """
 
     def read(item: Item) -> tuple[Instances, torch.Tensor | FrozenMaps]:
@@ -692,6 +726,7 @@ def evaluate(
     model.eval()
     names = metric_names(clicks)
     measured, drawn = [], []  # of each picture: IoUs of its objects, (metrics, O); what is drawn of it, or None
+    worded = []  # of each picture: IoUs of its objects from crops and from words, (2, O)
     answered, matched = [], []  # of each picture: the confusion matrices of its objects; the matches of its masks
     own = ranks.share(items)
     progress = tqdm(own, desc="evaluate", leave=False, disable=None)
@@ -715,6 +750,12 @@ def evaluate(
                 if is_pictured:
                     pictured += zip(clicked.first_points, clicked.first_masks, masks, strict=True)
             measured.append(torch.cat(of_groups, 1))
+            if text_map is not None:
+                worded.append(
+                    measure_words(
+                        model, embeddings, item, instances, objects, precision, threads, text_map, text_encoder
+                    )
+                )
             if class_head is not None:
                 targets = class_heads.class_targets(instances, objects, class_head.names)
                 answered.append(class_metrics.count_answers(targets, torch.cat(logits).cpu().numpy()))
@@ -742,7 +783,41 @@ def evaluate(
         of_classes = ranks.gather(answered), ranks.gather(matched)
         reported = class_metrics.report_classes(*of_classes, class_head.names, folder)
         means |= {f"val/{name}": value for name, value in reported.items()}
+    if text_map is not None:
+        from_crops, from_words = torch.cat(ranks.gather(worded), 1)
+        means[CROP_IOU] = from_crops.mean().item()
+        if not from_words.isnan().all():
+            means["val/iou_words"] = from_words.nanmean().item()
     return means | {"val/num_images": len(items), "val/num_objects": ious.shape[1]}
+
+
+def measure_words(
+    model, embeddings: Embeddings, item: Item, instances: Instances, objects, precision, threads, text_map, text_encoder
+) -> torch.Tensor:
+    """Measure masks of a picture's objects from crops and from class names: IoUs float32 (2, O).
+
+    Those of the second row are nan where an object has no name, or one that another object of the picture has.
+    """
+    image_rgb, ious = read_image(item.image_path), [torch.zeros(2, 0)]
+    said = instances.annotations
+    names = [class_name(said[object_id - 1]) if said else "" for _, object_id in objects]
+    counts = Counter(names)
+    for masks in evaluation.group_masks(instances.layers, objects, model.device):  # (O, H, W)
+        crops = [words.crop_object(image_rgb, m, words.VALIDATION_SCALE, False, text_encoder.crop_side) for m in masks]
+        own_names, names = names[: len(masks)], names[len(masks) :]
+        is_named = torch.tensor([name != "" and counts[name] == 1 for name in own_names])
+        rows = [text_encoder.embed_crops(torch.from_numpy(np.stack(crops)).to(model.device))]
+        if is_named.any():
+            rows.append(
+                text_encoder.embed_words([name or own_names[int(is_named.int().argmax())] for name in own_names])
+            )
+        of_rows = [
+            evaluation.measure_tokens(model, embeddings, masks, text_map(row.to(model.device)), precision, threads)
+            for row in rows
+        ]
+        of_rows[1:] = [torch.where(is_named, of_rows[-1], torch.nan)]
+        ious.append(torch.stack(of_rows))
+    return torch.cat(ious, 1)
 
 
 def draw_sample(
@@ -886,6 +961,22 @@ def make_class_head(
     return head.to(model.device)
 
 
+def make_text_map(
+    settings: Config,
+    encoder: words.NamedShapes | words.OpenClip | None,
+    model: torch.nn.Module,
+    resume_path: Path | None,
+) -> words.TextMap | None:
+    """Make what turns embeddings of crops and words into prompt tokens, or None: see `words.make_text_map`."""
+    if encoder is None:
+        return None
+    num_channels = model.sam_mask_decoder.transformer_dim
+    earlier = settings.model["checkpoint"] if resume_path is None else str(resume_path)
+    is_trained = settings.train.steps > 0
+    text_map = words.make_text_map(encoder, num_channels, settings.common.seed, earlier, is_trained)
+    return text_map.to(model.device)
+
+
 def choose_automatic(settings: Config, is_end: bool) -> AutomaticSettings | None:
     """Choose the grid of automatic masks for an evaluation, SAM 2's own without thresholds; None: none at this one.
 
@@ -987,6 +1078,9 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     device, precision = run.set_up_device(common.device, common.precision)
     ranks.own_size("train.batch_size", train_settings.batch_size)  # raises before anything takes time
     run.seed_everything(common.seed)
+    has_words = settings.text_encoder is not None and settings.check is not True
+    build = functools.partial(words.build_encoder, settings.text_encoder, device)
+    text_encoder = ranks.after_first(build) if has_words else None
 
     # data: list, check, leave out what cannot be used
     splits, counts = data or ranks.from_first(functools.partial(list_data, settings, run_dir, resume_path))
@@ -1011,11 +1105,14 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
         f"{device}, {precision}; loss: {sections.describe_terms(settings.loss.terms)}"
     )
     class_head = make_class_head(settings, counts, model, resume_path)
-    beside = {} if class_head is None else {"class_head": class_head}
+    text_map = make_text_map(settings, text_encoder, model, resume_path)
+    heads = {"class_head": class_head, "text_map": text_map}
+    beside = {name: module for name, module in heads.items() if module is not None}
     groups = parameter_groups(trainable, optim_settings)
-    head_parameters = [] if class_head is None else [*class_head.parameters()]
-    if class_head is not None:
-        groups.append({"params": head_parameters, "own_lr": settings.class_head.lr, "weight_decay": 0.0})
+    head_parameters = {name: [*module.parameters()] for name, module in beside.items()}
+    for name, parameters in head_parameters.items():
+        own_lr = settings.class_head.lr if name == "class_head" else settings.prompts.text.lr
+        groups.append({"params": parameters, "own_lr": own_lr, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=optim_settings.lr, betas=tuple(optim_settings.betas))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if train_settings.compile:
@@ -1029,7 +1126,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
         evaluate, model, min_area_px=settings.data.min_area_px, clicks=train_settings.eval_clicks, precision=precision,
         entries=entries,
     )  # fmt: skip
-    measure_own = functools.partial(measure, class_head=class_head)
+    measure_own = functools.partial(measure, class_head=class_head, text_map=text_map, text_encoder=text_encoder)
 
     is_resumed, state = resume_path is not None, (model, optimizer, scaler)
     loop = loops.resume_run(resume_path, run_dir, *state, beside) if is_resumed else loops.LoopState()
@@ -1037,6 +1134,8 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     description = {"script": "train_sam2", "config": config}
     if class_head is not None:
         description["classes"] = class_head.names
+    if text_map is not None:
+        description["text_encoder"] = text_map.encoder_name
     names = loops.split_names(splits)
     save = functools.partial(loops.save_run, run_dir, loop, *state, description, names, beside=beside)
     if train_settings.blend and not settings.check and ranks.is_first():
@@ -1048,7 +1147,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     class_names = None if class_head is None else class_head.names
     dataset = PromptedMasks(
         train_items, common.seed, model.image_size, objects_per_image, settings.data, settings.prompts, entries,
-        class_names, settings.class_head.background_clicks,
+        class_names, settings.class_head.background_clicks, 0 if text_encoder is None else text_encoder.crop_side,
     )  # fmt: skip
     images_per_step = train_settings.batch_size * train_settings.accumulate
     batches = loops.load_batches(
@@ -1121,11 +1220,13 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
             start_s = run.now_s(device) if is_timed else 0.0
             with run.autocast(device, precision):
                 embeddings = embedding_cache.embed(model, batch["pictures"])
+            if text_encoder is not None:
+                batch["text_embeddings"] = text_encoder.embed_crops(batch["crops"])  # (O, D)
             encoded_s = run.now_s(device) if is_timed else 0.0
             cut_embeddings, leaves = models.cut(embeddings)
             for chosen, object_loss, object_iou in prompted_losses(
                 model, cut_embeddings, batch, settings.prompts, settings.loss, loss_size, group_size, precision,
-                class_head,
+                class_head, text_map,
             ):  # fmt: skip
                 weight = batch["object_weight"][chosen] / train_settings.accumulate
                 loss = (object_loss * weight).sum()
@@ -1145,12 +1246,11 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
         step_loss, step_iou = loss_and_iou.tolist()  # the first wait for the device
         loops.check_finite(step_loss, loop.step, samples)
         step_loss, step_iou = ranks.mean(torch.tensor([step_loss, step_iou])).tolist()
-        ranks.average_gradients([*trainable.values(), *head_parameters])
+        ranks.average_gradients([*trainable.values(), *sum(head_parameters.values(), [])])
         grad_norm = loops.clip_gradients(trainable.values(), train_settings.clip_norm, optimizer, scaler, loop, samples)
 
-        torch.nn.utils.clip_grad_norm_(
-            head_parameters, train_settings.clip_norm
-        )  # by itself: masks learn as without it
+        for parameters in head_parameters.values():  # each by itself: masks learn as without it
+            torch.nn.utils.clip_grad_norm_(parameters, train_settings.clip_norm)
 
         # 5. update (the scaler leaves out a step whose fp16 gradients overflowed)
         scaler.step(optimizer)

@@ -17,8 +17,12 @@ UTILS = sorted((ROOT / "utils").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").glob("*.py"))
 TASKS = {"sam2", "segmentation", "tracking"}  # folders of utils that import none of the others
 PACKAGES = {"cv2": "opencv-python-headless", "hydra": "hydra-core", "omegaconf": "hydra-core", "PIL": "pillow"}
-PACKAGES |= {"skimage": "scikit-image", "yaml": "pyyaml"}
-EXTRAS = {"onnx", "onnxruntime"}  # of one mode: imported inside functions, named where they are missing
+PACKAGES |= {"skimage": "scikit-image", "yaml": "pyyaml", "open_clip": "open_clip_torch"}
+EXTRAS = {
+    "onnx",
+    "onnxruntime",
+    "open_clip",
+}  # of one mode or setting: imported inside functions, named where they are missing
 
 
 def parse(path):
@@ -160,7 +164,7 @@ def third_party(paths) -> set[str]:
 
 
 def test_requirements_list_what_is_used_and_nothing_else():
-    assert third_party(SCRIPTS + UTILS) - EXTRAS == required("requirements.txt")
+    assert third_party(SCRIPTS + UTILS) - {PACKAGES.get(name, name) for name in EXTRAS} == required("requirements.txt")
     for path in SCRIPTS + UTILS:
         top = ast.Module([node for node in parse(path).body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
         assert not {name.split(".")[0] for name in imports(top)} & EXTRAS, path

@@ -587,7 +587,8 @@ def record_rounds(root, model, monkeypatch, sample_index, *overrides):
     rounds = []
     real_decode = models.decode
 
-    def record(model, embeddings, image_index, point_coords, point_labels, mask_inputs, multimask_output):
+    def record(model, embeddings, image_index, point_coords, point_labels, mask_inputs, multimask_output, text_tokens):
+        assert text_tokens is None
         outputs = real_decode(model, embeddings, image_index, point_coords, point_labels, mask_inputs, multimask_output)
         rounds.append(
             {

@@ -28,8 +28,8 @@ TYPE_WORDS = {
     int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list",
     dict: "keys and values", type(None): "null",
 }  # fmt: skip
-PATH_KEYS = re.compile(  # keys of the command line whose values are paths
-    r"\+{0,2}(input|checkpoint|resume|region|mask|prompts_file|cache|data_root|model\.checkpoint|picture_attributes"
+PATH_KEYS = re.compile(  # keys of the command line whose values are paths, or words: taken as they are
+    r"\+{0,2}(input|checkpoint|resume|region|mask|text|prompts_file|cache|data_root|model\.checkpoint|picture_attributes"
     r"|benchmark\.(detections|groups|edges\.root)"
     r"|data\.(\w+\.)*(root|index|groundtruth|\w+_(dir|list|folder|images|annotations))|hydra\.(run|sweep)\.dir)"
 )
@@ -97,8 +97,8 @@ def read_settings(cls: type, section: dict, name: str = ""):
 
     Args:
         cls: a dataclass. Its annotations are int, float (whole numbers too), bool, str, dict, list, list[X], X | None,
-            other dataclasses for the sections below, and Annotated[one of these, a Rule, SAME_SECTION or ALL_OTHERS].
-            A field with a default may be absent from the section: a checkpoint can be older than the field.
+            other dataclasses, or one | None, for the sections below, and Annotated[one of these, a Rule, SAME_SECTION
+            or ALL_OTHERS]. A field with a default may be absent from the section: a checkpoint can be older than it.
         section: {key: value}, plain types.
         name: the section's name in messages, such as "train"; "" for the whole config.
     Returns:
@@ -127,8 +127,11 @@ def read_settings(cls: type, section: dict, name: str = ""):
             others = field.name
         elif field.name in left:
             value = left.pop(field.name)
-            if dataclasses.is_dataclass(plain_kind):
-                value = read_settings(plain_kind, value, prefix + field.name)
+            sections = [
+                member for member in (plain_kind, *typing.get_args(plain_kind)) if dataclasses.is_dataclass(member)
+            ]
+            if sections and (value is not None or sections == [plain_kind]):
+                value = read_settings(sections[0], value, prefix + field.name)
             else:
                 check_value(value, kind, prefix + field.name)
             values[field.name] = value

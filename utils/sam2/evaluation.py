@@ -61,6 +61,7 @@ def predict_masks(
     mask_inputs: torch.Tensor | None,
     orig_hw: tuple[int, int],
     precision: str,
+    text_tokens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Predict the masks of O objects of one picture, prompted in the picture's own frame.
 
@@ -69,6 +70,7 @@ def predict_masks(
         point_coords: float32 (O, P, 2), pixels of the picture.
         point_labels: int32 (O, P).
         mask_inputs: logits fed back, as `pick_mask` returns them, or None.
+        text_tokens: (O, C), from `words.TextMap`; P may be 0 beside them. None: no words.
     Returns:
         low_res_masks (O, M, S/4, S/4) logits, iou_predictions (O, M), mask_tokens (O, M, C).
     """
@@ -77,9 +79,38 @@ def predict_masks(
     image_index = torch.zeros(len(coords), dtype=torch.long, device=model.device)
     with run.autocast(model.device, precision):
         low_res_masks, iou_predictions, _, mask_tokens = models.decode(
-            model, embeddings, image_index, coords, labels, mask_inputs, multimask_output=coords.shape[1] == 1
-        )
+            model, embeddings, image_index, coords, labels, mask_inputs,
+            multimask_output=coords.shape[1] + (text_tokens is not None) == 1, text_tokens=text_tokens,
+        )  # fmt: skip
     return low_res_masks, iou_predictions, mask_tokens
+
+
+def measure_tokens(
+    model: torch.nn.Module,
+    embeddings: Embeddings,
+    masks: np.ndarray,
+    text_tokens: torch.Tensor | None,
+    precision: str,
+    threads: ThreadPoolExecutor,
+    point_coords: np.ndarray | None = None,
+) -> torch.Tensor:
+    """Measure the masks that objects of one picture get from words.
+
+    Args:
+        embeddings: of this picture alone.
+        masks: bool (O, H, W), truth.
+        text_tokens: (O, C), from `words.TextMap`; None: clicks alone.
+        point_coords: float32 (O, P, 2), px of the picture, clicks on each object; None: words alone.
+    Returns:
+        float32 (O,) on the CPU: IoU of the mask of highest predicted IoU.
+    """
+    point_coords = np.zeros((len(masks), 0, 2), np.float32) if point_coords is None else point_coords
+    labels = np.ones(point_coords.shape[:2], np.int32)
+    *prediction, _ = predict_masks(
+        model, embeddings, point_coords, labels, None, masks.shape[1:], precision, text_tokens
+    )
+    ious, _ = measure_masks(*prediction, torch.from_numpy(masks).to(model.device), threads)
+    return ious.gather(1, prediction[1].argmax(1)[:, None].to(ious.device))[:, 0].cpu()
 
 
 def predict_from_boxes(

@@ -197,6 +197,7 @@ def decode(
     point_labels: torch.Tensor,
     mask_inputs: torch.Tensor | None,
     multimask_output: bool,
+    text_tokens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Predict the masks of O prompted objects, each on its own image's embeddings.
 
@@ -206,7 +207,8 @@ def decode(
         point_coords: float (O, P, 2), (x, y) pixels of the S x S frame; a box is two points (its corners) put first.
         point_labels: int (O, P), 1 foreground, 0 background, 2 and 3 box corners.
         mask_inputs: (O, 1, S/4, S/4) logits of an earlier prediction, or None.
-        multimask_output: three masks (ambiguous prompt: one point) or one (box, several points).
+        multimask_output: three masks (ambiguous prompt: one point, or words alone) or one (box, several points).
+        text_tokens: float (O, C), a prompt token each, from `words.TextMap`; P may be 0 beside it. None: no words.
     Returns:
         low_res_masks (O, M, S/4, S/4) logits, iou_predictions (O, M), object_score_logits (O, 1), and mask_tokens
         (O, M, C), what each mask was made from; M is 3 or 1.
@@ -217,6 +219,8 @@ def decode(
             points=(point_coords, point_labels), boxes=None, masks=None
         )
         image_pe = prompt_encoder.get_dense_pe().to(image_embeddings.dtype)
+    if text_tokens is not None:
+        sparse_embeddings = torch.cat([text_tokens[:, None], sparse_embeddings], 1)  # (O, 1 + P + 1, C)
     if mask_inputs is not None:
         _, dense_embeddings = prompt_encoder(points=None, boxes=None, masks=mask_inputs)
     if model.fast_decoder:

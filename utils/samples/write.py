@@ -2,8 +2,9 @@
 
 scenes.py draws what `sam2_nano` is pre-trained on: textured shapes that cover one another, parts on parts, crowds of
 small blobs, thin strokes, regions that fill the frame. glassware.py draws vessels with materials inside, for the
-default run of train_sam2.py, pets.py cats and dogs, for that of train_unet.py, and moving_shapes.py videos, for
-those of train_siamfc.py and track.py. Every picture is a function of its seed and index alone.
+default run of train_sam2.py, pets.py cats and dogs, for that of train_unet.py, moving_shapes.py videos, for those of
+train_siamfc.py and track.py, and named_shapes.py objects with names, for masks from words. Every picture is a function
+of its seed and index alone.
 """
 
 import functools
@@ -13,6 +14,7 @@ from pathlib import Path
 from utils.run import REPOSITORY
 from utils.samples.glassware import write_glassware
 from utils.samples.moving_shapes import WILD, write_moving_shapes
+from utils.samples.named_shapes import write_named_shapes
 from utils.samples.pets import write_pets
 from utils.samples.scenes import write_scenes
 from utils.settings import check_value
@@ -26,8 +28,8 @@ def write_samples(kind: str, root: str) -> Path:
 
     Args:
         kind: "glassware" (LabPics V1 layout), "pets" (Oxford-IIIT Pet layout), "moving_shapes" (GOT-10k layout),
-            "many_moving_shapes" (the same, more of them), "wild_moving_shapes" (as many, harder to track) or "scenes"
-            (pictures and label maps).
+            "many_moving_shapes" (the same, more of them), "wild_moving_shapes" (as many, harder to track), "scenes"
+            (pictures and label maps) or "named_shapes" (COCO layout).
         root: the dataset's folder below the repository.
     Returns:
         the folder's path.
@@ -41,6 +43,7 @@ def write_samples(kind: str, root: str) -> Path:
         "many_moving_shapes": functools.partial(write_moving_shapes, num_videos=NUM_MANY_MOVING_SHAPES),
         "wild_moving_shapes": functools.partial(write_moving_shapes, num_videos=NUM_MANY_MOVING_SHAPES, motion=WILD),
         "scenes": write_scenes,
+        "named_shapes": write_named_shapes,
     }
     if kind not in writers:
         raise ValueError(f"data.generate is {kind!r}; must be one of {', '.join(writers)}")
