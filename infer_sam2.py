@@ -430,6 +430,8 @@ def export_onnx(config: dict, settings: Config, run_dir: Path) -> None:
     measured = export.export_model(model, model_config["name"], automatic, run_dir)
     metrics = {f"{part}/{name}": value for part, values in measured.items() for name, value in values.items()}
     finish_run(run_dir, {"last": metrics})
+    if load_class_head(model_config["checkpoint"], torch.device("cpu")) is not None:
+        log.info("the classes that the checkpoint knows are not in the files, which hold masks alone")
     log.info(
         f"written to {run_dir}, for pictures of {model.image_size} x {model.image_size} px: load x_anylabeling.yaml or "
         "anylabeling.yaml as a custom model, or run example.py (utils/sam2/export.py says more)"
