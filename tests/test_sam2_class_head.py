@@ -377,12 +377,12 @@ def test_what_the_annotation_leaves_open_is_neither_right_nor_wrong():
         | {"predicted_iou": 1.0}
         for mask, score in zip(masks, (0.9, 0.8, 0.7), strict=True)
     ]
-    for instances, least, expected in (  # noqa: B020
+    for given, least, expected in (
         (instances, 10, 1.0),
         (instances, 0, 1.0),
         (instances._replace(ignored=None), 10, 0.5),
     ):
-        matches = class_metrics.match_masks(annotations, instances, ["a"], least)
+        matches = class_metrics.match_masks(annotations, given, ["a"], least)
         assert class_metrics.precision_by_class([matches], ["a"])[0] == pytest.approx(expected, abs=0.01)
 
 

@@ -6,6 +6,7 @@ import json
 import cv2
 import numpy as np
 import pytest
+import tifffile
 import tiny
 import tiny_training
 import torch
@@ -100,12 +101,37 @@ def test_rounds_leave_people_and_validation_alone(photos, tmp_path):
 def test_a_file_that_is_no_record_is_not_overwritten(photos, tmp_path):
     labels = tmp_path / "engine"
     (labels / "masks").mkdir(parents=True)
-    for text in ("[1, 2]", "{}", "my notes"):
+    head = '{"image": {"height": 40, "width": 50}, "annotations": '
+    polygon, other_size = (
+        '[{"segmentation": [[1, 2, 3, 4, 5, 6]]}]}',
+        '[{"segmentation": {"size": [4, 5], "counts": ""}}]}',
+    )
+    broken = '[{"segmentation": {"size": [40, 50], "counts": "?!"}}]}'
+    for text in ("[1, 2]", "{}", "my notes", head + polygon, head + other_size, head + broken, head + "7}"):
         for name in NAMES:
             (labels / "masks" / f"{name}.json").write_text(text)
         with pytest.raises(ValueError, match="json"):
             label_round(photos, labels, [])
         assert {(labels / "masks" / f"{name}.json").read_text() for name in NAMES} == {text}
+
+
+def test_people_s_masks_of_another_size_and_pages_are_failures(photos, tmp_path):
+    labels = tmp_path / "engine"
+    label_round(photos, labels, [annotate(square(5, 5, 10))], val_fraction=0)
+    path = labels / "masks" / "a.json"
+    record = json.loads(path.read_text())
+    record["annotations"][0]["origin"] = "person"
+    path.write_text(json.dumps(record))
+    write_image(photos / "a.png", np.zeros((50, 40, 3), np.uint8))  # turned since
+    tifffile.imwrite(photos / "stack.tif", np.zeros((2, 40, 50), np.uint8))
+    pictures, before = infer_sam2.images.list_pictures(photos), path.read_text()
+    arguments = (pictures, labels, "two", 0.15, LabelSettings(0.0), 0)
+    _, failures = label_pictures(lambda image_rgb: GeneratedMasks([], 1, 0.0, 0.0), *arguments)
+    assert len(failures) == 3 and path.read_text() == before
+    assert (
+        sum("people's masks are of [40, 50] px (height, width), it is [50, 40] now" in line for line in failures) == 1
+    )
+    assert sum("a dataset has no pages" in line for line in failures) == 2
 
 
 @pytest.fixture(scope="module")

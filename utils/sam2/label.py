@@ -64,7 +64,9 @@ def label_pictures(
     counts = {"labelled": 0, "done_before": 0, "validating": 0, "masks": 0, "kept": 0}
     failures, waiting = [], []
     for picture in pictures:
-        if picture.name in val_names:
+        if picture.page is not None:
+            failures.append(f"{picture}: a dataset has no pages; save them as files of their own")
+        elif picture.name in val_names:
             counts["validating"] += 1
         elif read_record(labels_dir / "masks" / f"{picture.name}.json").get("made_by") == made_by:
             counts["done_before"] += 1
@@ -77,11 +79,16 @@ def label_pictures(
         except (ValueError, OSError) as error:
             failures.append(f"{picture}: {error}")
             continue
+        orig_hw = image_rgb.shape[:2]
         record = read_record(labels_dir / "masks" / f"{picture.name}.json")
         kept = [each for each in record.get("annotations", []) if each.get("origin") != AUTOMATIC]
+        if kept and (record["image"]["height"], record["image"]["width"]) != orig_hw:
+            sizes = [record["image"]["height"], record["image"]["width"]], list(orig_hw)
+            failures.append(f"{picture}: people's masks are of {sizes[0]} px (height, width), it is {sizes[1]} now")
+            continue
         generated = [each | {"origin": AUTOMATIC} for each in generate(image_rgb).annotations]
-        annotations = join_masks(generated, kept, image_rgb.shape[:2], max_overlap)
-        write_labels(labels_dir, picture, image_rgb.shape[:2], annotations, made_by)
+        annotations = join_masks(generated, kept, orig_hw, max_overlap)
+        write_labels(labels_dir, picture, orig_hw, annotations, made_by)
         counts["labelled"] += 1
         counts["kept"] += len(kept)
         counts["masks"] += len(annotations) - len(kept)
@@ -109,12 +116,15 @@ def read_record(path: Path) -> dict:
         return {}
     record = listing.read_json(path)
     try:
-        is_record = {"height", "width"} <= record["image"].keys()
-        is_record &= all("segmentation" in annotation.keys() for annotation in record["annotations"])
-    except (TypeError, KeyError, AttributeError):
-        is_record = False
-    if not is_record:
-        raise ValueError(f"{path} is no record of masks (SA-1B's layout); move it away")
+        size = [record["image"]["height"], record["image"]["width"]]
+        for annotation in record["annotations"]:
+            if annotation["segmentation"]["size"] != size:
+                raise ValueError(f"a mask of {annotation['segmentation']['size']} px in a picture of {size}")
+            rle_to_mask(annotation["segmentation"])
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no record of masks, run lengths in SA-1B's layout; move it away ({error})"
+        ) from error
     return record
 
 
