@@ -223,11 +223,12 @@ def make_record(masks):
     [
         (["mode=label", "input=PHOTOS"], "mode=label needs labels="),
         (["mode=label", "labels=x"], "mode=label needs input="),
+        (["mode=label", "input=PHOTOS", "labels=PHOTOS/a.png"], "labels is photos/a.png, a file; give a folder"),
         (["mode=label", "input=PHOTOS", "labels=x", "label.val_fraction=2"], "label.val_fraction is 2"),
         (["input=PHOTOS", "labels=x"], "labels= is given but mode is automatic"),
         (["mode=label", "input=PHOTOS", "labels=x", "write=[coco]"], "write= is given but mode is label"),
         (["mode=audit", "results=[PHOTOS]"], "mode=audit needs"),
-        (["mode=audit", "results=[PHOTOS,PHOTOS]"], "no picture in common"),
+        (["mode=audit", "results=[PHOTOS,PHOTOS]"], "have no json file of the same name"),
         (["mode=audit", "results=[PHOTOS,nowhere]"], "nowhere is no folder of labels"),
     ],
 )

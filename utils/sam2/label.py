@@ -58,6 +58,8 @@ def label_pictures(
     Raises:
         ValueError: for a record that is none, before it would be overwritten.
     """
+    if labels_dir.is_file():
+        raise ValueError(f"labels is {labels_dir}, a file; give a folder, new or of an earlier round")
     for folder in ("masks", "maps"):
         (labels_dir / folder).mkdir(parents=True, exist_ok=True)
     val_names = draw_validation(labels_dir / "val.txt", {picture.name for picture in pictures}, settings, seed)
@@ -175,7 +177,7 @@ def audit_labels(before_dir: Path, after_dir: Path, path: Path) -> dict[str, flo
     before, after = (list_records(folder) for folder in (before_dir, after_dir))
     names = sorted(before.keys() & after.keys())
     if not names:
-        raise ValueError(f"{before_dir} and {after_dir} have no picture in common")
+        raise ValueError(f"{before_dir} and {after_dir} have no json file of the same name; give two folders of labels")
     rows = []
     for name in tqdm(names, desc="audit", unit="image", disable=None):
         records = [read_record(path) for path in (before[name], after[name])]
