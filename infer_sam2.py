@@ -97,7 +97,7 @@ from utils import images, onnx_files
 from utils import settings as sections
 from utils.checkpoint import check_script, find_weights, load_checkpoint, resumed_config
 from utils.dataset_check import PICTURE_REMEDIES
-from utils.instances import writers
+from utils.instances import label_folder, writers
 from utils.listing import first_few, read_json
 from utils.log import finish_run, start_run, write_json
 from utils.run import autocast, now_s, read_ahead, sample_rng, seed_everything, set_up_device
@@ -214,7 +214,7 @@ def infer(config: dict, run_dir: Path) -> list[str]:
         export_onnx(config, settings, run_dir)
         return []
     if settings.mode == "label":
-        return label_folder(config, settings, run_dir)
+        return make_labels(config, settings, run_dir)
     if settings.mode == "audit":
         start_run(run_dir, config, {})
         audited = label.audit_labels(*map(Path, settings.results), run_dir / "audit.csv")
@@ -367,7 +367,7 @@ def measure(config: dict, settings: Config, run_dir: Path) -> None:
     log.info(f"written to {run_dir}")
 
 
-def label_folder(config: dict, settings: Config, run_dir: Path) -> list[str]:
+def make_labels(config: dict, settings: Config, run_dir: Path) -> list[str]:
     """Label a folder of pictures for training, in rounds: mode=label. Returns a line for each picture that failed."""
     pictures = images.list_pictures(Path(settings.input))
     device, precision = set_up_device(settings.common.device, settings.common.precision)
@@ -383,18 +383,19 @@ def label_folder(config: dict, settings: Config, run_dir: Path) -> list[str]:
         with torch.inference_mode(), autocast(device, precision):
             return mask_generation.generate_masks(model, image_rgb, automatic, class_filter=class_filter)
 
-    counts, failures = label.label_pictures(
-        generate, pictures, Path(settings.labels), made_by, settings.max_overlap, settings.label, settings.common.seed
-    )
+    labels_dir = Path(settings.labels)
+    with label_folder.open_folder(labels_dir):
+        counts, failures = label.label_pictures(
+            generate, pictures, labels_dir, made_by, settings.max_overlap, settings.label, settings.common.seed
+        )
     finish_run(run_dir, {"last": counts})
     log.info(
         f"{settings.labels}: {counts['labelled']} pictures labelled with {counts['masks']} automatic masks beside "
-        f"{counts['kept']} of people's; {counts['done_before']} were done before, {counts['validating']} wait for a "
-        "person (val.txt)"
+        f"{counts['kept']} of people's; {counts['done_before']} were done before, a person has finished "
+        f"{counts['finished']}, {counts['validating']} validate and wait for a person (val.txt)"
     )
-    where = {"data.root": settings.input, "data.annotation_dir": str((Path(settings.labels) / "masks").absolute())}
-    lists = {"data.val_list": f"{settings.labels}/val.txt"} if counts["validating"] else {}
-    command = sections.show_command("train_sam2.py data=sa1b data.on_bad=skip", **where, **lists)
+    where = {"data.root": settings.input, "data.labels": settings.labels}
+    command = sections.show_command("train_sam2.py experiment=data_engine", **where)
     log.info(f"train on them: {command}")
     return failures
 

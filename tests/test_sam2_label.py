@@ -17,6 +17,7 @@ import infer_sam2
 from infer_sam2 import infer
 from utils.checkpoint import save_checkpoint
 from utils.images import write_image
+from utils.instances import label_folder
 from utils.instances.codecs import mask_to_rle
 from utils.instances.readers import split_items
 from utils.sam2 import label
@@ -56,7 +57,8 @@ def label_round(photos, labels, masks, made_by="one", val_fraction=0.2):
         return GeneratedMasks(masks, 1, 0.0, 0.0)
 
     pictures = infer_sam2.images.list_pictures(photos)
-    counts, failures = label_pictures(generate, pictures, labels, made_by, 0.15, LabelSettings(val_fraction), 0)
+    with label_folder.open_folder(labels):
+        counts, failures = label_pictures(generate, pictures, labels, made_by, 0.15, LabelSettings(val_fraction), 0)
     assert not failures
     return counts, len(asked)
 
@@ -71,7 +73,10 @@ def test_rounds_leave_people_and_validation_alone(photos, tmp_path):
     masks = [annotate(square(5, 5, 10), 0.9), annotate(square(8, 8, 20), 0.7), annotate(square(5, 6, 10), 0.5)]
     counts, num_asked = label_round(photos, labels, masks)
     (validating,) = (labels / "val.txt").read_text().splitlines()
-    assert counts == {"labelled": 4, "done_before": 0, "validating": 1, "masks": 8, "kept": 0} and num_asked == 4
+    assert (
+        counts == {"labelled": 4, "done_before": 0, "finished": 0, "validating": 1, "masks": 8, "kept": 0}
+        and num_asked == 4
+    )
     assert not (labels / "masks" / f"{validating}.json").exists()
     name, other = [each for each in NAMES if each != validating][:2]
     record, label_map = read_masks(labels, name)

@@ -430,6 +430,31 @@ def list_sa1b(root: Path, image_dir: str = ".", annotation_dir: str = ".") -> tu
     return items, None
 
 
+def list_labels(root: Path, labels: str) -> tuple[list[Item], list[Item]]:
+    """List pictures that have a record in a folder of labels; those that its val.txt names validate.
+
+    Args:
+        labels: the folder, seen from where the user stands (utils/instances/label_folder.py).
+    """
+    folder = Path(labels)
+    if not (folder / "masks").is_dir() or not (folder / "val.txt").is_file():
+        raise FileNotFoundError(
+            f"data.labels is {labels}, no folder of labels (seen from {Path.cwd()}); infer_sam2.py mode=label or "
+            "mode=annotate makes one"
+        )
+    items, _ = list_sa1b(root, ".", str((folder / "masks").absolute()))
+    items = [item for item in items if item.annotation_path.exists()]  # the others wait for labels
+    val_names = {unicodedata.normalize("NFC", name) for name in listing.read_lines(folder / "val.txt")}
+    is_val = [unicodedata.normalize("NFC", item.annotation_path.stem) in val_names for item in items]
+    splits = [[item for item, is_in in zip(items, is_val, strict=True) if is_in is wanted] for wanted in (False, True)]
+    if not splits[1]:
+        raise ValueError(
+            f"{folder / 'val.txt'} names {len(val_names)} pictures that validate, and none of them is labelled; a "
+            "person labels them: infer_sam2.py mode=annotate"
+        )
+    return splits[0], splits[1]
+
+
 def _named_picture(path: Path) -> str | None:
     """Return the file name of the picture that an SA-1B file says it is of; None where it cannot be read."""
     try:
@@ -643,6 +668,7 @@ LISTERS = {
     "masks_per_file": list_masks_per_file,
     "coco": list_coco,
     "sa1b": list_sa1b,
+    "labels": list_labels,
     "labelme": list_labelme,
     "yolo": list_yolo,
     "cvat": list_cvat,

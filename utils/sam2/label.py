@@ -1,9 +1,6 @@
-"""Labels of a folder of pictures, made by a model, corrected by people and trained on: mode=label and mode=audit.
+"""mode=label, automatic masks of a folder of pictures as labels, and mode=audit, how good masks were.
 
-A folder of labels is a dataset that train_sam2.py reads as data=sa1b (masks/) or data=label_map (maps/):
-    masks/<name>.json   the record, in SA-1B's layout; each annotation has its "origin": automatic, assisted or person
-    maps/<name>.png     drawn from it, 16 bit: later objects of the record lie on top
-    val.txt             pictures that validate, drawn once; their masks are a person's, never automatic
+What a folder of labels is: utils/instances/label_folder.py.
 
 Source: Kirillov et al. 2023 (Segment Anything), section 4 (the data engine) and section 5 (mask quality).
 """
@@ -18,14 +15,14 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
-from utils import images, listing
+from utils import images
+from utils.instances import label_folder
 from utils.instances.codecs import rle_to_mask
-from utils.log import write_json
+from utils.instances.label_folder import AUTOMATIC
 from utils.run import read_ahead
 from utils.sam2.mask_generation import GeneratedMasks, score_mask, stitch_masks
 from utils.settings import between
 
-AUTOMATIC = "automatic"  # the origin of masks that the next round makes anew; those of people stay
 AUDITED_IOUS = (0.9, 0.75)
 
 
@@ -45,32 +42,31 @@ def label_pictures(
     settings: LabelSettings,
     seed: int,
 ) -> tuple[dict[str, int], list[str]]:
-    """Label pictures, but for those that validate and those that the same model has labelled before.
+    """Label pictures, but for those that validate, that a person has finished, and that this model has labelled before.
 
     Args:
         generate: the automatic masks of a picture, uint8 (H, W, 3).
-        labels_dir: a new folder, or that of an earlier round.
+        labels_dir: a folder of labels, opened for writing.
         made_by: tells model, settings and code apart; a picture that has it in its record is done.
         max_overlap: a mask of which a larger share is taken by better ones, or by people's, is left out.
     Returns:
-        {"labelled": pictures, "done_before": ..., "validating": ..., "masks": automatic ones, "kept": those of people};
-        and a line for each picture that cannot be read.
+        {"labelled": pictures, "done_before": ..., "finished": by a person, "validating": ..., "masks": automatic ones,
+        "kept": those of people}; and a line for each picture that cannot be read.
     Raises:
         ValueError: for a record that is none, before it would be overwritten.
     """
-    if labels_dir.is_file():
-        raise ValueError(f"labels is {labels_dir}, a file; give a folder, new or of an earlier round")
-    for folder in ("masks", "maps"):
-        (labels_dir / folder).mkdir(parents=True, exist_ok=True)
-    val_names = draw_validation(labels_dir / "val.txt", {picture.name for picture in pictures}, settings, seed)
-    counts = {"labelled": 0, "done_before": 0, "validating": 0, "masks": 0, "kept": 0}
+    val_names = label_folder.draw_validation(labels_dir, {each.name for each in pictures}, settings.val_fraction, seed)
+    finished = label_folder.read_done(labels_dir)
+    counts = {"labelled": 0, "done_before": 0, "finished": 0, "validating": 0, "masks": 0, "kept": 0}
     failures, waiting = [], []
     for picture in pictures:
         if picture.page is not None:
             failures.append(f"{picture}: a dataset has no pages; save them as files of their own")
         elif picture.name in val_names:
             counts["validating"] += 1
-        elif read_record(labels_dir / "masks" / f"{picture.name}.json").get("made_by") == made_by:
+        elif picture.name in finished:
+            counts["finished"] += 1
+        elif label_folder.read_record(label_folder.record_path(labels_dir, picture.name)).get("made_by") == made_by:
             counts["done_before"] += 1
         else:
             waiting.append(picture)
@@ -82,7 +78,7 @@ def label_pictures(
             failures.append(f"{picture}: {error}")
             continue
         orig_hw = image_rgb.shape[:2]
-        record = read_record(labels_dir / "masks" / f"{picture.name}.json")
+        record = label_folder.read_record(label_folder.record_path(labels_dir, picture.name))
         kept = [each for each in record.get("annotations", []) if each.get("origin") != AUTOMATIC]
         if kept and (record["image"]["height"], record["image"]["width"]) != orig_hw:
             sizes = [record["image"]["height"], record["image"]["width"]], list(orig_hw)
@@ -90,44 +86,12 @@ def label_pictures(
             continue
         generated = [each | {"origin": AUTOMATIC} for each in generate(image_rgb).annotations]
         annotations = join_masks(generated, kept, orig_hw, max_overlap)
-        write_labels(labels_dir, picture, orig_hw, annotations, made_by)
+        written = record | {"made_by": made_by, "annotations": annotations}
+        label_folder.write_labels(labels_dir, picture, orig_hw, written)
         counts["labelled"] += 1
         counts["kept"] += len(kept)
         counts["masks"] += len(annotations) - len(kept)
     return counts, failures
-
-
-def draw_validation(path: Path, names: set[str], settings: LabelSettings, seed: int) -> set[str]:
-    """Read which pictures validate, or draw them: once, so that pictures that come later train."""
-    if path.exists():
-        return set(listing.read_lines(path))
-    val_names, _ = listing.draw_split(names, settings.val_fraction, seed)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text("".join(f"{name}\n" for name in sorted(val_names)), encoding="utf-8")
-    partial.replace(path)
-    return val_names
-
-
-def read_record(path: Path) -> dict:
-    """Read the record of a picture; {} where there is none yet.
-
-    Raises:
-        ValueError: for a file that is no record of masks: it may be somebody's work, and is not overwritten.
-    """
-    if not path.exists():
-        return {}
-    record = listing.read_json(path)
-    try:
-        size = [record["image"]["height"], record["image"]["width"]]
-        for annotation in record["annotations"]:
-            if annotation["segmentation"]["size"] != size:
-                raise ValueError(f"a mask of {annotation['segmentation']['size']} px in a picture of {size}")
-            rle_to_mask(annotation["segmentation"])
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is no record of masks, run lengths in SA-1B's layout; move it away ({error})"
-        ) from error
-    return record
 
 
 def join_masks(generated: list[dict], kept: list[dict], orig_hw: tuple[int, int], max_overlap: float) -> list[dict]:
@@ -141,20 +105,6 @@ def join_masks(generated: list[dict], kept: list[dict], orig_hw: tuple[int, int]
     is_free = ids[len(kept) :] > 0
     best_last = sorted((each for each, free in zip(generated, is_free, strict=True) if free), key=score_mask)
     return [*best_last, *kept]
-
-
-def write_labels(
-    labels_dir: Path, picture: images.Picture, orig_hw: tuple[int, int], annotations: list[dict], made_by: str
-) -> None:
-    """Write a picture's map and, last, its record: what a kill leaves between them is made again."""
-    numbered = [annotation | {"id": number} for number, annotation in enumerate(annotations, 1)]
-    label_map = np.zeros(orig_hw, np.int32)
-    for annotation in numbered:
-        label_map[rle_to_mask(annotation["segmentation"])] = annotation["id"]
-    images.write_label_map(labels_dir / "maps" / f"{picture.name}.png", label_map)
-    image = {"file_name": picture.path.name, "height": orig_hw[0], "width": orig_hw[1]}
-    record = {"image": image, "made_by": made_by, "annotations": numbered}
-    write_json(labels_dir / "masks" / f"{picture.name}.json", record)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,13 +124,13 @@ def audit_labels(before_dir: Path, after_dir: Path, path: Path) -> dict[str, flo
     Raises:
         ValueError: where no picture is in both.
     """
-    before, after = (list_records(folder) for folder in (before_dir, after_dir))
+    before, after = (label_folder.list_records(folder) for folder in (before_dir, after_dir))
     names = sorted(before.keys() & after.keys())
     if not names:
         raise ValueError(f"{before_dir} and {after_dir} have no json file of the same name; give two folders of labels")
     rows = []
     for name in tqdm(names, desc="audit", unit="image", disable=None):
-        records = [read_record(path) for path in (before[name], after[name])]
+        records = [label_folder.read_record(path) for path in (before[name], after[name])]
         sizes = [(record["image"]["height"], record["image"]["width"]) for record in records]
         if sizes[0] != sizes[1]:
             raise ValueError(
@@ -201,15 +151,6 @@ def audit_labels(before_dir: Path, after_dir: Path, path: Path) -> dict[str, flo
         "mean_iou": float(ious.mean()) if len(ious) else 0.0,
         **shares,
     }
-
-
-def list_records(folder: Path) -> dict[str, Path]:
-    """Find the records in a folder of labels, or of json files: {picture's name: file}."""
-    place = folder / "masks" if (folder / "masks").is_dir() else folder
-    if not place.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder of labels")
-    files = listing.files_by_name(place, suffixes=(".json",))
-    return {name: path for name, path in files.items() if name != "run"}
 
 
 def pair_masks(before: dict, after: dict) -> list[tuple[int | str, int | str, float | None]]:

@@ -1,0 +1,143 @@
+"""A folder of labels, made in rounds by models and people: what is on disk, and who may write it.
+
+    masks/<picture>.json  the record of a picture, in SA-1B's layout: who made which mask, and what it took
+    maps/<picture>.png    drawn from it, 16 bit: later objects of the record lie on top
+    val.txt               pictures that validate, drawn once; their masks are people's, never automatic
+    done.txt              pictures that a person has finished; no model labels them again
+    rounds.csv, .png      a row for each training on the folder (utils/sam2/rounds.py)
+    best.pt               the model of the last round
+    in_use                locked by the process that writes
+
+A record is {"image": {"file_name", "height", "width"}, "made_by": of its automatic masks, "annotations": [...],
+"rejected": [predicted IoU of each automatic mask that a person corrected or deleted]}. An annotation has "id", from 1,
+its number in the map; "segmentation"; "origin": automatic, assisted (a model answered a person's clicks) or person
+(drawn with the brush, at least in part); of automatic masks "predicted_iou", and "checked": true where a person left it
+as it was in a finished picture; of people's "clicks" (points and boxes), "strokes" (of the brush), "seconds" and
+"round"; and "class", a name, where there are classes.
+
+Source: Kirillov et al. 2023 (Segment Anything), section 4 (the data engine).
+"""
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from utils import images, listing
+from utils.instances.codecs import rle_to_part
+from utils.log import write_json
+
+AUTOMATIC, ASSISTED, PERSON = "automatic", "assisted", "person"
+ORIGINS = (PERSON, ASSISTED, AUTOMATIC)
+
+
+@contextlib.contextmanager
+def open_folder(labels_dir: Path) -> Iterator[None]:
+    """Make a folder of labels if it is new, and keep other processes from writing to it.
+
+    Raises:
+        ValueError: for a file, and for a folder that another process writes to.
+    """
+    if labels_dir.is_file():
+        raise ValueError(f"labels is {labels_dir}, a file; give a folder, new or of an earlier round")
+    for name in ("masks", "maps"):
+        (labels_dir / name).mkdir(parents=True, exist_ok=True)
+    with (labels_dir / "in_use").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which ends with the process, however it ends
+        except BlockingIOError as error:
+            raise ValueError(f"labels is {labels_dir}, which another process labels now; end that one first") from error
+        yield
+
+
+def record_path(labels_dir: Path, name: str) -> Path:
+    """Give the path of a picture's record."""
+    return labels_dir / "masks" / f"{name}.json"
+
+
+def read_record(path: Path) -> dict:
+    """Read the record of a picture; {} where there is none yet.
+
+    Raises:
+        ValueError: for a file that is no record of masks: it may be somebody's work, and is not overwritten.
+    """
+    if not path.exists():
+        return {}
+    record = listing.read_json(path)
+    try:
+        size = [record["image"]["height"], record["image"]["width"]]
+        for annotation in record["annotations"]:
+            if annotation["segmentation"]["size"] != size:
+                raise ValueError(f"a mask of {annotation['segmentation']['size']} px in a picture of {size}")
+            rle_to_part(annotation["segmentation"])
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no record of masks, run lengths in SA-1B's layout; move it away ({error})"
+        ) from error
+    return record
+
+
+def write_labels(labels_dir: Path, picture: images.Picture, orig_hw: tuple[int, int], record: dict) -> dict:
+    """Write a picture's map and, last, its record: what a kill leaves between them is made again.
+
+    Args:
+        record: "annotations" in the order of the map, the lowest first, and what else the record has.
+    Returns:
+        the record as it is written, its annotations numbered.
+    """
+    annotations = [annotation | {"id": number} for number, annotation in enumerate(record["annotations"], 1)]
+    image = {"file_name": picture.path.name, "height": orig_hw[0], "width": orig_hw[1]}
+    record = record | {"image": image, "annotations": annotations}
+    images.write_label_map(labels_dir / "maps" / f"{picture.name}.png", draw_map(annotations, orig_hw))
+    write_json(record_path(labels_dir, picture.name), record)
+    return record
+
+
+def draw_map(annotations: list[dict], orig_hw: tuple[int, int]) -> np.ndarray:
+    """Draw the masks of a record, later ones on top: int32 (H, W), each mask's place from 1."""
+    label_map = np.zeros(orig_hw, np.int32)
+    for number, annotation in enumerate(annotations, 1):
+        part, (x, y) = rle_to_part(annotation["segmentation"])
+        label_map[y : y + part.shape[0], x : x + part.shape[1]][part] = number
+    return label_map
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which pictures validate, which are finished
+
+
+def draw_validation(labels_dir: Path, names: set[str], val_fraction: float, seed: int) -> set[str]:
+    """Read which pictures validate, or draw them: once, so that pictures that come later train."""
+    path = labels_dir / "val.txt"
+    if not path.exists():
+        val_names, _ = listing.draw_split(names, val_fraction, seed)
+        _write_names(path, val_names)
+    return set(listing.read_lines(path))
+
+
+def read_done(labels_dir: Path) -> set[str]:
+    """Read which pictures a person has finished."""
+    path = labels_dir / "done.txt"
+    return set(listing.read_lines(path)) if path.exists() else set()
+
+
+def write_done(labels_dir: Path, names: set[str]) -> None:
+    """Write which pictures a person has finished."""
+    _write_names(labels_dir / "done.txt", names)
+
+
+def _write_names(path: Path, names: set[str]) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text("".join(f"{name}\n" for name in sorted(names)), encoding="utf-8")
+    partial.replace(path)
+
+
+def list_records(folder: Path) -> dict[str, Path]:
+    """Find the records in a folder of labels, or of the json files of infer_sam2.py: {picture's name: file}."""
+    place = folder / "masks" if (folder / "masks").is_dir() else folder
+    if not place.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder of labels")
+    files = listing.files_by_name(place, suffixes=(".json",))
+    return {name: path for name, path in files.items() if name != "run"}
