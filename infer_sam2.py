@@ -88,7 +88,6 @@ from typing import Annotated
 import hydra
 import numpy as np
 import torch
-import torch.nn.functional as F
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
@@ -139,7 +138,6 @@ MODES_OF_KEY = {  # which modes use a key that not all of them use
     **{f"automatic.{field.name}": FOLDER for field in fields(AutomaticSettings)},
 }  # fmt: skip
 PROMPTS = ("region", "points", "boxes", "mask", "text", "prompts_file")  # keys that say what to look for
-MASK_LOGIT = 10.0  # a mask prompt's pixels are +10 inside and -10 outside, as in SAM 2's training
 
 
 @dataclass(frozen=True)
@@ -757,7 +755,7 @@ def segment_objects(
             image_index=torch.zeros(len(batch), dtype=torch.long, device=model.device),
             point_coords=models.scale_points(point_coords.to(model.device), orig_hw, model.image_size),
             point_labels=point_labels.to(model.device),
-            mask_inputs=mask_logits(masks, model) if masks else None,
+            mask_inputs=models.mask_logits(masks, model) if masks else None,
             multimask_output=point_labels.shape[1] + bool(text_tokens) == 1 and not masks,
             text_tokens=torch.stack(text_tokens) if text_tokens else None,
         )  # (O, M, h, w), (O, M), (O, M, C)
@@ -787,16 +785,6 @@ def segment_objects(
         log.info(f"{picture}: {len(empty)} of {len(objects)} prompts gave an empty mask, counted from 0: {numbers}")
     times_ms = 1000 * (encoded - start), 1000 * (now_s(model.device) - encoded)
     return GeneratedMasks(filled, len(objects), *times_ms, empty)
-
-
-def mask_logits(masks: list[np.ndarray], model: torch.nn.Module) -> torch.Tensor:
-    """Turn masks (H, W) into the decoder's mask prompts, (O, 1, S/4, S/4): their averages, from -10 to 10."""
-    side = model.image_size // 4
-    small_logits = []
-    for mask in masks:
-        logits = torch.from_numpy(mask)[None, None].float() * 2 * MASK_LOGIT - MASK_LOGIT  # (1, 1, H, W)
-        small_logits.append(F.interpolate(logits, (side, side), mode="bilinear", align_corners=False, antialias=True))
-    return torch.cat(small_logits).to(model.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
     python train_sam2.py check=fit model=sam2.1_hiera_large ...    # does it fit the memory, how fast is it
     python train_sam2.py cache=auto model=sam2.1_hiera_small ...   # encode each picture once, for all runs to come
     python train_sam2.py classes=auto data=coco data.root=/my/coco # masks with the dataset's classes
+    python train_sam2.py experiment=data_engine data.root=photos/ data.labels=engine/   # labels of infer_sam2.py
     python train_sam2.py prompts=text text_encoder=ViT-B-32/openai data=coco ...   # masks from words (open_clip)
     python train_sam2.py fast_decoder=false                        # sam2's own decoder, slower on a CPU
     python train_sam2.py train.steps=0 model.checkpoint=best.pt    # evaluate and stop
@@ -13,9 +14,9 @@
     python train_sam2.py --cfg job                                 # print every knob with its value
 
 Reads   pictures and instance masks: data=labpics|label_map|masks_per_file|coco|sa1b|davis|labelme|yolo|cvat|voc
-        (data/README.md).
+        (data/README.md), or data=labels: a folder of labels of infer_sam2.py mode=label and mode=annotate.
 Writes  outputs/train_sam2/<time>/: best.pt (loads in sam2.build_sam.build_sam2), last.pt (to resume), metrics.csv,
-        curves.png, samples/, tensorboard/, run.json.
+        curves.png, samples/, tensorboard/, run.json; with data=labels into its folder best.pt, rounds.csv, rounds.png.
 Metrics, each a mean over all validation objects, at their picture's own size, of the mask of highest predicted IoU:
     val/iou_1_click          one click at the object's centre (val/iou_<n>_clicks: n clicks, each in the largest error)
     val/oracle_iou_1_click   best of the three masks after one click
@@ -78,7 +79,7 @@ from utils.log import (
     write_pictures,
 )
 from utils.sam2 import class_head as class_heads
-from utils.sam2 import class_metrics, embedding_cache, evaluation, losses, mask_generation, prompts, words
+from utils.sam2 import class_metrics, embedding_cache, evaluation, losses, mask_generation, prompts, rounds, words
 from utils.sam2 import model as models
 from utils.sam2.class_head import ClassHead, ClassSettings
 from utils.sam2.fast_decoder import DecoderSetting, fix_decoder
@@ -1130,6 +1131,7 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
 
     is_resumed, state = resume_path is not None, (model, optimizer, scaler)
     loop = loops.resume_run(resume_path, run_dir, *state, beside) if is_resumed else loops.LoopState()
+    first_step = loop.step
     log = MetricsLog(run_dir, loop.rows)
     description = {"script": "train_sam2", "config": config}
     if class_head is not None:
@@ -1288,6 +1290,11 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
         mixed = blend_weights(run_dir, model, measure_own, val_items, general_items, beside)
         loop.best = mixed | {"step": loop.step}
     finish_run(run_dir, {"start": loop.start_metrics, "best": loop.best, "last": last})
+    if settings.data.reader_keys["format"] == "labels" and loop.step > first_step:
+        ious = loop.start_metrics["val/iou_1_click"], loop.best["val/iou_1_click"]
+        paths = [item.annotation_path for item in train_items]
+        labels_dir = Path(settings.data.reader_keys["labels"])
+        rounds.add_round(labels_dir, paths, len(val_items), ious, settings.model["checkpoint"], run_dir)
     best, shown = loop.best, ("iou", "class_accuracy", "mask_ap")
     names = [name for name in loop.start_metrics | last if any(word in name for word in shown)]
     if not general_items:

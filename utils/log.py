@@ -112,7 +112,7 @@ def _machine() -> dict:
 
 def write_json(path: Path, record: dict, indent: int | None = None) -> None:
     """Write plain types whole or not at all; nan and infinity, which JSON lacks, become null."""
-    _write_text(path, json.dumps(_without_non_finite(record), indent=indent, allow_nan=False))
+    write_text(path, json.dumps(_without_non_finite(record), indent=indent, allow_nan=False))
 
 
 def _without_non_finite(value):
@@ -125,7 +125,7 @@ def _without_non_finite(value):
     return value
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text, encoding="utf-8", newline="")
@@ -194,7 +194,7 @@ class MetricsLog:
         writer = csv.DictWriter(text, self._columns)
         writer.writeheader()
         writer.writerows(self.rows)
-        _write_text(self.run_dir / "metrics.csv", text.getvalue())
+        write_text(self.run_dir / "metrics.csv", text.getvalue())
 
 
 def write_pictures(samples_dir: Path | None, names: Sequence[str], pictures: Sequence[np.ndarray | None]) -> None:
