@@ -79,7 +79,7 @@ class Task:
 
 
 TASKS = {
-    "nuclei": Task("dsb2018", 30, 48, 0.85, 30, 512, 60, ("train.batch_size=2", "train.objects_per_image=10")),
+    "nuclei": Task("dsb2018", 30, 48, 0.85, 30, 512, 80, ("train.batch_size=2", "train.objects_per_image=10")),
     "glassware": Task("glassware", 15, 40, 0.9, 30, 256, 120, ("train.batch_size=4", "train.objects_per_image=8")),
 }
 
