@@ -94,7 +94,7 @@ from tqdm import tqdm
 
 from utils import images, onnx_files
 from utils import settings as sections
-from utils.checkpoint import check_script, find_weights, load_checkpoint, resumed_config
+from utils.checkpoint import load_checkpoint, resumed_config
 from utils.dataset_check import PICTURE_REMEDIES
 from utils.instances import label_folder, writers
 from utils.listing import first_few, read_json
@@ -348,7 +348,7 @@ def take_over_config(config: dict, overrides: list[str]) -> dict:
 def measure(config: dict, settings: Config, run_dir: Path) -> None:
     """Measure a model on a dataset: mode=benchmark."""
     device, precision = set_up_device(settings.common.device, settings.common.precision)
-    model_config = choose_model(settings.checkpoint, settings.image_size, settings.model)
+    model_config = models.choose_model(settings.checkpoint, settings.image_size, settings.model)
     check_keys(functools.partial(models.build_sam2, device=device), model_config, "model")
     seed_everything(settings.common.seed)  # of random weights, the floor
     model = models.build_sam2(**model_config, device=device, fast_decoder=settings.fast_decoder)
@@ -409,7 +409,7 @@ def describe_audit(audited: dict[str, float], run_dir: Path) -> str:
 
 def load_model(settings: Config, device: torch.device) -> tuple[torch.nn.Module, dict, AutomaticSettings]:
     """Build the model that the settings name: it, the arguments of `build_sam2`, and its grid of points."""
-    model_config = choose_model(settings.checkpoint, settings.image_size, settings.model)
+    model_config = models.choose_model(settings.checkpoint, settings.image_size, settings.model)
     changed = {key: value for key, value in settings.automatic.items() if value is not None}
     automatic = read_settings(AutomaticSettings, model_config.get("automatic", {}) | changed, "automatic")
     check_keys(functools.partial(models.build_sam2, device=device), model_config, "model")
@@ -420,7 +420,7 @@ def load_model(settings: Config, device: torch.device) -> tuple[torch.nn.Module,
 def export_onnx(config: dict, settings: Config, run_dir: Path) -> None:
     """Write a model as ONNX files: mode=export, on the CPU in fp32."""
     onnx_files.check_packages()
-    model_config = choose_model(settings.checkpoint, settings.image_size, settings.model)
+    model_config = models.choose_model(settings.checkpoint, settings.image_size, settings.model)
     check_keys(functools.partial(models.build_sam2, device="cpu"), model_config, "model")
     automatic = read_settings(AutomaticSettings, model_config.get("automatic", {}), "automatic")
     seed_everything(settings.common.seed)  # of random weights
@@ -488,46 +488,6 @@ def list_given(settings: Config) -> list[str]:
     return given
 
 
-def choose_model(checkpoint: str | None, image_size: int | None, model: dict | None) -> dict:
-    """Find which model to build, and its weights.
-
-    Args:
-        checkpoint: a file; None for the model's own weights.
-        image_size: px; None for the checkpoint's, or the model's.
-        model: the values of a file of configs/sam2/model; None to read the architecture from the checkpoint, or for the
-            bundled nano where there is no checkpoint either.
-    Returns:
-        The arguments of `build_sam2`, less the device.
-    Raises:
-        FileNotFoundError: for a missing checkpoint.
-        ValueError: for one that is not of the named model, or of none.
-    """
-    chosen = model
-    if checkpoint:
-        state = load_checkpoint(Path(checkpoint))
-        if {"script", "format"} & set(state):  # a file of this toolkit
-            check_script(state, checkpoint, "train_sam2")
-            chosen = state["config"]["model"]
-            if model is not None and model["name"] != chosen.get("name"):
-                raise ValueError(
-                    f"checkpoint {checkpoint} is of model {chosen.get('name')}, not {model['name']}; leave out model="
-                )
-        elif model is None:
-            weights = find_weights(state, checkpoint)
-            name = models.recognise_weights(weights)
-            if name is None:
-                listed = ", ".join(list(weights)[:3])
-                raise ValueError(
-                    f"checkpoint {checkpoint} holds weights of no SAM 2 model that this toolkit knows ({listed}, ...); "
-                    "its own models are listed by model=?"
-                )
-            chosen = read_model_config(name)
-    elif model is None:
-        chosen = read_model_config("sam2_nano")
-    given = {"checkpoint": checkpoint and str(checkpoint), "image_size": image_size}
-    return chosen | {key: value for key, value in given.items() if value}
-
-
 def describe_filters(automatic: AutomaticSettings, class_filter: ClassFilter | None) -> str:
     """Say what keeps automatic masks from being written, for pictures that have none."""
     limits = {f"automatic.{name}": getattr(automatic, name) for name in ("stability_score_thresh", "pred_iou_thresh")}
@@ -560,11 +520,6 @@ def choose_classes(settings: Config, class_head: ClassHead | None) -> ClassFilte
             raise ValueError(f"keep_classes has {strange[0]}; the checkpoint's classes are {listed}")
     keep = None if settings.keep_classes is None else tuple(settings.keep_classes)
     return ClassFilter(class_head, keep, settings.min_class_prob, settings.nms_across_classes)
-
-
-def read_model_config(name: str) -> dict:
-    """Read a file of configs/sam2/model."""
-    return OmegaConf.to_container(OmegaConf.load(REPOSITORY / "configs" / "sam2" / "model" / f"{name}.yaml"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,8 +5,10 @@
     python track.py input=frames/                                       # the box is in groundtruth.txt there, or above
     python track.py input=frames/ box=select show=true                  # drawn with the mouse; shown while it runs
     python track.py input=video.mp4 'boxes=[[120,80,60,40],[300,90,50,50]]'
+    python track.py input=video.mp4 'box=[120,80,60,40]' masks=true sam2.checkpoint=best.pt   # SAM 2's mask of each box
     python track.py data=otb 'sequences=[Crossing,Jumping]' checkpoint=outputs/train_siamfc/<run>/best.pt
     python track.py mode=benchmark data=otb 'results=[results/other_tracker]'
+    python track.py mode=benchmark data=davis_sequences masks=true      # J and F beside the boxes' scores
     python track.py mode=evaluate data=otb 'results=[results/a,results/b]' protocol=pysot
     python track.py --cfg job                                           # every knob with its value
 
@@ -17,9 +19,12 @@ Writes  outputs/track/<date_time>/, for each sequence of a dataset below <sequen
                     boxes_2.txt, ...
     tracks.json     boxes, scores, what seems lost, times, what could not be read
     overlay.mp4     the boxes over the frames (H.264); a grey box is that of a lost object
+    masks/<frame>.png  masks=true: 1 to N for N objects, DAVIS's palette; a lost object has no mask. tracks.json has
+                    each object's whole mask, and its predicted IoU
   mode=benchmark and evaluate:
     results/siamfc/, results/still_box/   result files in the layout of the dataset's toolkit; still_box: the first box
-    table.csv, success.png, precision.png
+    results/siamfc/<sequence>/<frame>.png masks=true: masks, as DAVIS's toolkits read them
+    table.csv, success.png, precision.png; masks.csv where the dataset has masks and a tracker's folder has some
     sheets/<sequence>.png, scores/<sequence>.png   frames with groundtruth (green) and tracked box (red); score and IoU
 A frame that cannot be read, and what a video lacks at its end, is named when all is written; the exit status is then 1.
 
@@ -29,8 +34,10 @@ Metrics, of tracking once from the first box:
     success_auc     OTB: mean over 21 thresholds of the share of frames with a higher IoU; at most 20/21 = 0.952
     precision_20    OTB: share of frames whose centre is at most 20 px off; success_50: whose IoU is above 0.5
     ao sr_50 sr_75  GOT-10k: mean IoU, and share of frames with an IoU above 0.5 and 0.75, without the first
+    j_and_f         DAVIS 2017: mean of J (IoU) and F (contours), each a mean over an object's frames without the first
+                    and last; j_recall, f_recall: share of frames above 0.5; j_decay, f_decay: first quarter less last
     frames_per_s    from the first frame asked for to the last one written; tracker_frames_per_s: the tracker alone.
-                    Both are frames over seconds, with p50 and p95 of the ms per frame.
+                    masks_frames_per_s: SAM 2 alone. All are frames over seconds, with p50 and p95 of the ms per frame.
 Source: Bertinetto et al. 2016, arXiv:1606.09549.
 """
 
@@ -49,7 +56,7 @@ import logging
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -64,10 +71,12 @@ from utils.images import read_image, write_image
 from utils.listing import first_few
 from utils.log import finish_run, start_run, write_json
 from utils.run import seed_everything, set_up_device
-from utils.settings import FINITE, SAME_SECTION, CommonSettings, above, check_keys, one_of, read_settings
-from utils.tracking import drawing, window
+from utils.settings import FINITE, SAME_SECTION, CommonSettings, above, between, check_keys, one_of, read_settings
+from utils.tracking import drawing, mask_metrics, window
+from utils.tracking import masks as tracked_masks
 from utils.tracking import sequences as datasets
 from utils.tracking.frames import FrameSource, write_video
+from utils.tracking.masks import FrameMasks, Sam2Settings, Segmenter
 from utils.tracking.metrics import PROTOCOLS, mean_scores, mean_visible_iou, score_result, still_boxes
 from utils.tracking.sequences import Sequence
 from utils.tracking.siamfc import SiamFC, load_siamfc
@@ -79,12 +88,14 @@ REPOSITORY = Path(__file__).resolve().parent
 BUNDLED_CHECKPOINT = REPOSITORY / "checkpoints" / "siamfc_alexnet.pt"
 MODES_OF_KEY = {  # which modes use a key that says what to do
     "checkpoint": ("track", "benchmark"), "input": ("track",), "box": ("track",), "boxes": ("track",),
-    "show": ("track",), "sequences": ("track", "benchmark", "evaluate"), "results": ("benchmark", "evaluate"),
+    "show": ("track",), "masks": ("track", "benchmark"), "sequences": ("track", "benchmark", "evaluate"),
+    "results": ("benchmark", "evaluate"),
 }  # fmt: skip
 SCORE_NAMES = ("success_auc", "precision_20", "success_50", "ao", "sr_50", "sr_75")
 COLUMNS = {name: name for name in ("sequence", "tracker", "num_frames", *SCORE_NAMES, "fps")} | {"num_frames": "frames"}
 OUR_NAME, STILL_NAME = "siamfc", "still_box"  # the trackers' names in tables and results/
 SHEET_FRAMES = 8
+LOW_IOU = 0.5  # mean predicted IoU of masks, below which that is said
 MAX_LISTED = 50  # failures that are printed at the end
 
 
@@ -107,6 +118,10 @@ class Config:
     fps: Annotated[float, above(0), FINITE]  # the overlay's, where the input is pictures
     protocol: Annotated[str, one_of(*PROTOCOLS)]
     results: list[str]  # folders of other trackers
+    masks: bool = False  # SAM 2's mask of each box
+    sam2: Sam2Settings = field(default_factory=Sam2Settings)
+    # share of the difference in scale between box and mask that the tracker follows; 0: none
+    mask_feedback: Annotated[float, between(0, 1)] = 0.0
 
 
 class Track(NamedTuple):
@@ -120,6 +135,9 @@ class Track(NamedTuple):
     total_s: float  # from the first frame asked for to the overlay written
     unreadable: dict[int, str]  # frame -> why it was not read
     problem: str | None  # what the video lacks at its end
+    # masks=true: of each frame that the source gave; None in a frame that was not read
+    masks: list[FrameMasks | None]
+    mask_times_s: np.ndarray  # float64 (frames that have masks,), seconds that SAM 2 took
 
 
 def track(config: dict, run_dir: Path) -> list[str]:
@@ -150,15 +168,16 @@ def track(config: dict, run_dir: Path) -> list[str]:
             for sequence in sequences:
                 datasets.find_result(folder, sequence.name)
     tracker = None if settings.mode == "evaluate" else build_tracker(settings)
+    segmenter = build_segmenter(settings) if settings.masks else None
     start_run(run_dir, config, counts)
 
     failures = []
     if settings.input is not None:
-        metrics, failures = track_input(tracker, source, boxes_xywh, settings, run_dir)
+        metrics, failures = track_input(tracker, segmenter, source, boxes_xywh, settings, run_dir)
     elif settings.mode == "evaluate":
         metrics = evaluate(sequences, others, settings.protocol, run_dir)
     else:
-        metrics, failures = track_dataset(tracker, sequences, others, settings, run_dir)
+        metrics, failures = track_dataset(tracker, segmenter, sequences, others, settings, run_dir)
     finish_run(run_dir, metrics)
     log.info(f"written to {run_dir}")
     return failures
@@ -170,13 +189,21 @@ def track(config: dict, run_dir: Path) -> list[str]:
 
 def check_settings(settings: Config) -> None:
     """Refuse keys that the mode does not use, a mode without its input, and keys that exclude each other."""
-    absent = {"checkpoint": "auto", "results": [], "show": False}
+    absent = {"checkpoint": "auto", "results": [], "show": False, "masks": False}
     given = [key for key in MODES_OF_KEY if getattr(settings, key) != absent.get(key)]
     sections.check_modes(given, MODES_OF_KEY, settings.mode)
     if settings.mode == "evaluate" and not settings.results:
         raise ValueError("mode=evaluate needs results=[<folder of a tracker's result files>, ...]")
     if settings.sequences == []:
         raise ValueError("sequences is []; name some, or leave it out for the validation sequences")
+    if not settings.masks:
+        for key, value in {f"sam2.{key}": value for key, value in asdict(settings.sam2).items()}.items():
+            if value is not None:
+                raise ValueError(f"{key} is {value}, which masks=true alone uses; add that, or leave it out")
+        if settings.mask_feedback > 0:
+            raise ValueError(f"mask_feedback is {settings.mask_feedback}, but masks are off: add masks=true")
+    if settings.mask_feedback > 0 and settings.tracker.mode == "parity":
+        raise ValueError("mask_feedback changes what tracker.mode=parity promises; leave out one of them")
     if {"box", "boxes"} <= set(given):
         raise ValueError("box= and boxes= are both given; leave out one of them")
     for key in ("box", "boxes"):
@@ -268,6 +295,12 @@ def build_tracker(settings: Config) -> SiamFCTracker:
     return SiamFCTracker(model, settings.tracker, precision)
 
 
+def build_segmenter(settings: Config) -> Segmenter:
+    """Load the SAM 2 that makes masks, on the chosen device."""
+    device, precision = set_up_device(settings.common.device, settings.common.precision)
+    return tracked_masks.load_segmenter(settings.sam2, device, precision)
+
+
 def load_model(checkpoint: str, seed: int) -> SiamFC:
     """Load SiamFC from a checkpoint, from the bundled one ("auto"), or draw its weights from the seed ("random")."""
     if checkpoint == "random":
@@ -287,12 +320,14 @@ def load_model(checkpoint: str, seed: int) -> SiamFC:
 
 def track_video(
     tracker: SiamFCTracker,
+    segmenter: Segmenter | None,
     source: FrameSource,
     boxes_xywh: np.ndarray,
     name: str,
     settings: Config,
     out_dir: Path | None = None,
     start: int = 0,
+    mask_dir: Path | None = None,
 ) -> Track:
     """Track objects through a video, and draw what is asked for on the way; no frame is kept.
 
@@ -305,14 +340,19 @@ def track_video(
         settings: show; overlay; and fps, the overlay's where the source is not a video.
         out_dir: where overlay.mp4, boxes and tracks.json are written; None: nowhere.
         start: frames of the video that come before the source's first: nan, and lost, in what is returned.
+        mask_dir: where a segmenter's masks are written, a png for each frame.
     Raises:
         ValueError, OSError: where the first frame cannot be read, or its boxes not be tracked.
     """
     no_boxes, is_lost = np.full((len(boxes_xywh), 4), np.nan), np.ones(len(boxes_xywh), bool)
     tracked = [TrackedFrame(-1, None, no_boxes, no_boxes[:, 0], is_lost, math.nan, None)] * start
-    frame_times_s = []
+    frame_times_s, masked, mask_times_s = [], [], []
     last_frame = video = figure = problem = None
     is_resized = False
+
+    def join_so_far(total_s: float) -> Track:
+        return join_frames(tracked, frame_times_s, total_s, source, masked, mask_times_s)
+
     with contextlib.ExitStack() as opened:
         progress = opened.enter_context(tqdm(total=source.num_frames, desc=name, unit="frame", leave=False))
         begin = last_done = last_kept = time.perf_counter()
@@ -328,6 +368,16 @@ def track_video(
                         f"{old_height} to {width} x {height} px; boxes are in px of their own frame"
                     )
                 last_frame = frame
+                if segmenter is not None:
+                    frame_masks = None
+                    if tracked_frame.error is None:
+                        frame_masks, mask_s = segment_frame(segmenter, tracker, tracked_frame, settings.mask_feedback)
+                        mask_times_s.append(mask_s)
+                        path = mask_dir / f"{source.frame_stem(tracked_frame.index)}.png"
+                        tracked_masks.write_mask(path, frame_masks.label_map)
+                        frame = tracked_masks.draw_masks(frame, frame_masks.label_map)
+                        frame_masks = frame_masks._replace(label_map=None)  # no frame is kept
+                    masked.append(frame_masks)
                 has_overlay = out_dir is not None and settings.overlay and problem is None
                 if has_overlay or settings.show:
                     boxes, scores = tracked_frame.boxes_xywh, tracked_frame.scores
@@ -352,12 +402,11 @@ def track_video(
                 frame_times_s.append(now - last_done)
                 last_done = now
                 if out_dir is not None and now - last_kept > KEEP_EVERY_S:
-                    write_tracks(out_dir, join_frames(tracked, frame_times_s, now - begin, source), source, settings)
+                    write_tracks(out_dir, join_so_far(now - begin), source, settings)
                     last_kept = time.perf_counter()
         finally:
             if frame_times_s and out_dir is not None:
-                total_s = time.perf_counter() - begin
-                write_tracks(out_dir, join_frames(tracked, frame_times_s, total_s, source), source, settings)
+                write_tracks(out_dir, join_so_far(time.perf_counter() - begin), source, settings)
         try:
             if video is not None:
                 video.close()  # writes what the encoder still holds
@@ -367,11 +416,31 @@ def track_video(
         raise ValueError(source.problem or f"{name} has no frames")
     if source.num_before_keyframe:
         log.info(f"{name}: starts with {source.num_before_keyframe} packets before its first keyframe; left out")
-    track = join_frames(tracked, frame_times_s, time.perf_counter() - begin, source)
+    track = join_so_far(time.perf_counter() - begin)
     return track._replace(problem="; ".join(filter(None, (track.problem, problem))) or None)
 
 
-def join_frames(tracked: list[TrackedFrame], frame_times_s: list[float], total_s: float, source: FrameSource) -> Track:
+def segment_frame(
+    segmenter: Segmenter, tracker: SiamFCTracker, tracked_frame: TrackedFrame, feedback: float
+) -> tuple[FrameMasks, float]:
+    """Make a frame's masks, and let the tracker follow their scale: they, and the seconds that it took."""
+    start = time.perf_counter()
+    boxes_xywh, is_lost = tracked_frame.boxes_xywh, tracked_frame.is_lost
+    frame_masks = tracked_masks.segment_boxes(segmenter, tracked_frame.frame, boxes_xywh, ~is_lost)
+    if feedback > 0 and tracked_frame.index > 0:
+        for target, mask_box_xywh in zip(tracker.targets, frame_masks.boxes_xywh, strict=True):
+            tracked_masks.follow_mask(target, mask_box_xywh, feedback)
+    return frame_masks, time.perf_counter() - start
+
+
+def join_frames(
+    tracked: list[TrackedFrame],
+    frame_times_s: list[float],
+    total_s: float,
+    source: FrameSource,
+    masked: list[FrameMasks | None],
+    mask_times_s: list[float],
+) -> Track:
     """Put what was found frame by frame into arrays."""
     return Track(
         np.stack([tracked_frame.boxes_xywh for tracked_frame in tracked]),
@@ -382,6 +451,8 @@ def join_frames(tracked: list[TrackedFrame], frame_times_s: list[float], total_s
         total_s,
         {index: str(tracked_frame.error) for index, tracked_frame in enumerate(tracked) if tracked_frame.error},
         source.problem,
+        list(masked),
+        np.array(mask_times_s),
     )
 
 
@@ -392,8 +463,13 @@ def measure_speed(tracks: list[Track]) -> dict[str, float]:
     """
     times_s = np.concatenate([track.times_s[np.isfinite(track.times_s)] for track in tracks])
     frame_times_s = np.concatenate([track.frame_times_s for track in tracks])
+    mask_times_s = np.concatenate([track.mask_times_s for track in tracks])
     total_s = sum(track.total_s for track in tracks)
-    return {
+    of_masks = {}
+    if len(mask_times_s):
+        of_masks = {"masks_frames_per_s": len(mask_times_s) / float(mask_times_s.sum())}
+        of_masks |= {f"masks_p{q}_ms": float(1000 * np.percentile(mask_times_s, q)) for q in (50, 95)}
+    return of_masks | {
         "frames_per_s": len(times_s) / total_s,
         "p50_ms": float(1000 * np.percentile(frame_times_s, 50)),
         "p95_ms": float(1000 * np.percentile(frame_times_s, 95)),
@@ -408,7 +484,8 @@ def describe_speed(speed: dict[str, float]) -> str:
     return ", ".join(
         f"{words} {speed[f'{key}frames_per_s']:.1f} frames/s "
         f"(p50 {speed[f'{key}p50_ms']:.1f} ms, p95 {speed[f'{key}p95_ms']:.1f} ms)"
-        for words, key in (("end to end", ""), ("tracker alone", "tracker_"))
+        for words, key in (("end to end", ""), ("tracker alone", "tracker_"), ("masks alone", "masks_"))
+        if f"{key}frames_per_s" in speed
     )
 
 
@@ -422,20 +499,53 @@ def list_failures(track: Track) -> list[str]:
 
 
 def track_input(
-    tracker: SiamFCTracker, source: FrameSource, boxes_xywh: np.ndarray, settings: Config, run_dir: Path
+    tracker: SiamFCTracker,
+    segmenter: Segmenter | None,
+    source: FrameSource,
+    boxes_xywh: np.ndarray,
+    settings: Config,
+    run_dir: Path,
 ) -> tuple[dict, list[str]]:
     """Track the user's video, and write its files into the run's folder; return metrics, and what could not be read."""
     name = Path(settings.input).resolve().name
-    track = track_video(tracker, source, boxes_xywh, name, settings, run_dir)
+    mask_dir = make_mask_dir(run_dir / "masks", segmenter)
+    track = track_video(tracker, segmenter, source, boxes_xywh, name, settings, run_dir, mask_dir=mask_dir)
     failures, speed = list_failures(track), measure_speed([track])
     num_frames, num_lost = len(track.boxes_xywh), int(track.is_lost.any(1).sum())
     log.info(f"{name}: {num_frames} frames, an object seems lost in {num_lost} of them; {describe_speed(speed)}")
     counts = {"num_frames": num_frames, "num_lost": num_lost, "num_failed": len(failures)}
+    if segmenter is not None:
+        log.info(describe_masks([track]))
     return {"last": counts | speed}, failures
 
 
+def make_mask_dir(folder: Path, segmenter: Segmenter | None) -> Path | None:
+    """Make the folder of a video's masks; None where none are made."""
+    if segmenter is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def describe_masks(tracks: list[Track]) -> str:
+    """Say what SAM 2 thinks of its masks."""
+    made = [frame_masks for track in tracks for frame_masks in track.masks if frame_masks is not None]
+    predicted_ious = np.concatenate([frame_masks.predicted_ious for frame_masks in made] or [np.zeros(0)])
+    num_masks = int(np.isfinite(predicted_ious).sum())
+    if not num_masks:
+        return "no object has a mask"
+    mean = float(np.nanmean(predicted_ious))
+    remedy = ": low; the model knows such pictures little, see sam2.model and sam2.checkpoint" if mean < LOW_IOU else ""
+    return f"{num_masks} masks of a mean predicted IoU of {mean:.2f}{remedy}"
+
+
 def track_dataset(
-    tracker: SiamFCTracker, sequences: list[Sequence], others: dict[str, Path], settings: Config, run_dir: Path
+    tracker: SiamFCTracker,
+    segmenter: Segmenter | None,
+    sequences: list[Sequence],
+    others: dict[str, Path],
+    settings: Config,
+    run_dir: Path,
 ) -> tuple[dict, list[str]]:
     """Track sequences, each from the first frame in which its object is visible, and write what the mode asks for.
 
@@ -452,7 +562,9 @@ def track_dataset(
         folder = run_dir if is_benchmark else run_dir / sequence.name
         folder.mkdir(exist_ok=True)
         try:
-            track = track_sequence(tracker, sequence, settings, None if is_benchmark else folder)
+            mask_dir = run_dir / "results" / OUR_NAME / sequence.name if is_benchmark else folder / "masks"
+            mask_dir = make_mask_dir(mask_dir, segmenter)
+            track = track_sequence(tracker, segmenter, sequence, settings, None if is_benchmark else folder, mask_dir)
         except (ValueError, OSError) as error:
             failures.append(f"{sequence.name}: {error}")
             continue
@@ -476,10 +588,19 @@ def track_dataset(
         last |= iou
         log.info(f"{len(tracks)} sequences{describe_iou(iou)}")
     log.info(describe_speed(speed))
+    if segmenter is not None:
+        log.info(describe_masks(tracks))
     return {"last": last} | scores, failures
 
 
-def track_sequence(tracker: SiamFCTracker, sequence: Sequence, settings: Config, out_dir: Path | None = None) -> Track:
+def track_sequence(
+    tracker: SiamFCTracker,
+    segmenter: Segmenter | None,
+    sequence: Sequence,
+    settings: Config,
+    out_dir: Path | None = None,
+    mask_dir: Path | None = None,
+) -> Track:
     """Track a sequence from the first frame in which its object is visible.
 
     Raises:
@@ -489,7 +610,8 @@ def track_sequence(tracker: SiamFCTracker, sequence: Sequence, settings: Config,
         raise ValueError("its groundtruth has no visible box; there is nothing to track")
     start = int(sequence.visible.argmax())
     source = FrameSource(sequence.frame_paths[start:])
-    return track_video(tracker, source, sequence.boxes_xywh[[start]], sequence.name, settings, out_dir, start)
+    boxes_xywh = sequence.boxes_xywh[[start]]
+    return track_video(tracker, segmenter, source, boxes_xywh, sequence.name, settings, out_dir, start, mask_dir)
 
 
 def write_tracks(folder: Path, track: Track, source: FrameSource, settings: Config) -> None:
@@ -515,6 +637,7 @@ def write_tracks(folder: Path, track: Track, source: FrameSource, settings: Conf
                 "boxes_xywh": in_file[:, n].tolist(),
                 "scores": track.scores[:, n].tolist(),
                 "lost": track.is_lost[:, n].tolist(),
+                **describe_object_masks(track, n, num_before),
             }
             for n, name in enumerate(names)
         ],
@@ -523,6 +646,18 @@ def write_tracks(folder: Path, track: Track, source: FrameSource, settings: Conf
         "problem": track.problem,
     }
     write_json(folder / "tracks.json", record)
+
+
+def describe_object_masks(track: Track, n: int, num_before: int) -> dict:
+    """Put an object's masks into its record of tracks.json; nothing where none were made."""
+    if not track.masks:
+        return {}
+    made = [None if each is None else (each.segmentations[n], float(each.predicted_ious[n])) for each in track.masks]
+    made = [*[None] * num_before, *made]
+    return {
+        "masks": [None if each is None else each[0] for each in made],
+        "predicted_ious": [None if each is None else each[1] for each in made],
+    }
 
 
 def measure_iou(sequences: list[Sequence], tracks: list[Track]) -> dict[str, float]:
@@ -622,7 +757,37 @@ def evaluate(
         )
     drawing.plot_curves(means, protocol, run_dir)
     names = ("num_frames", *SCORE_NAMES, "ao_by_frame", "sr_50_by_frame", "sr_75_by_frame", "fps")
-    return {row["tracker"]: {name: row[name] for name in names} for row in means}
+    of_masks = evaluate_masks(scored, trackers, run_dir)
+    return {row["tracker"]: {name: row[name] for name in names} | of_masks.get(row["tracker"], {}) for row in means}
+
+
+def evaluate_masks(sequences: list[Sequence], trackers: dict[str, Path], run_dir: Path) -> dict[str, dict[str, float]]:
+    """Score the masks in trackers' folders, <folder>/<sequence>/<frame>.png; print and write the table.
+
+    Returns:
+        {tracker: means over the sequences of all whose masks are there}; empty where the dataset has no masks.
+    """
+    rows, means = [], {}
+    for name, folder in trackers.items():
+        with_masks = [each for each in sequences if each.mask_dir is not None and (folder / each.name).is_dir()]
+        scores = [
+            mask_metrics.score_folder(folder / sequence.name, sequence)
+            for sequence in tqdm(with_masks, desc=f"masks of {name}", leave=False, disable=None)
+        ]
+        rows += [{"sequence": each.name, "tracker": name} | row for each, row in zip(with_masks, scores, strict=True)]
+        if scores:
+            means[name] = {key: float(np.mean([row[key] for row in scores])) for key in scores[0]}
+            rows.append({"sequence": f"mean of {len(scores)}", "tracker": name} | means[name])
+    if rows:
+        with (run_dir / "masks.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(row for row in rows if not row["sequence"].startswith("mean of"))
+        keys = list(rows[0])[2:]
+        cells = [["sequence", "tracker", *keys]]
+        cells += [[row["sequence"], row["tracker"], *(number(row[key]) for key in keys)] for row in rows]
+        log.info("masks, DAVIS 2017\n" + "\n".join(align_columns(cells)))
+    return means
 
 
 def table_lines(rows: list[dict]) -> list[str]:
@@ -631,6 +796,11 @@ def table_lines(rows: list[dict]) -> list[str]:
     for row in rows:
         scores = [number(row[name]) for name in SCORE_NAMES]
         cells.append([row["sequence"], row["tracker"], str(row["num_frames"]), *scores, number(row["fps"], decimals=1)])
+    return align_columns(cells)
+
+
+def align_columns(cells: list[list[str]]) -> list[str]:
+    """Lay cells out as lines of plain text; the first two columns are names."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for line in cells:

@@ -43,7 +43,6 @@ from tqdm import tqdm
 
 import train_sam2
 from benchmarks.measure import CONFIGS
-from infer_sam2 import read_model_config
 from utils import images, listing, run
 from utils.instances import label_folder
 from utils.instances.codecs import mask_to_rle, rle_to_mask
@@ -250,7 +249,7 @@ def start_trial(folder: Path, name: str, seed: int, data_root: Path) -> Trial:
 
 def build_model(task: Task, checkpoint: str) -> torch.nn.Module:
     """Build the nano at the size of the task, "auto" with its bundled weights."""
-    model_config = read_model_config("sam2_nano") | {"checkpoint": checkpoint, "image_size": task.image_size}
+    model_config = models.read_model_config("sam2_nano") | {"checkpoint": checkpoint, "image_size": task.image_size}
     return models.build_sam2(**model_config, device=torch.device("cpu"), fast_decoder=True)
 
 
@@ -292,7 +291,7 @@ def label_all(
 
 def label_automatically(trial: Trial, model: torch.nn.Module, names: Iterable[str], labels_dir: Path) -> dict[str, int]:
     """Label pictures as mode=label does, with one grid of points and without crops."""
-    automatic = read_settings(AutomaticSettings, read_model_config("sam2_nano")["automatic"] | GRID, "automatic")
+    automatic = read_settings(AutomaticSettings, models.read_model_config("sam2_nano")["automatic"] | GRID, "automatic")
 
     def generate(image_rgb: np.ndarray) -> GeneratedMasks:
         return mask_generation.generate_masks(model, image_rgb, automatic)

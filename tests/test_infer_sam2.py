@@ -19,10 +19,11 @@ from options import read_option
 from pycocotools import mask as coco_mask
 
 import infer_sam2
-from infer_sam2 import choose_model, infer
+from infer_sam2 import infer
 from utils.checkpoint import save_checkpoint
 from utils.images import list_images, overlay_label_map, read_image, write_image
 from utils.instances.readers import read_sa1b
+from utils.sam2 import model as models
 from utils.sam2.fast_decoder import decode_fast
 from utils.sam2.model import build_sam2, decode
 
@@ -412,18 +413,18 @@ def test_geometry_comes_from_the_checkpoint(folder, tmp_path):
     state = torch.load(folder / "best.pt", weights_only=True)
     state["config"]["model"] = NANO | {"image_size": 128, "automatic": NANO["automatic"] | {"points_per_side": 5}}
     save_checkpoint(tmp_path / "best.pt", state)
-    assert choose_model(tmp_path / "best.pt", None, None)["image_size"] == 128
-    assert choose_model(tmp_path / "best.pt", None, NANO)["image_size"] == 128
-    assert choose_model(tmp_path / "best.pt", 192, None)["image_size"] == 192
-    assert choose_model(tmp_path / "best.pt", None, None)["automatic"]["points_per_side"] == 5
-    assert choose_model(None, None, None) == NANO
+    assert models.choose_model(tmp_path / "best.pt", None, None)["image_size"] == 128
+    assert models.choose_model(tmp_path / "best.pt", None, NANO)["image_size"] == 128
+    assert models.choose_model(tmp_path / "best.pt", 192, None)["image_size"] == 192
+    assert models.choose_model(tmp_path / "best.pt", None, None)["automatic"]["points_per_side"] == 5
+    assert models.choose_model(None, None, None) == NANO
     with pytest.raises(ValueError, match="is of model sam2_nano, not sam2.1_hiera_tiny; leave out model="):
-        choose_model(tmp_path / "best.pt", None, NANO | {"name": "sam2.1_hiera_tiny"})
+        models.choose_model(tmp_path / "best.pt", None, NANO | {"name": "sam2.1_hiera_tiny"})
     save_checkpoint(tmp_path / "other.pt", {"model": {"weight": torch.zeros(3)}})
     with pytest.raises(ValueError, match="of no SAM 2 model that this toolkit knows"):
-        choose_model(tmp_path / "other.pt", None, None)
+        models.choose_model(tmp_path / "other.pt", None, None)
     with pytest.raises(FileNotFoundError, match=r"missing\.pt does not exist"):
-        choose_model(tmp_path / "missing.pt", None, None)
+        models.choose_model(tmp_path / "missing.pt", None, None)
 
 
 # What a user of sam2 does with best.pt, in a process that knows nothing of this project.

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from torch import nn
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
@@ -590,6 +591,55 @@ def recognise_weights(state_dict: dict) -> str | None:
     size = sizes.get((patch_embedding.shape[0], num_blocks))
     version = "sam2.1" if "no_obj_embed_spatial" in state_dict else "sam2"
     return f"{version}_hiera_{size}" if size else None
+
+
+def choose_model(checkpoint: str | None, image_size: int | None, model: dict | None) -> dict:
+    """Find which model to build, and its weights.
+
+    Args:
+        checkpoint: a file; None for the model's own weights.
+        image_size: px; None for the checkpoint's, or the model's.
+        model: the values of a file of configs/sam2/model; None to read the architecture from the checkpoint, or for the
+            bundled nano where there is no checkpoint either.
+    Returns:
+        The arguments of `build_sam2`, less the device.
+    Raises:
+        FileNotFoundError: for a missing checkpoint.
+        ValueError: for one that is not of the named model, or of none.
+    """
+    chosen = model
+    if checkpoint:
+        state = load_checkpoint(Path(checkpoint))
+        if {"script", "format"} & set(state):  # a file of this toolkit
+            check_script(state, checkpoint, "train_sam2")
+            chosen = state["config"]["model"]
+            if model is not None and model["name"] != chosen.get("name"):
+                raise ValueError(
+                    f"checkpoint {checkpoint} is of model {chosen.get('name')}, not {model['name']}; leave out model="
+                )
+        elif model is None:
+            weights = find_weights(state, checkpoint)
+            name = recognise_weights(weights)
+            if name is None:
+                listed = ", ".join(list(weights)[:3])
+                raise ValueError(
+                    f"checkpoint {checkpoint} holds weights of no SAM 2 model that this toolkit knows ({listed}, ...); "
+                    "its own models are listed by model=?"
+                )
+            chosen = read_model_config(name)
+    elif model is None:
+        chosen = read_model_config("sam2_nano")
+    given = {"checkpoint": checkpoint and str(checkpoint), "image_size": image_size}
+    return chosen | {key: value for key, value in given.items() if value}
+
+
+def read_model_config(name: str) -> dict:
+    """Read a file of configs/sam2/model, by its name."""
+    path = REPOSITORY / "configs" / "sam2" / "model" / f"{name}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(each.stem for each in path.parent.glob("*.yaml")))
+        raise ValueError(f"there is no SAM 2 model {name}; must be one of {names}")
+    return OmegaConf.to_container(OmegaConf.load(path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def plot_rounds(rows: list[dict], path: Path) -> None:
     if not np.isnan(column("seconds_per_mask")).all():
         work_ax.plot(numbers, column("seconds_per_mask"), "s-", label="seconds")
     work_ax.set_title("what a person's mask took, mean")
-    work_ax.set_ylim(bottom=0)
+    work_ax.set_ylim(0, 1.1 * work_ax.get_ylim()[1])
     bottom = np.zeros(len(rows))
     for origin in ORIGINS:
         counts = column(origin)

@@ -137,6 +137,11 @@ class FrameSource:
         is_page = self._pages is not None and len(self._pages) > 1
         return f"{self._frame_paths[index]}, page {index + 1}" if is_page else str(self._frame_paths[index])
 
+    def frame_stem(self, index: int) -> str:
+        """Name a frame's files: as its own, or by its number in the video or file of pages, 00000."""
+        is_numbered = self._video_path is not None or (self._pages is not None and len(self._pages) > 1)
+        return f"{index:05d}" if is_numbered else self._frame_paths[index].stem
+
     def __iter__(self) -> Iterator[tuple[int, np.ndarray | None, Exception | None]]:
         """Yield (index from 0, frame uint8 (H, W, 3) RGB or None, error or None)."""
         self.problem, self.times_s, self.num_before_keyframe = None, [], 0

@@ -14,7 +14,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -54,6 +54,8 @@ class Sequence:
     box_origin: int  # 0 or 1: what the dataset's files count from, and so its result files
     cover: np.ndarray | None = None  # int (T,), GOT-10k's label: 0 hidden .. 8 wholly visible
     frame_wh: tuple[int, int] | None = None  # width, height of the first frame, px; None if it cannot be read
+    mask_dir: Path | None = None  # where masks of the frames are, <frame>.png; None: the dataset has boxes alone
+    mask_id: int | None = None  # the object's in them; None: all that is not 0
 
     def __len__(self) -> int:
         return len(self.frame_names)
@@ -269,8 +271,13 @@ def list_davis(root: Path, image_dir: str, annotation_dir: str) -> Videos:
                 object_boxes[index_of[path.stem]] = _to_xywh(*mask_to_box(ids == object_id))
         if not boxes:
             raise ValueError(f"the masks in {folder} are all empty; remove the folder, or draw the object")
+        is_alone = len(boxes) == 1
         return [
-            _make(f"{video}.{object_id}" if len(boxes) > 1 else video, video, frame_dir, frame_names, object_boxes, 0)
+            replace(
+                _make(video if is_alone else f"{video}.{object_id}", video, frame_dir, frame_names, object_boxes, 0),
+                mask_dir=folder,
+                mask_id=None if is_alone else object_id,
+            )
             for object_id, object_boxes in sorted(boxes.items())
         ]
 
@@ -761,7 +768,8 @@ def _write_index(path: Path, asked: str, train_sequences: list[Sequence], val_se
     described = [
         {key: getattr(sequence, key) for key in DESCRIBED}
         | {"frame_dir": str(sequence.frame_dir.resolve()), "num_frames": len(sequence)}
-        | {"has_cover": sequence.cover is not None}
+        | {"has_cover": sequence.cover is not None, "mask_id": sequence.mask_id}
+        | {"mask_dir": None if sequence.mask_dir is None else str(sequence.mask_dir.resolve())}
         for sequence in sequences
     ]
     text = json.dumps({"asked": asked, "num_train": len(train_sequences), "sequences": described})
@@ -800,6 +808,8 @@ def _read_index(path: Path, asked: str) -> tuple[list[Sequence], list[Sequence]]
             Sequence(
                 **{key: entry[key] for key in DESCRIBED},
                 frame_dir=Path(entry["frame_dir"]),
+                mask_dir=Path(entry["mask_dir"]) if entry.get("mask_dir") else None,  # an older index has none
+                mask_id=entry.get("mask_id"),
                 frame_names=tuple(frame_names[start:end]),
                 boxes_xywh=arrays["boxes_xywh"][start:end],
                 visible=arrays["visible"][start:end],

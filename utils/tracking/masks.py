@@ -1,0 +1,155 @@
+"""Masks of tracked objects: each frame is encoded once by SAM 2, and each object's box prompts a mask.
+
+This file alone joins the tracker and SAM 2.
+
+Sources: Ravi et al. 2024 (SAM 2); DAVIS (Perazzi et al. 2016) for the files, <frame>.png with a palette.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from utils.images import mask_to_box, overlay_label_map
+from utils.instances.codecs import mask_to_rle
+from utils.run import autocast
+from utils.sam2 import evaluation
+from utils.sam2 import model as models
+from utils.sam2.mask_generation import upscale_part
+from utils.tracking.tracker import Target
+
+PALETTE_COLORS = 255  # ids that a palette PNG holds
+FEEDBACK_LIMIT = 1.5  # a factor of scale between box and mask
+
+
+@dataclass(frozen=True)
+class Sam2Settings:
+    """Which SAM 2 makes the masks (`sam2:`)."""
+
+    checkpoint: str | None = None  # as infer_sam2.py's
+    model: str | None = None  # a name in configs/sam2/model
+    image_size: int | None = None  # px
+
+
+class Segmenter(NamedTuple):
+    """A SAM 2 model and how it computes."""
+
+    model: torch.nn.Module
+    precision: str
+
+
+class FrameMasks(NamedTuple):
+    """The masks of N objects in one frame."""
+
+    label_map: np.ndarray | None  # int32 (H, W): 1 to N, 0 where no object is; overlaps go to the higher predicted IoU
+    segmentations: list[dict | None]  # COCO run lengths of each whole mask; None where an object has none
+    predicted_ious: np.ndarray  # float64 (N,); nan where an object has no mask
+    boxes_xywh: np.ndarray  # float64 (N, 4), tight boxes of the whole masks, px; nan likewise
+
+
+def load_segmenter(settings: Sam2Settings, device: torch.device, precision: str) -> Segmenter:
+    """Build the model that the settings name, the bundled nano by default.
+
+    Raises:
+        FileNotFoundError, ValueError: as `choose_model` and `build_sam2`; for a name that is no model.
+    """
+    named = None if settings.model is None else models.read_model_config(settings.model)
+    model_config = models.choose_model(settings.checkpoint, settings.image_size, named)
+    model = models.build_sam2(**model_config, device=device, fast_decoder=device.type == "cpu")
+    return Segmenter(model, precision)
+
+
+@torch.inference_mode()
+def segment_boxes(segmenter: Segmenter, frame: np.ndarray, boxes_xywh: np.ndarray, is_there: np.ndarray) -> FrameMasks:
+    """Make the masks of the objects in one frame from their boxes.
+
+    Args:
+        frame: uint8 (H, W, 3) RGB.
+        boxes_xywh: float (N, 4) px, 0-based; parts beyond the frame are cut off.
+        is_there: bool (N,); objects that are not, and those whose box does not meet the frame, get no mask.
+    """
+    height, width = frame.shape[:2]
+    label_map = np.zeros((height, width), np.int32)
+    segmentations: list[dict | None] = [None] * len(boxes_xywh)
+    predicted_ious, mask_boxes = np.full(len(boxes_xywh), np.nan), np.full((len(boxes_xywh), 4), np.nan)
+    corners = cut_boxes(boxes_xywh, (height, width))  # (N, 4)
+    places = np.flatnonzero(is_there & np.isfinite(corners).all(1))
+    if not len(places):
+        return FrameMasks(label_map, segmentations, predicted_ious, mask_boxes)
+    model = segmenter.model
+    with autocast(model.device, segmenter.precision):
+        embeddings = models.encode(model, models.preprocess(frame, model.image_size, model.device)[None])
+    low_res_masks, iou_predictions, _ = evaluation.predict_from_boxes(
+        model, embeddings, corners[places], None, (height, width), segmenter.precision
+    )
+    logits, scores = low_res_masks[:, 0].float().cpu().numpy(), iou_predictions[:, 0].float().cpu().numpy()
+    for number in np.argsort(scores, kind="stable"):  # the best last, on top
+        place = int(places[number])
+        part, (x, y) = upscale_part(logits[number], (height, width), 0.0)
+        mask = np.zeros((height, width), bool, order="F")  # run lengths go down the columns
+        mask[y : y + part.shape[0], x : x + part.shape[1]] = part > 0
+        if not mask.any():
+            continue
+        label_map[mask] = place + 1
+        segmentations[place], predicted_ious[place] = mask_to_rle(mask), scores[number]
+        x1, y1, x2, y2 = mask_to_box(mask)
+        mask_boxes[place] = x1, y1, x2 - x1 + 1, y2 - y1 + 1
+    return FrameMasks(label_map, segmentations, predicted_ious, mask_boxes)
+
+
+def cut_boxes(boxes_xywh: np.ndarray, frame_hw: tuple[int, int]) -> np.ndarray:
+    """Cut boxes to a frame: float32 (N, 4), the outermost pixels x1, y1, x2, y2, as SAM 2 is prompted; nan outside."""
+    x, y, width, height = np.asarray(boxes_xywh, np.float64).T
+    corners = np.stack([x, y, x + width - 1, y + height - 1], 1)
+    limit = np.array([frame_hw[1] - 1, frame_hw[0] - 1] * 2, np.float64)
+    is_outside = (corners[:, 2:] < 0).any(1) | (corners[:, :2] > limit[:2]).any(1)
+    corners = np.clip(corners, 0, limit)
+    corners[is_outside] = np.nan
+    return corners.astype(np.float32)
+
+
+def follow_mask(target: Target, mask_box_xywh: np.ndarray, share: float) -> None:
+    """Bring a tracked object's scale nearer to that of its mask.
+
+    Args:
+        target: of SiamFCTracker; its size and search window are scaled together.
+        mask_box_xywh: (4,) px; nan: nothing is changed.
+        share: of the difference in scale that is followed, 0..1; a mask that is off by more than FEEDBACK_LIMIT is not
+            believed.
+    """
+    if not np.isfinite(mask_box_xywh).all():
+        return
+    ratio = float(np.sqrt(np.prod(mask_box_xywh[2:]) / np.prod(target.size_wh.astype(np.float64))))
+    if not 1 / FEEDBACK_LIMIT <= ratio <= FEEDBACK_LIMIT:
+        return
+    factor = ratio**share
+    target.size_wh = (target.size_wh.astype(np.float64) * factor).astype(np.float32)
+    target.side *= factor
+
+
+def write_mask(path: Path, label_map: np.ndarray) -> None:
+    """Write a frame's label map as DAVIS does, 8 bits with a palette; other ids than 0 to 255 as 16 bits without."""
+    if label_map.max(initial=0) > PALETTE_COLORS:
+        Image.fromarray(label_map.astype(np.uint16)).save(path)
+        return
+    picture = Image.fromarray(label_map.astype(np.uint8), "P")
+    picture.putpalette(davis_palette().ravel().tolist())
+    picture.save(path)
+
+
+def davis_palette() -> np.ndarray:
+    """Return the palette of DAVIS and PASCAL VOC, uint8 (256, 3): ids by their bits."""
+    ids = np.arange(256)
+    palette = np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            palette[:, channel] |= ((ids >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return palette
+
+
+def draw_masks(frame: np.ndarray, label_map: np.ndarray) -> np.ndarray:
+    """Draw masks over a frame, uint8 (H, W, 3), in the colours in which `drawing.draw_boxes` draws their boxes."""
+    return overlay_label_map(frame, label_map, np.arange(1, label_map.max(initial=0) + 2))
