@@ -8,6 +8,7 @@
     python track.py input=video.mp4 'box=[120,80,60,40]' masks=true sam2.checkpoint=best.pt   # SAM 2's mask of each box
     python track.py data=otb 'sequences=[Crossing,Jumping]' checkpoint=outputs/train_siamfc/<run>/best.pt
     python track.py mode=benchmark data=otb 'results=[results/other_tracker]'
+    python track.py input=video.mp4 'box=[120,80,60,40]' 'write=[mot,cvat]'   # for other programs
     python track.py mode=benchmark data=davis_sequences masks=true      # J and F beside the boxes' scores
     python track.py mode=evaluate data=otb 'results=[results/a,results/b]' protocol=pysot
     python track.py --cfg job                                           # every knob with its value
@@ -21,6 +22,8 @@ Writes  outputs/track/<date_time>/, for each sequence of a dataset below <sequen
     overlay.mp4     the boxes over the frames (H.264); a grey box is that of a lost object
     masks/<frame>.png  masks=true: 1 to N for N objects, DAVIS's palette; a lost object has no mask. tracks.json has
                     each object's whole mask, and its predicted IoU
+    mot.txt, cvat.xml, davis/   on request, write=[mot,cvat,davis]: MOTChallenge's text and "CVAT for video 1.1",
+                    without what is lost; the masks numbered by frame
   mode=benchmark and evaluate:
     results/siamfc/, results/still_box/   result files in the layout of the dataset's toolkit; still_box: the first box
     results/siamfc/<sequence>/<frame>.png masks=true: masks, as DAVIS's toolkits read them
@@ -71,8 +74,18 @@ from utils.images import read_image, write_image
 from utils.listing import first_few
 from utils.log import finish_run, start_run, write_json
 from utils.run import seed_everything, set_up_device
-from utils.settings import FINITE, SAME_SECTION, CommonSettings, above, between, check_keys, one_of, read_settings
-from utils.tracking import drawing, mask_metrics, window
+from utils.settings import (
+    FINITE,
+    SAME_SECTION,
+    CommonSettings,
+    above,
+    between,
+    check_keys,
+    one_of,
+    read_settings,
+    some_of,
+)
+from utils.tracking import drawing, mask_metrics, window, writers
 from utils.tracking import masks as tracked_masks
 from utils.tracking import sequences as datasets
 from utils.tracking.frames import FrameSource, write_video
@@ -88,7 +101,8 @@ REPOSITORY = Path(__file__).resolve().parent
 BUNDLED_CHECKPOINT = REPOSITORY / "checkpoints" / "siamfc_alexnet.pt"
 MODES_OF_KEY = {  # which modes use a key that says what to do
     "checkpoint": ("track", "benchmark"), "input": ("track",), "box": ("track",), "boxes": ("track",),
-    "show": ("track",), "masks": ("track", "benchmark"), "sequences": ("track", "benchmark", "evaluate"),
+    "show": ("track",), "masks": ("track", "benchmark"), "write": ("track",),
+    "sequences": ("track", "benchmark", "evaluate"),
     "results": ("benchmark", "evaluate"),
 }  # fmt: skip
 SCORE_NAMES = ("success_auc", "precision_20", "success_50", "ao", "sr_50", "sr_75")
@@ -122,6 +136,7 @@ class Config:
     sam2: Sam2Settings = field(default_factory=Sam2Settings)
     # share of the difference in scale between box and mask that the tracker follows; 0: none
     mask_feedback: Annotated[float, between(0, 1)] = 0.0
+    write: Annotated[list[str], some_of(*writers.WRITERS)] = field(default_factory=list)  # further formats
 
 
 class Track(NamedTuple):
@@ -189,7 +204,7 @@ def track(config: dict, run_dir: Path) -> list[str]:
 
 def check_settings(settings: Config) -> None:
     """Refuse keys that the mode does not use, a mode without its input, and keys that exclude each other."""
-    absent = {"checkpoint": "auto", "results": [], "show": False, "masks": False}
+    absent = {"checkpoint": "auto", "results": [], "show": False, "masks": False, "write": []}
     given = [key for key in MODES_OF_KEY if getattr(settings, key) != absent.get(key)]
     sections.check_modes(given, MODES_OF_KEY, settings.mode)
     if settings.mode == "evaluate" and not settings.results:
@@ -200,6 +215,8 @@ def check_settings(settings: Config) -> None:
         for key, value in {f"sam2.{key}": value for key, value in asdict(settings.sam2).items()}.items():
             if value is not None:
                 raise ValueError(f"{key} is {value}, which masks=true alone uses; add that, or leave it out")
+        if "davis" in settings.write:
+            raise ValueError("write has davis, which are masks, but masks are off: add masks=true")
         if settings.mask_feedback > 0:
             raise ValueError(f"mask_feedback is {settings.mask_feedback}, but masks are off: add masks=true")
     if settings.mask_feedback > 0 and settings.tracker.mode == "parity":
@@ -346,9 +363,17 @@ def track_video(
     """
     no_boxes, is_lost = np.full((len(boxes_xywh), 4), np.nan), np.ones(len(boxes_xywh), bool)
     tracked = [TrackedFrame(-1, None, no_boxes, no_boxes[:, 0], is_lost, math.nan, None)] * start
-    frame_times_s, masked, mask_times_s = [], [], []
+    frame_times_s, masked, mask_times_s, mask_paths = [], [], [], {}
     last_frame = video = figure = problem = None
     is_resized = False
+
+    def write_so_far() -> None:
+        track = join_so_far(time.perf_counter() - begin)
+        write_tracks(out_dir, track, source, settings)
+        if settings.write:
+            shown = writers.Tracked(track.boxes_xywh, track.scores, track.is_lost, last_frame.shape[:2])
+            for form in settings.write:
+                writers.WRITERS[form](out_dir, name, shown, mask_paths)
 
     def join_so_far(total_s: float) -> Track:
         return join_frames(tracked, frame_times_s, total_s, source, masked, mask_times_s)
@@ -375,6 +400,7 @@ def track_video(
                         mask_times_s.append(mask_s)
                         path = mask_dir / f"{source.frame_stem(tracked_frame.index)}.png"
                         tracked_masks.write_mask(path, frame_masks.label_map)
+                        mask_paths[start + tracked_frame.index] = path
                         frame = tracked_masks.draw_masks(frame, frame_masks.label_map)
                         frame_masks = frame_masks._replace(label_map=None)  # no frame is kept
                     masked.append(frame_masks)
@@ -402,11 +428,11 @@ def track_video(
                 frame_times_s.append(now - last_done)
                 last_done = now
                 if out_dir is not None and now - last_kept > KEEP_EVERY_S:
-                    write_tracks(out_dir, join_so_far(now - begin), source, settings)
+                    write_so_far()
                     last_kept = time.perf_counter()
         finally:
             if frame_times_s and out_dir is not None:
-                write_tracks(out_dir, join_so_far(time.perf_counter() - begin), source, settings)
+                write_so_far()
         try:
             if video is not None:
                 video.close()  # writes what the encoder still holds
