@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from utils.images import mask_to_box, overlay_label_map
@@ -153,3 +154,157 @@ def davis_palette() -> np.ndarray:
 def draw_masks(frame: np.ndarray, label_map: np.ndarray) -> np.ndarray:
     """Draw masks over a frame, uint8 (H, W, 3), in the colours in which `drawing.draw_boxes` draws their boxes."""
     return overlay_label_map(frame, label_map, np.arange(1, label_map.max(initial=0) + 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SAM 2's own memory
+
+
+class FramePrompt(NamedTuple):
+    """What is said of one object in one frame."""
+
+    place: int  # the object's, from 0
+    point_coords: np.ndarray  # float32 (P, 2), (x, y) px of the frame; a box is two points, its corners, put first
+    point_labels: np.ndarray  # int32 (P,): 1 object, 0 not, 2 and 3 the corners of a box
+
+
+class MemoryTracker:
+    """Follow N objects with SAM 2's video memory, frame by frame; what the model no longer looks at is forgotten.
+
+    The arithmetic is that of sam2's SAM2VideoPredictor, whose modules these are, with fill_hole_area=0 and
+    add_all_frames_to_correct_as_cond=True, for prompts that are given when tracking has come to their frame: frames are
+    resized by Pillow, in 8 bits, and memories kept in bf16.
+
+    Args:
+        segmenter: an official model; the nano has no memory.
+        num_frames: of the video, where that is known: in those of fewer than 16 it scales the pointers' positions.
+    Raises:
+        ValueError: for a model without memory.
+    """
+
+    def __init__(self, segmenter: Segmenter, num_objects: int, num_frames: int | None):
+        self.model, self.precision = segmenter
+        if self.model.num_maskmem == 0:
+            raise ValueError(
+                "tracker=sam2 needs a model with memory modules, which the nano has not: take "
+                "sam2.model=sam2.1_hiera_tiny, or a checkpoint that was trained from an official model"
+            )
+        assert self.model.memory_temporal_stride_for_eval == 1
+        self.model.binarize_mask_from_pts_for_mem_enc = True  # as sam2.build_sam.build_sam2_video_predictor sets it
+        self.num_frames = num_frames or 2**31  # in a stream, as if it never ended
+        self.banks = [{"cond_frame_outputs": {}, "non_cond_frame_outputs": {}} for _ in range(num_objects)]
+        self.next_index = 0
+
+    @torch.inference_mode()
+    def step(self, frame: np.ndarray, prompts: list[FramePrompt]) -> tuple[FrameMasks, np.ndarray]:
+        """Find the objects in the next frame.
+
+        Args:
+            frame: uint8 (H, W, 3) RGB.
+            prompts: of this frame; an object's first one starts it, a later one corrects it.
+        Returns:
+            the masks, none of objects that have not started; and scores float64 (N,), the probability that the object
+            is to be seen, nan before it starts. Overlaps go to the object of the higher logit.
+        """
+        index, self.next_index = self.next_index, self.next_index + 1
+        prompted = {prompt.place: prompt for prompt in prompts}
+        height, width = frame.shape[:2]
+        low_res_masks: dict[int, torch.Tensor] = {}
+        scores = np.full(len(self.banks), np.nan)
+        with autocast(self.model.device, self.precision):
+            features = self.model._prepare_backbone_features(self.model.forward_image(self._read(frame)))[1:]
+            for place, bank in enumerate(self.banks):
+                output = None
+                if bank["cond_frame_outputs"]:
+                    output = self._track(bank, index, features, has_memory=place not in prompted)
+                    bank["non_cond_frame_outputs"][index] = output
+                if place in prompted:
+                    output = self._track_prompted(bank, index, features, output, prompted[place], frame.shape[:2])
+                    bank["non_cond_frame_outputs"].pop(index, None)
+                    bank["cond_frame_outputs"][index] = output
+                if output is not None:
+                    low_res_masks[place] = output["pred_masks"][0, 0].float()
+                    scores[place] = output["object_score_logits"].float().sigmoid().item()
+                self._forget(bank, index)
+        return self._join(low_res_masks, (height, width)), scores
+
+    def _read(self, frame: np.ndarray) -> torch.Tensor:
+        """Resize and normalise a frame as sam2's video reader does: (1, 3, S, S)."""
+        side = self.model.image_size
+        small = np.array(Image.fromarray(frame).resize((side, side))) / 255.0
+        image = torch.from_numpy(small).permute(2, 0, 1).float()
+        mean, std = (torch.tensor(values)[:, None, None] for values in (models.IMAGE_MEAN, models.IMAGE_STD))
+        return ((image - mean) / std)[None].to(self.model.device)
+
+    def _track(
+        self, bank: dict, index: int, features: tuple, has_memory: bool, points: dict | None = None, before=None
+    ) -> dict:
+        """Run SAM 2 on one object in one frame; what is kept of its output."""
+        vision_features, positions, sizes = features
+        output = self.model.track_step(
+            index,
+            not bank["cond_frame_outputs"],
+            vision_features,
+            positions,
+            sizes,
+            points,
+            None,
+            bank,
+            self.num_frames,
+            run_mem_encoder=has_memory,
+            prev_sam_mask_logits=before,
+        )
+        return self._compact(output)
+
+    def _track_prompted(
+        self, bank: dict, index: int, features: tuple, tracked: dict | None, prompt: FramePrompt, orig_hw
+    ) -> dict:
+        """Run SAM 2 on one object with a prompt, after what it tracked there itself, if it did."""
+        device = self.model.device
+        coords = models.scale_points(torch.from_numpy(prompt.point_coords)[None], orig_hw, self.model.image_size)
+        points = {
+            "point_coords": coords.to(device),
+            "point_labels": torch.from_numpy(prompt.point_labels)[None].to(device),
+        }
+        limit = evaluation.LOGIT_LIMIT
+        before = None if tracked is None else tracked["pred_masks"].clamp(-limit, limit)
+        bank["non_cond_frame_outputs"].pop(index, None)
+        output = self._track(bank, index, features, False, points, before)
+        side = self.model.image_size
+        large = F.interpolate(output["pred_masks"], (side, side), mode="bilinear", align_corners=False)
+        vision_features, _, sizes = features
+        memory, positions = self.model._encode_new_memory(
+            vision_features, sizes, large, output["object_score_logits"], is_mask_from_pts=True
+        )
+        return self._compact(output | {"maskmem_features": memory, "maskmem_pos_enc": positions})
+
+    def _compact(self, output: dict) -> dict:
+        memory = output["maskmem_features"]
+        kept = {key: output[key] for key in ("pred_masks", "obj_ptr", "object_score_logits", "maskmem_pos_enc")}
+        return kept | {"maskmem_features": None if memory is None else memory.to(torch.bfloat16)}
+
+    def _forget(self, bank: dict, index: int) -> None:
+        """Drop what no later frame looks at: memories of old frames, then their pointers; prompted frames stay."""
+        outputs = bank["non_cond_frame_outputs"]
+        for old in [each for each in outputs if each <= index + 1 - self.model.max_obj_ptrs_in_encoder]:
+            del outputs[old]
+        for old, output in outputs.items():
+            if old <= index + 1 - self.model.num_maskmem:
+                output["maskmem_features"] = output["maskmem_pos_enc"] = output["pred_masks"] = None
+
+    def _join(self, low_res_masks: dict[int, torch.Tensor], frame_hw: tuple[int, int]) -> FrameMasks:
+        num_objects = len(self.banks)
+        label_map, highest = np.zeros(frame_hw, np.int32), np.zeros(frame_hw, np.float32)
+        segmentations: list[dict | None] = [None] * num_objects
+        mask_boxes = np.full((num_objects, 4), np.nan)
+        for place, logits in low_res_masks.items():
+            large = models.upscale_masks(logits[None, None], frame_hw)[0, 0].cpu().numpy()
+            mask = large > 0
+            if not mask.any():
+                continue
+            is_higher = large > highest
+            label_map[is_higher], highest[is_higher] = place + 1, large[is_higher]
+            segmentations[place] = mask_to_rle(mask)
+            x1, y1, x2, y2 = mask_to_box(mask)
+            mask_boxes[place] = x1, y1, x2 - x1 + 1, y2 - y1 + 1
+        return FrameMasks(label_map, segmentations, np.full(num_objects, np.nan), mask_boxes)

@@ -1,0 +1,147 @@
+"""tracker=sam2: SAM 2's video memory a frame at a time, against sam2's own video predictor."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from options import read_option
+from PIL import Image
+
+from utils.sam2 import model as models
+from utils.sam2.model import build_sam2
+from utils.tracking.masks import FramePrompt, MemoryTracker, Segmenter
+
+SIDE, NUM_FRAMES = 128, 19
+
+
+def make_model(seed):
+    torch.manual_seed(seed)
+    config = read_option("sam2", "model", "sam2.1_hiera_tiny") | {"checkpoint": "none", "image_size": SIDE}
+    model = build_sam2(**config, device="cpu")
+    with torch.no_grad():  # without training all memories weigh the same, and hardly anything
+        for layer in model.memory_attention.layers:
+            layer.cross_attn_image.out_proj.weight.mul_(20)
+        model.sam_mask_decoder.pred_obj_score_head.layers[-1].weight.mul_(100)
+    return model
+
+
+def make_official(model):
+    """sam2's video predictor with the weights of a model."""
+    with models._sam2_without_hydra():
+        from hydra import compose, initialize_config_module
+        from hydra.utils import instantiate
+
+        with initialize_config_module("sam2", version_base="1.2"):
+            overrides = [
+                "++model._target_=sam2.sam2_video_predictor.SAM2VideoPredictor",
+                "++model.sam_mask_decoder_extra_args.dynamic_multimask_via_stability=true",
+                "++model.sam_mask_decoder_extra_args.dynamic_multimask_stability_delta=0.05",
+                "++model.sam_mask_decoder_extra_args.dynamic_multimask_stability_thresh=0.98",
+                "++model.binarize_mask_from_pts_for_mem_enc=true",
+                "++model.fill_hole_area=0",
+                "++model.add_all_frames_to_correct_as_cond=true",
+                f"++model.image_size={SIDE}",
+            ]
+            predictor = instantiate(compose("configs/sam2.1/sam2.1_hiera_t.yaml", overrides).model, _recursive_=True)
+    predictor.load_state_dict(model.state_dict())
+    return predictor.eval()
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    """Frames of the model's own size as jpg files, and as they are read."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("video")
+    ground = cv2.GaussianBlur(rng.uniform(0, 255, (SIDE, SIDE, 3)), (0, 0), 4)
+    frames = []
+    for index in range(NUM_FRAMES):
+        frame = ground.copy()
+        cv2.circle(frame, (30 + 3 * index, 50), 18, (230, 40, 40), -1)
+        cv2.rectangle(frame, (70, 100 - 3 * index), (100, 120 - 3 * index), (40, 60, 220), -1)
+        Image.fromarray(frame.clip(0, 255).astype(np.uint8)).save(folder / f"{index:05d}.jpg", quality=95)
+        frames.append(np.array(Image.open(folder / f"{index:05d}.jpg").convert("RGB")))
+    return folder, frames
+
+
+def run_ours(model, frames, prompts, is_forgetful=False):
+    """Track, and keep what each frame gave; a forgetful tracker has its prompted frames alone."""
+    tracker = MemoryTracker(Segmenter(model, "fp32"), 2, len(frames))
+    made = []
+    for index, frame in enumerate(frames):
+        masks, scores = tracker.step(frame, prompts.get(index, []))
+        outputs = [
+            bank["cond_frame_outputs"].get(index) or bank["non_cond_frame_outputs"].get(index) for bank in tracker.banks
+        ]
+        made.append((masks, scores, [None if each is None else dict(each) for each in outputs]))
+        if is_forgetful:
+            for bank in tracker.banks:
+                bank["non_cond_frame_outputs"].clear()
+    return made, tracker
+
+
+PROMPTS = {  # by frame: an object from its box, another one later from points, then a correction of the first
+    0: [FramePrompt(0, np.array([[12, 32], [48, 68]], np.float32), np.array([2, 3], np.int32))],
+    4: [FramePrompt(1, np.array([[85, 98], [20, 20]], np.float32), np.array([1, 0], np.int32))],
+    9: [FramePrompt(0, np.array([[57, 50]], np.float32), np.array([1], np.int32))],
+}
+
+
+def run_official(predictor, folder, prompts):
+    """Prompts are given when tracking has come to their frame, as a person in front of a video does."""
+    state = predictor.init_state(str(folder))
+    shown = {}
+    begin = 0
+    for frame in sorted(prompts):
+        if frame > begin or frame > 0:
+            for index, _, masks in predictor.propagate_in_video(state, begin, frame - begin):
+                shown[index] = masks
+        for prompt in prompts[frame]:
+            points, labels = prompt.point_coords, prompt.point_labels
+            box = points[:2].ravel() if labels[0] == 2 else None
+            more = {} if box is not None else {"points": points, "labels": labels}
+            predictor.add_new_points_or_box(state, frame, prompt.place, box=box, **more)
+        begin = frame
+    for index, _, masks in predictor.propagate_in_video(state, begin):
+        shown[index] = masks
+    return state, shown
+
+
+def differences(ours, theirs):
+    """The largest difference of low-resolution logits, memories and pointers, each as a share of the largest."""
+    found = {"pred_masks": 0.0, "maskmem_features": 0.0, "obj_ptr": 0.0, "seen apart": 0.0}
+    for index, (_, _, outputs) in enumerate(ours):
+        for place, output in enumerate(outputs):
+            if output is None:
+                continue
+            official = theirs["output_dict_per_obj"][place]
+            official = official["cond_frame_outputs"].get(index) or official["non_cond_frame_outputs"][index]
+            for key in ("pred_masks", "maskmem_features", "obj_ptr"):
+                own, other = output[key].float(), official[key].float()
+                is_there = other != -1024
+                assert torch.equal(own != -1024, is_there), (key, index, place)
+                scale = other[is_there].abs().max() if is_there.any() else 1
+                found[key] = max(
+                    found[key], float((own - other)[is_there].abs().max() / scale) if is_there.any() else 0
+                )
+    return found
+
+
+def test_memory_is_that_of_the_official_predictor(video):
+    folder, frames = video
+    model = make_model(seed=3)
+    ours, tracker = run_ours(model, frames, PROMPTS)
+    state, shown = run_official(make_official(model), folder, PROMPTS)
+    found = differences(ours, state)
+    assert max(found.values()) < 1e-4
+    without, _ = run_ours(model, frames[:6], PROMPTS, is_forgetful=True)
+    moved = differences(without, state)
+    print(found, moved)
+    assert (
+        min(moved[key] for key in ("pred_masks", "maskmem_features", "obj_ptr")) > 1e-2
+    )  # else the seed tells nothing
+    scores = np.array([scores for _, scores, _ in ours])
+    assert np.isnan(scores[:4, 1]).all() and np.isfinite(scores[4:]).all()
+    is_seen = scores[np.isfinite(scores)] > 0.5
+    assert 0.5 < is_seen.mean() < 1  # on most frames, not on all: both ways through the memory are taken
+    for index, masks in shown.items():
+        label_map, of_both = ours[index][0].label_map, (masks[:, 0] > 0).numpy()
+        assert np.array_equal(label_map > 0, of_both.any(0))
