@@ -8,6 +8,8 @@
     python track.py input=video.mp4 'box=[120,80,60,40]' masks=true sam2.checkpoint=best.pt   # SAM 2's mask of each box
     python track.py data=otb 'sequences=[Crossing,Jumping]' checkpoint=outputs/train_siamfc/<run>/best.pt
     python track.py mode=benchmark data=otb 'results=[results/other_tracker]'
+    python track.py input=video.mp4 'box=[120,80,60,40]' tracker=sam2 sam2.model=sam2.1_hiera_tiny   # its own memory
+    python track.py input=video.mp4 objects=objects.json tracker=sam2 sam2.checkpoint=best.pt
     python track.py input=video.mp4 'box=[120,80,60,40]' 'write=[mot,cvat]'   # for other programs
     python track.py mode=benchmark data=davis_sequences masks=true      # J and F beside the boxes' scores
     python track.py mode=evaluate data=otb 'results=[results/a,results/b]' protocol=pysot
@@ -15,6 +17,8 @@
 
 Reads   frames as pictures (8 or 16 bit, grey or colour) or a video; data=otb|vot|got10k|davis_sequences|imagenet_vid|
         folder_sequences; a checkpoint: the bundled one, best.pt of train_siamfc.py, a published siamfc_alexnet_e*.pth.
+objects.json, with tracker=sam2: [{"id": 1, "frame": 0, "box": [x, y, w, h], "points": [[x, y, label], ...]}, ...], px;
+    box or points, label 1 on the object, 0 not; ids 1 to N; an id's first entry starts it, later ones correct it there
 Writes  outputs/track/<date_time>/, for each sequence of a dataset below <sequence>/:
     boxes.txt       x,y,width,height a line for each frame, 0-based unless box_origin=1; several objects: boxes_1.txt,
                     boxes_2.txt, ...
@@ -59,6 +63,7 @@ import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -89,7 +94,7 @@ from utils.tracking import drawing, mask_metrics, window, writers
 from utils.tracking import masks as tracked_masks
 from utils.tracking import sequences as datasets
 from utils.tracking.frames import FrameSource, write_video
-from utils.tracking.masks import FrameMasks, Sam2Settings, Segmenter
+from utils.tracking.masks import FrameMasks, Prompts, Sam2Settings, Segmenter
 from utils.tracking.metrics import PROTOCOLS, mean_scores, mean_visible_iou, score_result, still_boxes
 from utils.tracking.sequences import Sequence
 from utils.tracking.siamfc import SiamFC, load_siamfc
@@ -101,13 +106,13 @@ REPOSITORY = Path(__file__).resolve().parent
 BUNDLED_CHECKPOINT = REPOSITORY / "checkpoints" / "siamfc_alexnet.pt"
 MODES_OF_KEY = {  # which modes use a key that says what to do
     "checkpoint": ("track", "benchmark"), "input": ("track",), "box": ("track",), "boxes": ("track",),
-    "show": ("track",), "masks": ("track", "benchmark"), "write": ("track",),
+    "objects": ("track",), "show": ("track",), "masks": ("track", "benchmark"), "write": ("track",),
     "sequences": ("track", "benchmark", "evaluate"),
     "results": ("benchmark", "evaluate"),
 }  # fmt: skip
 SCORE_NAMES = ("success_auc", "precision_20", "success_50", "ao", "sr_50", "sr_75")
 COLUMNS = {name: name for name in ("sequence", "tracker", "num_frames", *SCORE_NAMES, "fps")} | {"num_frames": "frames"}
-OUR_NAME, STILL_NAME = "siamfc", "still_box"  # the trackers' names in tables and results/
+STILL_NAME = "still_box"  # a tracker's name in tables and results/
 SHEET_FRAMES = 8
 LOW_IOU = 0.5  # mean predicted IoU of masks, below which that is said
 MAX_LISTED = 50  # failures that are printed at the end
@@ -136,6 +141,7 @@ class Config:
     sam2: Sam2Settings = field(default_factory=Sam2Settings)
     # share of the difference in scale between box and mask that the tracker follows; 0: none
     mask_feedback: Annotated[float, between(0, 1)] = 0.0
+    objects: str | None = None  # tracker=sam2: json file with prompts (see the top of track.py)
     write: Annotated[list[str], some_of(*writers.WRITERS)] = field(default_factory=list)  # further formats
 
 
@@ -173,22 +179,30 @@ def track(config: dict, run_dir: Path) -> list[str]:
 
     if settings.input is not None:
         source = FrameSource(settings.input)
-        boxes_xywh = choose_first_boxes(settings, source)  # (N, 4)
+        prompts = None
+        if settings.objects is None:
+            boxes_xywh = choose_first_boxes(settings, source)  # (N, 4)
+        else:
+            prompts, num_objects = tracked_masks.read_prompts(Path(settings.objects), settings.box_origin, source)
+            boxes_xywh = np.full((num_objects, 4), np.nan)
         counts = {"frames": source.num_frames, "objects": len(boxes_xywh)}
     else:
         sequences = choose_dataset(settings.data, settings.sequences)
         counts = {"sequences": len(sequences), "frames": sum(map(len, sequences))}
-        others = name_trackers(settings.results, (OUR_NAME, STILL_NAME) if settings.mode == "benchmark" else ())
+        others = name_trackers(
+            settings.results, (our_name(settings), STILL_NAME) if settings.mode == "benchmark" else ()
+        )
         for folder in others.values():  # a missing file stops the run now, not after an hour of tracking
             for sequence in sequences:
                 datasets.find_result(folder, sequence.name)
-    tracker = None if settings.mode == "evaluate" else build_tracker(settings)
-    segmenter = build_segmenter(settings) if settings.masks else None
+    is_siamfc = settings.tracker.mode != "sam2"
+    tracker = build_tracker(settings) if settings.mode != "evaluate" and is_siamfc else None
+    segmenter = build_segmenter(settings) if settings.masks or not is_siamfc else None
     start_run(run_dir, config, counts)
 
     failures = []
     if settings.input is not None:
-        metrics, failures = track_input(tracker, segmenter, source, boxes_xywh, settings, run_dir)
+        metrics, failures = track_input(tracker, segmenter, source, boxes_xywh, prompts, settings, run_dir)
     elif settings.mode == "evaluate":
         metrics = evaluate(sequences, others, settings.protocol, run_dir)
     else:
@@ -211,7 +225,18 @@ def check_settings(settings: Config) -> None:
         raise ValueError("mode=evaluate needs results=[<folder of a tracker's result files>, ...]")
     if settings.sequences == []:
         raise ValueError("sequences is []; name some, or leave it out for the validation sequences")
-    if not settings.masks:
+    is_sam2 = settings.tracker.mode == "sam2"
+    if is_sam2:
+        for key, value in (("checkpoint", settings.checkpoint), ("mask_feedback", settings.mask_feedback)):
+            if value not in ("auto", 0.0):
+                raise ValueError(
+                    f"{key} is {value}, which is SiamFC's, but tracker=sam2; leave it out (sam2.checkpoint is SAM 2's)"
+                )
+    elif settings.objects is not None:
+        raise ValueError(f"objects is {settings.objects}, which tracker=sam2 alone takes; add that, or give boxes=")
+    if settings.objects is not None and ({"box", "boxes"} & set(given) or settings.input is None):
+        raise ValueError("objects= holds all prompts of input=; leave out box= and boxes=, and give input=")
+    if not settings.masks and not is_sam2:
         for key, value in {f"sam2.{key}": value for key, value in asdict(settings.sam2).items()}.items():
             if value is not None:
                 raise ValueError(f"{key} is {value}, which masks=true alone uses; add that, or leave it out")
@@ -228,6 +253,11 @@ def check_settings(settings: Config) -> None:
             raise ValueError(f"{key}= is given but input= is not: add input=<folder of frames or video file>")
     if {"input", "sequences"} <= set(given):
         raise ValueError("sequences= is given together with input=; sequences are those of a dataset: leave out one")
+
+
+def our_name(settings: Config) -> str:
+    """Name the tracker in tables and results/."""
+    return "sam2" if settings.tracker.mode == "sam2" else "siamfc"
 
 
 def choose_first_boxes(settings: Config, source: FrameSource) -> np.ndarray:
@@ -336,7 +366,7 @@ def load_model(checkpoint: str, seed: int) -> SiamFC:
 
 
 def track_video(
-    tracker: SiamFCTracker,
+    tracker: SiamFCTracker | None,
     segmenter: Segmenter | None,
     source: FrameSource,
     boxes_xywh: np.ndarray,
@@ -345,6 +375,7 @@ def track_video(
     out_dir: Path | None = None,
     start: int = 0,
     mask_dir: Path | None = None,
+    prompts: Prompts | None = None,
 ) -> Track:
     """Track objects through a video, and draw what is asked for on the way; no frame is kept.
 
@@ -358,6 +389,7 @@ def track_video(
         out_dir: where overlay.mp4, boxes and tracks.json are written; None: nowhere.
         start: frames of the video that come before the source's first: nan, and lost, in what is returned.
         mask_dir: where a segmenter's masks are written, a png for each frame.
+        prompts: for a segmenter without a tracker; None: the boxes.
     Raises:
         ValueError, OSError: where the first frame cannot be read, or its boxes not be tracked.
     """
@@ -382,7 +414,7 @@ def track_video(
         progress = opened.enter_context(tqdm(total=source.num_frames, desc=name, unit="frame", leave=False))
         begin = last_done = last_kept = time.perf_counter()
         try:
-            for tracked_frame in track_frames(tracker, source, boxes_xywh):
+            for tracked_frame, frame_masks, mask_s in follow(tracker, segmenter, source, boxes_xywh, prompts, settings):
                 tracked.append(tracked_frame._replace(frame=None))
                 frame = last_frame if tracked_frame.error is not None else tracked_frame.frame
                 if last_frame is not None and frame.shape != last_frame.shape and not is_resized:
@@ -394,10 +426,8 @@ def track_video(
                     )
                 last_frame = frame
                 if segmenter is not None:
-                    frame_masks = None
-                    if tracked_frame.error is None:
-                        frame_masks, mask_s = segment_frame(segmenter, tracker, tracked_frame, settings.mask_feedback)
-                        mask_times_s.append(mask_s)
+                    if frame_masks is not None:
+                        mask_times_s += [mask_s] if tracker is not None else []
                         path = mask_dir / f"{source.frame_stem(tracked_frame.index)}.png"
                         tracked_masks.write_mask(path, frame_masks.label_map)
                         mask_paths[start + tracked_frame.index] = path
@@ -444,6 +474,31 @@ def track_video(
         log.info(f"{name}: starts with {source.num_before_keyframe} packets before its first keyframe; left out")
     track = join_so_far(time.perf_counter() - begin)
     return track._replace(problem="; ".join(filter(None, (track.problem, problem))) or None)
+
+
+def follow(
+    tracker: SiamFCTracker | None,
+    segmenter: Segmenter | None,
+    source: FrameSource,
+    boxes_xywh: np.ndarray,
+    prompts: Prompts | None,
+    settings: Config,
+) -> Iterator[tuple[TrackedFrame, FrameMasks | None, float]]:
+    """Track objects with SiamFC, its boxes turned into masks by a segmenter if there is one, or with SAM 2 alone.
+
+    Yields:
+        each frame, its masks, and the seconds that these took where they come after the tracker; None and nan for none.
+    """
+    if tracker is None:
+        prompts = tracked_masks.prompt_boxes(boxes_xywh) if prompts is None else prompts
+        for tracked_frame, frame_masks in tracked_masks.follow_objects(segmenter, source, prompts, len(boxes_xywh)):
+            yield tracked_frame, frame_masks, math.nan
+        return
+    for tracked_frame in track_frames(tracker, source, boxes_xywh):
+        if segmenter is None or tracked_frame.error is not None:
+            yield tracked_frame, None, math.nan
+        else:
+            yield tracked_frame, *segment_frame(segmenter, tracker, tracked_frame, settings.mask_feedback)
 
 
 def segment_frame(
@@ -525,22 +580,25 @@ def list_failures(track: Track) -> list[str]:
 
 
 def track_input(
-    tracker: SiamFCTracker,
+    tracker: SiamFCTracker | None,
     segmenter: Segmenter | None,
     source: FrameSource,
     boxes_xywh: np.ndarray,
+    prompts: Prompts | None,
     settings: Config,
     run_dir: Path,
 ) -> tuple[dict, list[str]]:
     """Track the user's video, and write its files into the run's folder; return metrics, and what could not be read."""
     name = Path(settings.input).resolve().name
     mask_dir = make_mask_dir(run_dir / "masks", segmenter)
-    track = track_video(tracker, segmenter, source, boxes_xywh, name, settings, run_dir, mask_dir=mask_dir)
+    track = track_video(
+        tracker, segmenter, source, boxes_xywh, name, settings, run_dir, mask_dir=mask_dir, prompts=prompts
+    )
     failures, speed = list_failures(track), measure_speed([track])
     num_frames, num_lost = len(track.boxes_xywh), int(track.is_lost.any(1).sum())
     log.info(f"{name}: {num_frames} frames, an object seems lost in {num_lost} of them; {describe_speed(speed)}")
     counts = {"num_frames": num_frames, "num_lost": num_lost, "num_failed": len(failures)}
-    if segmenter is not None:
+    if settings.masks and tracker is not None:
         log.info(describe_masks([track]))
     return {"last": counts | speed}, failures
 
@@ -566,7 +624,7 @@ def describe_masks(tracks: list[Track]) -> str:
 
 
 def track_dataset(
-    tracker: SiamFCTracker,
+    tracker: SiamFCTracker | None,
     segmenter: Segmenter | None,
     sequences: list[Sequence],
     others: dict[str, Path],
@@ -588,14 +646,14 @@ def track_dataset(
         folder = run_dir if is_benchmark else run_dir / sequence.name
         folder.mkdir(exist_ok=True)
         try:
-            mask_dir = run_dir / "results" / OUR_NAME / sequence.name if is_benchmark else folder / "masks"
+            mask_dir = run_dir / "results" / our_name(settings) / sequence.name if is_benchmark else folder / "masks"
             mask_dir = make_mask_dir(mask_dir, segmenter)
             track = track_sequence(tracker, segmenter, sequence, settings, None if is_benchmark else folder, mask_dir)
         except (ValueError, OSError) as error:
             failures.append(f"{sequence.name}: {error}")
             continue
         if is_benchmark:
-            write_results(sequence, track, settings.data["format"], run_dir)
+            write_results(sequence, track, settings.data["format"], our_name(settings), run_dir)
         else:
             log.info(f"{sequence.name}: {len(sequence)} frames{describe_iou(measure_iou([sequence], [track]))}")
         failures += list_failures(track)
@@ -606,7 +664,7 @@ def track_dataset(
     speed = measure_speed(tracks)
     last = {"num_sequences": len(tracks), "num_failed": len(failures)} | speed
     if is_benchmark:
-        result_dirs = {name: run_dir / "results" / name for name in (OUR_NAME, STILL_NAME)}
+        result_dirs = {name: run_dir / "results" / name for name in (our_name(settings), STILL_NAME)}
         scores = evaluate(tracked, result_dirs | others, settings.protocol, run_dir)
     else:
         scores = {}
@@ -614,13 +672,13 @@ def track_dataset(
         last |= iou
         log.info(f"{len(tracks)} sequences{describe_iou(iou)}")
     log.info(describe_speed(speed))
-    if segmenter is not None:
+    if settings.masks and tracker is not None:
         log.info(describe_masks(tracks))
     return {"last": last} | scores, failures
 
 
 def track_sequence(
-    tracker: SiamFCTracker,
+    tracker: SiamFCTracker | None,
     segmenter: Segmenter | None,
     sequence: Sequence,
     settings: Config,
@@ -682,7 +740,7 @@ def describe_object_masks(track: Track, n: int, num_before: int) -> dict:
     made = [*[None] * num_before, *made]
     return {
         "masks": [None if each is None else each[0] for each in made],
-        "predicted_ious": [None if each is None else each[1] for each in made],
+        "predicted_ious": [None if each is None else each[1] for each in made],  # nan, with tracker=sam2: null
     }
 
 
@@ -713,11 +771,11 @@ def describe_iou(iou: dict[str, float]) -> str:
 # mode=benchmark and evaluate
 
 
-def write_results(sequence: Sequence, track: Track, data_format: str, run_dir: Path) -> None:
+def write_results(sequence: Sequence, track: Track, data_format: str, name_of_ours: str, run_dir: Path) -> None:
     """Write a sequence's result files in the layout of the dataset's toolkit, and its pictures."""
     layout = data_format if data_format in ("got10k", "vot") else "otb"
     boxes_xywh, still = track.boxes_xywh[:, 0], still_boxes(sequence)
-    for name, boxes, times_s in ((OUR_NAME, boxes_xywh, track.times_s), (STILL_NAME, still, np.zeros(len(still)))):
+    for name, boxes, times_s in ((name_of_ours, boxes_xywh, track.times_s), (STILL_NAME, still, np.zeros(len(still)))):
         datasets.write_result(layout, run_dir / "results" / name, sequence.name, boxes, times_s, sequence.box_origin)
     for name in ("sheets", "scores"):
         (run_dir / name).mkdir(exist_ok=True)

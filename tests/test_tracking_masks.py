@@ -75,8 +75,8 @@ def official_f(mask, truth):
 def test_contours_agree_with_the_formula_written_out():
     rng = np.random.default_rng(0)
     seen = []
-    for _ in range(25):
-        hw = tuple(rng.integers(20, 160, 2))  # a radius of 1 or 2 px
+    for _ in range(16):
+        hw = tuple(rng.integers(20, 110, 2))  # a radius of 1 or 2 px
         mask = random_mask(rng, hw)
         truth = np.roll(mask, rng.integers(-3, 4, 2), (0, 1)) if rng.random() < 0.6 else random_mask(rng, hw)
         f = mask_metrics.contour_accuracy(mask, truth)

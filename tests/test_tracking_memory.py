@@ -1,15 +1,21 @@
 """tracker=sam2: SAM 2's video memory a frame at a time, against sam2's own video predictor."""
 
+import json
+
 import cv2
 import numpy as np
 import pytest
 import torch
 from options import read_option
 from PIL import Image
+from test_track import quick, run  # noqa: F401 (quick is a fixture)
+from tiny_tracking import small_model
 
+from utils.images import read_label_map
 from utils.sam2 import model as models
 from utils.sam2.model import build_sam2
 from utils.tracking.masks import FramePrompt, MemoryTracker, Segmenter
+from utils.tracking.tracker import SiamFCTracker, TrackerSettings
 
 SIDE, NUM_FRAMES = 128, 19
 
@@ -125,9 +131,13 @@ def differences(ours, theirs):
     return found
 
 
-def test_memory_is_that_of_the_official_predictor(video):
+@pytest.fixture(scope="module")
+def model():
+    return make_model(seed=3)
+
+
+def test_memory_is_that_of_the_official_predictor(video, model):
     folder, frames = video
-    model = make_model(seed=3)
     ours, tracker = run_ours(model, frames, PROMPTS)
     state, shown = run_official(make_official(model), folder, PROMPTS)
     found = differences(ours, state)
@@ -145,3 +155,109 @@ def test_memory_is_that_of_the_official_predictor(video):
     for index, masks in shown.items():
         label_map, of_both = ours[index][0].label_map, (masks[:, 0] > 0).numpy()
         assert np.array_equal(label_map > 0, of_both.any(0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# track.py tracker=sam2
+
+ENTRIES = [
+    {"id": 1, "frame": 0, "box": [12, 32, 37, 37]},
+    {"id": 2, "frame": 4, "points": [[85, 98, 1], [20, 20, 0]]},
+    {"id": 1, "frame": 9, "points": [[57, 50, 1]]},
+]
+
+
+def test_track_takes_objects_of_any_frame(video, model, tmp_path, monkeypatch):
+    """As the tracker alone, whose prompts these are; one frame is torn, which the other passes over, too."""
+    monkeypatch.setattr("utils.tracking.masks.load_segmenter", lambda *arguments: Segmenter(model, "fp32"))
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for path in sorted(video[0].iterdir())[:11]:
+        (folder / path.name).write_bytes(path.read_bytes() if path.stem != "00006" else b"torn")
+    (tmp_path / "objects.json").write_text(json.dumps(ENTRIES))
+    arguments = [f"input={folder}", "tracker.mode=sam2", f"objects={tmp_path / 'objects.json'}", "overlay=false"]
+    failures = run(tmp_path / "run", *arguments, "write=[mot,davis]")
+    assert len(failures) == 1 and "00006" in failures[0]
+    record = json.loads((tmp_path / "run" / "tracks.json").read_text())
+
+    tracker = MemoryTracker(Segmenter(model, "fp32"), 2, 11)
+    for index, frame in enumerate(video[1][:11]):
+        if index == 6:
+            tracker.next_index += 1
+            assert all(each["lost"][6] and each["masks"][6] is None for each in record["objects"])
+            continue
+        masks, scores = tracker.step(frame, PROMPTS.get(index, []))
+        assert np.array_equal(read_label_map(tmp_path / "run" / "masks" / f"{index:05d}.png"), masks.label_map)
+        for place, each in enumerate(record["objects"]):
+            assert each["masks"][index] == masks.segmentations[place]
+            if not np.isnan(scores[place]):
+                assert each["scores"][index] == pytest.approx(scores[place], abs=1e-6)
+    assert record["objects"][1]["boxes_xywh"][3] == [None] * 4 and record["objects"][1]["lost"][:4] == [True] * 4
+    assert record["objects"][1]["masks"][4] is not None
+
+
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        ("[]", "must hold a list"),
+        (
+            [{"id": 1, "frame": 0, "box": [1, 2, 3, 4]}, {"id": 1, "frame": 0, "box": [1, 2, 3, 4]}],
+            "entry 2: object 1 has",
+        ),
+        ([{"id": 1, "frame": 3, "box": [1, 2, 3, 4]}], "frame is 3, but .* has 3, from 0"),
+        ([{"id": 2, "frame": 0, "box": [1, 2, 3, 4]}], "has no object 1; ids must be 1 to N"),
+        ([{"id": 1, "frame": 0, "box": [1, 2, 0, 4]}], "box is .*; must be .* above 0"),
+        ([{"id": 1, "frame": 0, "points": [[1, 2, 2]]}], "point is .* with label 1"),
+        ([{"id": 1, "frame": 0, "points": [[1, 2, 0]]}], "object 1 starts with no box and no point of label 1"),
+        ([{"id": 1, "frame": 0}], "has neither a box nor points"),
+        ([{"id": 1.0, "frame": 0, "box": [1, 2, 3, 4]}], "id is 1.0; must be a whole number from 1"),
+        ([{"id": 1, "frame": 0, "mask": "a.png"}], "and nothing else"),
+        ([{"id": 1, "frame": 1, "points": [[500, 2, 1]]}], "00001.jpg: a prompt of object 1 lies outside the frame"),
+        ([{"id": 1, "frame": 0, "box": [500, 2, 10, 10]}], "00000.jpg: a prompt of object 1 lies outside the frame"),
+    ],
+)
+def test_bad_objects_are_one_line(video, model, tmp_path, monkeypatch, entries, message):
+    monkeypatch.setattr("utils.tracking.masks.load_segmenter", lambda *arguments: Segmenter(model, "fp32"))
+    (tmp_path / "frames").mkdir()
+    for path in sorted(video[0].iterdir())[:3]:
+        (tmp_path / "frames" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "o.json").write_text(entries if isinstance(entries, str) else json.dumps(entries))
+    arguments = [f"input={tmp_path / 'frames'}", "tracker.mode=sam2", f"objects={tmp_path / 'o.json'}", "overlay=false"]
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["tracker.mode=sam2", "boxes=[[1,2,3,4]]"], "needs a model with memory modules, which the nano has not"),
+        (["tracker.mode=sam2", "boxes=[[1,2,3,4]]", "checkpoint=best.pt"], "checkpoint is best.pt, which is SiamFC's"),
+        (["objects=o.json"], "which tracker=sam2 alone takes"),
+        (["tracker.mode=sam2", "objects=o.json", "boxes=[[1,2,3,4]]"], "objects= holds all prompts"),
+        (["tracker.mode=sam2", "objects=o.json"], "objects is o.json; no such file"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(video, tmp_path, arguments, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(tmp_path / "run", f"input={video[0]}", *arguments, "overlay=false")
+
+
+def test_training_refuses_the_other_tracker():
+    with pytest.raises(ValueError, match="tracker.mode is sam2, which track.py alone has"):
+        SiamFCTracker(small_model(), TrackerSettings(mode="sam2"))
+
+
+def test_memory_of_the_tracker_is_bounded(model):
+    """After 21 frames it holds what it held after 17, and memories of the last 6 frames beside the prompted one's."""
+    tracker = MemoryTracker(Segmenter(model, "fp32"), 1, None)
+    frame, sizes = np.zeros((32, 32, 3), np.uint8), []
+    for index in range(21):
+        tracker.step(
+            frame, [FramePrompt(0, np.array([[5, 5]], np.float32), np.array([1], np.int32))] if index == 0 else []
+        )
+        (bank,) = tracker.banks
+        kept = [*bank["cond_frame_outputs"].values(), *bank["non_cond_frame_outputs"].values()]
+        tensors = [value for output in kept for value in output.values() if isinstance(value, torch.Tensor)]
+        sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+    assert sizes[20] == sizes[16] > sizes[14]
+    assert sum(output["maskmem_features"] is not None for output in bank["non_cond_frame_outputs"].values()) == 6

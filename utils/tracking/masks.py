@@ -5,6 +5,9 @@ This file alone joins the tracker and SAM 2.
 Sources: Ravi et al. 2024 (SAM 2); DAVIS (Perazzi et al. 2016) for the files, <frame>.png with a palette.
 """
 
+import math
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,11 +19,14 @@ from PIL import Image
 
 from utils.images import mask_to_box, overlay_label_map
 from utils.instances.codecs import mask_to_rle
+from utils.listing import existing_file, read_json
 from utils.run import autocast
 from utils.sam2 import evaluation
 from utils.sam2 import model as models
 from utils.sam2.mask_generation import upscale_part
-from utils.tracking.tracker import Target
+from utils.settings import is_numbers
+from utils.tracking.frames import FrameSource
+from utils.tracking.tracker import Target, TrackedFrame
 
 PALETTE_COLORS = 255  # ids that a palette PNG holds
 FEEDBACK_LIMIT = 1.5  # a factor of scale between box and mask
@@ -166,6 +172,131 @@ class FramePrompt(NamedTuple):
     place: int  # the object's, from 0
     point_coords: np.ndarray  # float32 (P, 2), (x, y) px of the frame; a box is two points, its corners, put first
     point_labels: np.ndarray  # int32 (P,): 1 object, 0 not, 2 and 3 the corners of a box
+
+
+Prompts = dict[int, list[FramePrompt]]  # by frame, from 0
+
+
+def prompt_boxes(boxes_xywh: np.ndarray) -> Prompts:
+    """Make the prompts of boxes in the first frame, float (N, 4) px, 0-based."""
+    x, y, width, height = np.asarray(boxes_xywh, np.float32).T
+    corners = np.stack([x, y, x + width - 1, y + height - 1], 1).reshape(-1, 2, 2)  # the outermost pixels
+    return {0: [FramePrompt(place, each, np.array([2, 3], np.int32)) for place, each in enumerate(corners)]}
+
+
+def read_prompts(path: Path, box_origin: int, source: FrameSource) -> tuple[Prompts, int]:
+    """Read the prompts of objects from a json file (see the top of track.py): they, and the number of objects.
+
+    Args:
+        box_origin: 0 or 1, what its pixels are counted from.
+        source: whose frames are meant.
+    Raises:
+        FileNotFoundError, ValueError: for a file that is not there; naming the entry that is wrong.
+    """
+    entries = read_json(existing_file(path, "objects"))
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f'objects {path} must hold a list of [{{"id": 1, "frame": 0, "box": [x, y, w, h]}}, ...]')
+    prompts: Prompts = {}
+    seen: set[tuple[int, int]] = set()
+    for number, entry in enumerate(entries, 1):
+        where = f"objects {path}, entry {number}"
+        if not isinstance(entry, dict) or not {"id", "frame"} <= set(entry) <= {"id", "frame", "box", "points"}:
+            raise ValueError(f"{where} is {entry}; must have id, frame, and box or points, and nothing else")
+        object_id, frame = entry["id"], entry["frame"]
+        for key, least in (("id", 1), ("frame", 0)):
+            if type(entry[key]) is not int or entry[key] < least:
+                raise ValueError(f"{where}: {key} is {entry[key]}; must be a whole number from {least}")
+        if source.num_frames is not None and frame >= source.num_frames:
+            raise ValueError(f"{where}: frame is {frame}, but {source.name} has {source.num_frames}, from 0")
+        if (object_id, frame) in seen:
+            raise ValueError(f"{where}: object {object_id} has an entry for frame {frame} already; join them")
+        seen.add((object_id, frame))
+        coords, labels = _read_prompt(entry, box_origin, where)
+        prompts.setdefault(frame, []).append(FramePrompt(object_id - 1, coords, labels))
+    num_objects = max(object_id for object_id, _ in seen)
+    if missing := set(range(1, num_objects + 1)) - {object_id for object_id, _ in seen}:
+        raise ValueError(f"objects {path} has no object {min(missing)}; ids must be 1 to N")
+    for object_id in range(1, num_objects + 1):
+        first = min(frame for each, frame in seen if each == object_id)
+        start = next(prompt for prompt in prompts[first] if prompt.place == object_id - 1)
+        if not {1, 2} & set(start.point_labels.tolist()):
+            raise ValueError(f"objects {path}: object {object_id} starts with no box and no point of label 1")
+    return prompts, num_objects
+
+
+def _read_prompt(entry: dict, box_origin: int, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read the box and the points of an entry: float32 (P, 2) px, 0-based, and int32 (P,)."""
+    coords, labels = [], []
+    if (box := entry.get("box")) is not None:
+        if not is_numbers(box, 4) or min(box[2:]) <= 0:
+            raise ValueError(f"{where}: box is {box}; must be [x, y, width, height] px, the last two above 0")
+        x, y, width, height = box
+        coords += [[x, y], [x + width - 1, y + height - 1]]
+        labels += [2, 3]
+    points = entry.get("points") or []
+    if not isinstance(points, list):
+        raise ValueError(f"{where}: points is {points}; must be a list of [x, y, label]")
+    for point in points:
+        if not is_numbers(point, 3) or point[2] not in (0, 1):
+            raise ValueError(f"{where}: point is {point}; must be [x, y, label] with label 1 (object) or 0 (not)")
+        coords.append(point[:2])
+        labels.append(int(point[2]))
+    if not coords:
+        raise ValueError(f"{where} has neither a box nor points")
+    return np.array(coords, np.float32) - box_origin, np.array(labels, np.int32)
+
+
+def follow_objects(
+    segmenter: Segmenter, frames: FrameSource, prompts: Prompts, num_objects: int
+) -> Iterator[tuple[TrackedFrame, FrameMasks | None]]:
+    """Follow objects with SAM 2's memory from the first frame to the last, one frame at a time.
+
+    A frame that cannot be read is passed over, all objects in it lost; its prompts are, too.
+
+    Yields:
+        a TrackedFrame for each frame, with the tight boxes of the masks, the probability of each object to be seen, and
+        lost where that is at most 0.5 or there is no mask; and the masks, None where the frame cannot be read.
+    Raises:
+        ValueError: where the first frame cannot be read; for a prompt outside its frame; for prompts of frames that
+            the video does not have; for a model without memory. OSError: likewise.
+    """
+    tracker = MemoryTracker(segmenter, num_objects, frames.num_frames)
+    boxes_xywh = np.full((num_objects, 4), np.nan)
+    nothing, index = np.full(num_objects, np.nan), -1
+    for index, frame, error in frames:
+        if error is not None and index == 0:
+            raise error
+        if error is not None:
+            tracker.next_index += 1
+            is_lost = np.ones(num_objects, bool)
+            yield TrackedFrame(index, None, boxes_xywh.copy(), nothing, is_lost, math.nan, error), None
+            continue
+        start = time.perf_counter()
+        now = prompts.get(index, [])
+        for prompt in now:
+            height, width = frame.shape[:2]
+            is_in = (prompt.point_coords > -1) & (prompt.point_coords < [width, height])
+            is_corner = np.isin(prompt.point_labels, (2, 3))
+            meets = np.isfinite(cut_boxes(corners_to_xywh(prompt.point_coords[is_corner]), (height, width))).all()
+            if not is_in[~is_corner].all() or not meets:
+                raise ValueError(
+                    f"{frames.frame_name(index)}: a prompt of object {prompt.place + 1} lies outside the frame of "
+                    f"{width} x {height} px"
+                )
+        frame_masks, scores = tracker.step(frame, now)
+        has_mask = np.isfinite(frame_masks.boxes_xywh).all(1)
+        boxes_xywh[has_mask] = frame_masks.boxes_xywh[has_mask]
+        is_lost = ~((scores > 0.5) & has_mask)
+        time_s = time.perf_counter() - start
+        yield TrackedFrame(index, frame, boxes_xywh.copy(), scores, is_lost, time_s, None), frame_masks
+    if late := [frame for frame in prompts if frame > index]:
+        raise ValueError(f"objects has an entry for frame {min(late)}, but {frames.name} ends with frame {index}")
+
+
+def corners_to_xywh(corners: np.ndarray) -> np.ndarray:
+    """Turn the corners of boxes, (2 N, 2), the outermost pixels, into boxes (N, 4): left, top, width, height px."""
+    first, last = corners.reshape(-1, 2, 2).astype(np.float64).transpose(1, 0, 2)
+    return np.concatenate([first, last - first + 1], 1)
 
 
 class MemoryTracker:

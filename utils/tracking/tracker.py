@@ -42,8 +42,9 @@ ABOVE_0_TO_1 = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
 class TrackerSettings:
     """How the response becomes a box (`tracker:`). Those marked "fast" have no effect in mode parity."""
 
-    # fast, or parity: the published numbers, bit for bit, without limits and one object at a time
-    mode: Annotated[str, one_of("fast", "parity")] = "fast"
+    # fast, or parity: the published numbers, bit for bit, without limits and one object at a time; sam2: in track.py
+    # alone, another tracker in place of this one
+    mode: Annotated[str, one_of("fast", "parity", "sam2")] = "fast"
     context_amount: Annotated[float, at_least(0), FINITE] = 0.5  # share of width + height that is added around the box
     scale_num: Annotated[int, ODD] = 3  # scales searched in each frame
     scale_step: Annotated[float, above(1), FINITE] = 1.0375  # factor from one scale to the next
@@ -86,10 +87,12 @@ class SiamFCTracker:
         model: SiamFC on the device to use, in train or eval mode.
         precision: the features', "fp32", "bf16" or "fp16" (`choose_precision`); mode parity computes in fp32.
     Raises:
-        ValueError: for another precision in mode parity.
+        ValueError: for another precision in mode parity; for mode sam2, which is not this tracker's.
     """
 
     def __init__(self, model: SiamFC, settings: TrackerSettings, precision: str = "fp32"):
+        if settings.mode == "sam2":
+            raise ValueError("tracker.mode is sam2, which track.py alone has; must be fast or parity here")
         self.settings = settings
         self.is_fast = settings.mode == "fast"
         if precision != "fp32" and not self.is_fast:
