@@ -3,6 +3,7 @@
     python track.py                                                     # the generated sequences
     python track.py input=video.mp4 'box=[120,80,60,40]'                # x, y, width, height px, in the first frame
     python track.py input=frames/                                       # the box is in groundtruth.txt there, or above
+    python track.py input=rtsp://192.0.2.7/stream box=select show=true   # or camera:0, until it ends or Ctrl-C
     python track.py input=frames/ box=select show=true                  # drawn with the mouse; shown while it runs
     python track.py input=video.mp4 'boxes=[[120,80,60,40],[300,90,50,50]]'
     python track.py input=video.mp4 'box=[120,80,60,40]' masks=true sam2.checkpoint=best.pt   # SAM 2's mask of each box
@@ -15,8 +16,9 @@
     python track.py mode=evaluate data=otb 'results=[results/a,results/b]' protocol=pysot
     python track.py --cfg job                                           # every knob with its value
 
-Reads   frames as pictures (8 or 16 bit, grey or colour) or a video; data=otb|vot|got10k|davis_sequences|imagenet_vid|
-        folder_sequences; a checkpoint: the bundled one, best.pt of train_siamfc.py, a published siamfc_alexnet_e*.pth.
+Reads   frames as pictures (8 or 16 bit, grey or colour), a video, an address that PyAV opens, or camera:0;
+        data=otb|vot|got10k|davis_sequences|imagenet_vid|folder_sequences; a checkpoint: the bundled one, best.pt
+        of train_siamfc.py, a published siamfc_alexnet_e*.pth.
 objects.json, with tracker=sam2: [{"id": 1, "frame": 0, "box": [x, y, w, h], "points": [[x, y, label], ...]}, ...], px;
     box or points, label 1 on the object, 0 not; ids 1 to N; an id's first entry starts it, later ones correct it there
 Writes  outputs/track/<date_time>/, for each sequence of a dataset below <sequence>/:
@@ -94,6 +96,7 @@ from utils.tracking import drawing, mask_metrics, window, writers
 from utils.tracking import masks as tracked_masks
 from utils.tracking import sequences as datasets
 from utils.tracking.frames import FrameSource, write_video
+from utils.tracking.live import LiveSource, open_source, shown_name
 from utils.tracking.masks import FrameMasks, Prompts, Sam2Settings, Segmenter
 from utils.tracking.metrics import PROTOCOLS, mean_scores, mean_visible_iou, score_result, still_boxes
 from utils.tracking.sequences import Sequence
@@ -127,7 +130,7 @@ class Config:
     tracker: TrackerSettings
     mode: Annotated[str, one_of("track", "benchmark", "evaluate")]
     checkpoint: str  # auto, a file, or random
-    input: str | None  # folder of frames or video file; None: the dataset's sequences
+    input: str | None  # folder of frames, video file, address or camera:<number>; None: the dataset's sequences
     box: list | str | None  # [x, y, width, height] px, a groundtruth file, or select
     boxes: list | str | None  # [[x, y, width, height], ...] px, or a file
     box_origin: Annotated[int, one_of(0, 1)]  # what boxes in and out count from
@@ -178,7 +181,7 @@ def track(config: dict, run_dir: Path) -> list[str]:
         window.check_screen("show=true" if settings.show else "box=select")
 
     if settings.input is not None:
-        source = FrameSource(settings.input)
+        source = open_source(settings.input)
         prompts = None
         if settings.objects is None:
             boxes_xywh = choose_first_boxes(settings, source)  # (N, 4)
@@ -260,7 +263,7 @@ def our_name(settings: Config) -> str:
     return "sam2" if settings.tracker.mode == "sam2" else "siamfc"
 
 
-def choose_first_boxes(settings: Config, source: FrameSource) -> np.ndarray:
+def choose_first_boxes(settings: Config, source: FrameSource | LiveSource) -> np.ndarray:
     """Find the boxes of the objects in the first frame: from the command line, a file, or the user's mouse.
 
     Returns:
@@ -299,7 +302,7 @@ def choose_first_boxes(settings: Config, source: FrameSource) -> np.ndarray:
     return box_xywh[None]
 
 
-def read_first_frame(source: FrameSource) -> np.ndarray:
+def read_first_frame(source: FrameSource | LiveSource) -> np.ndarray:
     """Read the first frame alone, uint8 (H, W, 3) RGB."""
     for _, frame, error in source:
         if error is not None:
@@ -368,7 +371,7 @@ def load_model(checkpoint: str, seed: int) -> SiamFC:
 def track_video(
     tracker: SiamFCTracker | None,
     segmenter: Segmenter | None,
-    source: FrameSource,
+    source: FrameSource | LiveSource,
     boxes_xywh: np.ndarray,
     name: str,
     settings: Config,
@@ -470,6 +473,8 @@ def track_video(
             problem = problem or f"{out_dir / 'overlay.mp4'} cannot be written: {error}"
     if not frame_times_s:
         raise ValueError(source.problem or f"{name} has no frames")
+    if isinstance(source, LiveSource) and source.num_dropped:
+        log.info(f"{name}: {source.num_dropped} frames came faster than they could be tracked, and were dropped")
     if source.num_before_keyframe:
         log.info(f"{name}: starts with {source.num_before_keyframe} packets before its first keyframe; left out")
     track = join_so_far(time.perf_counter() - begin)
@@ -479,7 +484,7 @@ def track_video(
 def follow(
     tracker: SiamFCTracker | None,
     segmenter: Segmenter | None,
-    source: FrameSource,
+    source: FrameSource | LiveSource,
     boxes_xywh: np.ndarray,
     prompts: Prompts | None,
     settings: Config,
@@ -518,7 +523,7 @@ def join_frames(
     tracked: list[TrackedFrame],
     frame_times_s: list[float],
     total_s: float,
-    source: FrameSource,
+    source: FrameSource | LiveSource,
     masked: list[FrameMasks | None],
     mask_times_s: list[float],
 ) -> Track:
@@ -582,14 +587,14 @@ def list_failures(track: Track) -> list[str]:
 def track_input(
     tracker: SiamFCTracker | None,
     segmenter: Segmenter | None,
-    source: FrameSource,
+    source: FrameSource | LiveSource,
     boxes_xywh: np.ndarray,
     prompts: Prompts | None,
     settings: Config,
     run_dir: Path,
 ) -> tuple[dict, list[str]]:
     """Track the user's video, and write its files into the run's folder; return metrics, and what could not be read."""
-    name = Path(settings.input).resolve().name
+    name = shown_name(settings.input)
     mask_dir = make_mask_dir(run_dir / "masks", segmenter)
     track = track_video(
         tracker, segmenter, source, boxes_xywh, name, settings, run_dir, mask_dir=mask_dir, prompts=prompts
@@ -698,7 +703,7 @@ def track_sequence(
     return track_video(tracker, segmenter, source, boxes_xywh, sequence.name, settings, out_dir, start, mask_dir)
 
 
-def write_tracks(folder: Path, track: Track, source: FrameSource, settings: Config) -> None:
+def write_tracks(folder: Path, track: Track, source: FrameSource | LiveSource, settings: Config) -> None:
     """Write boxes.txt (several objects: boxes_1.txt, ...) and tracks.json, boxes counted from box_origin."""
     box_origin, fps = settings.box_origin, source.fps or settings.fps
     num_before = len(track.boxes_xywh) - len(track.frame_times_s)  # frames before the source's first

@@ -724,7 +724,7 @@ def test_showing_changes_nothing_and_a_closed_window_stops_nothing(folder, tmp_p
         (["input=elsewhere/frames"], "elsewhere/frames comes without a groundtruth file; give the first frame's box"),
         (["input=nowhere"], "no folder nowhere"),
         (["input=words.txt"], "words.txt cannot be opened as a video"),
-        (["input=frames", "tracker.mode=slow"], "tracker.mode is slow; must be fast or parity"),
+        (["input=frames", "tracker.mode=slow"], "tracker.mode is slow; must be one of fast, parity, sam2"),
         (["input=frames", "tracker.scale_num=2.5"], "tracker.scale_num is 2.5; must be a whole number"),
         (["input=frames", "device=tpu"], "device is tpu; must be"),
         (["data=otb", "data.root=nowhere"], "data.root nowhere is not a folder"),

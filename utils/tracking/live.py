@@ -1,0 +1,168 @@
+"""Frames of a camera or of a network address while they are made: what the tracker is too slow for is dropped."""
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+
+from utils.tracking.frames import NO_FILM, NUM_AHEAD, FrameSource
+
+CAMERA = "camera:"
+WAIT_S, RETRY_S = 10.0, 0.2  # how long nothing may come before it counts as the end; from one try to open to the next
+
+
+def open_source(address: str) -> "FrameSource | LiveSource":
+    """Open a folder, a video file, an address (rtsp://, http://, tcp://, ...), or camera:<number>."""
+    return LiveSource(address) if address.startswith(CAMERA) or "://" in address else FrameSource(address)
+
+
+class LiveSource:
+    """The frames of a camera or an address, as `FrameSource` gives those of files.
+
+    A thread reads as fast as frames come; of those that wait for the tracker, NUM_AHEAD at most, the oldest is dropped
+    for a new one. An address whose video has a length is a file, of which no frame is dropped. Where a stream stalls or
+    breaks off, it is opened again, until nothing has come for `wait_s`.
+
+    Attributes:
+        name: the address. num_frames: None. fps, sample_aspect: as the stream says; None where it does not.
+        times_s: of the frames yielded, s since the first came. num_dropped: frames that were not yielded.
+        problem: how it ended, where that was not with its end.
+    """
+
+    def __init__(self, address: str, wait_s: float = WAIT_S):
+        """Take an address.
+
+        Raises:
+            ValueError: for a camera without a number.
+        """
+        if address.startswith(CAMERA) and not address.removeprefix(CAMERA).isdecimal():
+            raise ValueError(f"input is {address}; must be camera: and a number, such as camera:0")
+        self.name, self.wait_s = address, wait_s
+        self.num_frames: int | None = None
+        self.fps: float | None = None
+        self.sample_aspect: Fraction | None = None
+        self.problem: str | None = None
+        self.times_s: list[float] = []
+        self.num_before_keyframe = self.num_dropped = 0
+
+    def frame_name(self, index: int) -> str:
+        """Name a frame for messages."""
+        return f"{self.name}, frame {index}"
+
+    def frame_stem(self, index: int) -> str:
+        """Name a frame's files: by its number among those that were not dropped."""
+        return f"{index:05d}"
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray, None]]:
+        """Yield (index from 0, frame uint8 (H, W, 3) RGB, None).
+
+        Raises:
+            ValueError: where there is no such camera, or nothing to be seen at the address.
+        """
+        self.problem, self.times_s, self.num_dropped = None, [], 0
+        waiting: queue.Queue = queue.Queue(maxsize=NUM_AHEAD)
+        stop = threading.Event()
+
+        def read() -> None:
+            try:
+                frames = self._read_camera() if self.name.startswith(CAMERA) else self._read_address(stop)
+                with contextlib.closing(frames):
+                    for frame, may_drop in frames:
+                        self._hand_over(waiting, (time.monotonic(), frame), may_drop, stop)
+                        if stop.is_set():
+                            return
+                self._hand_over(waiting, None, False, stop)
+            except BaseException as error:  # the loop that waits must see it
+                self._hand_over(waiting, error, False, stop)
+
+        thread = threading.Thread(target=read, name="live frames", daemon=True)
+        thread.start()
+        first_s, index = None, 0
+        try:
+            while (item := waiting.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                came_s, frame = item
+                first_s = came_s if first_s is None else first_s
+                last_s = self.times_s[-1] if self.times_s else -1.0
+                self.times_s.append(max(came_s - first_s, last_s + 1e-3))
+                yield index, frame, None
+                index += 1
+        finally:
+            stop.set()
+            thread.join(self.wait_s)  # a read that hangs ends with its own limit
+
+    def _hand_over(self, waiting: queue.Queue, item, may_drop: bool, stop: threading.Event) -> None:
+        while not stop.is_set():
+            try:
+                return waiting.put(item, timeout=0.0 if may_drop else 0.1)
+            except queue.Full:
+                if may_drop:
+                    with contextlib.suppress(queue.Empty):
+                        waiting.get_nowait()
+                        self.num_dropped += 1
+
+    def _read_camera(self) -> Iterator[tuple[np.ndarray, bool]]:
+        number = int(self.name.removeprefix(CAMERA))
+        camera = cv2.VideoCapture(number)
+        try:
+            if not camera.isOpened():
+                raise ValueError(f"input is {self.name}, but there is no camera {number}, or it is in use")
+            self.fps = camera.get(cv2.CAP_PROP_FPS) or None
+            while True:
+                is_read, frame_bgr = camera.read()
+                if not is_read:
+                    self.problem = f"{self.name} gives no more frames"
+                    return
+                yield cv2.cvtColor(frame_bgr, cv2.COLOR_BGR2RGB), True
+        finally:
+            camera.release()
+
+    def _read_address(self, stop: threading.Event) -> Iterator[tuple[np.ndarray, bool]]:
+        last_s, num_read, reason = time.monotonic(), 0, None
+        while not stop.is_set():
+            is_open = False
+            try:
+                with av.open(self.name, timeout=(self.wait_s, self.wait_s)) as container:
+                    films = [stream for stream in container.streams.video if not stream.disposition & NO_FILM]
+                    if not films:
+                        raise ValueError(f"{self.name} has no film")
+                    stream, is_file, is_open = films[0], container.duration is not None, True
+                    self.fps = float(stream.average_rate) if stream.average_rate else None
+                    self.sample_aspect = stream.sample_aspect_ratio or None
+                    for packet in container.demux(stream):
+                        with contextlib.suppress(av.InvalidDataError):  # until the next whole picture
+                            for picture in packet.decode():
+                                last_s, num_read = time.monotonic(), num_read + 1
+                                yield picture.to_ndarray(format="rgb24"), not is_file
+                        if stop.is_set():
+                            return
+                    reason = None
+                    if is_file:
+                        return
+            except (av.FFmpegError, OSError) as error:
+                if is_open or not num_read:  # one that has ended, and is not there again, has ended
+                    reason = error.strerror
+            if time.monotonic() - last_s > self.wait_s:
+                break
+            stop.wait(RETRY_S)
+        if not num_read and not stop.is_set():
+            raise ValueError(
+                f"input is {self.name}, from which no frame came in {self.wait_s:g} s ({reason or 'it ends'})"
+            )
+        if reason is not None:
+            self.problem = (
+                f"{self.name} was lost after {num_read} frames, and did not come back in {self.wait_s:g} s ({reason})"
+            )
+
+
+def shown_name(address: str) -> str:
+    """Name an input in results: its last part."""
+    return Path(address.rstrip("/")).name if "://" in address else Path(address).resolve().name
