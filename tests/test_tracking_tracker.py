@@ -1,5 +1,6 @@
 """The tracker: parity with a plain form of the published one, fast mode beside it, limits, lost objects, bad boxes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -553,3 +554,76 @@ def test_bad_boxes(boxes, message):
 def test_bad_settings_name_the_key(key, value):
     with pytest.raises(ValueError, match=f"tracker.{key} is {value}; must be"):
         read_settings(TrackerSettings, {key: value}, "tracker")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# lost and found
+
+
+def absent_object(distractor=0.0, num_before=4, num_absent=8, num_after=6):
+    """Make frames of a square that vanishes and comes back far away, and a mixture of it and noise, when it is gone."""
+    rng = np.random.default_rng(3)
+    ground = (118 + textured(rng, 200, 260) // 12).astype(np.uint8)
+    pattern, noise = textured(rng, 24, 24, blur=3.0), textured(rng, 24, 24, blur=3.0)
+    frames, places = [], []
+    for t in range(num_before + num_absent + num_after):
+        frame, place = ground.copy(), None
+        if t < num_before:
+            place = 40 + 2 * t, 150
+        elif t >= num_before + num_absent:
+            place = 210, 30
+        elif distractor:
+            frame[20:44, 60:84] = (distractor * pattern + (1 - distractor) * noise).astype(np.uint8)
+        if place is not None:
+            frame[place[1] : place[1] + 24, place[0] : place[0] + 24] = pattern
+        frames.append(frame)
+        places.append(place)
+    return frames, places
+
+
+def follow(frames, box, settings):
+    tracker = start(frames[0], [box], settings)
+    return [[value[0] for value in tracker.update(frame)] for frame in frames[1:]]
+
+
+def test_a_lost_object_is_found_far_away():
+    frames, places = absent_object()
+    plain = follow(frames, [*places[0], 24, 24], DEFAULT)
+    found = follow(frames, [*places[0], 24, 24], replace(DEFAULT, found_score=0.7))
+    there = np.array([*places[-1], 24, 24.0])
+    assert iou(plain[-1][0], there) == 0
+    assert iou(found[-1][0], there) > 0.5 and found[-1][1] >= 0.7 and not found[-1][2]
+    lost = [is_lost for _, _, is_lost in found]
+    assert lost[:3] == [False] * 3 and all(lost[4:11])
+    stays = np.array([box for box, _, _ in found[4:11]])
+    assert (stays == stays[0]).all() and iou(stays[0], np.array([46, 150, 24, 24])) > 0.3  # where it was
+    is_back = [iou(box, there) > 0.5 for box, _, _ in found[11:]]
+    assert True in is_back[:3]
+
+
+def test_a_lost_object_is_not_taken_for_another():
+    frames, places = absent_object(distractor=0.45)
+    found = follow(frames, [*places[0], 24, 24], replace(DEFAULT, found_score=0.8))
+    other = np.array([60, 20, 24, 24.0])
+    assert all(iou(box, other) == 0 for box, _, _ in found)
+    taken = follow(frames, [*places[0], 24, 24], replace(DEFAULT, found_score=0.45))  # a score that anything has
+    assert any(iou(box, other) > 0.3 for box, _, _ in taken)
+
+
+def test_windows_go_outwards_and_stay_in_the_frame():
+    centers = siamfc_tracker.list_windows(np.array([50, 40], np.float32), 20.0, (100, 130))
+    rings = np.abs(centers - [50, 40]).max(1) / 20
+    assert (np.diff(rings) >= 0).all() and rings[0] == 1
+    assert (centers >= 0).all() and (centers <= [129, 99]).all()
+    expected = {(x, y) for x in range(10, 130, 20) for y in range(0, 100, 20)} - {(50, 40)}
+    assert {tuple(map(int, center)) for center in centers.tolist()} == expected
+
+
+def test_found_score_lies_above_lost_score():
+    with pytest.raises(ValueError, match=r"tracker.found_score is 0.3; must be above tracker.lost_score \(0.4\)"):
+        TrackerSettings(found_score=0.3)
+    parity = replace(DEFAULT, mode="parity")
+    frames, places = absent_object(num_before=3, num_absent=3, num_after=1)
+    box = [*places[0], 24, 24]
+    ways = [follow(frames, box, settings) for settings in (parity, replace(parity, found_score=0.7))]
+    assert np.array_equal([box for box, _, _ in ways[0]], [box for box, _, _ in ways[1]])  # off in parity

@@ -29,6 +29,8 @@ from utils.tracking.siamfc import EXEMPLAR_SIZE, INSTANCE_SIZE, TOTAL_STRIDE, Si
 # Objects in one forward in mode fast. On a GPU, this many bound memory: 96 crops of 255 px, about 1 GB of features. On
 # a CPU, the features of more than one leave its caches, which costs more than a larger forward gains.
 GPU_OBJECTS_PER_FORWARD, CPU_OBJECTS_PER_FORWARD = 32, 1
+WINDOW_STEP = 0.5  # share of the instance's side from one window to the next: what one response covers
+MOST_WINDOWS = 32  # in which a lost object is looked for in one frame
 MAX_INSTANCE_SIDE = 2.0**20  # px; an object does not grow beyond this even without max_scale_change
 MIN_BOX_PX, MAX_BOX_PX = 0.01, 100_000  # sides of a first box; areas far beyond these leave the range of float32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,6 +59,15 @@ class TrackerSettings:
     max_scale_change: Annotated[float | None, at_least(1)] = 5.0
     keep_center_inside: bool = True  # fast: the box's centre stays inside the frame
     lost_score: float = 0.4  # an object of a lower score seems lost; the first frame's score is 1
+    # fast: a lost object stays where it was, and is looked for around that, farther in each frame; one of this score or
+    # more is it. None: a lost object follows what looks most like it
+    found_score: float | None = None
+
+    def __post_init__(self):
+        if self.found_score is not None and self.found_score <= self.lost_score:
+            raise ValueError(
+                f"tracker.found_score is {self.found_score}; must be above tracker.lost_score ({self.lost_score})"
+            )
 
 
 @dataclass
@@ -68,6 +79,7 @@ class Target:
     side: float  # px, the side of the square that becomes the instance
     first_side: float  # px, the same in the first frame
     first_contrast: float = 1.0  # how far the response's peak stood above its mean in the first frame
+    num_searched: int = 0  # windows that were searched since the object was lost; 0: it is there
 
     @property
     def box_xywh(self) -> np.ndarray:
@@ -138,6 +150,7 @@ class SiamFCTracker:
         ]  # each (N', 256, 6, 6)
 
         responses = self._responses(image, np.ones(1))  # (1, N, 17, 17)
+        self.response_hw = responses.shape[-2:]
         for target, response in zip(self.targets, responses[0], strict=True):
             target.first_contrast = contrast(response)
         enlarged_size = responses.shape[-1] * self.settings.response_up  # 272
@@ -155,14 +168,52 @@ class SiamFCTracker:
             mean, 1 is as far as in the first frame; is_lost bool (N,): the score is below `lost_score`.
         """
         assert self.targets, "init comes before update"
+        settings = self.settings
         responses = self._responses(image, self.scale_factors)  # (scale_num, N, 17, 17)
         scores = np.zeros(len(self.targets))
         for n, target in enumerate(self.targets):
             scale_index, disp_in_instance = self._find_peak(responses[:, n])
             scores[n] = contrast(responses[scale_index, n]) / max(target.first_contrast, 1e-12)
+            is_searched = self.is_fast and settings.found_score is not None
+            if is_searched and scores[n] < (settings.found_score if target.num_searched else settings.lost_score):
+                scores[n] = self._search(image, n, float(scores[n]))
+                continue
+            target.num_searched = 0
             self._move(target, float(self.scale_factors[scale_index]), disp_in_instance, image.shape[:2])
         boxes_xywh = np.stack([target.box_xywh for target in self.targets])
-        return boxes_xywh, scores, ~(scores >= self.settings.lost_score)  # nan is lost
+        is_lost = ~(scores >= settings.lost_score)  # nan is lost
+        return boxes_xywh, scores, is_lost | np.array([target.num_searched > 0 for target in self.targets])
+
+    def _search(self, image: np.ndarray, n: int, score: float) -> float:
+        """Look for a lost object in windows around its last place, farther in each frame, and take it if it is there.
+
+        Args:
+            score: of its last place in this frame.
+        Returns:
+            the score of where it is now, or that of its last place.
+        """
+        target = self.targets[n]
+        centers = list_windows(target.center_xy, WINDOW_STEP * target.side, image.shape[:2])
+        first = target.num_searched % max(1, len(centers))
+        chosen = centers[first : first + MOST_WINDOWS]
+        target.num_searched += max(1, len(chosen))
+        if not len(chosen):
+            return score
+        z = self.exemplar_features[n // self.objects_per_forward][n % self.objects_per_forward][None]
+        best_score, best_xy = score, None
+        for center_xy in chosen:
+            instance = siamfc.crop_and_resize(image, center_xy, target.side, INSTANCE_SIZE, self.border_rgb)
+            response = self.model.respond(z, self._features([instance])).reshape(*self.response_hw).cpu().numpy()
+            window_score = contrast(response) / max(target.first_contrast, 1e-12)
+            if window_score >= self.settings.found_score and window_score > best_score:
+                row, column = np.unravel_index(response.argmax(), response.shape)
+                disp_in_instance = (np.array([column, row]) - (np.array(response.shape[::-1]) - 1) / 2) * TOTAL_STRIDE
+                best_score = window_score
+                best_xy = (center_xy + disp_in_instance * target.side / INSTANCE_SIZE).astype(np.float32)
+        if best_xy is None:
+            return score
+        target.center_xy, target.num_searched = best_xy, 0
+        return best_score
 
     def _features(self, patches: list[np.ndarray]) -> torch.Tensor:
         """Compute features of B patches uint8 (S, S, 3): (B, 256, s, s)."""
@@ -311,6 +362,17 @@ def check_boxes(boxes_xywh: np.ndarray, frame_hw: tuple[int, int]) -> None:
         else:
             continue
         raise ValueError(f"box {number + 1} of {len(boxes_xywh)} is [{x:g}, {y:g}, {w:g}, {h:g}]; {problem}")
+
+
+def list_windows(center_xy: np.ndarray, step: float, frame_hw: tuple[int, int]) -> np.ndarray:
+    """List the centres of windows around a place, ring by ring outwards, that lie in the frame: float32 (K, 2) px."""
+    height, width = frame_hw
+    reach = math.ceil(max(height, width) / step)
+    places = [(i, j) for i in range(-reach, reach + 1) for j in range(-reach, reach + 1) if (i, j) != (0, 0)]
+    places.sort(key=lambda place: (max(map(abs, place)), place))
+    centers = np.asarray(center_xy, np.float32) + np.array(places, np.float32) * np.float32(step)
+    is_in = (centers >= 0).all(1) & (centers <= np.array([width - 1, height - 1])).all(1)
+    return centers[is_in]
 
 
 def contrast(response: np.ndarray) -> float:
