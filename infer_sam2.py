@@ -88,7 +88,6 @@ from typing import Annotated
 import hydra
 import numpy as np
 import torch
-import torch.nn.functional as F
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
@@ -101,8 +100,9 @@ from utils.instances import label_folder, writers
 from utils.listing import first_few, read_json
 from utils.log import finish_run, start_run, write_json
 from utils.run import autocast, now_s, read_ahead, sample_rng, seed_everything, set_up_device
-from utils.sam2 import benchmark, compare, embedding_cache, export, label, mask_generation, words
+from utils.sam2 import annotate, benchmark, compare, embedding_cache, export, label, mask_generation, words
 from utils.sam2 import model as models
+from utils.sam2.annotate import AnnotateSettings
 from utils.sam2.benchmark import BenchmarkSettings
 from utils.sam2.class_head import ClassHead, load_class_head
 from utils.sam2.embedding_cache import CachePlan
@@ -125,21 +125,21 @@ REPOSITORY = Path(__file__).resolve().parent
 SEGMENTING = ("automatic", "region", "prompts")
 GRID = ("automatic", "label")  # masks of a grid of points
 FOLDER = (*SEGMENTING, "label")  # of pictures
-LOADING = (*FOLDER, "benchmark", "export")  # a model
+LOADING = (*FOLDER, "annotate", "benchmark", "export")  # a model
 MODES_OF_KEY = {  # which modes use a key that not all of them use
-    "input": FOLDER, "labels": ("label",), "label.val_fraction": ("label",),
+    "input": (*FOLDER, "annotate"), "labels": ("label", "annotate"), "label.val_fraction": ("label", "annotate"),
     "region": ("region",), "num_points": ("region",), "points": ("prompts",),
     "boxes": ("prompts",), "mask": ("prompts",), "text": ("prompts",), "prompts_file": ("prompts",),
     "data": ("benchmark",),
-    "split": ("benchmark",), "results": ("compare", "audit"), "checkpoint": LOADING, "model": LOADING,
+    "split": ("benchmark",), "results": ("compare", "audit", "annotate"), "checkpoint": LOADING, "model": LOADING,
     "keep_classes": GRID, "min_class_prob": GRID, "nms_across_classes": GRID,
     "image_size": LOADING, "max_overlap": FOLDER,
     "write": SEGMENTING, "outline_tolerance_px": SEGMENTING, "cache": SEGMENTING, "cache_precision": SEGMENTING,
+    **{f"annotate.{field.name}": ("annotate",) for field in fields(AnnotateSettings)},
     **{f"benchmark.{field.name}": ("benchmark",) for field in fields(BenchmarkSettings)},
     **{f"automatic.{field.name}": FOLDER for field in fields(AutomaticSettings)},
 }  # fmt: skip
 PROMPTS = ("region", "points", "boxes", "mask", "text", "prompts_file")  # keys that say what to look for
-MASK_LOGIT = 10.0  # a mask prompt's pixels are +10 inside and -10 outside, as in SAM 2's training
 
 
 @dataclass(frozen=True)
@@ -167,13 +167,14 @@ class Config:
     split: Annotated[str, one_of("val", "train")]  # mode=benchmark: of data
     benchmark: BenchmarkSettings
     results: list[str] | None  # mode=compare: runs of mode=benchmark, or dataset.json files; mode=audit: two folders
-    labels: str | None  # mode=label: the folder of labels
+    labels: str | None  # mode=label, mode=annotate: the folder of labels
     label: label.LabelSettings
     cache: embedding_cache.Setting  # off (false is what YAML makes of it), auto, or a folder
     cache_precision: embedding_cache.Precision
     fast_decoder: DecoderSetting
     write: Annotated[list[str], some_of(*writers.WRITERS)] = field(default_factory=list)  # further formats
     outline_tolerance_px: Annotated[float, at_least(0), FINITE] = 1.0  # of polygons
+    annotate: AnnotateSettings = field(default_factory=AnnotateSettings)
     text: str | None = None  # mode=prompts: words for one object, with a checkpoint of prompts=text
 
 
@@ -215,6 +216,9 @@ def infer(config: dict, run_dir: Path) -> list[str]:
         return []
     if settings.mode == "label":
         return make_labels(config, settings, run_dir)
+    if settings.mode == "annotate":
+        annotate_pictures(config, settings, run_dir)
+        return []
     if settings.mode == "audit":
         start_run(run_dir, config, {})
         audited = label.audit_labels(*map(Path, settings.results), run_dir / "audit.csv")
@@ -400,6 +404,29 @@ def make_labels(config: dict, settings: Config, run_dir: Path) -> list[str]:
     return failures
 
 
+def annotate_pictures(config: dict, settings: Config, run_dir: Path) -> None:
+    """Serve a page on which a person labels pictures with the model's help: mode=annotate."""
+    pictures = images.list_pictures(Path(settings.input))
+    device, precision = set_up_device(settings.common.device, settings.common.precision)
+    model, model_config, _ = load_model(settings, device)
+    class_head = load_class_head(model_config["checkpoint"], device)
+    start_run(run_dir, config | {"model": model_config}, {"images": len(pictures)})
+    class_names = [] if class_head is None else class_head.names
+    with label_folder.open_folder(Path(settings.labels)):
+        measured = annotate.annotate_pictures(
+            model,
+            pictures,
+            Path(settings.labels),
+            settings.annotate,
+            class_names,
+            settings.label.val_fraction,
+            settings.common.seed,
+            precision,
+            run_dir,
+        )
+    finish_run(run_dir, {"last": measured})
+
+
 def describe_audit(audited: dict[str, float], run_dir: Path) -> str:
     """Say what mode=audit found."""
     return (
@@ -460,8 +487,8 @@ def check_mode(settings: Config) -> None:
         raise ValueError("mode=benchmark needs data=<a dataset>, such as data=coco data.root=/my/coco")
     if settings.mode == "benchmark" and settings.data is not None and settings.benchmark.protocols == ["edges"]:
         raise ValueError("data= is given but benchmark.protocols is [edges], which does not use it; leave it out")
-    if settings.mode == "label" and settings.labels is None:
-        raise ValueError("mode=label needs labels=<a folder, new or of an earlier round>")
+    if settings.mode in MODES_OF_KEY["labels"] and settings.labels is None:
+        raise ValueError(f"mode={settings.mode} needs labels=<a folder, new or of an earlier round>")
     if settings.mode == "audit" and len(settings.results or []) != 2:
         raise ValueError("mode=audit needs 'results=[a,b]': two folders of masks, such as before and after a person")
     if settings.mode == "compare" and len(settings.results or []) < 2:
@@ -757,7 +784,7 @@ def segment_objects(
             image_index=torch.zeros(len(batch), dtype=torch.long, device=model.device),
             point_coords=models.scale_points(point_coords.to(model.device), orig_hw, model.image_size),
             point_labels=point_labels.to(model.device),
-            mask_inputs=mask_logits(masks, model) if masks else None,
+            mask_inputs=models.mask_logits(masks, model) if masks else None,
             multimask_output=point_labels.shape[1] + bool(text_tokens) == 1 and not masks,
             text_tokens=torch.stack(text_tokens) if text_tokens else None,
         )  # (O, M, h, w), (O, M), (O, M, C)
@@ -787,16 +814,6 @@ def segment_objects(
         log.info(f"{picture}: {len(empty)} of {len(objects)} prompts gave an empty mask, counted from 0: {numbers}")
     times_ms = 1000 * (encoded - start), 1000 * (now_s(model.device) - encoded)
     return GeneratedMasks(filled, len(objects), *times_ms, empty)
-
-
-def mask_logits(masks: list[np.ndarray], model: torch.nn.Module) -> torch.Tensor:
-    """Turn masks (H, W) into the decoder's mask prompts, (O, 1, S/4, S/4): their averages, from -10 to 10."""
-    side = model.image_size // 4
-    small_logits = []
-    for mask in masks:
-        logits = torch.from_numpy(mask)[None, None].float() * 2 * MASK_LOGIT - MASK_LOGIT  # (1, 1, H, W)
-        small_logits.append(F.interpolate(logits, (side, side), mode="bilinear", align_corners=False, antialias=True))
-    return torch.cat(small_logits).to(model.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

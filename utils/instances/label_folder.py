@@ -79,18 +79,26 @@ def read_record(path: Path) -> dict:
     return record
 
 
-def write_labels(labels_dir: Path, picture: images.Picture, orig_hw: tuple[int, int], record: dict) -> dict:
+def write_labels(
+    labels_dir: Path,
+    picture: images.Picture,
+    orig_hw: tuple[int, int],
+    record: dict,
+    label_map: np.ndarray | None = None,
+) -> dict:
     """Write a picture's map and, last, its record: what a kill leaves between them is made again.
 
     Args:
         record: "annotations" in the order of the map, the lowest first, and what else the record has.
+        label_map: int32 (H, W), as `draw_map` draws it, where that is done already.
     Returns:
         the record as it is written, its annotations numbered.
     """
     annotations = [annotation | {"id": number} for number, annotation in enumerate(record["annotations"], 1)]
     image = {"file_name": picture.path.name, "height": orig_hw[0], "width": orig_hw[1]}
     record = record | {"image": image, "annotations": annotations}
-    images.write_label_map(labels_dir / "maps" / f"{picture.name}.png", draw_map(annotations, orig_hw))
+    label_map = draw_map(annotations, orig_hw) if label_map is None else label_map
+    images.write_label_map(labels_dir / "maps" / f"{picture.name}.png", label_map)
     write_json(record_path(labels_dir, picture.name), record)
     return record
 

@@ -39,6 +39,7 @@ PREFIXES = {  # how the parameters of each part that can be trained begin
     "image_encoder": ("image_encoder.",),
 }
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as SAM 2 was trained with
+MASK_LOGIT = 10.0  # a mask prompt's pixels are +10 inside and -10 outside, as in SAM 2's training
 # Larger pictures are resized on the CPU: as floats these take 0.8 GB; a kernel of CUDA holds the weights of a scale.
 RESIZED_ON_GPU_PX, RESIZED_ON_GPU_SCALE = 2**26, 64
 
@@ -98,6 +99,16 @@ def scale_points(point_coords: torch.Tensor, orig_hw: tuple[int, int], image_siz
     height, width = orig_hw
     x, y = point_coords.unbind(-1)
     return torch.stack([x * (image_size / width), y * (image_size / height)], -1)  # no copy of factors to a device
+
+
+def mask_logits(masks: list[np.ndarray], model: nn.Module) -> torch.Tensor:
+    """Turn masks (H, W) into the decoder's mask prompts, (O, 1, S/4, S/4): their averages, from -10 to 10."""
+    side = model.image_size // 4
+    small_logits = []
+    for mask in masks:
+        logits = torch.from_numpy(mask)[None, None].float() * 2 * MASK_LOGIT - MASK_LOGIT  # (1, 1, H, W)
+        small_logits.append(F.interpolate(logits, (side, side), mode="bilinear", align_corners=False, antialias=True))
+    return torch.cat(small_logits).to(model.device)
 
 
 def encode(model: nn.Module, images: torch.Tensor) -> Embeddings:
