@@ -13,6 +13,8 @@
     python infer_sam2.py input=photos/ fast_decoder=false                        # sam2's own decoder, slower on a CPU
     python infer_sam2.py input=photos/ 'write=[coco,labelme,yolo,cutouts]'       # for other programs
     python infer_sam2.py mode=label input=photos/ labels=engine/ checkpoint=best.pt  # again with each round's model
+    python infer_sam2.py mode=annotate input=photos/ labels=engine/ checkpoint=best.pt  # correct them, in a browser
+    python infer_sam2.py mode=annotate input=photos/ labels=engine/ annotate.stage=rate 'results=[engine/,other/]'
     python infer_sam2.py mode=audit 'results=[engine/,corrected/]'
     python infer_sam2.py mode=benchmark data=coco data.root=/my/coco checkpoint=best.pt
     python infer_sam2.py mode=benchmark data=coco 'benchmark.protocols=[clicks,proposals,boxes,edges,groups]' ...
@@ -26,6 +28,7 @@ Modes, each with the keys of its own:
     prompts     points=, boxes=, mask=, text= or prompts_file=
     benchmark   clicks, boxes, proposals, edges, groups on data=<dataset>; benchmark.*, split
     label       masks of a grid, as a dataset to correct and train on; labels=, label.*
+    annotate    a page in a browser, on which a person labels pictures with the model's help; labels=, annotate.*
     audit       results=[a,b]: masks before and after a person's corrections
     compare     results=[a,b]: runs of benchmark, or dataset.json files of train_sam2.py check=true
     export      image encoder and prompt decoder as ONNX files (pip install onnx onnxruntime)
@@ -59,6 +62,8 @@ An image that cannot be read is named at the end, the others are done, and the e
 mode=benchmark writes table.csv (protocol, group, metric, value, interval, note), boxes.json and proposals.json (COCO's
 result format), a picture for each protocol, and pictures/, a record of each picture; mode=compare writes compare.csv:
 differences with their 95 % intervals. What each protocol is: utils/sam2/benchmark.py.
+mode=annotate writes each finished object into the folder of labels (utils/instances/label_folder.py), marks of
+annotate.stage=rate into its ratings.csv, and here latency.csv: of each click, how long the mask took to be drawn.
 mode=export writes <model>.encoder.onnx, <model>.decoder.onnx, x_anylabeling.yaml and anylabeling.yaml to load them
 with, and example.py, which needs no torch. Inputs, outputs, and what the two tools do: utils/sam2/export.py.
 
@@ -405,25 +410,20 @@ def make_labels(config: dict, settings: Config, run_dir: Path) -> list[str]:
 
 
 def annotate_pictures(config: dict, settings: Config, run_dir: Path) -> None:
-    """Serve a page on which a person labels pictures with the model's help: mode=annotate."""
+    """Serve a page on which a person labels pictures with the model's help, or rates masks: mode=annotate."""
     pictures = images.list_pictures(Path(settings.input))
-    device, precision = set_up_device(settings.common.device, settings.common.precision)
-    model, model_config, _ = load_model(settings, device)
-    class_head = load_class_head(model_config["checkpoint"], device)
+    model, class_names, precision, model_config = None, [], "fp32", None
+    if settings.annotate.stage != "rate":
+        device, precision = set_up_device(settings.common.device, settings.common.precision)
+        model, model_config, _ = load_model(settings, device)
+        class_head = load_class_head(model_config["checkpoint"], device)
+        class_names = [] if class_head is None else class_head.names
     start_run(run_dir, config | {"model": model_config}, {"images": len(pictures)})
-    class_names = [] if class_head is None else class_head.names
     with label_folder.open_folder(Path(settings.labels)):
         measured = annotate.annotate_pictures(
-            model,
-            pictures,
-            Path(settings.labels),
-            settings.annotate,
-            class_names,
-            settings.label.val_fraction,
-            settings.common.seed,
-            precision,
-            run_dir,
-        )
+            model, pictures, Path(settings.labels), settings.annotate, class_names, settings.label.val_fraction,
+            settings.results, settings.common.seed, precision, run_dir,
+        )  # fmt: skip
     finish_run(run_dir, {"last": measured})
 
 
@@ -489,6 +489,8 @@ def check_mode(settings: Config) -> None:
         raise ValueError("data= is given but benchmark.protocols is [edges], which does not use it; leave it out")
     if settings.mode in MODES_OF_KEY["labels"] and settings.labels is None:
         raise ValueError(f"mode={settings.mode} needs labels=<a folder, new or of an earlier round>")
+    if settings.mode == "annotate":
+        check_stage(settings, given)
     if settings.mode == "audit" and len(settings.results or []) != 2:
         raise ValueError("mode=audit needs 'results=[a,b]': two folders of masks, such as before and after a person")
     if settings.mode == "compare" and len(settings.results or []) < 2:
@@ -500,6 +502,18 @@ def check_mode(settings: Config) -> None:
         raise ValueError("mode=prompts needs points=, boxes=, mask=, text= or prompts_file=")
     if "prompts_file" in given and len(given) > 1:
         raise ValueError(f"prompts_file= is given together with {given[0]}=; put all prompts in the json file")
+
+
+def check_stage(settings: Config, given: list[str]) -> None:
+    """Refuse a stage of mode=annotate without its folders, and what it would not use."""
+    stage = settings.annotate.stage
+    if stage == "rate" and len(settings.results or []) != 2:
+        raise ValueError("annotate.stage=rate needs 'results=[a,b]': two folders of masks of the same pictures")
+    unused = ["checkpoint", "model", "image_size"] if stage == "rate" else ["results"]
+    unused += [] if stage == "semi" else ["annotate.confident_iou"]
+    for key in given:
+        if key in unused:
+            raise ValueError(f"{key}= is given but annotate.stage is {stage}, which does not use it; leave it out")
 
 
 def list_given(settings: Config) -> list[str]:

@@ -111,11 +111,12 @@ def repaint(label_map: np.ndarray, before: list[Placed], after: list[Placed]) ->
         for number, placed in enumerate(new, first + 1):
             _draw(label_map, placed, number, placed.box)
         return
-    for changed in [*old, *new]:
-        x1, y1, x2, y2 = changed.box
+    boxes = np.array([placed.box for placed in [*old, *new] if placed.area]).reshape(-1, 4)
+    if len(boxes):
+        x1, y1, x2, y2 = window = (*boxes[:, :2].min(0).tolist(), *boxes[:, 2:].max(0).tolist())
         label_map[y1:y2, x1:x2] = 0
         for number, placed in enumerate(after, 1):
-            _draw(label_map, placed, number, changed.box)
+            _draw(label_map, placed, number, window)
 
 
 def _draw(label_map: np.ndarray, placed: Placed, number: int, window: tuple[int, int, int, int]) -> None:

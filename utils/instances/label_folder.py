@@ -79,6 +79,19 @@ def read_record(path: Path) -> dict:
     return record
 
 
+def skim_record(path: Path) -> dict:
+    """Read the record of a picture without a look at its masks, which take most of the time; {} where there is none.
+
+    Raises:
+        ValueError: for a file that is no record.
+    """
+    record = listing.read_json(path) if path.exists() else {}
+    annotations = record.get("annotations", []) if isinstance(record, dict) else None
+    if not isinstance(annotations, list) or not all(isinstance(annotation, dict) for annotation in annotations):
+        raise ValueError(f"{path} is no record of masks, run lengths in SA-1B's layout; move it away")
+    return record
+
+
 def write_labels(
     labels_dir: Path,
     picture: images.Picture,
@@ -122,7 +135,13 @@ def draw_validation(labels_dir: Path, names: set[str], val_fraction: float, seed
     if not path.exists():
         val_names, _ = listing.draw_split(names, val_fraction, seed)
         _write_names(path, val_names)
-    return set(listing.read_lines(path))
+    return read_validation(labels_dir)
+
+
+def read_validation(labels_dir: Path) -> set[str]:
+    """Read which pictures validate; none where that was not drawn yet."""
+    path = labels_dir / "val.txt"
+    return set(listing.read_lines(path)) if path.exists() else set()
 
 
 def read_done(labels_dir: Path) -> set[str]:

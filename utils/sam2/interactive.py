@@ -29,7 +29,7 @@ from utils.sam2.model import Embeddings
 from utils.settings import is_number, is_numbers
 
 MOST_ACTIONS, MOST_STROKE_POINTS = 200, 20_000
-MOST_REMEMBERED = 12  # lists of actions; a mask of the brush is of the picture's size
+MOST_REMEMBERED = 8  # lists of actions; a mask of the brush is of the picture's size
 FARTHEST_PX, LARGEST_RADIUS_PX = 1e6, 512  # of a stroke, which may leave the picture
 KEYS = {
     "object": {"id"},
@@ -102,10 +102,15 @@ def _is_fine(action: dict, number: int, orig_hw: tuple[int, int]) -> bool:
 # actions -> a mask
 
 
+def needs_model(actions: Sequence[dict]) -> bool:
+    """Tell whether actions need the model, which the brush does not."""
+    return any(action["type"] in ("click", "box") for action in actions)
+
+
 @torch.inference_mode()
 def draw_object(
     model: torch.nn.Module,
-    embeddings: Embeddings,
+    embeddings: Embeddings | None,
     orig_hw: tuple[int, int],
     actions: Sequence[dict],
     start_mask: np.ndarray | None,
@@ -115,7 +120,7 @@ def draw_object(
     """Draw an object from its actions, from the longest list of first ones that is remembered.
 
     Args:
-        embeddings: of this picture alone.
+        embeddings: of this picture alone; not read where `needs_model` says so.
         orig_hw: its size.
         actions: as `check_actions` lets them pass.
         start_mask: bool (H, W), of the object that the first action names; None where it names none.
