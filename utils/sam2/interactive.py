@@ -234,6 +234,6 @@ def draw_stroke(mask: np.ndarray, points: list[list[float]], radius: float, eras
     """
     drawn = mask.astype(np.uint8)
     corners = np.rint(np.array([*points, points[-1]]) * (1 << STROKE_BITS)).astype(np.int32)  # of one point, two
-    thickness = max(1, round(2 * radius))
+    thickness = max(1, 2 * int(radius))  # an odd one reaches a pixel too far
     cv2.polylines(drawn, [corners], False, 0 if erase else 1, thickness, cv2.LINE_8, STROKE_BITS)
     return drawn.view(bool)
