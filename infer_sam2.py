@@ -509,6 +509,9 @@ def check_stage(settings: Config, given: list[str]) -> None:
     stage = settings.annotate.stage
     if stage == "rate" and len(settings.results or []) != 2:
         raise ValueError("annotate.stage=rate needs 'results=[a,b]': two folders of masks of the same pictures")
+    classes = settings.annotate.classes or []
+    if len(set(classes)) < len(classes) or "" in classes:
+        raise ValueError(f"annotate.classes is {classes}; must be names that differ")
     unused = ["checkpoint", "model", "image_size"] if stage == "rate" else ["results"]
     unused += [] if stage == "semi" else ["annotate.confident_iou"]
     for key in given:

@@ -77,8 +77,6 @@ def annotate_pictures(
     pictures = [picture for picture in pictures if picture.page is None]
     if not pictures:
         raise ValueError("input has no picture but pages of files of several; save them as files of their own")
-    if len(set(settings.classes or [])) < len(settings.classes or []) or "" in (settings.classes or []):
-        raise ValueError(f"annotate.classes is {settings.classes}; must be names that differ")
     if settings.stage != "rate":
         label_folder.draw_validation(labels_dir, {picture.name for picture in pictures}, val_fraction, seed)
     confident_iou = settings.confident_iou if settings.stage == "semi" else None

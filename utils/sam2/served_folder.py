@@ -71,6 +71,7 @@ class Prepared:
     def __init__(self, is_next: bool):
         self.is_next = is_next  # encoded behind all other work
         self.is_started = False  # its encoding
+        self.num_waiting = 0  # requests
         self.memory: dict[tuple[str, ...], interactive.Drawn] = {}
 
     def cancel(self) -> None:
@@ -159,14 +160,18 @@ def shrink_ids(label_map: np.ndarray, view_hw: tuple[int, int]) -> np.ndarray:
     return label_map[rows[:, None], columns]
 
 
-def encode_png(channels: list[np.ndarray], hw: tuple[int, int]) -> str:
-    """Encode up to three channels, uint8 (h, w), as red, green and blue of a PNG in base64."""
-    pixels = np.zeros((*hw, 3), np.uint8)
-    for number, channel in enumerate(channels):
-        pixels[..., 2 - number] = channel  # OpenCV's order is BGR
+def encode_png(pixels: np.ndarray) -> str:
+    """Encode pixels, uint8 (h, w) or RGB (h, w, 3), as a PNG in base64; quickly."""
+    pixels = pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
     is_encoded, data = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])
     assert is_encoded
     return base64.b64encode(data).decode("ascii")
+
+
+def encode_ids(label_map: np.ndarray) -> str:
+    """Encode a map of ids, (h, w), as a PNG in base64 whose red and green are the id's lower and higher byte."""
+    low, high = (label_map & 255).astype(np.uint8), (label_map >> 8).astype(np.uint8)
+    return encode_png(np.stack([low, high, np.zeros_like(low)], 2))
 
 
 def encode_view(image_rgb: np.ndarray, side: int) -> bytes:
@@ -264,8 +269,9 @@ class ServedFolder:
             prepared.is_next = False
             prepared.embeddings = self._start(self._encode(prepared))
         self.prepared[number] = prepared
-        while len(self.prepared) > MOST_PREPARED:
-            self.prepared.pop(next(iter(self.prepared))).cancel()
+        free = [each for each, other in self.prepared.items() if other.num_waiting == 0 and each != number]
+        for displaced in free[: max(0, len(self.prepared) - MOST_PREPARED)]:
+            self.prepared.pop(displaced).cancel()
         return prepared
 
     async def _run(self, executor: ThreadPoolExecutor, function: Callable, *arguments) -> object:
@@ -301,14 +307,13 @@ class ServedFolder:
         return await self._run(executor, encode)
 
     async def wait_for(self, number: int, part: str) -> View | Embeddings:
-        """Wait for the view, or for the embeddings, of a picture; again, if other pictures have displaced it."""
-        while True:
-            task = getattr(self.prepare(number, is_next=False), part)
-            try:
-                return await asyncio.shield(task)
-            except asyncio.CancelledError:
-                if not task.cancelled():  # then it is this request that is cancelled
-                    raise
+        """Wait for the view, or for the embeddings, of a picture, which other pictures do not displace meanwhile."""
+        prepared = self.prepare(number, is_next=False)
+        prepared.num_waiting += 1
+        try:
+            return await asyncio.shield(getattr(prepared, part))
+        finally:
+            prepared.num_waiting -= 1
 
     async def see(self, number: int) -> View:
         """Wait for a picture to be read.
@@ -403,7 +408,7 @@ class ServedFolder:
         ids = shrink_ids(labels.label_map, fit_view(labels.label_map.shape))
         objects, warnings = labels.describe()
         return {
-            "map": encode_png([ids & 255, ids >> 8], ids.shape),
+            "map": encode_ids(ids),
             "objects": objects,
             "warnings": warnings,
             "can_undo": bool(labels.undone),
@@ -495,7 +500,10 @@ class ServedFolder:
 
         def encode() -> tuple[str, int]:
             masks = interactive.view_masks(drawn, orig_hw, view_hw)
-            return encode_png([mask.view(np.uint8) * 255 for mask in masks], view_hw), len(masks)
+            bits = sum(
+                mask.view(np.uint8) << number for number, mask in enumerate(masks)
+            )  # at once, it is twice as fast
+            return encode_png(bits), len(masks)
 
         png, num_masks = await self._run(self.decoding, encode)
         predicted_ious = list(drawn.predicted_ious) if drawn.low_res_masks is not None else []
@@ -503,6 +511,7 @@ class ServedFolder:
             predicted_ious = [old.annotation.get("predicted_iou")]
         return {
             "masks": png,
+            "bits": True,
             "num_masks": num_masks,
             "predicted_ious": predicted_ious,
             "chosen": drawn.chosen,
@@ -632,7 +641,7 @@ class ServedFolder:
             ids = shrink_ids(label_map, fit_view(label_map.shape))
             height, width = label_map.shape
             sizes = {"width": width, "height": height, "view_width": ids.shape[1], "view_height": ids.shape[0]}
-            return sizes | {"map": encode_png([ids], ids.shape)}
+            return sizes | {"map": encode_ids(ids)}
 
         try:
             shown = await self._run(self.reading, read)
