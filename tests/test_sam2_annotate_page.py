@@ -28,6 +28,7 @@ OPTIONS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
+ENTER, TAB, ESCAPE, BACKSPACE, SHIFT = "\ue007", "\ue004", "\ue00c", "\ue003", "\ue008"  # as WebDriver names keys
 IS_OPEN = "picture?.bitmap && picture.ids"
 IS_DRAWN = "drawing && !drawing.isUnanswered && !drawIsAsked"
 IS_SAVED = "byId('saving').textContent === 'saved'"
@@ -65,13 +66,13 @@ class Screen:
         actions = self.actions()
         actions.w3c_actions.pointer_action.move_to_location(*map(round, points[0]))
         if shift:
-            actions.key_down("\ue008")
+            actions.key_down(SHIFT)
         actions.click_and_hold()
         for point in points[1:]:
             actions.w3c_actions.pointer_action.move_to_location(*map(round, point))
         actions.release()
         if shift:
-            actions.key_up("\ue008")
+            actions.key_up(SHIFT)
         actions.perform()
 
     def on_picture(self, x: float, y: float) -> tuple[float, float]:
@@ -174,7 +175,7 @@ def test_two_objects_from_clicks_to_training(screen, serve, data_root, tmp_path)
         for number, point in enumerate(inside, 1):
             screen.drag(screen.on_picture(*point))
             screen.wait(IS_DRAWN)
-            screen.press("\ue007")
+            screen.press(ENTER)
             screen.wait(f"picture.objects.length === {number} && {IS_SAVED}")
         screen.press("d")  # done, and the next one
         screen.wait(f"{IS_OPEN} && wanted === 1")
@@ -211,7 +212,7 @@ def test_two_objects_from_clicks_to_training(screen, serve, data_root, tmp_path)
         screen.drag(*(screen.on_picture(*point) for point in (across[0], inside[0], across[1])))
         screen.wait(IS_DRAWN)
         radius = screen.see("radius")
-        screen.press("\ue007")
+        screen.press(ENTER)
         screen.wait(IS_SAVED)
         screen.driver.refresh()
         screen.wait(IS_OPEN)
@@ -243,3 +244,125 @@ def test_two_objects_from_clicks_to_training(screen, serve, data_root, tmp_path)
     tiny_training.train_in(tmp_path / "trained", config)
     metrics = json.loads((tmp_path / "trained" / "run.json").read_text())["metrics"]
     assert metrics["last"]["val/num_images"] == 1
+
+
+RANDOM_NANO = ("model=sam2_nano", "model.checkpoint=none", "model.image_size=64")
+
+
+@pytest.fixture
+def dots(tmp_path):
+    """A picture of 90 x 60 px, dark but for three pixels: (x, y) of the red, the green and the blue one."""
+    places = [(70, 7), (3, 55), (44, 30)]
+    image_rgb = np.full((60, 90, 3), 40, np.uint8)
+    for channel, (x, y) in enumerate(places):
+        image_rgb[y, x] = 255 * np.eye(3, dtype=np.uint8)[channel]
+    (tmp_path / "photos").mkdir()
+    for name in ("a", "b"):
+        images.write_image(tmp_path / "photos" / f"{name}.png", image_rgb)
+    return tmp_path / "photos", places
+
+
+def test_a_mouse_on_a_pixel_marks_that_pixel(screen, serve, dots, tmp_path):
+    """As it opens, zoomed, and moved, on a screen of 1.5 px for a CSS px: found on the screen by its colour alone."""
+    photos, places = dots
+    ratio = 1.5
+
+    def mark(channel: int, share: float) -> None:
+        pixels = screen.screenshot().astype(int)
+        y, x = np.nonzero((pixels[..., channel] > 230) & (pixels.sum(2) - pixels[..., channel] < 30))
+        assert len(x) > 100  # the page shows a pixel as a square
+        corner, side = np.array([x.min(), y.min()]), np.array([np.ptp(x), np.ptp(y)]) + 1
+        screen.drag(tuple((corner + share * side) / ratio))
+        screen.wait(IS_DRAWN)
+        screen.press(ENTER)
+        screen.wait(f"picture.objects.length === {channel + 1} && {IS_SAVED}")
+
+    def person(address: str) -> None:
+        metrics = {"width": 1000, "height": 700, "deviceScaleFactor": ratio, "mobile": False}
+        screen.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        screen.driver.get(address)
+        screen.wait(IS_OPEN)
+        screen.press("b", "[[[[")
+        mark(0, 0.15)
+        x, y = screen.on_picture(10, 50)
+        wheel = {"type": "mouseWheel", "x": x, "y": y, "deltaX": 0, "deltaY": -300}
+        screen.driver.execute_cdp_cmd("Input.dispatchMouseEvent", wheel)
+        screen.wait("view.scale > 11")
+        mark(1, 0.85)
+        screen.actions().key_down(" ").perform()
+        screen.drag((600, 400), (300, 500), (200, 480))
+        screen.actions().key_up(" ").perform()
+        screen.wait("!drawIsAsked")
+        mark(2, 0.85)
+
+    try:
+        serve(photos, person, *RANDOM_NANO)
+    finally:
+        screen.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    _, label_map = read_record(tmp_path / "engine", "a")
+    assert [(x, y) for number in (1, 2, 3) for y, x in np.argwhere(label_map == number)] == places
+
+
+def test_what_goes_wrong_is_said_and_loses_nothing(screen, serve, dots, tmp_path):
+    photos, _ = dots
+
+    def person(address: str) -> None:
+        screen.driver.get(address)
+        screen.wait(IS_OPEN)
+        screen.see(  # the answer to a single click is late
+            "void (window.fetch = (answer => async (route, options) => { const late = await answer(route, options); "
+            "if (route === 'predict' && JSON.parse(options.body).actions.length === 1) "
+            "await new Promise(done => setTimeout(done, 500)); return late; })(fetch))"
+        )
+        screen.drag(screen.on_picture(20, 20))
+        screen.drag(screen.on_picture(60, 20))
+        screen.wait(IS_DRAWN)
+        assert screen.see("[drawing.actions.length, drawing.num_masks]") == [2, 1]
+        time.sleep(0.7)
+        assert screen.see("[drawing.actions.length, drawing.num_masks]") == [2, 1]
+        screen.press("z")
+        screen.wait(f"{IS_DRAWN} && drawing.num_masks === 3")  # of a single click
+        best, ious = screen.see("drawing.chosen"), screen.see("drawing.predicted_ious")
+        screen.press(TAB)
+        assert best == np.argmax(ious) and screen.see("drawing.actions[1].mask") == (best + 1) % 3
+
+        screen.press(ESCAPE, "b")  # an object that is erased again cannot be saved, and is not lost
+        screen.drag(screen.on_picture(20, 20), screen.on_picture(30, 20))
+        screen.wait(IS_DRAWN)
+        screen.press("e", "]]]")
+        screen.drag(screen.on_picture(10, 20), screen.on_picture(40, 20))
+        screen.wait(IS_DRAWN)
+        screen.press(ENTER)
+        screen.wait("byId('message').className === 'error'")
+        assert "empty" in screen.text("message") and screen.text("saving") == "not saved"
+        assert not (tmp_path / "engine" / "masks" / "a.json").exists() and screen.see("drawing.actions.length") == 2
+        screen.press("n")  # nothing is left behind
+        assert screen.see("wanted") == 0
+        screen.press("z", ENTER)
+        screen.wait(f"picture.objects.length === 1 && {IS_SAVED} && byId('message').className !== 'error'")
+
+        (labelling,) = screen.driver.window_handles
+        screen.driver.switch_to.new_window("tab")
+        screen.driver.get(address)
+        screen.wait(IS_OPEN)
+        assert screen.text("readonly") == "read-only" and screen.text("objects_title") == "1 object"
+        screen.drag(screen.on_picture(60, 20))
+        assert screen.see("drawing === null") and "another tab" in screen.text("message")
+        reading = screen.driver.current_window_handle
+        screen.driver.switch_to.window(labelling)
+        screen.driver.close()
+        screen.driver.switch_to.window(reading)
+        screen.wait("picture.is_writable")
+        screen.press("s")
+        screen.drag(screen.on_picture(25, 20))
+        screen.wait(IS_DRAWN)
+        screen.press(BACKSPACE)
+        screen.wait("picture.objects.length === 0")
+        screen.press("z")
+        screen.wait("picture.objects.length === 1")
+
+    serve(photos, person, *RANDOM_NANO)
+    screen.drag(screen.on_picture(60, 20))
+    screen.wait("byId('message').className === 'error'")
+    assert "does not answer" in screen.text("message") and screen.see("drawing.actions.length") == 1
+    assert len(read_record(tmp_path / "engine", "a")[0]) == 1
