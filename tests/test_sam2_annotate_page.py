@@ -108,7 +108,7 @@ def screen(tmp_path_factory):
 
 @pytest.fixture
 def serve(tmp_path, caplog):
-    """Run mode=annotate as its command does, while a person, in another thread, uses the page; then end it by Ctrl-C."""
+    """Run mode=annotate as its command does while a person, in another thread, uses the page; end it by Ctrl-C."""
     num_runs = 0
 
     def run(photos: Path, person: Callable[[str], object], *overrides: str) -> object:
