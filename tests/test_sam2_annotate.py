@@ -2,14 +2,10 @@
 
 import asyncio
 import base64
-import csv
 import hashlib
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,6 +18,7 @@ from options import read_option
 from tiny import compose_config
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 
+from benchmarks.annotate import kill_servers
 from infer_sam2 import infer
 from utils.images import list_pictures, write_image
 from utils.instances import label_folder
@@ -55,8 +52,12 @@ def automatic(x, y, side, predicted_iou, hw=HW, **more):
 
 def write_record(labels_dir, name, annotations, hw=HW, **more):
     image = {"file_name": f"{name}.png", "height": hw[0], "width": hw[1]}
+    annotations = [annotation | {"id": number} for number, annotation in enumerate(annotations, 1)]
     path = label_folder.record_path(labels_dir, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    for folder in ("masks", "maps"):
+        (labels_dir / folder).mkdir(parents=True, exist_ok=True)
+    label_map = label_folder.draw_map(annotations, hw).astype(np.uint16)
+    cv2.imwrite(str(labels_dir / "maps" / f"{name}.png"), label_map)
     path.write_text(json.dumps({"image": image, "annotations": annotations, "made_by": "m"} | more))
 
 
@@ -170,7 +171,8 @@ def test_what_does_not_come_from_the_page_is_refused_in_one_line(model, photos):
         (403, "save", save, {"Origin": "http://evil.example"}), (403, "save", save, {"Origin": "null"}),
         (403, "/save", save, {}), (403, "/", None, {}), (403, "/wrong/pictures", None, {}),
         (403, "/favicon.ico", None, {}), (403, "//etc/passwd", None, {}), (404, "../save", save, {}),
-        (404, "etc/passwd", None, {}), (404, "annotate.html", None, {}), (404, "save", None, {}), (404, "rate", None, {}),
+        (404, "etc/passwd", None, {}), (404, "annotate.html", None, {}), (404, "save", None, {}),
+        (404, "rate", None, {}), (404, "rate", {"item": 0, "rating": 5}, {}),
         (404, "open", ok | {"number": 99}, {}), (404, "open", ok | {"number": -1}, {}), (404, "eval", ok, {}),
         (400, "open", ok | {"number": "../../etc/passwd"}, {}), (400, "open", ok | {"number": 1.5}, {}),
         (400, "open", ok | {"number": True}, {}), (400, "open", ok | {"tab": "x" * 65}, {}),
@@ -395,7 +397,7 @@ def test_clicks_are_recorded(model, photos):
 
 
 def test_one_tab_writes_and_others_read(model, photos, monkeypatch):
-    monkeypatch.setattr(served_folder, "LOCK_S", 0.4)
+    monkeypatch.setattr(served_folder, "LOCK_S", 0.3)
     folder = make_folder(model, photos)
 
     async def scenario(client):
@@ -407,12 +409,12 @@ def test_one_tab_writes_and_others_read(model, photos, monkeypatch):
         for route, keys in (("delete", {"id": 1}), ("undo", {}), ("done", {"is_done": True})):
             assert (await client.post(route, tab="two", **keys))[0] == 409
         assert (await client.post("release", tab="two")) == {}  # has nothing to release
-        for _ in range(4):
-            await asyncio.sleep(0.2)
+        for _ in range(3):
+            await asyncio.sleep(0.15)
             assert (await client.post("heartbeat", tab="one")) == {"is_writable": True}
             assert (await client.post("heartbeat", tab="two")) == {"is_writable": False}
         assert not (await client.post("open", tab="two"))["is_writable"]
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.35)
         assert (await client.post("open", tab="two"))["is_writable"]  # the first was not heard of
         assert (await client.save(stroke(1, 1, 9, 9), tab="one"))[0] == 409
         assert (await client.post("heartbeat", tab="one")) == {"is_writable": False}
@@ -665,34 +667,48 @@ def test_what_is_missing_or_not_used_is_said_before_anything_is_written(override
     assert list(tmp_path.iterdir()) == []
 
 
-SERVERS = """
-import os, sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
-import torch
-torch.set_num_threads(1)
-from pathlib import Path
-from utils.images import list_pictures
-from utils.instances import label_folder
-from utils.sam2 import annotate
-from utils.sam2.served_folder import AnnotateSettings
-from utils.run import seed_everything
-import logging
-from test_sam2_annotate import NANO, models
-logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
-seed_everything(0)
-model = models.build_sam2(**NANO, device="cpu", fast_decoder=True)
-photos = Path(sys.argv[2])
-for line in sys.stdin:  # a server for each line, in a process of its own
-    number = os.fork()
-    if number == 0:
-        run_dir = photos.parent / line.strip()
-        run_dir.mkdir()
-        with label_folder.open_folder(photos.parent / "engine"):
-            annotate.annotate_pictures(
-                model, list_pictures(photos), photos.parent / "engine", AnnotateSettings(), [], 0.25, None, 0, "fp32", run_dir
-            )
-        os._exit(0)
-    print("process", number, flush=True)
-    status = os.waitpid(number, 0)[1]
-    print("status", status, flush=True)
-"""
+def test_killed_servers_lose_nothing_that_they_have_answered_for(model, photos):
+    labels_dir = photos.parent / "engine"
+    write_record(labels_dir, "a", [automatic(5, 5, 20, 0.7), automatic(10, 10, 30, 0.8)])
+
+    async def serve_on(write_end):
+        _, address = annotate.make_server(make_folder(model, photos), None)
+        os.write(write_end, address.encode())
+        await asyncio.Event().wait()
+
+    def start():
+        read_end, write_end = os.pipe()
+        process = os.fork()  # a new process would import torch, which takes seconds
+        if process == 0:
+            try:
+                torch.set_num_threads(1)
+                with label_folder.open_folder(labels_dir):  # whose lock ends with each of them
+                    asyncio.run(serve_on(write_end))
+            finally:
+                os._exit(1)
+        os.close(write_end)
+        address = os.read(read_end, 200).decode()
+        os.close(read_end)
+
+        def end():
+            os.kill(process, signal.SIGKILL)
+            assert os.waitpid(process, 0)[1] == signal.SIGKILL
+
+        return address, end
+
+    counts = kill_servers(start, labels_dir, kills=6, longest_s=0.3, seed=1)
+    assert counts["kills"] == 6 and counts["answers"] > 20 and counts["objects"] > 10, counts
+
+
+def test_a_map_that_a_kill_has_left_behind_is_drawn_again(model, photos):
+    labels_dir = photos.parent / "engine"
+    write_record(labels_dir, "a", [automatic(5, 5, 20, 0.7)])
+    map_path = labels_dir / "maps" / "a.png"
+    cv2.imwrite(str(map_path), np.zeros(HW, np.uint16))
+    os.utime(map_path, ns=(0, label_folder.record_path(labels_dir, "a").stat().st_mtime_ns + 10**6))
+    folder = make_folder(model, photos)
+    serve(folder, lambda client: client.post("open"))
+    assert len(read_record(folder, "a")["annotations"]) == 1
+    map_path.unlink()
+    serve(make_folder(model, photos), lambda client: client.post("open"))
+    assert len(read_record(folder, "a")["annotations"]) == 1

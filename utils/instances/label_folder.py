@@ -99,7 +99,7 @@ def write_labels(
     record: dict,
     label_map: np.ndarray | None = None,
 ) -> dict:
-    """Write a picture's map and, last, its record: what a kill leaves between them is made again.
+    """Write a picture's map and, last, its record: what a kill leaves between them is made again (`restore_map`).
 
     Args:
         record: "annotations" in the order of the map, the lowest first, and what else the record has.
@@ -114,6 +114,14 @@ def write_labels(
     images.write_label_map(labels_dir / "maps" / f"{picture.name}.png", label_map)
     write_json(record_path(labels_dir, picture.name), record)
     return record
+
+
+def restore_map(labels_dir: Path, name: str, record: dict) -> None:
+    """Draw a picture's map again where it is missing, or younger than its record: a kill came between the two."""
+    path, map_path = record_path(labels_dir, name), labels_dir / "maps" / f"{name}.png"
+    if not map_path.exists() or map_path.stat().st_mtime_ns > path.stat().st_mtime_ns:
+        orig_hw = record["image"]["height"], record["image"]["width"]
+        images.write_label_map(map_path, draw_map(record["annotations"], orig_hw))
 
 
 def draw_map(annotations: list[dict], orig_hw: tuple[int, int]) -> np.ndarray:

@@ -391,6 +391,8 @@ class ServedFolder:
         if record and (record["image"]["height"], record["image"]["width"]) != orig_hw:
             sizes = [record["image"]["height"], record["image"]["width"]], list(orig_hw)
             raise ValueError(f"{path} is of a picture of {sizes[0]} px (height, width), {picture} has {sizes[1]} now")
+        if record:
+            label_folder.restore_map(self.labels_dir, picture.name, record)
         annotations = [each for each in record.get("annotations", []) if self._is_shown(each)]
         return EditedLabels(record, annotations, orig_hw)
 
@@ -445,12 +447,14 @@ class ServedFolder:
         return answer | {"is_writable": is_writable} | await self.write(self.describe, number, labels)
 
     async def draw(
-        self, number: int, actions: list, orig_hw: tuple[int, int]
-    ) -> tuple[interactive.Drawn, Placed | None, float]:
+        self, number: int, actions: list, orig_hw: tuple[int, int], finish: Callable
+    ) -> tuple[object, Placed | None, float]:
         """Draw the object that actions describe.
 
+        Args:
+            finish: called in the thread that draws, with Drawn and the object that the actions correct, or None.
         Returns:
-            Drawn; the object that they correct, if they do; for how many seconds they waited for the encoder.
+            what `finish` returns; the object that is corrected; for how many seconds the encoder was waited for.
         Raises:
             Refusal: for what are no actions.
         """
@@ -466,14 +470,17 @@ class ServedFolder:
             old = self.find(await self.labels_of(number, orig_hw), actions[0]["id"])
         memory = self.prepare(number, is_next=False).memory
 
-        def draw() -> interactive.Drawn:
+        def draw() -> object:
             start_mask = None if old is None else rle_to_mask(old.annotation["segmentation"])
-            return interactive.draw_object(self.model, embeddings, orig_hw, actions, start_mask, self.precision, memory)
+            try:
+                drawn = interactive.draw_object(
+                    self.model, embeddings, orig_hw, actions, start_mask, self.precision, memory
+                )
+            except ValueError as error:
+                raise Refusal(400, _one_line(error)) from error
+            return finish(drawn, old)
 
-        try:
-            return await self._run(self.decoding, draw), old, waited_s
-        except ValueError as error:
-            raise Refusal(400, _one_line(error)) from error
+        return await self._run(self.decoding, draw), old, waited_s
 
     def find(self, labels: EditedLabels, object_id: int) -> Placed:
         """Find an object by its id.
@@ -495,27 +502,24 @@ class ServedFolder:
         """Draw the masks of an object that is not finished."""
         start, is_encoding = time.perf_counter(), self.num_encoding_next > 0
         orig_hw = (await self.see(number)).orig_hw
-        drawn, old, waited_s = await self.draw(number, actions, orig_hw)
         view_hw = fit_view(orig_hw)
 
-        def encode() -> tuple[str, int]:
+        def encode(drawn: interactive.Drawn, old: Placed | None) -> dict:
             masks = interactive.view_masks(drawn, orig_hw, view_hw)
-            bits = sum(
-                mask.view(np.uint8) << number for number, mask in enumerate(masks)
-            )  # at once, it is twice as fast
-            return encode_png(bits), len(masks)
+            bits = sum(mask.view(np.uint8) << number for number, mask in enumerate(masks))  # PNGs of one are fast
+            predicted_ious = list(drawn.predicted_ious) if drawn.low_res_masks is not None else []
+            if old is not None and len(actions) == 1:
+                predicted_ious = [old.annotation.get("predicted_iou")]
+            return {
+                "masks": encode_png(bits),
+                "num_masks": len(masks),
+                "predicted_ious": predicted_ious,
+                "chosen": drawn.chosen,
+                "decoder_ms": drawn.decoder_ms,
+            }
 
-        png, num_masks = await self._run(self.decoding, encode)
-        predicted_ious = list(drawn.predicted_ious) if drawn.low_res_masks is not None else []
-        if old is not None and len(actions) == 1:
-            predicted_ious = [old.annotation.get("predicted_iou")]
-        return {
-            "masks": png,
-            "bits": True,
-            "num_masks": num_masks,
-            "predicted_ious": predicted_ious,
-            "chosen": drawn.chosen,
-            "decoder_ms": drawn.decoder_ms,
+        answer, _, waited_s = await self.draw(number, actions, orig_hw, encode)
+        return answer | {
             "waited_ms": 1000 * waited_s,
             "server_ms": 1000 * (time.perf_counter() - start),
             "is_encoding": is_encoding or self.num_encoding_next > 0,
@@ -552,12 +556,16 @@ class ServedFolder:
         """Finish an object: a new one on top of all, a corrected one in its place."""
         async with self.changing(number, tab) as (labels, orig_hw):
             self.check_class(labels, class_name)
-            drawn, old, _ = await self.draw(number, actions, orig_hw)
 
-            def change() -> dict:
+            def finish(drawn: interactive.Drawn, old: Placed | None) -> Placed:
                 placed = finish_object(drawn, orig_hw, actions, old, class_name, seconds, self.round)
                 if placed.area == 0:
                     raise Refusal(409, "the mask is empty, nothing is saved; click on the object, or delete it")
+                return placed
+
+            placed, old, _ = await self.draw(number, actions, orig_hw, finish)
+
+            def change() -> dict:
                 objects = [placed if each is old else each for each in labels.objects]
                 labels.change(objects if old else [*labels.objects, placed], rejected_ious(old))
                 return self.store(number, labels)
