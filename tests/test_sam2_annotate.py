@@ -138,6 +138,15 @@ def read_ids(answer):
     return pixels[..., 2] + 256 * pixels[..., 1]
 
 
+def read_masks(predicted, hw):
+    """Read the masks of an answer, bool (M, H, W): bits of a grey PNG of the part where they are."""
+    part, bits = read_pixels(predicted["masks"]), np.zeros(hw, np.uint8)
+    assert part.ndim == 2 and part[0].any() and part[-1].any() and part[:, 0].any() and part[:, -1].any()
+    left, top = predicted["left"], predicted["top"]
+    bits[top : top + part.shape[0], left : left + part.shape[1]] = part
+    return np.stack([bits >> number & 1 for number in range(predicted["num_masks"])]).astype(bool)
+
+
 def read_record(folder, name):
     """Read the record of a picture, having seen that its map is drawn from it."""
     record = json.loads(label_folder.record_path(folder.labels_dir, name).read_text())
@@ -276,7 +285,7 @@ def test_pictures_and_masks_are_shown_as_they_are(model, photos):
     assert opened["is_writable"] and opened["error"] is None and predicted["num_masks"] == 3
     opened, pixels, predicted = shown["large"]
     assert (opened["width"], opened["height"], opened["view_width"], opened["view_height"]) == (2000, 1500, 1024, 768)
-    assert pixels.shape == (768, 1024, 3) and read_pixels(predicted["masks"]).shape == (768, 1024)
+    assert pixels.shape == (768, 1024, 3) and read_masks(predicted, (768, 1024)).shape == (3, 768, 1024)
     assert wide.shape == (1500, 2000, 3) and read_ids(opened).shape == (768, 1024)
     assert shown["one"][1].shape == (1, 1, 3) and shown["one"][2]["num_masks"] == 3
     assert broken["width"] == 0 and "broken.png" in broken["error"] and not broken["is_writable"]
@@ -384,13 +393,16 @@ def test_clicks_are_recorded(model, photos):
         predicted = await client.post("predict", actions=opened)
         saved = await client.save(*opened)
         box = {"type": "box", "x1": 3, "y1": 3, "x2": 60, "y2": 50}
-        return predicted, saved, await client.save(box, stroke(9, 9, 9, 9), number=1), await client.save(box, number=2)
+        empty = await client.post("predict", actions=[click(2, 2, 0)])
+        await client.save(box, number=2)
+        return predicted, saved, empty
 
-    predicted, saved, *_ = serve(folder, scenario)
+    predicted, saved, empty = serve(folder, scenario)
+    assert read_pixels(empty["masks"]).tolist() == [[0]] and (empty["left"], empty["top"]) == (0, 0)
     (annotation,) = read_record(folder, "a")["annotations"]
     assert (annotation["clicks"], annotation["strokes"], annotation["origin"]) == (2, 1, "person")
     assert annotation["predicted_iou"] == pytest.approx(predicted["predicted_ious"][0])
-    assert np.array_equal(read_pixels(predicted["masks"]) == 1, rle_to_mask(annotation["segmentation"]))
+    assert np.array_equal(read_masks(predicted, HW)[0], rle_to_mask(annotation["segmentation"]))
     assert saved["objects"][0]["area"] == annotation["area"] and annotation["round"] == 1
     (annotation,) = read_record(folder, "c d")["annotations"]
     assert (annotation["clicks"], annotation["strokes"], annotation["origin"]) == (1, 0, "assisted")

@@ -507,11 +507,15 @@ class ServedFolder:
         def encode(drawn: interactive.Drawn, old: Placed | None) -> dict:
             masks = interactive.view_masks(drawn, orig_hw, view_hw)
             bits = sum(mask.view(np.uint8) << number for number, mask in enumerate(masks))  # PNGs of one are fast
+            left, top, width, height = cv2.boundingRect(bits)
+            shown = bits[top : top + max(1, height), left : left + max(1, width)]
             predicted_ious = list(drawn.predicted_ious) if drawn.low_res_masks is not None else []
             if old is not None and len(actions) == 1:
                 predicted_ious = [old.annotation.get("predicted_iou")]
             return {
-                "masks": encode_png(bits),
+                "masks": encode_png(shown),  # bit k of a pixel is mask k
+                "left": left,
+                "top": top,
                 "num_masks": len(masks),
                 "predicted_ious": predicted_ious,
                 "chosen": drawn.chosen,
