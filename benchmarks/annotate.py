@@ -35,6 +35,7 @@ import cv2
 import numpy as np
 
 from utils.instances import label_folder
+from utils.instances.label_edit import place
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 START_S = 120  # for a server to start in
@@ -173,7 +174,8 @@ def check_folder(labels_dir: Path, annotator: Annotator, cut_short: set[str]) ->
         assert cv2.imread(str(path), cv2.IMREAD_UNCHANGED) is not None, f"{path} is torn"
     for name, answered in annotator.answered.items():
         record = label_folder.read_record(label_folder.record_path(labels_dir, name))  # checks each mask
-        now = sign(record.get("annotations", []))
+        placed = [place(annotation) for annotation in record.get("annotations", [])]
+        now = sign([each.annotation | {"area": each.area} for each in placed])
         num_objects += len(answered)
         is_same = now == answered
         if name != name_in_flight:
@@ -184,14 +186,14 @@ def check_folder(labels_dir: Path, annotator: Annotator, cut_short: set[str]) ->
                 label_map = cv2.imread(str(labels_dir / "maps" / f"{name}.png"), cv2.IMREAD_UNCHANGED)
                 assert np.array_equal(label_map, label_folder.draw_map(record["annotations"], orig_hw)), name
         elif not is_same:  # then the change is there as a whole
-            place = body["actions"][0].get("id") if route == "save" else body.get("id")
-            if route == "save" and place is None:
+            number = body["actions"][0].get("id") if route == "save" else body.get("id")
+            if route == "save" and number is None:
                 assert now[:-1] == answered, (name, now, answered)
             elif route == "save":
-                others = [[each for i, each in enumerate(each_list, 1) if i != place] for each_list in (now, answered)]
+                others = [[each for i, each in enumerate(each_list, 1) if i != number] for each_list in (now, answered)]
                 assert others[0] == others[1] and len(now) == len(answered), (name, now, answered)
             elif route == "delete":
-                assert now == answered[: place - 1] + answered[place:], (name, now, answered)
+                assert now == answered[: number - 1] + answered[number:], (name, now, answered)
             else:
                 assert route == "undo" and now == annotator.history[name][-1], (name, route, now, answered)
             annotator.answered[name] = now

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -70,7 +70,7 @@ class Prepared:
 
     def __init__(self, is_next: bool):
         self.is_next = is_next  # encoded behind all other work
-        self.is_started = False  # its encoding
+        self.encoding: Future | None = None  # once it is read
         self.num_waiting = 0  # requests
         self.memory: dict[tuple[str, ...], interactive.Drawn] = {}
 
@@ -264,10 +264,10 @@ class ServedFolder:
             prepared = Prepared(is_next)
             prepared.view = self._start(self._read(self.pictures[number]))
             prepared.embeddings = self._start(self._encode(prepared))
-        elif prepared.is_next and not is_next and not prepared.is_started:
-            prepared.embeddings.cancel()
+        elif prepared.is_next and not is_next:
             prepared.is_next = False
-            prepared.embeddings = self._start(self._encode(prepared))
+            if prepared.encoding is not None and prepared.encoding.cancel():  # it was still waiting
+                prepared.embeddings = self._start(self._encode(prepared))
         self.prepared[number] = prepared
         free = [each for each, other in self.prepared.items() if other.num_waiting == 0 and each != number]
         for displaced in free[: max(0, len(self.prepared) - MOST_PREPARED)]:
@@ -295,7 +295,6 @@ class ServedFolder:
 
         @torch.inference_mode()
         def encode() -> Embeddings:
-            prepared.is_started = True
             self.num_encoding_next += is_next  # which one thread alone changes
             try:
                 with run.autocast(self.model.device, self.precision):
@@ -303,8 +302,8 @@ class ServedFolder:
             finally:
                 self.num_encoding_next -= is_next
 
-        executor = self.encoding_next if is_next else self.encoding
-        return await self._run(executor, encode)
+        prepared.encoding = (self.encoding_next if is_next else self.encoding).submit(encode)
+        return await asyncio.wrap_future(prepared.encoding)
 
     async def wait_for(self, number: int, part: str) -> View | Embeddings:
         """Wait for the view, or for the embeddings, of a picture, which other pictures do not displace meanwhile."""
@@ -324,6 +323,7 @@ class ServedFolder:
         try:
             return await self.wait_for(number, "view")
         except (ValueError, OSError) as error:
+            self.prepared.pop(number, None)  # the file may be mended
             raise Refusal(409, f"{self.pictures[number]}: {_one_line(error)}") from error
 
     async def show(self, number: int, side: int) -> bytes:
