@@ -46,7 +46,7 @@ class Screen:
     def wait(self, script: str) -> None:
         """Wait until something is true on the page."""
         end = time.monotonic() + 20
-        while not self.see(script):
+        while not self.see(f"Boolean({script})"):
             assert time.monotonic() < end, f"{script}; the page says: {self.text('message')}"
             time.sleep(0.01)
 
@@ -340,12 +340,18 @@ def test_what_goes_wrong_is_said_and_loses_nothing(screen, serve, dots, tmp_path
         assert screen.see("wanted") == 0
         screen.press("z", ENTER)
         screen.wait(f"picture.objects.length === 1 && {IS_SAVED} && byId('message').className !== 'error'")
+        screen.press("b]]")
+        screen.drag(screen.on_picture(18, 20), screen.on_picture(32, 20))
+        screen.wait(IS_DRAWN)
+        screen.press(ENTER)
+        screen.wait("picture.objects.length === 2")
+        assert screen.text("message") == "object 2 hides 100% of object 1" == screen.text("warnings")
 
         (labelling,) = screen.driver.window_handles
         screen.driver.switch_to.new_window("tab")
         screen.driver.get(address)
         screen.wait(IS_OPEN)
-        assert screen.text("readonly") == "read-only" and screen.text("objects_title") == "1 object"
+        assert screen.text("readonly") == "read-only" and screen.text("objects_title") == "2 objects"
         screen.drag(screen.on_picture(60, 20))
         assert screen.see("drawing === null") and "another tab" in screen.text("message")
         reading = screen.driver.current_window_handle
@@ -357,12 +363,12 @@ def test_what_goes_wrong_is_said_and_loses_nothing(screen, serve, dots, tmp_path
         screen.drag(screen.on_picture(25, 20))
         screen.wait(IS_DRAWN)
         screen.press(BACKSPACE)
-        screen.wait("picture.objects.length === 0")
-        screen.press("z")
         screen.wait("picture.objects.length === 1")
+        screen.press("z")
+        screen.wait("picture.objects.length === 2")
 
     serve(photos, person, *RANDOM_NANO)
     screen.drag(screen.on_picture(60, 20))
     screen.wait("byId('message').className === 'error'")
     assert "does not answer" in screen.text("message") and screen.see("drawing.actions.length") == 1
-    assert len(read_record(tmp_path / "engine", "a")[0]) == 1
+    assert len(read_record(tmp_path / "engine", "a")[0]) == 2
