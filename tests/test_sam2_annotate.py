@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import scipy.stats
+import tifffile
 import torch
 from options import read_option
 from tiny import compose_config
@@ -652,6 +653,43 @@ def test_masks_are_rated_without_saying_whose_they_are(photos):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the command
+
+
+def test_what_the_command_serves_and_what_it_measures(model, photos, monkeypatch, caplog):
+    labels_dir = photos.parent / "engine"
+    with label_folder.open_folder(labels_dir):
+        pass
+    pages = [np.zeros((*HW, 3), np.uint8)] * 2
+    tifffile.imwrite(photos / "pages.tif", np.stack(pages), photometric="rgb")
+    served = []
+
+    async def serve(folder, port):
+        served.append(folder)
+        for times in ([30, 10, 0], [50, 20, 5], [70, 10, 0]):
+            keys = dict(zip(("total_ms", "decoder_ms", "waited_ms"), times, strict=True))
+            folder.note_latency([keys | {"number": 2, "is_encoding": times[0] == 70}])
+
+    monkeypatch.setattr(annotate, "serve", serve)
+
+    def run(**settings):
+        with caplog.at_level("INFO"):
+            return annotate.annotate_pictures(
+                model, list_pictures(photos), labels_dir, AnnotateSettings(**settings), ["of the checkpoint"], 0.25,
+                None, 0, "fp32", photos.parent,
+            )  # fmt: skip
+
+    measured = run()
+    expected = {"clicks_idle": 2, "added_ms_p95_idle": np.percentile([20, 25], 95), "decoder_ms_p95_idle": 19.5}
+    expected |= {"clicks_encoding": 1, "added_ms_p95_encoding": 60, "decoder_ms_p95_encoding": 10}
+    assert measured == pytest.approx(expected)
+    rows = (photos.parent / "latency.csv").read_text().splitlines()
+    assert rows[0] == "picture,total_ms,decoder_ms,waited_ms,added_ms,is_encoding"
+    assert rows[1:] == ["c d,30.0,10.0,0.0,20.0,0", "c d,50.0,20.0,5.0,25.0,0", "c d,70.0,10.0,0.0,60.0,1"]
+    assert served[0].classes == ["of the checkpoint"] and served[0].confident_iou is None
+    assert [picture.name for picture in served[0].pictures] == NAMES and "2 pages are left out" in caplog.text
+    assert len((labels_dir / "val.txt").read_text().splitlines()) == 1
+    run(stage="semi", classes=["mine"])
+    assert served[1].classes == ["mine"] and served[1].confident_iou == 0.9 and "IoU of 0.900 and more" in caplog.text
 
 
 @pytest.mark.parametrize(

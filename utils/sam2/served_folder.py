@@ -234,8 +234,9 @@ class ServedFolder:
         self.num_encoding_next = 0
         self.latency_path = run_dir / "latency.csv"
         self.latencies: list[tuple[float, float, bool]] = []
-        with self.latency_path.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerow(["picture", "total_ms", "decoder_ms", "waited_ms", "added_ms", "is_encoding"])
+        if rating is None:
+            with self.latency_path.open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerow(["picture", "total_ms", "decoder_ms", "waited_ms", "added_ms", "is_encoding"])
 
     # ----- pictures
 
@@ -726,8 +727,8 @@ def finish_object(
         seconds: that a person took.
     """
     spent = {} if old is None else old.annotation
-    clicks = sum(action["type"] in ("click", "box") for action in actions) + spent.get("clicks", 0)
-    strokes = sum(action["type"] == "stroke" for action in actions) + spent.get("strokes", 0)
+    before = {key: spent[key] if is_number(spent.get(key)) else 0 for key in ("clicks", "strokes", "seconds")}
+    strokes = sum(action["type"] == "stroke" for action in actions) + before["strokes"]
     mask = interactive.full_mask(drawn, orig_hw)
     box = images.mask_to_box(mask)
     annotation = {
@@ -735,10 +736,10 @@ def finish_object(
         "area": int(np.count_nonzero(mask)),
         "bbox": [float(v) for v in (*box[:2], *(box[2:] - box[:2]))],
         **({"predicted_iou": drawn.predicted_ious[drawn.chosen]} if drawn.predicted_ious else {}),
-        "origin": PERSON if strokes else ASSISTED,
-        "clicks": clicks,
+        "origin": PERSON if strokes or spent.get("origin") == PERSON else ASSISTED,
+        "clicks": sum(action["type"] in ("click", "box") for action in actions) + before["clicks"],
         "strokes": strokes,
-        "seconds": round(seconds + spent.get("seconds", 0.0), 2),
+        "seconds": round(seconds + before["seconds"], 2),
         "round": round_number,
         **({} if class_name is None else {"class": class_name}),
     }
