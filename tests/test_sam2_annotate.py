@@ -28,6 +28,7 @@ from utils.instances.readers import list_labels
 from utils.run import seed_everything
 from utils.sam2 import annotate, served_folder
 from utils.sam2 import model as models
+from utils.sam2.checked_labels import choose_confident_iou, order_pictures
 from utils.sam2.rate import Rating
 from utils.sam2.served_folder import AnnotateSettings, ServedFolder
 
@@ -85,7 +86,7 @@ def make_folder(model, photos, confident_iou=None, rating=None, **settings):
     pictures = list_pictures(photos)
     label_folder.draw_validation(labels_dir, {picture.name for picture in pictures}, 0.25, 0)
     settings = AnnotateSettings(**settings)
-    pictures = served_folder.order_pictures(pictures, labels_dir, settings.order)
+    pictures = order_pictures(pictures, labels_dir, settings.order)
     classes = settings.classes or []
     return ServedFolder(model, pictures, labels_dir, settings, classes, confident_iou, "fp32", rating, photos.parent)
 
@@ -559,9 +560,9 @@ def test_confident_iou_is_where_nine_of_ten_were_left_as_they_were(tmp_path):
             if above.mean() >= 0.9:
                 expected = threshold
                 break
-        assert served_folder.choose_confident_iou(tmp_path) == (expected, num_checked), case
+        assert choose_confident_iou(tmp_path) == (expected, num_checked), case
     label_folder.write_done(tmp_path, {"p0"})
-    assert served_folder.choose_confident_iou(tmp_path)[0] == 0.9  # fewer than 20
+    assert choose_confident_iou(tmp_path)[0] == 0.9  # fewer than 20
 
 
 def test_the_semi_automatic_stage_shows_confident_masks_and_leaves_out_others(model, photos):
@@ -591,7 +592,7 @@ def test_uncertain_pictures_come_first(photos):
     write_record(labels_dir, "é", [automatic(5, 5, 9, 0.75), automatic(9, 9, 9, 0.1) | {"origin": "person"}])
     write_record(labels_dir, "a", [])
     for order, expected in (("name", NAMES), ("uncertain", ["é", "b", "a", "c d"])):
-        assert [each.name for each in served_folder.order_pictures(pictures, labels_dir, order)] == expected
+        assert [each.name for each in order_pictures(pictures, labels_dir, order)] == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,14 +31,9 @@ import tornado.web
 
 from utils import images
 from utils.instances import label_folder
+from utils.sam2.checked_labels import choose_confident_iou, order_pictures
 from utils.sam2.rate import Rating
-from utils.sam2.served_folder import (
-    AnnotateSettings,
-    Refusal,
-    ServedFolder,
-    choose_confident_iou,
-    order_pictures,
-)
+from utils.sam2.served_folder import AnnotateSettings, Refusal, ServedFolder
 from utils.settings import is_number
 
 log = logging.getLogger("infer_sam2")

@@ -5,7 +5,6 @@ another, and one thread alone reads and changes labels. The event loop that call
 """
 
 import asyncio
-import base64
 import contextlib
 import csv
 import logging
@@ -24,21 +23,20 @@ import torch
 
 from utils import images, run
 from utils.instances import label_folder
-from utils.instances.codecs import mask_to_rle, rle_to_mask
-from utils.instances.label_edit import EditedLabels, Placed, place
-from utils.instances.label_folder import ASSISTED, AUTOMATIC, PERSON
+from utils.instances.codecs import rle_to_mask
+from utils.instances.label_edit import EditedLabels, Placed
+from utils.instances.label_folder import AUTOMATIC
 from utils.sam2 import interactive
 from utils.sam2 import model as models
+from utils.sam2.checked_labels import count_rounds, finish_object, is_scored, mark_checked, rejected_ious
 from utils.sam2.model import Embeddings
 from utils.sam2.rate import HIGHEST, LOWEST, Rating
-from utils.settings import between, is_number, one_of
+from utils.sam2.view import VIEW_SIDE, encode_ids, encode_png, encode_view, fit_view, shrink_ids
+from utils.settings import between, one_of
 
 log = logging.getLogger("infer_sam2")
 LOCK_S = 10  # a tab that was not heard of for so long no longer keeps others from writing
-VIEW_SIDE = 1024  # px, longest side of what is shown at first
-LOSSLESS_PX = 2**18  # pictures of no more pixels are sent as PNG
 MOST_PREPARED, MOST_EDITED = 3, 3  # pictures whose embeddings, and whose labels, are in memory
-ACCEPTED_SHARE, FEWEST_CHECKED, CONFIDENT_IOU = 0.9, 20, 0.9
 
 
 @dataclass(frozen=True)
@@ -47,9 +45,7 @@ class AnnotateSettings:
 
     port: Annotated[int | None, between(1, 65535)] = None  # None: a free one
     stage: Annotated[str, one_of("assisted", "semi", "rate")] = "assisted"
-    confident_iou: float | None = (
-        None  # stage=semi: automatic masks below are not shown; None: see choose_confident_iou
-    )
+    confident_iou: Annotated[float | None, between(0, 1)] = None  # stage=semi; None: as choose_confident_iou says
     order: Annotated[str, one_of("name", "uncertain")] = "name"
     classes: list[str] | None = None  # names, for the keys 1 to 9; None: those of the checkpoint, if it knows any
 
@@ -85,111 +81,6 @@ class Refusal(Exception):
     def __init__(self, status: int, line: str):
         super().__init__(line)
         self.status, self.line = status, line
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# which pictures, in which order, which of their masks
-
-
-def order_pictures(pictures: list[images.Picture], labels_dir: Path, order: str) -> list[images.Picture]:
-    """Put pictures in the order in which they are offered: as they are, or by what the model made of them.
-
-    Args:
-        order: name, or uncertain: by the mean predicted IoU of their automatic masks, lowest first, those without last.
-    """
-    if order == "name":
-        return pictures
-    means = {}
-    for picture in pictures:
-        record = label_folder.skim_record(label_folder.record_path(labels_dir, picture.name))
-        scores = [each["predicted_iou"] for each in record.get("annotations", []) if _is_scored(each)]
-        means[picture.name] = float(np.mean(scores)) if scores else np.inf
-    return sorted(pictures, key=lambda picture: means[picture.name])
-
-
-def _is_scored(annotation: dict) -> bool:
-    return annotation.get("origin") == AUTOMATIC and is_number(annotation.get("predicted_iou"))
-
-
-def choose_confident_iou(labels_dir: Path) -> tuple[float, int]:
-    """Choose from which predicted IoU on automatic masks are worth showing: where people left 90 % as they were.
-
-    Returns:
-        the lowest predicted IoU such that of the masks of finished pictures that have it or more 90 % were accepted
-        (1 where there is none); 0.9 while fewer than 20 were checked; and how many were.
-    """
-    accepted, rejected = [], []
-    for name in sorted(label_folder.read_done(labels_dir)):
-        record = label_folder.skim_record(label_folder.record_path(labels_dir, name))
-        annotations = [each for each in record.get("annotations", []) if _is_scored(each)]
-        accepted += [each["predicted_iou"] for each in annotations if each.get("checked")]
-        rejected += record.get("rejected", [])
-    num_checked = len(accepted) + len(rejected)
-    if num_checked < FEWEST_CHECKED:
-        return CONFIDENT_IOU, num_checked
-    scores = np.array([*accepted, *rejected])
-    order = np.argsort(-scores, kind="stable")
-    scores, is_accepted = scores[order], (np.arange(num_checked) < len(accepted))[order]
-    shares = np.cumsum(is_accepted) / np.arange(1, num_checked + 1)
-    is_last = np.append(scores[1:] != scores[:-1], True)  # of those with the same score all are in
-    good = np.flatnonzero(is_last & (shares >= ACCEPTED_SHARE))
-    return (float(scores[good[-1]]) if len(good) else 1.0), num_checked
-
-
-def count_rounds(labels_dir: Path) -> int:
-    """Count the trainings on a folder of labels."""
-    path = labels_dir / "rounds.csv"
-    if not path.exists():
-        return 0
-    with path.open(encoding="utf-8", newline="") as file:
-        return sum(1 for _ in csv.DictReader(file))
-
-
-def fit_view(orig_hw: tuple[int, int], side: int = VIEW_SIDE) -> tuple[int, int]:
-    """Fit a picture of (H, W) px into a square, without enlarging it: (h, w)."""
-    scale = min(1.0, side / max(orig_hw))
-    return tuple(max(1, round(scale * length)) for length in orig_hw)
-
-
-def shrink_ids(label_map: np.ndarray, view_hw: tuple[int, int]) -> np.ndarray:
-    """Bring a map of ids to the size of a view, each pixel the one in its middle: (H, W) -> (h, w)."""
-    rows, columns = (
-        ((np.arange(small) + 0.5) * large / small).astype(np.int64)
-        for small, large in zip(view_hw, label_map.shape, strict=True)
-    )
-    return label_map[rows[:, None], columns]
-
-
-def encode_png(pixels: np.ndarray) -> str:
-    """Encode pixels, uint8 (h, w) or RGB (h, w, 3), as a PNG in base64; quickly."""
-    pixels = pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
-    is_encoded, data = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])
-    assert is_encoded
-    return base64.b64encode(data).decode("ascii")
-
-
-def encode_ids(label_map: np.ndarray) -> str:
-    """Encode a map of ids, (h, w), as a PNG in base64 whose red and green are the id's lower and higher byte."""
-    low, high = (label_map & 255).astype(np.uint8), (label_map >> 8).astype(np.uint8)
-    return encode_png(np.stack([low, high, np.zeros_like(low)], 2))
-
-
-def encode_view(image_rgb: np.ndarray, side: int) -> bytes:
-    """Encode a picture, uint8 (H, W, 3), for the page: PNG where it is small, else JPEG."""
-    view_hw = fit_view(image_rgb.shape[:2], side)
-    if view_hw != image_rgb.shape[:2]:
-        image_rgb = cv2.resize(image_rgb, view_hw[::-1], interpolation=cv2.INTER_AREA)
-    pixels = cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR)
-    is_small = view_hw[0] * view_hw[1] <= LOSSLESS_PX
-    is_encoded, data = cv2.imencode(
-        ".png" if is_small else ".jpg", pixels, [] if is_small else [cv2.IMWRITE_JPEG_QUALITY, 92]
-    )
-    assert is_encoded
-    return data.tobytes()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the folder
 
 
 class ServedFolder:
@@ -400,7 +291,7 @@ class ServedFolder:
     def _is_shown(self, annotation: dict) -> bool:
         if self.confident_iou is None or annotation.get("origin") != AUTOMATIC or annotation.get("checked"):
             return True
-        return _is_scored(annotation) and annotation["predicted_iou"] >= self.confident_iou
+        return is_scored(annotation) and annotation["predicted_iou"] >= self.confident_iou
 
     async def write(self, function: Callable, *arguments) -> object:
         """Call a function in the thread that alone reads and changes labels."""
@@ -668,7 +559,10 @@ class ServedFolder:
             raise Refusal(400, f"rating must be in {LOWEST}..{HIGHEST}")
         if item != self.rating.next_item():
             raise Refusal(409, "another mask waits for its mark now; reload the page")
-        self.rating.rate(item, rating)
+        try:
+            self.rating.rate(item, rating)
+        except OSError as error:
+            raise Refusal(500, f"not saved: {_one_line(error)}") from error
 
     # ----- latency
 
@@ -695,11 +589,8 @@ class ServedFolder:
             rows = np.array([row[:2] for row in self.latencies if row[2] == is_encoding]).reshape(-1, 2)
             if len(rows):
                 added, decoder = np.percentile(rows, 95, axis=0)
-                summary |= {
-                    f"clicks_{name}": len(rows),
-                    f"added_ms_p95_{name}": added,
-                    f"decoder_ms_p95_{name}": decoder,
-                }
+                summary[f"clicks_{name}"] = len(rows)
+                summary |= {f"added_ms_p95_{name}": float(added), f"decoder_ms_p95_{name}": float(decoder)}
                 log.info(
                     f"{len(rows)} clicks {'while the next picture was encoded' if is_encoding else 'otherwise'}: the "
                     f"page added {added:.0f} ms to the decoder's {decoder:.0f} ms (95th percentiles)"
@@ -709,52 +600,6 @@ class ServedFolder:
         else:
             log.info(f"labels are in {self.labels_dir}, the latency of each click in {self.latency_path}")
         return summary
-
-
-def finish_object(
-    drawn: interactive.Drawn,
-    orig_hw: tuple[int, int],
-    actions: list[dict],
-    old: Placed | None,
-    class_name: str | None,
-    seconds: float,
-    round_number: int,
-) -> Placed:
-    """Make the annotation of a finished object.
-
-    Args:
-        old: the object that it corrects: what people have spent on it adds up.
-        seconds: that a person took.
-    """
-    spent = {} if old is None else old.annotation
-    before = {key: spent[key] if is_number(spent.get(key)) else 0 for key in ("clicks", "strokes", "seconds")}
-    strokes = sum(action["type"] == "stroke" for action in actions) + before["strokes"]
-    mask = interactive.full_mask(drawn, orig_hw)
-    box = images.mask_to_box(mask)
-    annotation = {
-        "segmentation": mask_to_rle(mask),
-        "area": int(np.count_nonzero(mask)),
-        "bbox": [float(v) for v in (*box[:2], *(box[2:] - box[:2]))],
-        **({"predicted_iou": drawn.predicted_ious[drawn.chosen]} if drawn.predicted_ious else {}),
-        "origin": PERSON if strokes or spent.get("origin") == PERSON else ASSISTED,
-        "clicks": sum(action["type"] in ("click", "box") for action in actions) + before["clicks"],
-        "strokes": strokes,
-        "seconds": round(seconds + before["seconds"], 2),
-        "round": round_number,
-        **({} if class_name is None else {"class": class_name}),
-    }
-    return place(annotation)
-
-
-def mark_checked(annotation: dict, is_done: bool) -> dict:
-    """Note that a person has left an automatic mask as it was, or that it is not known."""
-    kept = {key: value for key, value in annotation.items() if key != "checked"}
-    return kept | ({"checked": True} if is_done and kept.get("origin") == AUTOMATIC else {})
-
-
-def rejected_ious(old: Placed | None) -> list[float]:
-    """Return the predicted IoU of an automatic mask that is not kept as it was, if it has one."""
-    return [old.annotation["predicted_iou"]] if old is not None and _is_scored(old.annotation) else []
 
 
 def _step_back() -> None:
