@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from options import read_option
+from scipy import ndimage
 
 from utils.run import seed_everything
 from utils.sam2 import interactive
@@ -82,19 +83,38 @@ def test_a_box_comes_first_and_a_later_one_in_its_place(encoded):
     assert np.allclose(drawn.low_res_masks, third, atol=1e-5) and drawn.predicted_ious == pytest.approx(ious.tolist())
 
 
-def test_a_mask_that_is_there_is_fed_as_a_mask_prompt(encoded):
+def innermost(mask):
+    """The pixel that is farthest from all others, (x, y)."""
+    depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    return [int(place) for place in np.unravel_index(np.rint(depth**2).argmax(), mask.shape)][::-1]
+
+
+def prompt_of(mask):
+    averages = F.interpolate(torch.tensor(mask)[None, None].float(), (16, 16), mode="bilinear", antialias=True)
+    return averages * 20 - 10
+
+
+def test_a_mask_that_is_there_is_fed_with_a_click_inside(encoded):
     start_mask = np.zeros(HW, bool)
     start_mask[10:40, 20:70] = True
-    averages = F.interpolate(torch.tensor(start_mask)[None, None].float(), (16, 16), mode="bilinear", antialias=True)
-    expected, ious = decode(encoded, [[30, 20]], [0], averages * 20 - 10)
-    actions = [{"type": "object", "id": 1}, click(30, 20, 0)]
+    actions = [{"type": "object", "id": 1}, click(30, 20, 0), click(60, 30)]
     assert np.array_equal(full_mask(draw(encoded, actions[:1], start_mask), HW), start_mask)
-    drawn = draw(encoded, actions, start_mask)
-    assert len(ious) == 1 and np.allclose(drawn.low_res_masks, expected, atol=1e-5)
-    painted = draw(encoded, [stroke([20, 10], [69, 10]), click(30, 20)])  # so is one of the brush
-    mask = draw_stroke(np.zeros(HW, bool), [[20, 10], [69, 10]], 4.0, False)
-    averages = F.interpolate(torch.tensor(mask)[None, None].float(), (16, 16), mode="bilinear", antialias=True)
-    assert np.allclose(painted.low_res_masks, decode(encoded, [[30, 20]], [1], averages * 20 - 10)[0], atol=1e-5)
+    first, _ = decode(encoded, [innermost(start_mask), [30, 20]], [1, 0], prompt_of(start_mask))
+    assert len(first) == 1 and np.allclose(draw(encoded, actions[:2], start_mask).low_res_masks, first, atol=1e-5)
+    second, _ = decode(encoded, [innermost(start_mask), [30, 20], [60, 30]], [1, 0, 1], first[None].clamp(-32, 32))
+    assert np.allclose(draw(encoded, actions, start_mask).low_res_masks, second, atol=1e-4)
+
+    painted = stroke([20, 10], [69, 10])  # so is one of the brush
+    mask = draw_stroke(np.zeros(HW, bool), painted["points"], 4.0, False)
+    expected, _ = decode(encoded, [innermost(mask), [30, 20]], [1, 1], prompt_of(mask))
+    assert np.allclose(draw(encoded, [painted, click(30, 20)]).low_res_masks, expected, atol=1e-5)
+    mask = full_mask(draw(encoded, [click(40, 30), painted]), HW)  # but where a person's click is there already
+    expected, _ = decode(encoded, [[40, 30], [30, 20]], [1, 0], prompt_of(mask))
+    drawn = draw(encoded, [click(40, 30), painted, click(30, 20, 0)])
+    assert np.allclose(drawn.low_res_masks, expected, atol=1e-5)
+    wiped = stroke([0, 30], [89, 30], radius=100, erase=True)  # nothing is left to be fed
+    expected, _ = decode(encoded, [[30, 20]], [1])
+    assert np.allclose(draw(encoded, [actions[0], wiped, click(30, 20)], start_mask).low_res_masks, expected, atol=1e-5)
 
 
 def test_what_is_not_the_object_alone_is_an_empty_mask(encoded):

@@ -80,8 +80,7 @@ def predict_masks(
     with run.autocast(model.device, precision):
         low_res_masks, iou_predictions, _, mask_tokens = models.decode(
             model, embeddings, image_index, coords, labels, mask_inputs,
-            multimask_output=coords.shape[1] + (text_tokens is not None) == 1 and mask_inputs is None,
-            text_tokens=text_tokens,
+            multimask_output=coords.shape[1] + (text_tokens is not None) == 1, text_tokens=text_tokens,
         )  # fmt: skip
     return low_res_masks, iou_predictions, mask_tokens
 

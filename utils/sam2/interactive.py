@@ -23,6 +23,7 @@ import torch
 
 from utils.run import now_s
 from utils.sam2 import model as models
+from utils.sam2 import prompts
 from utils.sam2.evaluation import LOGIT_LIMIT, predict_masks
 from utils.sam2.mask_generation import upscale_part
 from utils.sam2.model import Embeddings
@@ -49,6 +50,7 @@ class Drawn(NamedTuple):
     predicted_ious: tuple[float, ...] = ()  # M, of the last decode, if there was one
     chosen: int = 0  # of the M
     decoder_ms: float = 0.0  # of the last action alone
+    anchor_xy: tuple[float, float] | None = None  # px, a positive click that stands for the mask that was fed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,7 +166,10 @@ def _act(
     if action["type"] == "stroke":
         mask = draw_stroke(full_mask(before, orig_hw), action["points"], action["radius"], action["erase"])
         return before._replace(low_res_masks=None, mask=mask, decoder_ms=0.0)
-    point_coords, point_labels = gather_points(actions)
+    anchor_xy = before.anchor_xy
+    if before.mask is not None:
+        anchor_xy = choose_anchor(before.mask, is_needed=anchor_xy is not None or not _is_pointed_at(actions[:-1]))
+    point_coords, point_labels = gather_points(actions, anchor_xy)
     if before.low_res_masks is not None:
         mask_inputs = torch.from_numpy(before.low_res_masks[before.chosen]).to(model.device)[None, None]
         mask_inputs = mask_inputs.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)  # (1, 1, h, w)
@@ -180,11 +185,29 @@ def _act(
     )  # (1, M, h, w), (1, M)
     low_res_masks, predicted_ious = low_res_masks[0].float().cpu().numpy(), iou_predictions[0].float().tolist()
     decoder_ms = 1000 * (now_s(model.device) - start)
-    return Drawn(low_res_masks, None, tuple(predicted_ious), int(np.argmax(predicted_ious)), decoder_ms)
+    return Drawn(low_res_masks, None, tuple(predicted_ious), int(np.argmax(predicted_ious)), decoder_ms, anchor_xy)
 
 
-def gather_points(actions: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """Gather the decoder's points: the corners of the last box, then all clicks.
+def _is_pointed_at(actions: Sequence[dict]) -> bool:
+    """Tell whether a box or a positive click has said where the object is."""
+    return any(action["type"] == "box" or (action["type"] == "click" and action["label"] == 1) for action in actions)
+
+
+def choose_anchor(mask: np.ndarray, is_needed: bool) -> tuple[float, float] | None:
+    """Choose the click that comes with a mask which nobody has clicked on: its innermost pixel, (x, y) px.
+
+    Models are trained to see a positive click beside a mask: without, a negative one emptied 9 of 10 nuclei.
+    """
+    if not is_needed or not mask.any():
+        return None
+    point, _ = prompts.center_point(mask, np.zeros_like(mask))
+    return tuple(point.tolist())
+
+
+def gather_points(
+    actions: Sequence[dict], anchor_xy: tuple[float, float] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gather the decoder's points: the corners of the last box, the anchor, then all clicks.
 
     Returns:
         point_coords float32 (P, 2) px of the picture; point_labels int32 (P,), 1, 0, and 2 and 3 of the corners.
@@ -192,8 +215,9 @@ def gather_points(actions: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
     boxes = [action for action in actions if action["type"] == "box"][-1:]
     clicks = [action for action in actions if action["type"] == "click"]
     corners = [point for box in boxes for point in ((box["x1"], box["y1"]), (box["x2"], box["y2"]))]
-    point_coords = corners + [(click["x"], click["y"]) for click in clicks]
-    point_labels = [2, 3] * len(boxes) + [click["label"] for click in clicks]
+    anchors = [] if anchor_xy is None else [anchor_xy]
+    point_coords = corners + anchors + [(click["x"], click["y"]) for click in clicks]
+    point_labels = [2, 3] * len(boxes) + [1] * len(anchors) + [click["label"] for click in clicks]
     return np.array(point_coords, np.float32).reshape(-1, 2), np.array(point_labels, np.int32)
 
 
