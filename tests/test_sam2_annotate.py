@@ -483,6 +483,32 @@ def test_records_that_are_none_and_of_other_sizes_are_left_alone(model, photos):
     assert digest(labels_dir) == before
 
 
+def test_what_other_programs_write_beside_masks_does_no_harm(model, photos):
+    labels_dir = photos.parent / "engine"
+    strange = [
+        {"origin": 5, "predicted_iou": "good", "class": ["x"]},
+        {"predicted_iou": float("nan"), "clicks": "many"},
+    ]
+    segmentation = automatic(5, 5, 20, 0.5)["segmentation"]
+    write_record(labels_dir, "a", [{"segmentation": segmentation} | keys for keys in strange], rejected=["x", None])
+    label_folder.write_done(labels_dir, {"a"})
+    assert choose_confident_iou(labels_dir) == (0.9, 0)
+    assert order_pictures(list_pictures(photos), labels_dir, "uncertain")[0].name == "a"
+    folder = make_folder(model, photos)
+
+    async def scenario(client):
+        opened = await client.post("open")
+        for number in (1, 2):
+            correction = {"type": "object", "id": number}
+            assert (await client.post("predict", actions=[correction]))["predicted_ious"] == [None]
+            await client.save(correction, stroke(50, 50, 50, 55))
+        return opened
+
+    for each in serve(folder, scenario)["objects"]:
+        assert (each["origin"], each["class"], each["predicted_iou"]) == (None, None, None)
+    assert [each["strokes"] for each in read_record(folder, "a")["annotations"]] == [1, 1]
+
+
 def test_finished_pictures_and_what_was_checked(model, photos):
     labels_dir = photos.parent / "engine"
     write_record(labels_dir, "a", [automatic(5, 5, 9, 0.7), automatic(30, 10, 9, 0.8), automatic(50, 10, 9, 0.6)])

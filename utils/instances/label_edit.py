@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.instances.codecs import rle_to_part
+from utils.settings import is_number
 
 HIDES_MUCH = 0.5  # of another object: worth a word
 MOST_UNDONE = 50  # changes that can be taken back; of each, a list of objects that are shared
@@ -75,8 +76,17 @@ class EditedLabels:
         described, warnings = [], []
         for number, (annotation, _, area) in enumerate(self.objects, 1):
             hidden_share = 1 - float(visible[number]) / area if area else 0.0
-            keys = {key: annotation.get(key) for key in ("origin", "class", "predicted_iou")}
-            described.append({"id": number} | keys | {"area": area, "hidden_share": hidden_share})
+            origin, name, predicted_iou = (annotation.get(key) for key in ("origin", "class", "predicted_iou"))
+            described.append(
+                {
+                    "id": number,
+                    "origin": origin if isinstance(origin, str) else None,  # a record may be of another program
+                    "class": name if isinstance(name, str) else None,
+                    "predicted_iou": predicted_iou if is_number(predicted_iou) else None,
+                    "area": area,
+                    "hidden_share": hidden_share,
+                }
+            )
             if hidden_share > HIDES_MUCH:
                 hiding, share = self._find_hiding(number)
                 if share > HIDES_MUCH:

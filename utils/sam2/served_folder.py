@@ -32,7 +32,7 @@ from utils.sam2.checked_labels import count_rounds, finish_object, is_scored, ma
 from utils.sam2.model import Embeddings
 from utils.sam2.rate import HIGHEST, LOWEST, Rating
 from utils.sam2.view import VIEW_SIDE, encode_ids, encode_png, encode_view, fit_view, shrink_ids
-from utils.settings import between, one_of
+from utils.settings import between, is_number, one_of
 
 log = logging.getLogger("infer_sam2")
 LOCK_S = 10  # a tab that was not heard of for so long no longer keeps others from writing
@@ -386,8 +386,8 @@ class ServedFolder:
 
     def check_class(self, labels: EditedLabels, class_name: str | None) -> None:
         """Refuse a class that is neither offered nor in the picture."""
-        known = {*self.classes, *(placed.annotation.get("class") for placed in labels.objects), None}
-        if class_name not in known:
+        in_picture = [placed.annotation.get("class") for placed in labels.objects]
+        if class_name not in [None, *self.classes, *in_picture]:
             raise Refusal(400, f"class must be null or among annotate.classes: {', '.join(self.classes) or 'none'}")
 
     async def predict(self, number: int, actions: list) -> dict:
@@ -403,7 +403,8 @@ class ServedFolder:
             shown = bits[top : top + max(1, height), left : left + max(1, width)]
             predicted_ious = list(drawn.predicted_ious) if drawn.low_res_masks is not None else []
             if old is not None and len(actions) == 1:
-                predicted_ious = [old.annotation.get("predicted_iou")]
+                score = old.annotation.get("predicted_iou")
+                predicted_ious = [score if is_number(score) else None]
             return {
                 "masks": encode_png(shown),  # bit k of a pixel is mask k
                 "left": left,
