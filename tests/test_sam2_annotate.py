@@ -246,6 +246,16 @@ def test_a_huge_body_and_a_slow_client_are_dropped_and_others_served(model, phot
     assert list((folder.labels_dir / "masks").iterdir()) == []
 
 
+def test_a_port_that_is_taken_is_said(model, photos):
+    folder = make_folder(model, photos)
+
+    async def scenario(client):
+        with pytest.raises(ValueError, match=f"annotate.port is {client.port}, which cannot be used"):
+            annotate.make_server(folder, client.port)
+
+    serve(folder, scenario)
+
+
 def test_the_page_may_run_its_own_script_and_ask_this_server_alone(model, photos):
     folder = make_folder(model, photos)
     answer = serve(folder, lambda client: client.ask(""))

@@ -2,8 +2,8 @@
 
 The page is annotate.html beside this file; what it asks and is answered, below its secret address, in json:
 
-    GET  pictures, picture?number=N&side=S, rate        POST open, predict, save, delete, set_class, undo, done,
-                                                             heartbeat, release, latency, rate
+    GET   pictures, picture?number=N&side=S, rate
+    POST  open, predict, save, delete, set_class, undo, done, heartbeat, release, latency, rate
 
 An unfinished object is with the page alone, as its list of actions (utils/sam2/interactive.py); a finished one is on
 disk before it is answered for. The folder of labels is utils/instances/label_folder.py's. Everything from outside is
@@ -40,7 +40,7 @@ log = logging.getLogger("infer_sam2")
 PAGE = Path(__file__).with_suffix(".html")
 MOST_BODY_BYTES, BODY_TIMEOUT_S, IDLE_TIMEOUT_S = 2**20, 10, 60
 SIDES = (1024, 2048, 4096)  # px, longest side of a picture that the page may ask for
-MOST_SECONDS, MOST_ENTRIES = 1e6, 1000
+MOST_SECONDS, MOST_ENTRIES = 1e6, 1000  # of one object; of one message about latency
 
 
 def annotate_pictures(
@@ -135,7 +135,7 @@ class Page(tornado.web.RequestHandler):
     async def post(self) -> None:
         """Answer what the page's actions ask for."""
         folder: ServedFolder = self.settings["folder"]
-        if self.route == "latency":
+        if self.route == "latency" and not folder.rating:
             self.answer(folder.note_latency(self.read_entries()))
             return
         if self.route == "rate" and folder.rating:
@@ -173,6 +173,7 @@ class Page(tornado.web.RequestHandler):
             self.answer({})
 
     def answer(self, content: dict) -> None:
+        """Answer in json."""
         self.set_header("Content-Type", "application/json")
         self.write(json.dumps(content, allow_nan=False))
 
@@ -186,12 +187,14 @@ class Page(tornado.web.RequestHandler):
         return int(text)
 
     def check_number(self, number: int) -> int:
+        """Refuse a number that is no picture's."""
         num_pictures = len(self.settings["folder"].pictures)
         if not 0 <= number < num_pictures:
             raise Refusal(404, f"there is no such picture; number must be in 0..{num_pictures - 1}")
         return number
 
     def read_json(self) -> object:
+        """Read the body."""
         try:
             return json.loads(self.request.body, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
@@ -215,7 +218,7 @@ class Page(tornado.web.RequestHandler):
         keys = times | {"number", "is_encoding"}
         for entry in entries[: MOST_ENTRIES + 1]:
             is_fine = isinstance(entry, dict) and set(entry) == keys and type(entry["number"]) is int
-            is_fine = is_fine and all(is_number(entry[key]) for key in times)
+            is_fine = is_fine and all(is_number(entry[key]) and 0 <= entry[key] <= 1000 * MOST_SECONDS for key in times)
             if not is_fine or type(entry["is_encoding"]) is not bool or len(entries) > MOST_ENTRIES:
                 raise Refusal(400, f"entries must be at most {MOST_ENTRIES} of {', '.join(sorted(keys))}")
             self.check_number(entry["number"])
