@@ -516,10 +516,10 @@ class ServedFolder:
                 self.done_names = self.done_names | {name} if is_done else self.done_names - {name}
                 if not is_done:  # first, so that a kill leaves no finished picture with masks that nobody checked
                     label_folder.write_done(self.labels_dir, self.done_names)
-                self.store(number, labels)
+                answer = self.store(number, labels)
                 if is_done:
                     label_folder.write_done(self.labels_dir, self.done_names)
-                return self.describe(number, labels)
+                return answer
 
             return await self.write(change)
 
