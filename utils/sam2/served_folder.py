@@ -35,6 +35,7 @@ from utils.sam2.view import VIEW_SIDE, encode_ids, encode_png, encode_view, fit_
 from utils.settings import between, is_number, one_of
 
 log = logging.getLogger("infer_sam2")
+clock_s = time.monotonic
 LOCK_S = 10  # a tab that was not heard of for so long no longer keeps others from writing
 MOST_PREPARED, MOST_EDITED = 3, 3  # pictures whose embeddings, and whose labels, are in memory
 
@@ -239,16 +240,16 @@ class ServedFolder:
     def may_write(self, number: int, tab: str) -> bool:
         """Let a tab write to a picture, if no other does."""
         holder, heard_s = self.locks.get(number, (tab, 0.0))
-        if holder != tab and time.monotonic() - heard_s < LOCK_S:
+        if holder != tab and clock_s() - heard_s < LOCK_S:
             return False
-        self.locks[number] = tab, time.monotonic()
+        self.locks[number] = tab, clock_s()
         return True
 
     def hear(self, number: int, tab: str) -> bool:
         """Note that a tab still has a picture open; tell whether it may write to it."""
         if self.locks.get(number, ("", 0.0))[0] != tab:
             return False
-        self.locks[number] = tab, time.monotonic()
+        self.locks[number] = tab, clock_s()
         return True
 
     def release(self, number: int, tab: str) -> None:
