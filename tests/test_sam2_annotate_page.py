@@ -154,7 +154,7 @@ def draw_line(start: tuple[float, float], end: tuple[float, float], hw: tuple[in
 
 
 @pytest.mark.slow
-def test_two_objects_from_clicks_to_training(screen, serve, data_root, tmp_path):
+def test_two_objects_from_clicks_to_training(screen, serve, data_root, tmp_path, monkeypatch):
     nuclei = data_root / "DSB2018" / "stage1_train"
     if not nuclei.is_dir():
         pytest.skip(f"no {nuclei}")
@@ -241,6 +241,7 @@ def test_two_objects_from_clicks_to_training(screen, serve, data_root, tmp_path)
         "train_sam2", "data=labels", f"data.root={photos}", f"data.labels={labels}", "device=cpu", "num_workers=0",
         "model=sam2_nano", "model.checkpoint=none", "model.image_size=64", "train.steps=1", "train.eval_clicks=[1]",
     )  # fmt: skip
+    tiny_training.make_runs_quick(monkeypatch)
     tiny_training.train_in(tmp_path / "trained", config)
     metrics = json.loads((tmp_path / "trained" / "run.json").read_text())["metrics"]
     assert metrics["last"]["val/num_images"] == 1
