@@ -16,7 +16,7 @@ import scipy.stats
 import tifffile
 import torch
 from options import read_option
-from tiny import compose_config
+from tiny import changed_config, compose_config
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 
 from benchmarks.annotate import kill_servers
@@ -751,7 +751,9 @@ def test_what_the_command_serves_and_what_it_measures(model, photos, monkeypatch
 )
 def test_what_is_missing_or_not_used_is_said_before_anything_is_written(overrides, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = compose_config("infer_sam2", "mode=annotate", *overrides)
+    config = compose_config("infer_sam2", "mode=annotate")
+    for change in overrides:
+        config = changed_config(config, change)
     with pytest.raises((ValueError, FileNotFoundError)) as refused:
         infer(config, tmp_path / "run")
     assert words in str(refused.value) and "\n" not in str(refused.value)
@@ -787,8 +789,8 @@ def test_killed_servers_lose_nothing_that_they_have_answered_for(model, photos):
 
         return address, end
 
-    counts = kill_servers(start, labels_dir, kills=6, longest_s=0.3, seed=1)
-    assert counts["kills"] == 6 and counts["answers"] >= 6 and counts["objects"] > 0, counts
+    counts = kill_servers(start, labels_dir, kills=4, longest_s=0.3, seed=1)
+    assert counts["kills"] == 4 and counts["answers"] >= 4 and counts["objects"] > 0, counts
 
 
 def test_a_map_that_a_kill_has_left_behind_is_drawn_again(model, photos):
