@@ -13,6 +13,8 @@
     python infer_sam2.py input=photos/ fast_decoder=false                        # sam2's own decoder, slower on a CPU
     python infer_sam2.py input=photos/ 'write=[coco,labelme,yolo,cutouts]'       # for other programs
     python infer_sam2.py mode=label input=photos/ labels=engine/ checkpoint=best.pt  # again with each round's model
+    python infer_sam2.py mode=annotate input=photos/ labels=engine/ checkpoint=best.pt  # correct them, in a browser
+    python infer_sam2.py mode=annotate input=photos/ labels=engine/ annotate.stage=rate 'results=[engine/,other/]'
     python infer_sam2.py mode=audit 'results=[engine/,corrected/]'
     python infer_sam2.py mode=benchmark data=coco data.root=/my/coco checkpoint=best.pt
     python infer_sam2.py mode=benchmark data=coco 'benchmark.protocols=[clicks,proposals,boxes,edges,groups]' ...
@@ -26,6 +28,7 @@ Modes, each with the keys of its own:
     prompts     points=, boxes=, mask=, text= or prompts_file=
     benchmark   clicks, boxes, proposals, edges, groups on data=<dataset>; benchmark.*, split
     label       masks of a grid, as a dataset to correct and train on; labels=, label.*
+    annotate    a page in a browser, on which a person labels pictures with the model's help; labels=, annotate.*
     audit       results=[a,b]: masks before and after a person's corrections
     compare     results=[a,b]: runs of benchmark, or dataset.json files of train_sam2.py check=true
     export      image encoder and prompt decoder as ONNX files (pip install onnx onnxruntime)
@@ -59,6 +62,8 @@ An image that cannot be read is named at the end, the others are done, and the e
 mode=benchmark writes table.csv (protocol, group, metric, value, interval, note), boxes.json and proposals.json (COCO's
 result format), a picture for each protocol, and pictures/, a record of each picture; mode=compare writes compare.csv:
 differences with their 95 % intervals. What each protocol is: utils/sam2/benchmark.py.
+mode=annotate writes each finished object into the folder of labels (utils/instances/label_folder.py), marks of
+annotate.stage=rate into its ratings.csv, and here latency.csv: of each click, how long the mask took to be drawn.
 mode=export writes <model>.encoder.onnx, <model>.decoder.onnx, x_anylabeling.yaml and anylabeling.yaml to load them
 with, and example.py, which needs no torch. Inputs, outputs, and what the two tools do: utils/sam2/export.py.
 
@@ -100,8 +105,9 @@ from utils.instances import label_folder, writers
 from utils.listing import first_few, read_json
 from utils.log import finish_run, start_run, write_json
 from utils.run import autocast, now_s, read_ahead, sample_rng, seed_everything, set_up_device
-from utils.sam2 import benchmark, compare, embedding_cache, export, label, mask_generation, words
+from utils.sam2 import annotate, benchmark, compare, embedding_cache, export, label, mask_generation, words
 from utils.sam2 import model as models
+from utils.sam2.annotate import AnnotateSettings
 from utils.sam2.benchmark import BenchmarkSettings
 from utils.sam2.class_head import ClassHead, load_class_head
 from utils.sam2.embedding_cache import CachePlan
@@ -124,16 +130,17 @@ REPOSITORY = Path(__file__).resolve().parent
 SEGMENTING = ("automatic", "region", "prompts")
 GRID = ("automatic", "label")  # masks of a grid of points
 FOLDER = (*SEGMENTING, "label")  # of pictures
-LOADING = (*FOLDER, "benchmark", "export")  # a model
+LOADING = (*FOLDER, "annotate", "benchmark", "export")  # a model
 MODES_OF_KEY = {  # which modes use a key that not all of them use
-    "input": FOLDER, "labels": ("label",), "label.val_fraction": ("label",),
+    "input": (*FOLDER, "annotate"), "labels": ("label", "annotate"), "label.val_fraction": ("label", "annotate"),
     "region": ("region",), "num_points": ("region",), "points": ("prompts",),
     "boxes": ("prompts",), "mask": ("prompts",), "text": ("prompts",), "prompts_file": ("prompts",),
     "data": ("benchmark",),
-    "split": ("benchmark",), "results": ("compare", "audit"), "checkpoint": LOADING, "model": LOADING,
+    "split": ("benchmark",), "results": ("compare", "audit", "annotate"), "checkpoint": LOADING, "model": LOADING,
     "keep_classes": GRID, "min_class_prob": GRID, "nms_across_classes": GRID,
     "image_size": LOADING, "max_overlap": FOLDER,
     "write": SEGMENTING, "outline_tolerance_px": SEGMENTING, "cache": SEGMENTING, "cache_precision": SEGMENTING,
+    **{f"annotate.{field.name}": ("annotate",) for field in fields(AnnotateSettings)},
     **{f"benchmark.{field.name}": ("benchmark",) for field in fields(BenchmarkSettings)},
     **{f"automatic.{field.name}": FOLDER for field in fields(AutomaticSettings)},
 }  # fmt: skip
@@ -165,13 +172,14 @@ class Config:
     split: Annotated[str, one_of("val", "train")]  # mode=benchmark: of data
     benchmark: BenchmarkSettings
     results: list[str] | None  # mode=compare: runs of mode=benchmark, or dataset.json files; mode=audit: two folders
-    labels: str | None  # mode=label: the folder of labels
+    labels: str | None  # mode=label, mode=annotate: the folder of labels
     label: label.LabelSettings
     cache: embedding_cache.Setting  # off (false is what YAML makes of it), auto, or a folder
     cache_precision: embedding_cache.Precision
     fast_decoder: DecoderSetting
     write: Annotated[list[str], some_of(*writers.WRITERS)] = field(default_factory=list)  # further formats
     outline_tolerance_px: Annotated[float, at_least(0), FINITE] = 1.0  # of polygons
+    annotate: AnnotateSettings = field(default_factory=AnnotateSettings)
     text: str | None = None  # mode=prompts: words for one object, with a checkpoint of prompts=text
 
 
@@ -213,6 +221,9 @@ def infer(config: dict, run_dir: Path) -> list[str]:
         return []
     if settings.mode == "label":
         return make_labels(config, settings, run_dir)
+    if settings.mode == "annotate":
+        annotate_pictures(config, settings, run_dir)
+        return []
     if settings.mode == "audit":
         start_run(run_dir, config, {})
         audited = label.audit_labels(*map(Path, settings.results), run_dir / "audit.csv")
@@ -398,6 +409,24 @@ def make_labels(config: dict, settings: Config, run_dir: Path) -> list[str]:
     return failures
 
 
+def annotate_pictures(config: dict, settings: Config, run_dir: Path) -> None:
+    """Serve a page on which a person labels pictures with the model's help, or rates masks: mode=annotate."""
+    pictures = images.list_pictures(Path(settings.input))
+    model, class_names, precision, model_config = None, [], "fp32", None
+    if settings.annotate.stage != "rate":
+        device, precision = set_up_device(settings.common.device, settings.common.precision)
+        model, model_config, _ = load_model(settings, device)
+        class_head = load_class_head(model_config["checkpoint"], device)
+        class_names = [] if class_head is None else class_head.names
+    start_run(run_dir, config | {"model": model_config}, {"images": len(pictures)})
+    with label_folder.open_folder(Path(settings.labels)):
+        measured = annotate.annotate_pictures(
+            model, pictures, Path(settings.labels), settings.annotate, class_names, settings.label.val_fraction,
+            settings.results, settings.common.seed, precision, run_dir,
+        )  # fmt: skip
+    finish_run(run_dir, {"last": measured})
+
+
 def describe_audit(audited: dict[str, float], run_dir: Path) -> str:
     """Say what mode=audit found."""
     return (
@@ -458,8 +487,10 @@ def check_mode(settings: Config) -> None:
         raise ValueError("mode=benchmark needs data=<a dataset>, such as data=coco data.root=/my/coco")
     if settings.mode == "benchmark" and settings.data is not None and settings.benchmark.protocols == ["edges"]:
         raise ValueError("data= is given but benchmark.protocols is [edges], which does not use it; leave it out")
-    if settings.mode == "label" and settings.labels is None:
-        raise ValueError("mode=label needs labels=<a folder, new or of an earlier round>")
+    if settings.mode in MODES_OF_KEY["labels"] and settings.labels is None:
+        raise ValueError(f"mode={settings.mode} needs labels=<a folder, new or of an earlier round>")
+    if settings.mode == "annotate":
+        check_stage(settings, given)
     if settings.mode == "audit" and len(settings.results or []) != 2:
         raise ValueError("mode=audit needs 'results=[a,b]': two folders of masks, such as before and after a person")
     if settings.mode == "compare" and len(settings.results or []) < 2:
@@ -471,6 +502,21 @@ def check_mode(settings: Config) -> None:
         raise ValueError("mode=prompts needs points=, boxes=, mask=, text= or prompts_file=")
     if "prompts_file" in given and len(given) > 1:
         raise ValueError(f"prompts_file= is given together with {given[0]}=; put all prompts in the json file")
+
+
+def check_stage(settings: Config, given: list[str]) -> None:
+    """Refuse a stage of mode=annotate without its folders, and what it would not use."""
+    stage = settings.annotate.stage
+    if stage == "rate" and len(settings.results or []) != 2:
+        raise ValueError("annotate.stage=rate needs 'results=[a,b]': two folders of masks of the same pictures")
+    classes = settings.annotate.classes or []
+    if len(set(classes)) < len(classes) or "" in classes:
+        raise ValueError(f"annotate.classes is {classes}; must be names that differ")
+    unused = ["checkpoint", "model", "image_size"] if stage == "rate" else ["results"]
+    unused += [] if stage == "semi" else ["annotate.confident_iou"]
+    for key in given:
+        if key in unused:
+            raise ValueError(f"{key}= is given but annotate.stage is {stage}, which does not use it; leave it out")
 
 
 def list_given(settings: Config) -> list[str]:

@@ -50,7 +50,7 @@ from utils.instances.label_folder import ASSISTED, AUTOMATIC, PERSON
 from utils.instances.readers import Item, list_items
 from utils.sam2 import benchmark, embedding_cache, evaluation, label, mask_generation, prompts, rounds
 from utils.sam2 import model as models
-from utils.sam2.label import choose_confident_iou
+from utils.sam2.checked_labels import choose_confident_iou
 from utils.sam2.mask_generation import AutomaticSettings, GeneratedMasks
 from utils.settings import read_settings
 
@@ -350,12 +350,6 @@ def summarize(made: dict[str, Labelled]) -> dict[str, float]:
     }
 
 
-def read_confident_iou(labels_dir: Path) -> float:
-    """Choose from which predicted IoU on automatic masks are shown, as mode=annotate does."""
-    records = [label_folder.read_record(path) for path in label_folder.list_records(labels_dir).values()]
-    return choose_confident_iou(records)
-
-
 def run_trial(trial: Trial) -> list[dict]:
     """Label and train in all four ways: rows with the arm, all clicks so far, and what was measured."""
     start = build_model(trial.task, "auto")
@@ -374,7 +368,7 @@ def run_trial(trial: Trial) -> list[dict]:
         confident_iou, seen = None, {}
         if stage == "semi":
             label_automatically(trial, model, chosen, labels_dir)
-            confident_iou = read_confident_iou(labels_dir)
+            confident_iou, _ = choose_confident_iou(labels_dir)
         made = label_all(trial, model, chosen, labels_dir, confident_iou)
         spent += summarize(made)["clicks"]
         seen = {"confident_iou": confident_iou} | train_round(trial, labels_dir)

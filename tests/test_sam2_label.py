@@ -251,28 +251,3 @@ def test_records_of_two_sizes_are_no_pair(tmp_path):
         (tmp_path / name / "p.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="p.json"):
         audit_labels(tmp_path / "a", tmp_path / "b", tmp_path / "audit.csv")
-
-
-def test_confident_masks_are_those_that_people_accept():
-    """Against trying every limit, one by one."""
-    rng = np.random.default_rng(0)
-    for _ in range(30):
-        accepted = rng.beta(6, 2, rng.integers(5, 40)).round(2).tolist()
-        rejected = rng.beta(3, 3, rng.integers(0, 40)).round(2).tolist()
-        first = {"annotations": [{"predicted_iou": p, "checked": True} for p in accepted[::2]]}
-        second = {
-            "annotations": [{"predicted_iou": p, "checked": True} for p in accepted[1::2]] + [{"origin": "person"}]
-        }
-        second["annotations"].append({"predicted_iou": 0.0, "origin": "automatic"})  # not seen by anybody
-        second["rejected"] = rejected
-        limit = label.choose_confident_iou([first, second])
-        if len(accepted) + len(rejected) < 20:
-            assert limit == 0.9
-            continue
-        best = float("inf")
-        for candidate in accepted + rejected:
-            shown = [p for p in accepted if p >= candidate], [p for p in rejected if p >= candidate]
-            if len(shown[0]) >= 0.9 * (len(shown[0]) + len(shown[1])):
-                best = min(best, candidate)
-        assert limit == best
-    assert label.choose_confident_iou([{"annotations": [], "rejected": [0.9] * 20}]) == float("inf")

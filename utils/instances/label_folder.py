@@ -79,6 +79,19 @@ def read_record(path: Path) -> dict:
     return record
 
 
+def skim_record(path: Path) -> dict:
+    """Read the record of a picture without a look at its masks, which take most of the time; {} where there is none.
+
+    Raises:
+        ValueError: for a file that is no record.
+    """
+    record = listing.read_json(path) if path.exists() else {}
+    annotations = record.get("annotations", []) if isinstance(record, dict) else None
+    if not isinstance(annotations, list) or not all(isinstance(annotation, dict) for annotation in annotations):
+        raise ValueError(f"{path} is no record of masks, run lengths in SA-1B's layout; move it away")
+    return record
+
+
 def write_labels(
     labels_dir: Path,
     picture: images.Picture,
@@ -86,7 +99,7 @@ def write_labels(
     record: dict,
     label_map: np.ndarray | None = None,
 ) -> dict:
-    """Write a picture's map and, last, its record: what a kill leaves between them is made again.
+    """Write a picture's map and, last, its record: what a kill leaves between them is made again (`restore_map`).
 
     Args:
         record: "annotations" in the order of the map, the lowest first, and what else the record has.
@@ -101,6 +114,14 @@ def write_labels(
     images.write_label_map(labels_dir / "maps" / f"{picture.name}.png", label_map)
     write_json(record_path(labels_dir, picture.name), record)
     return record
+
+
+def restore_map(labels_dir: Path, name: str, record: dict) -> None:
+    """Draw a picture's map again where it is missing, or younger than its record: a kill came between the two."""
+    path, map_path = record_path(labels_dir, name), labels_dir / "maps" / f"{name}.png"
+    if not map_path.exists() or map_path.stat().st_mtime_ns > path.stat().st_mtime_ns:
+        orig_hw = record["image"]["height"], record["image"]["width"]
+        images.write_label_map(map_path, draw_map(record["annotations"], orig_hw))
 
 
 def draw_map(annotations: list[dict], orig_hw: tuple[int, int]) -> np.ndarray:
@@ -122,7 +143,13 @@ def draw_validation(labels_dir: Path, names: set[str], val_fraction: float, seed
     if not path.exists():
         val_names, _ = listing.draw_split(names, val_fraction, seed)
         _write_names(path, val_names)
-    return set(listing.read_lines(path))
+    return read_validation(labels_dir)
+
+
+def read_validation(labels_dir: Path) -> set[str]:
+    """Read which pictures validate; none where that was not drawn yet."""
+    path = labels_dir / "val.txt"
+    return set(listing.read_lines(path)) if path.exists() else set()
 
 
 def read_done(labels_dir: Path) -> set[str]:

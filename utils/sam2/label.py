@@ -24,8 +24,6 @@ from utils.sam2.mask_generation import GeneratedMasks, score_mask, stitch_masks
 from utils.settings import between
 
 AUDITED_IOUS = (0.9, 0.75)
-ACCEPTED_SHARE = 0.9  # of automatic masks that are shown to a person as confident
-FEWEST_CHECKED, FIRST_CONFIDENT_IOU = 20, 0.9  # before so many were checked
 
 
 @dataclass(frozen=True)
@@ -111,26 +109,6 @@ def join_masks(generated: list[dict], kept: list[dict], orig_hw: tuple[int, int]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # how good masks were, by what people changed
-
-
-def choose_confident_iou(records: list[dict]) -> float:
-    """Choose the lowest predicted IoU from which on 90 % of the automatic masks that people checked were accepted.
-
-    Args:
-        records: of a folder of labels; those of finished pictures say which masks were left as they were.
-    Returns:
-        FIRST_CONFIDENT_IOU where fewer than FEWEST_CHECKED were checked; inf where no limit is high enough.
-    """
-    accepted = [
-        each["predicted_iou"] for record in records for each in record["annotations"] if each.get("checked", False)
-    ]
-    rejected = [predicted for record in records for predicted in record.get("rejected", [])]
-    if len(accepted) + len(rejected) < FEWEST_CHECKED:
-        return FIRST_CONFIDENT_IOU
-    predicted = np.array(accepted + rejected)
-    is_accepted = np.arange(len(predicted)) < len(accepted)
-    limits = [limit for limit in np.unique(predicted) if is_accepted[predicted >= limit].mean() >= ACCEPTED_SHARE]
-    return float(limits[0]) if limits else float("inf")
 
 
 def audit_labels(before_dir: Path, after_dir: Path, path: Path) -> dict[str, float]:

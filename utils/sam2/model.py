@@ -105,11 +105,11 @@ def scale_points(point_coords: torch.Tensor, orig_hw: tuple[int, int], image_siz
 def mask_logits(masks: list[np.ndarray], model: nn.Module) -> torch.Tensor:
     """Turn masks (H, W) into the decoder's mask prompts, (O, 1, S/4, S/4): their averages, from -10 to 10."""
     side = model.image_size // 4
-    small_logits = []
+    averages = []
     for mask in masks:
-        logits = torch.from_numpy(mask)[None, None].float() * 2 * MASK_LOGIT - MASK_LOGIT  # (1, 1, H, W)
-        small_logits.append(F.interpolate(logits, (side, side), mode="bilinear", align_corners=False, antialias=True))
-    return torch.cat(small_logits).to(model.device)
+        whole = torch.from_numpy(mask)[None, None].float()  # (1, 1, H, W)
+        averages.append(F.interpolate(whole, (side, side), mode="bilinear", align_corners=False, antialias=True))
+    return torch.cat(averages).mul_(2 * MASK_LOGIT).sub_(MASK_LOGIT).to(model.device)
 
 
 def encode(model: nn.Module, images: torch.Tensor) -> Embeddings:
