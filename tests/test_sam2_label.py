@@ -251,3 +251,16 @@ def test_records_of_two_sizes_are_no_pair(tmp_path):
         (tmp_path / name / "p.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="p.json"):
         audit_labels(tmp_path / "a", tmp_path / "b", tmp_path / "audit.csv")
+
+
+def test_a_single_picture_is_labelled_and_validation_drawn_when_there_are_more(photos, tmp_path):
+    for name in NAMES[1:]:
+        (photos / f"{name}.png").rename(tmp_path / f"{name}.png")
+    counts, _ = label_round(photos, tmp_path / "engine", [annotate(square(5, 5, 10))])
+    assert counts["labelled"] == 1 and counts["validating"] == 0 and not (tmp_path / "engine" / "val.txt").exists()
+    with pytest.raises(FileNotFoundError, match="val.txt, the pictures that validate, is not there"):
+        split_items("labels", str(photos), "skip", 0, 0, labels=str(tmp_path / "engine"))
+    for name in NAMES[1:]:
+        (tmp_path / f"{name}.png").rename(photos / f"{name}.png")
+    label_round(photos, tmp_path / "engine", [annotate(square(5, 5, 10))])
+    assert len((tmp_path / "engine" / "val.txt").read_text().splitlines()) == 1

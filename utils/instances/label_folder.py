@@ -138,8 +138,10 @@ def draw_map(annotations: list[dict], orig_hw: tuple[int, int]) -> np.ndarray:
 
 
 def draw_validation(labels_dir: Path, names: set[str], val_fraction: float, seed: int) -> set[str]:
-    """Read which pictures validate, or draw them: once, so that pictures that come later train."""
+    """Read which pictures validate, or draw them: once, so that later ones train; of a single one none."""
     path = labels_dir / "val.txt"
+    if not path.exists() and len(names) == 1 and val_fraction < 1:
+        return set()  # drawn when there are more
     if not path.exists():
         val_names, _ = listing.draw_split(names, val_fraction, seed)
         _write_names(path, val_names)

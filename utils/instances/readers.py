@@ -437,10 +437,15 @@ def list_labels(root: Path, labels: str) -> tuple[list[Item], list[Item]]:
         labels: the folder, seen from where the user stands (utils/instances/label_folder.py).
     """
     folder = Path(labels)
-    if not (folder / "masks").is_dir() or not (folder / "val.txt").is_file():
+    if not (folder / "masks").is_dir():
         raise FileNotFoundError(
             f"data.labels is {labels}, no folder of labels (seen from {Path.cwd()}); infer_sam2.py mode=label or "
             "mode=annotate makes one"
+        )
+    if not (folder / "val.txt").is_file():
+        raise FileNotFoundError(
+            f"{folder / 'val.txt'}, the pictures that validate, is not there; infer_sam2.py mode=label or "
+            "mode=annotate draws it for two pictures or more"
         )
     items, _ = list_sa1b(root, ".", str((folder / "masks").absolute()))
     items = [item for item in items if item.annotation_path.exists()]  # the others wait for labels
