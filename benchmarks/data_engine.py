@@ -222,8 +222,8 @@ def read_truth(item: Item, min_area_px: int) -> np.ndarray:
     return np.array([layers[layer] == object_id for layer, object_id in objects], bool)
 
 
-def start_trial(folder: Path, name: str, seed: int, data_root: Path) -> Trial:
-    """Draw the pictures of a trial, and put links to those that are labelled into a folder of their own."""
+def draw_items(name: str, seed: int, data_root: Path) -> tuple[list[Item], list[Item], dict[Item, np.ndarray]]:
+    """Draw the pictures of a trial: those that test, those to be labelled, and the objects of all, bool (O, H, W)."""
     task = TASKS[name]
     with hydra.initialize_config_dir(str(CONFIGS / "sam2"), version_base="1.3"):
         overrides = [f"data={task.data}", f"data_root={data_root}", f"data.min_area_px={task.min_area_px}"]
@@ -234,7 +234,12 @@ def start_trial(folder: Path, name: str, seed: int, data_root: Path) -> Trial:
     items = sorted((item for item, masks in truth.items() if len(masks)), key=lambda item: item.name)
     order = np.random.default_rng(seed).permutation(len(items))
     chosen = [items[number] for number in order]
-    test_items, pool = chosen[: task.num_test], chosen[task.num_test : task.num_test + task.num_pool]
+    return chosen[: task.num_test], chosen[task.num_test : task.num_test + task.num_pool], truth
+
+
+def start_trial(folder: Path, name: str, seed: int, data_root: Path) -> Trial:
+    """Draw the pictures of a trial, and put links to those that are labelled into a folder of their own."""
+    test_items, pool, truth = draw_items(name, seed, data_root)
     photos = folder / "photos"
     photos.mkdir(parents=True)
     pictures, masks_of = {}, {}
@@ -244,7 +249,7 @@ def start_trial(folder: Path, name: str, seed: int, data_root: Path) -> Trial:
         path.symlink_to(item.image_path.absolute())
         pictures[picture_name], masks_of[picture_name] = images.Picture(path, None, picture_name), truth[item]
     val_names, _ = listing.draw_split(set(pictures), VAL_FRACTION, seed)
-    return Trial(folder, task, seed, pictures, masks_of, val_names, test_items)
+    return Trial(folder, TASKS[name], seed, pictures, masks_of, val_names, test_items)
 
 
 def build_model(task: Task, checkpoint: str) -> torch.nn.Module:
@@ -522,6 +527,42 @@ def plot(path: Path, name: str, trials: list[list[dict]]) -> None:
     figure.savefig(path, dpi=100)
 
 
+@torch.inference_mode()
+def count_clicks(model: torch.nn.Module, items: list[Item], task: Task, enough_iou: float) -> tuple[float, float]:
+    """Count what the hand needs on pictures: clicks per object, the brush's too, and the share that needs the brush."""
+    clicks, strokes = [], []
+    with run.start_threads() as threads:
+        for item in items:
+            truth, image_rgb = read_truth(item, task.min_area_px), images.read_image(item.image_path)
+            encoder_input = models.preprocess(image_rgb, model.image_size, model.device)[None]
+            embeddings = embedding_cache.embed(model, encoder_input)
+            for first in range(0, len(truth), evaluation.MOST_IN_GROUP):
+                group = truth[first : first + evaluation.MOST_IN_GROUP]
+                _, made, strokes_made = click_until(model, embeddings, group, None, enough_iou, threads)
+                clicks += made.tolist()
+                strokes += strokes_made.tolist()
+    return float(np.mean(clicks) + np.mean(strokes)), float(np.mean(np.array(strokes) > 0))
+
+
+def report_clicks(folder: Path, name: str, seeds: Iterable[int], enough_iou: float, data_root: Path) -> None:
+    """Print what the hand needs on the test pictures for another IoU, with the weights of each training."""
+    task = TASKS[name]
+    rows: dict[str, list[tuple[float, float]]] = {}
+    for seed in seeds:
+        test_items, _, _ = draw_items(name, seed, data_root)
+        runs = {f"({arm}) training {number}": folder / f"{name}_{seed}" / f"{arm}_train_{number}" / "best.pt"
+                for arm, number in (("b", 1), ("b", 2), ("b", 3), ("b", 4), ("c", 1))}  # fmt: skip
+        for title, path in {"at the start": "auto", **runs}.items():
+            model = build_model(task, str(path))
+            rows.setdefault(title, []).append(count_clicks(model, test_items, task, enough_iou))
+    print(f"\n{name}, test pictures, until IoU {enough_iou}\n\n| weights | clicks/mask | brush |\n|---|---|---|")
+    for title, counted in rows.items():
+        clicks, brush = zip(*counted, strict=True)
+        print(f"| {title} | {describe(clicks, 2)} | {describe(brush, 2)} |")
+    last, first = (np.array(rows[title])[:, 0] for title in ("(b) training 3", "at the start"))
+    print(f"training 3 - start: {interval(last - first)}; training 3 / start: {describe(last / first)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -530,11 +571,15 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--report", action="store_true", help="of what is there, without measuring anything")
     parser.add_argument("--data-root", type=Path, default=Path(os.environ.get("DATA_ROOT", run.REPOSITORY / "data")))
+    parser.add_argument("--clicks-at", type=float, help="instead, clicks on the test pictures until another IoU")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for name in arguments.datasets:
-        trials = []
-        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
+        trials, seeds = [], range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+        if arguments.clicks_at is not None:
+            report_clicks(arguments.folder, name, seeds, arguments.clicks_at, arguments.data_root.absolute())
+            continue
+        for seed in seeds:
             folder = (arguments.folder / f"{name}_{seed}").absolute()
             stored = folder / "rows.json"
             if not stored.exists() and not arguments.report:
