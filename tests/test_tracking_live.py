@@ -86,7 +86,7 @@ def test_a_stream_that_stalls_breaks_and_comes_back():
 def test_old_frames_are_dropped_for_new_ones():
     """Of many frames at once a slow reader gets few: a bounded number waited, and the last one is there."""
     with serve([[make_stream(LEVELS)]]) as address:
-        source = LiveSource(address, wait_s=0.5)
+        source = LiveSource(address, wait_s=1.5)
         numbers = nearest(read_levels(source, pause_s=0.05))
     assert numbers == sorted(set(numbers)) and numbers[-1] >= 24
     assert source.num_dropped >= 10 and len(numbers) + source.num_dropped in (25, 26)
@@ -125,7 +125,7 @@ def test_what_never_comes_is_one_line():
 def test_a_loop_may_be_left_early_and_started_again():
     stream = make_stream(LEVELS)
     with serve([[stream, 0.3], [stream, 0.3]]) as address:
-        source = LiveSource(address, wait_s=0.5)
+        source = LiveSource(address, wait_s=10.0)
         for _ in range(2):
             for index, _, _ in source:
                 if index == 1:
@@ -147,7 +147,7 @@ def test_track_follows_a_stream(tmp_path):
         container.mux(stream.encode())
     with serve([[buffer.getvalue()]]) as address:
         box = f"box={[float(value) for value in boxes[0]]}"
-        LiveSource.__init__.__defaults__, before = (0.5,), LiveSource.__init__.__defaults__
+        LiveSource.__init__.__defaults__, before = (1.5,), LiveSource.__init__.__defaults__
         try:
             assert run(tmp_path / "run", f"input={address}", box, "overlay=false") == []
         finally:

@@ -954,7 +954,8 @@ def test_pictures_of_items_with_the_same_file_name_are_kept_apart(root, model, t
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_composes_and_fixes_its_model(name):
-    config = tiny.compose_config(f"experiment={name}", "data_root=/nowhere", "model.checkpoint=auto")
+    given = ["data.root=/nowhere", "data.labels=/nowhere"] if name == "data_engine" else []  # a user's own folders
+    config = tiny.compose_config(f"experiment={name}", "data_root=/nowhere", "model.checkpoint=auto", *given)
     train_sam2.read_settings(train_sam2.Config, config)
     assert "override /model:" in (tiny.ROOT / "configs" / "sam2" / "experiment" / f"{name}.yaml").read_text()
 
@@ -967,6 +968,12 @@ def test_preset_trains_two_steps(name, tmp_path, quick):
     overrides = [f"experiment={name}", f"data_root={data_root}", "device=cpu", "num_workers=0", "data.min_area_px=1"]
     overrides += ["model=sam2_nano", "model.checkpoint=none", "model.image_size=64"]
     overrides += ["train.steps=2", "train.batch_size=2", "train.objects_per_image=3"]
+    if name == "data_engine":
+        overrides += [
+            f"data.root={data_root / 'label_map' / 'images'}",
+            f"data.labels={data_root / 'engine'}",
+            "cache=off",
+        ]
     if "generate" in tiny.compose_config(*overrides)["data"]:
         overrides += ["data.generate=null", f"data.root={data_root / 'label_map'}"]
     last = tiny.train_in(tmp_path / "run", tiny.compose_config(*overrides))

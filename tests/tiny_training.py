@@ -16,7 +16,9 @@ from tiny import read_last as read_last
 from tiny import without_timing as without_timing
 
 import train_sam2
-from utils.images import write_image, write_label_map
+from utils.images import Picture, write_image, write_label_map
+from utils.instances import label_folder
+from utils.instances.codecs import mask_to_rle
 from utils.instances.readers import Item, object_ids, split_items
 from utils.settings import read_settings
 
@@ -71,7 +73,7 @@ def write_dataset(root: Path) -> Path:
 
 
 def write_data_root(data_root: Path) -> Path:
-    """Write four pictures as data=labpics, data=dsb2018 and data=label_map read them, each in a folder of its own."""
+    """Write four pictures as data=labpics, dsb2018, label_map and labels read them, each in a folder of its own."""
     rng = np.random.default_rng(1)
     for number in range(4):
         image_rgb, ids = draw_picture(rng, 48, 64)
@@ -90,6 +92,13 @@ def write_data_root(data_root: Path) -> Path:
             write_image(nuclei / "masks" / f"{object_id}.png", mask.astype(np.uint8))
         write_image(label_map / "images" / f"{number}.png", image_rgb)
         write_label_map(label_map / "labels" / f"{number}.png", ids)
+        annotations = [
+            {"segmentation": mask_to_rle(ids == object_id), "origin": "automatic"} for object_id in (1, 2, 3)
+        ]
+        with label_folder.open_folder(data_root / "engine"):
+            picture = Picture(label_map / "images" / f"{number}.png", None, f"{number}")
+            label_folder.write_labels(data_root / "engine", picture, ids.shape, {"annotations": annotations})
+    (data_root / "engine" / "val.txt").write_text("3\n")
     return data_root
 
 
