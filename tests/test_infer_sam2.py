@@ -447,9 +447,9 @@ np.save(masks_path, np.stack([masks[scores.argmax()], box_masks[0]]) > 0)
 
 @pytest.mark.slow
 def test_best_checkpoint_of_training_predicts_the_same_in_an_untouched_sam2(folder, tmp_path, monkeypatch):
-    """An official model at 1024 px, random weights, one step; then one point and one box."""
+    """An official model, random weights, one step at 256 px; then one point and one box at 1024 px."""
     root = tiny_training.write_dataset(tmp_path / "data")
-    overrides = ["model=sam2.1_hiera_tiny", "model.checkpoint=none", "model.image_size=1024", "train.steps=1"]
+    overrides = ["model=sam2.1_hiera_tiny", "model.checkpoint=none", "model.image_size=256", "train.steps=1"]
     overrides += ["train.batch_size=1", "train.objects_per_image=1", "prompts.max_corrections=1"]
     config = tiny_training.compose_config(*tiny_training.tiny_overrides(root), *overrides)
     tiny_training.make_runs_quick(monkeypatch)
@@ -461,6 +461,7 @@ def test_best_checkpoint_of_training_predicts_the_same_in_an_untouched_sam2(fold
     prompts_path = tmp_path / "prompts.json"
     prompts_path.write_text(json.dumps([{"points": POINTS[:1]}, {"box": BOX}]))
     arguments = [f"checkpoint={best_path}", f"input={picture}", "mode=prompts", f"prompts_file={prompts_path}"]
+    arguments += ["image_size=1024"]
     annotations = run(folder, tmp_path / "ours", *arguments)[0]["photo"]["annotations"]
     ours = {
         len(annotation["point_coords"]): coco_mask.decode(annotation["segmentation"]) > 0 for annotation in annotations

@@ -433,9 +433,12 @@ def test_all_precisions_measure_the_same(is_fast, tmp_path):
     keys = {key: config["data"][key] for key in ("format", "subsets", "train_folder", "val_folder", "vessel", "on_bad")}
     _, items = split_items(root=root, val_fraction=0.1, split_seed=0, **keys)
     nano = build_sam2(**config["model"], device="cpu", fast_decoder=is_fast)
-    measured = [evaluate(nano, items, 1, [1], precision, None, 0) for precision in ("fp32", "bf16", "fp16")]
-    for metrics in measured[1:]:
-        assert metrics == pytest.approx(measured[0], abs=0.005)
+    chosen = {"bf16": items} | (
+        {"fp16": items[:5]} if is_fast else {}
+    )  # which most CPUs compute at a 30th of the speed
+    for precision, some in chosen.items():
+        expected, metrics = (evaluate(nano, some, 1, [1], each, None, 0) for each in ("fp32", precision))
+        assert metrics == pytest.approx(expected, abs=0.005)
 
 
 class ClippingFirst(torch.amp.GradScaler):
