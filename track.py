@@ -3,8 +3,9 @@
     python track.py                                                     # the generated sequences
     python track.py input=video.mp4 'box=[120,80,60,40]'                # x, y, width, height px, in the first frame
     python track.py input=frames/                                       # the box is in groundtruth.txt there, or above
-    python track.py input=rtsp://192.0.2.7/stream box=select show=true   # or camera:0, until it ends or Ctrl-C
     python track.py input=frames/ box=select show=true                  # drawn with the mouse; shown while it runs
+    python track.py input=rtsp://192.0.2.7/stream box=select show=true  # or camera:0, until it ends or Ctrl-C
+    python track.py input=frames/ response=true                         # what the network answers, in the overlay
     python track.py input=video.mp4 'boxes=[[120,80,60,40],[300,90,50,50]]'
     python track.py input=video.mp4 'box=[120,80,60,40]' masks=true sam2.checkpoint=best.pt   # SAM 2's mask of each box
     python track.py data=otb 'sequences=[Crossing,Jumping]' checkpoint=outputs/train_siamfc/<run>/best.pt
@@ -109,9 +110,8 @@ REPOSITORY = Path(__file__).resolve().parent
 BUNDLED_CHECKPOINT = REPOSITORY / "checkpoints" / "siamfc_alexnet.pt"
 MODES_OF_KEY = {  # which modes use a key that says what to do
     "checkpoint": ("track", "benchmark"), "input": ("track",), "box": ("track",), "boxes": ("track",),
-    "objects": ("track",), "show": ("track",), "masks": ("track", "benchmark"), "write": ("track",),
-    "sequences": ("track", "benchmark", "evaluate"),
-    "results": ("benchmark", "evaluate"),
+    "objects": ("track",), "show": ("track",), "response": ("track",), "masks": ("track", "benchmark"),
+    "write": ("track",), "sequences": ("track", "benchmark", "evaluate"), "results": ("benchmark", "evaluate"),
 }  # fmt: skip
 SCORE_NAMES = ("success_auc", "precision_20", "success_50", "ao", "sr_50", "sr_75")
 COLUMNS = {name: name for name in ("sequence", "tracker", "num_frames", *SCORE_NAMES, "fps")} | {"num_frames": "frames"}
@@ -145,6 +145,7 @@ class Config:
     # share of the difference in scale between box and mask that the tracker follows; 0: none
     mask_feedback: Annotated[float, between(0, 1)] = 0.0
     objects: str | None = None  # tracker=sam2: json file with prompts (see the top of track.py)
+    response: bool = False  # draw the first object's search window and response into the overlay's corner
     write: Annotated[list[str], some_of(*writers.WRITERS)] = field(default_factory=list)  # further formats
 
 
@@ -221,7 +222,7 @@ def track(config: dict, run_dir: Path) -> list[str]:
 
 def check_settings(settings: Config) -> None:
     """Refuse keys that the mode does not use, a mode without its input, and keys that exclude each other."""
-    absent = {"checkpoint": "auto", "results": [], "show": False, "masks": False, "write": []}
+    absent = {"checkpoint": "auto", "results": [], "show": False, "response": False, "masks": False, "write": []}
     given = [key for key in MODES_OF_KEY if getattr(settings, key) != absent.get(key)]
     sections.check_modes(given, MODES_OF_KEY, settings.mode)
     if settings.mode == "evaluate" and not settings.results:
@@ -230,8 +231,9 @@ def check_settings(settings: Config) -> None:
         raise ValueError("sequences is []; name some, or leave it out for the validation sequences")
     is_sam2 = settings.tracker.mode == "sam2"
     if is_sam2:
-        for key, value in (("checkpoint", settings.checkpoint), ("mask_feedback", settings.mask_feedback)):
-            if value not in ("auto", 0.0):
+        of_siamfc = {"checkpoint": settings.checkpoint, "mask_feedback": settings.mask_feedback}
+        for key, value in (of_siamfc | {"response": settings.response}).items():
+            if value not in ("auto", 0.0, False):
                 raise ValueError(
                     f"{key} is {value}, which is SiamFC's, but tracker=sam2; leave it out (sam2.checkpoint is SAM 2's)"
                 )
@@ -441,6 +443,8 @@ def track_video(
                 if has_overlay or settings.show:
                     boxes, scores = tracked_frame.boxes_xywh, tracked_frame.scores
                     drawn = drawing.draw_boxes(frame, boxes, scores, tracked_frame.is_lost)
+                    if settings.response and tracked_frame.error is None and tracker.searches:
+                        drawing.draw_response(drawn, tracked_frame.frame, *tracker.searches[0])
                 if has_overlay:
                     try:
                         if video is None:

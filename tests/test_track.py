@@ -750,7 +750,7 @@ def test_every_mode_refuses_the_keys_of_others():
     """A key that says what to do is used by a mode, or refused in it."""
     given = {
         "checkpoint": "best.pt", "input": "frames", "box": [1, 2, 3, 4], "boxes": [[1, 2, 3, 4]], "sequences": ["a"],
-        "show": True, "masks": True, "write": ["mot"], "objects": "o.json", "results": ["a"],
+        "show": True, "response": True, "masks": True, "write": ["mot"], "objects": "o.json", "results": ["a"],
     }  # fmt: skip
     assert given.keys() == script.MODES_OF_KEY.keys()
     for key, modes in script.MODES_OF_KEY.items():

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from utils.tracking.drawing import draw_boxes, draw_sheet
+from utils.tracking.drawing import draw_boxes, draw_response, draw_sheet
 
 
 def test_what_is_drawn():
@@ -32,3 +32,18 @@ def test_contact_sheet_and_its_colours():
     assert [is_green[k * 320 : k * 320 + 320].any() for k in range(3)] == [True, True, False]
     assert [is_red[k * 320 : k * 320 + 320].any() for k in range(3)] == [True] * 3
     assert abs(np.flatnonzero(is_green)[0] - 50) < 4 and abs(np.flatnonzero(is_red)[0] - 150) < 4  # 5 times as large
+
+
+def test_the_response_lies_over_what_was_searched():
+    """The peak is red at its place in the corner, all else of the picture is as it was."""
+    rng = np.random.default_rng(0)
+    frame = rng.integers(60, 90, (240, 300, 3)).astype(np.uint8)
+    response = np.full((17, 17), -3.0, np.float32)
+    response[4, 12] = 5.0  # above and to the right of the middle
+    drawn = frame.copy()
+    draw_response(drawn, frame, np.array([150, 120], np.float32), 200.0, response)
+    assert np.array_equal(drawn[80:], frame[80:]) and np.array_equal(drawn[:, 80:], frame[:, 80:])
+    inset = drawn[:80, :80].astype(int)
+    reddest = np.unravel_index((inset[1:-1, 1:-1, 0] - inset[1:-1, 1:-1, 2]).argmax(), (78, 78))
+    expected = [(127 + 8 * (place - 8)) * 80 / 255 - 1 for place in (4, 12)]
+    assert np.abs(np.array(reddest) - expected).max() <= 2

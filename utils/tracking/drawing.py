@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 
 from utils.images import id_colors
+from utils.tracking import siamfc
 from utils.tracking.metrics import PRECISION_THRESHOLDS, SUCCESS_THRESHOLDS, box_iou
 from utils.tracking.sequences import Sequence
 
@@ -45,6 +46,30 @@ def draw_box(image_rgb: np.ndarray, box_xywh: np.ndarray, color: tuple[int, int,
     thickness = line_width(image_rgb)
     cv2.rectangle(image_rgb, first, last, (0, 0, 0), thickness + 2, cv2.LINE_AA, shift=4)  # visible on any ground
     cv2.rectangle(image_rgb, first, last, color, thickness, cv2.LINE_AA, shift=4)
+
+
+def draw_response(
+    image_rgb: np.ndarray, frame: np.ndarray, center_xy: np.ndarray, side: float, response: np.ndarray
+) -> None:
+    """Draw into a picture's top left corner what the network saw, and over it, from blue to red, what it answered.
+
+    Args:
+        image_rgb: uint8 (H, W, 3), the picture; it is changed.
+        frame: uint8 (H, W, 3), without anything drawn on it.
+        center_xy, side: of the square that was searched, px of the frame.
+        response: (r, r) logits; a cell is TOTAL_STRIDE px of the instance.
+    """
+    patch = siamfc.crop_and_resize(frame, center_xy, side, siamfc.INSTANCE_SIZE, siamfc.mean_color(frame))
+    covered = response.shape[0] * siamfc.TOTAL_STRIDE
+    spread = float(response.max() - response.min())
+    levels = np.rint(255 * (response - response.min()) / spread if spread else 0 * response).astype(np.uint8)
+    heat = cv2.applyColorMap(cv2.resize(levels, (covered, covered), interpolation=cv2.INTER_CUBIC), cv2.COLORMAP_JET)
+    first = (len(patch) - covered) // 2
+    inside = patch[first : first + covered, first : first + covered]
+    inside[:] = cv2.addWeighted(inside, 0.5, cv2.cvtColor(heat, cv2.COLOR_BGR2RGB), 0.5, 0)
+    shown_px = max(1, min(image_rgb.shape[:2]) // 3)
+    image_rgb[:shown_px, :shown_px] = cv2.resize(patch, (shown_px, shown_px), interpolation=cv2.INTER_AREA)
+    cv2.rectangle(image_rgb, (0, 0), (shown_px - 1, shown_px - 1), (255, 255, 255), 1)
 
 
 def draw_text(image_rgb: np.ndarray, text: str, box_xywh: np.ndarray, color: tuple[int, int, int]) -> None:

@@ -90,6 +90,14 @@ class Target:
         return np.concatenate([left_top, self.size_wh.astype(np.float64)])
 
 
+class Search(NamedTuple):
+    """Where an object was searched for in a frame, and what the network answered."""
+
+    center_xy: np.ndarray  # float32 (2,), px
+    side: float  # px, of the square that became the instance
+    response: np.ndarray  # float32 (r, r) logits, of the scale that was chosen
+
+
 class SiamFCTracker:
     """Track N objects at once: `init` with the first frame and its boxes, then `update` with each further frame.
 
@@ -122,6 +130,7 @@ class SiamFCTracker:
         exponents = np.linspace(-(settings.scale_num // 2), settings.scale_num // 2, settings.scale_num)
         self.scale_factors = settings.scale_step**exponents  # float64 (scale_num,)
         self.targets: list[Target] = []
+        self.searches: list[Search] = []  # of the last frame, for each object; none in the first
 
     @torch.inference_mode()
     def init(self, image: np.ndarray, boxes_xywh: np.ndarray) -> None:
@@ -136,7 +145,7 @@ class SiamFCTracker:
         boxes_xywh = np.asarray(boxes_xywh, np.float64)
         check_boxes(boxes_xywh, image.shape[:2])
         self.border_rgb = siamfc.mean_color(image)  # the first frame's, for the whole video
-        self.targets = []
+        self.targets, self.searches = [], []
         exemplars = []
         for box_xywh in boxes_xywh:
             exemplar_side = siamfc.context_side(box_xywh[2:], self.settings.context_amount)
@@ -170,9 +179,11 @@ class SiamFCTracker:
         assert self.targets, "init comes before update"
         settings = self.settings
         responses = self._responses(image, self.scale_factors)  # (scale_num, N, 17, 17)
-        scores = np.zeros(len(self.targets))
+        scores, self.searches = np.zeros(len(self.targets)), []
         for n, target in enumerate(self.targets):
             scale_index, disp_in_instance = self._find_peak(responses[:, n])
+            side = target.side * float(self.scale_factors[scale_index])
+            self.searches.append(Search(target.center_xy, side, responses[scale_index, n]))
             scores[n] = contrast(responses[scale_index, n]) / max(target.first_contrast, 1e-12)
             is_searched = self.is_fast and settings.found_score is not None
             if is_searched and scores[n] < (settings.found_score if target.num_searched else settings.lost_score):
