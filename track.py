@@ -201,7 +201,8 @@ def track(config: dict, run_dir: Path) -> list[str]:
                 datasets.find_result(folder, sequence.name)
     is_siamfc = settings.tracker.mode != "sam2"
     tracker = build_tracker(settings) if settings.mode != "evaluate" and is_siamfc else None
-    segmenter = build_segmenter(settings) if settings.masks or not is_siamfc else None
+    has_masks = settings.mode != "evaluate" and (settings.masks or not is_siamfc)
+    segmenter = build_segmenter(settings) if has_masks else None
     start_run(run_dir, config, counts)
 
     failures = []
@@ -479,6 +480,8 @@ def track_video(
         raise ValueError(source.problem or f"{name} has no frames")
     if isinstance(source, LiveSource) and source.num_dropped:
         log.info(f"{name}: {source.num_dropped} frames came faster than they could be tracked, and were dropped")
+    if isinstance(source, LiveSource) and source.num_broken:
+        log.info(f"{name}: {source.num_broken} packets of the stream were broken, and gave no picture")
     if source.num_before_keyframe:
         log.info(f"{name}: starts with {source.num_before_keyframe} packets before its first keyframe; left out")
     track = join_so_far(time.perf_counter() - begin)

@@ -5,8 +5,8 @@
 
 Truth stands in for the hand: it clicks at the largest error of the mask before, until the IoU reaches 0.85 (nuclei) or
 0.9 (glassware), after 8 clicks takes the brush, which draws the truth and costs 3 clicks more. What it accepted is what
-trains and validates, not the truth; besides the hand, the test pictures alone see that. Of each dataset TEST pictures
-are kept to test and POOL are to be labelled, drawn by the seed; a sixth of these validates, labelled by hand with the
+trains and validates, not the truth; besides the hand, the test pictures alone see that. Of each dataset some are kept
+to test and some are to be labelled (TASKS), drawn by the seed; a sixth of these validates, labelled by hand with the
 model at the start in all of
     (a) labelling without retraining: the model at the start, for the same pictures as (b)
     (b) rounds: two assisted, one semi-automatic, one automatic for what is left; a training after each, always from the

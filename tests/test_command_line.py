@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 from options import CONFIGS
 
 from utils import settings
@@ -112,6 +113,24 @@ def test_ctrl_c_is_one_line_with_the_command_that_goes_on(has_saved, tmp_path, m
         assert message == f"interrupted; {run_dir}/last.pt is saved, go on with: {command}\n"
     else:
         assert message == f"interrupted; what was finished is in {run_dir}\n"
+
+
+def test_folders_of_labels_objects_and_masks_models_are_paths_too(monkeypatch):
+    """Each in the script that has it; `name_group` and Hydra's grammar leave them as they are."""
+    given = {"sam2": ["labels", "data.labels", "model.checkpoint"], "tracking": ["objects", "sam2.checkpoint", "input"]}
+    for task, keys in given.items():
+        monkeypatch.setattr(sys, "argv", ["script.py", *(f"{key}=my engine (1), été" for key in keys)])
+        settings.read_command_line(task)
+        assert sys.argv[1:] == [f"{key}='my engine (1), été'" for key in keys]
+
+
+def test_a_value_that_must_be_given_is_named_in_one_line(monkeypatch):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS / "sam2"), version_base="1.3"):
+        cfg = compose("train_sam2", ["experiment=data_engine", "data.root=photos"])
+    with pytest.raises(SystemExit, match="^error: data.labels is not given; add data.labels=<value>"):
+        with settings.one_line_errors("train_sam2", "less"):
+            OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
 
 @pytest.mark.slow

@@ -110,3 +110,24 @@ def test_one_process_writes_at_a_time(tmp_path):
                 pass
     with label_folder.open_folder(tmp_path / "engine"):
         pass
+
+
+def test_what_other_programs_wrote_ends_no_training(engine, tmp_path):
+    """A torn record, numbers that are none, and a column that a person has added to rounds.csv."""
+    photos, labels_dir = engine
+    (labels_dir / "masks" / "f.json").write_text("torn")
+    record = json.loads((labels_dir / "masks" / "c.json").read_text())
+    record["annotations"][1] |= {"clicks": "two", "seconds": None, "checked": "no", "origin": ["x"]}
+    (labels_dir / "masks" / "c.json").write_text(json.dumps(record))
+    (tmp_path / "best.pt").write_bytes(b"weights")
+    paths = [labels_dir / "masks" / f"{name}.json" for name in ("a", "c", "f")]
+    rounds.add_round(labels_dir, paths, 1, (0.5, 0.6), "auto", tmp_path)
+    head, row = (labels_dir / "rounds.csv").read_text().splitlines()
+    (labels_dir / "rounds.csv").write_text(f"{head},notes\n{row},first try\n")
+    rounds.add_round(labels_dir, paths, 1, (0.6, 0.7), "auto", tmp_path)
+    with (labels_dir / "rounds.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["notes"], second["notes"], second["round"]) == ("first try", "", "2")
+    assert (first["person"], first["assisted"], first["automatic"], first["checked"]) == ("1", "0", "4", "1")
+    assert float(first["clicks_per_mask"]) == pytest.approx((0 + 11 + 3) / 5)
+    assert float(first["seconds_per_mask"]) == pytest.approx((20 + 3) / 4)

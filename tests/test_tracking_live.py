@@ -107,6 +107,7 @@ def test_a_file_behind_an_address_is_read_whole(tmp_path):
         source = open_source(f"http://127.0.0.1:{server.server_address[1]}/film.mp4")
         assert nearest(read_levels(source, pause_s=0.005)) == list(range(26))
         assert source.num_dropped == 0 and source.problem is None and source.fps == 25
+        assert source.times_s == pytest.approx(np.arange(26) / 25, abs=2e-3)  # the film's, not those of its reading
     finally:
         server.shutdown()
 

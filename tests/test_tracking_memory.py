@@ -14,7 +14,8 @@ from tiny_tracking import small_model
 from utils.images import read_label_map
 from utils.sam2 import model as models
 from utils.sam2.model import build_sam2
-from utils.tracking.masks import FramePrompt, MemoryTracker, Segmenter
+from utils.tracking.frames import FrameSource
+from utils.tracking.masks import FramePrompt, MemoryTracker, Segmenter, follow_objects
 from utils.tracking.tracker import SiamFCTracker, TrackerSettings
 
 SIDE, NUM_FRAMES = 128, 19
@@ -261,3 +262,12 @@ def test_memory_of_the_tracker_is_bounded(model):
         sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
     assert sizes[20] == sizes[16] > sizes[14]
     assert sum(output["maskmem_features"] is not None for output in bank["non_cond_frame_outputs"].values()) == 6
+
+
+def test_an_object_after_the_end_of_a_stream_is_a_failure_beside_the_results(video, model):
+    """Of a folder the number of frames is known before, and that is an error at once (above)."""
+    frames = FrameSource(sorted(video[0].iterdir())[:2])
+    frames.num_frames = None  # as a stream's
+    followed = list(follow_objects(Segmenter(model, "fp32"), frames, {**PROMPTS, 7: PROMPTS[4]}, 2))
+    assert len(followed) == 2 and followed[1][1].segmentations[0] is not None
+    assert "objects has an entry for frame 4" in frames.problem and "ends with frame 1" in frames.problem

@@ -21,6 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
+from omegaconf.errors import MissingMandatoryValue
 
 from utils import ranks
 
@@ -29,9 +30,10 @@ TYPE_WORDS = {
     dict: "keys and values", type(None): "null",
 }  # fmt: skip
 PATH_KEYS = re.compile(  # keys of the command line whose values are paths, or words: taken as they are
-    r"\+{0,2}(input|checkpoint|resume|region|mask|text|prompts_file|cache|data_root|model\.checkpoint|picture_attributes"
+    r"\+{0,2}(input|checkpoint|resume|region|mask|text|prompts_file|cache|data_root|(model|sam2)\.checkpoint|labels"
+    r"|objects|picture_attributes"
     r"|benchmark\.(detections|groups|edges\.root)"
-    r"|data\.(\w+\.)*(root|index|groundtruth|\w+_(dir|list|folder|images|annotations))|hydra\.(run|sweep)\.dir)"
+    r"|data\.(\w+\.)*(root|labels|index|groundtruth|\w+_(dir|list|folder|images|annotations))|hydra\.(run|sweep)\.dir)"
 )
 FLAGS_WITHOUT_RUN = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--help", "-h", "--version")
 OUT_OF_MEMORY = re.compile("(?i)out of memory|can't allocate|not enough memory|insufficient memory|_ALLOC_FAILED")
@@ -409,6 +411,8 @@ def describe_end(error: BaseException, script: str, less_memory: str) -> str | N
         if (run_dir / "pictures").is_dir():  # of infer_sam2.py mode=benchmark
             return f"interrupted; go on with: {show_command(f'{script}.py', resume=shown_dir)}"
         return f"interrupted; what was finished is in {shown_dir}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"error: {error.full_key} is not given; add {error.full_key}=<value>, see the file of configs/ it is in"
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return f"error: {describe_error(error)}"
     return f"error: {describe_out_of_memory(error, script)}; try {less_memory}" if is_out_of_memory(error) else None

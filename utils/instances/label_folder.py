@@ -19,7 +19,6 @@ Source: Kirillov et al. 2023 (Segment Anything), section 4 (the data engine).
 """
 
 import contextlib
-import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +43,8 @@ def open_folder(labels_dir: Path) -> Iterator[None]:
         raise ValueError(f"labels is {labels_dir}, a file; give a folder, new or of an earlier round")
     for name in ("masks", "maps"):
         (labels_dir / name).mkdir(parents=True, exist_ok=True)
+    import fcntl  # not on Windows; reading records, which trainings do, needs none
+
     with (labels_dir / "in_use").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which ends with the process, however it ends

@@ -26,6 +26,7 @@ import numpy as np
 from utils.instances import label_folder
 from utils.instances.label_folder import ORIGINS
 from utils.log import drawing, write_text
+from utils.settings import is_number
 
 
 def count_rounds(labels_dir: Path) -> int:
@@ -51,23 +52,19 @@ def add_round(
     """
     rows = _read_rows(labels_dir)
     number = len(rows) + 1
-    annotations = [each for path in train_paths for each in label_folder.read_record(path)["annotations"]]
-    origins = Counter(each.get("origin") for each in annotations)
-    records = label_folder.list_records(labels_dir).values()
-    made = [
-        each
-        for path in records
-        for each in label_folder.read_record(path)["annotations"]
-        if each.get("round") == number
-    ]
-    clicks = [each.get("clicks", 0) + each.get("strokes", 0) for each in made]
-    seconds = [each["seconds"] for each in made if "seconds" in each]
+    annotations = [each for path in train_paths for each in _read_annotations(path)]
+    origins = Counter(str(each.get("origin")) for each in annotations)
+    paths = label_folder.list_records(labels_dir).values()
+    made = [each for path in paths for each in _read_annotations(path) if each.get("round") == number]
+    spent = [[each[key] for key in ("clicks", "strokes") if is_number(each.get(key))] for each in made]
+    clicks = [sum(counts) for counts in spent]
+    seconds = [each["seconds"] for each in made if is_number(each.get("seconds"))]
     rows.append(
         {
             "round": number,
             "pictures": len(train_paths),
             **{origin: origins[origin] for origin in ORIGINS},
-            "checked": sum(each.get("checked", False) for each in annotations),
+            "checked": sum(each.get("checked") is True for each in annotations),
             "made": len(made),
             "clicks_per_mask": f"{np.mean(clicks):.3f}" if clicks else "",
             "seconds_per_mask": f"{np.mean(seconds):.3f}" if seconds else "",
@@ -82,12 +79,20 @@ def add_round(
     shutil.copyfile(run_dir / "best.pt", partial)
     partial.replace(labels_dir / "best.pt")
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[-1]))
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))  # columns of people, too
     writer.writeheader()
     writer.writerows(rows)
     write_text(labels_dir / "rounds.csv", text.getvalue())
     with drawing(labels_dir / "rounds.png"):
         plot_rounds(rows, labels_dir / "rounds.png")
+
+
+def _read_annotations(path: Path) -> list[dict]:
+    """Read a record's annotations; none of a file that is no record, which the dataset check has named."""
+    try:
+        return label_folder.skim_record(path).get("annotations", [])
+    except (ValueError, OSError):
+        return []
 
 
 def _read_rows(labels_dir: Path) -> list[dict[str, str]]:

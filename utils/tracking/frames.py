@@ -212,12 +212,8 @@ class FrameSource:
                             time_s = self._next_time()
                         self.times_s.append(time_s)
                         if index == 0:  # the whole film's; asked of each frame, frames would pile up in memory
-                            matrix = picture.side_data.get("DISPLAYMATRIX")
-                            matrix = None if matrix is None else np.frombuffer(matrix, np.int32).tolist()
-                            if stream.sample_aspect_ratio not in (None, 0, 1):
-                                aspect = Fraction(stream.sample_aspect_ratio)
-                                self.sample_aspect = 1 / aspect if matrix and matrix[0] == 0 else aspect
-                        frame = _to_rgb(picture, matrix)
+                            matrix, self.sample_aspect = read_display(picture, stream)
+                        frame = to_rgb(picture, matrix)
                         yield index, frame, None
                         index += 1
             except av.FFmpegError as error:
@@ -244,11 +240,26 @@ def _open_video(path: Path):
             "mp4, avi, mkv or webm, or a folder of frames"
         ) from error
     with container:
-        films = [stream for stream in container.streams.video if not stream.disposition & NO_FILM]
-        if not films:
-            what = "a cover picture" if container.streams.video else "sound but no pictures"
-            raise ValueError(f"{path} has {what}, and no film; give a video file or a folder of frames")
-        yield container, max(films, key=lambda stream: (bool(stream.disposition & Disposition.default), stream.frames))
+        yield container, choose_film(container, str(path))
+
+
+def choose_film(container: av.container.InputContainer, name: str) -> av.VideoStream:
+    """Choose the stream that is the film, no cover or thumbnail; ValueError, with the container's name, for none."""
+    films = [stream for stream in container.streams.video if not stream.disposition & NO_FILM]
+    if not films:
+        what = "a cover picture" if container.streams.video else "sound but no pictures"
+        raise ValueError(f"{name} has {what}, and no film; give a video file or a folder of frames")
+    return max(films, key=lambda stream: (bool(stream.disposition & Disposition.default), stream.frames))
+
+
+def read_display(picture: av.VideoFrame, stream: av.VideoStream) -> tuple[list[int] | None, Fraction | None]:
+    """Read from a film's first picture how all are shown: the matrix of `to_rgb`, and width over height of a pixel."""
+    matrix = picture.side_data.get("DISPLAYMATRIX")
+    matrix = None if matrix is None else np.frombuffer(matrix, np.int32).tolist()
+    if stream.sample_aspect_ratio in (None, 0, 1):
+        return matrix, None
+    aspect = Fraction(stream.sample_aspect_ratio)
+    return matrix, 1 / aspect if matrix and matrix[0] == 0 else aspect
 
 
 def _time_of(picture: av.VideoFrame) -> float | None:
@@ -256,7 +267,7 @@ def _time_of(picture: av.VideoFrame) -> float | None:
     return picture.time
 
 
-def _to_rgb(picture: av.VideoFrame, matrix: list[int] | None) -> np.ndarray:
+def to_rgb(picture: av.VideoFrame, matrix: list[int] | None) -> np.ndarray:
     """Convert to uint8 (H, W, 3) RGB, turned and mirrored as the file asks to be shown: phones store upright videos
     lying, and front cameras mirrored.
 

@@ -12,7 +12,7 @@ import av
 import cv2
 import numpy as np
 
-from utils.tracking.frames import NO_FILM, NUM_AHEAD, FrameSource
+from utils.tracking.frames import NUM_AHEAD, FrameSource, choose_film, read_display, to_rgb
 
 CAMERA = "camera:"
 WAIT_S, RETRY_S = 10.0, 0.2  # how long nothing may come before it counts as the end; from one try to open to the next
@@ -32,7 +32,9 @@ class LiveSource:
 
     Attributes:
         name: the address. num_frames: None. fps, sample_aspect: as the stream says; None where it does not.
-        times_s: of the frames yielded, s since the first came. num_dropped: frames that were not yielded.
+        times_s: of the frames yielded, s since the first: when they came; of a file, when they are shown.
+        num_dropped: frames that came and were not yielded. num_broken: packets without a picture, but those before the
+        first keyframe, which are num_before_keyframe.
         problem: how it ended, where that was not with its end.
     """
 
@@ -50,7 +52,7 @@ class LiveSource:
         self.sample_aspect: Fraction | None = None
         self.problem: str | None = None
         self.times_s: list[float] = []
-        self.num_before_keyframe = self.num_dropped = 0
+        self.num_before_keyframe = self.num_dropped = self.num_broken = 0
 
     def frame_name(self, index: int) -> str:
         """Name a frame for messages."""
@@ -66,7 +68,8 @@ class LiveSource:
         Raises:
             ValueError: where there is no such camera, or nothing to be seen at the address.
         """
-        self.problem, self.times_s, self.num_dropped = None, [], 0
+        self.problem, self.times_s = None, []
+        self.num_before_keyframe = self.num_dropped = self.num_broken = 0
         waiting: queue.Queue = queue.Queue(maxsize=NUM_AHEAD)
         stop = threading.Event()
 
@@ -74,8 +77,8 @@ class LiveSource:
             try:
                 frames = self._read_camera() if self.name.startswith(CAMERA) else self._read_address(stop)
                 with contextlib.closing(frames):
-                    for frame, may_drop in frames:
-                        self._hand_over(waiting, (time.monotonic(), frame), may_drop, stop)
+                    for frame, time_s, may_drop in frames:
+                        self._hand_over(waiting, (time_s, frame), may_drop, stop)
                         if stop.is_set():
                             return
                 self._hand_over(waiting, None, False, stop)
@@ -89,10 +92,10 @@ class LiveSource:
             while (item := waiting.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                came_s, frame = item
-                first_s = came_s if first_s is None else first_s
+                time_s, frame = item
+                first_s = time_s if first_s is None else first_s
                 last_s = self.times_s[-1] if self.times_s else -1.0
-                self.times_s.append(max(came_s - first_s, last_s + 1e-3))
+                self.times_s.append(max(time_s - first_s, last_s + 1e-3))
                 yield index, frame, None
                 index += 1
         finally:
@@ -109,7 +112,8 @@ class LiveSource:
                         waiting.get_nowait()
                         self.num_dropped += 1
 
-    def _read_camera(self) -> Iterator[tuple[np.ndarray, bool]]:
+    def _read_camera(self) -> Iterator[tuple[np.ndarray, float, bool]]:
+        """Yield frames, when they came, s, and True: they may be dropped."""
         number = int(self.name.removeprefix(CAMERA))
         camera = cv2.VideoCapture(number)
         try:
@@ -121,27 +125,32 @@ class LiveSource:
                 if not is_read:
                     self.problem = f"{self.name} gives no more frames"
                     return
-                yield cv2.cvtColor(frame_bgr, cv2.COLOR_BGR2RGB), True
+                yield cv2.cvtColor(frame_bgr, cv2.COLOR_BGR2RGB), time.monotonic(), True
         finally:
             camera.release()
 
-    def _read_address(self, stop: threading.Event) -> Iterator[tuple[np.ndarray, bool]]:
-        last_s, num_read, reason = time.monotonic(), 0, None
+    def _read_address(self, stop: threading.Event) -> Iterator[tuple[np.ndarray, float, bool]]:
+        """Yield frames, when they came or are shown, s, and whether they may be dropped."""
+        last_s, num_read, reason, matrix = time.monotonic(), 0, None, None
         while not stop.is_set():
             is_open = False
             try:
                 with av.open(self.name, timeout=(self.wait_s, self.wait_s)) as container:
-                    films = [stream for stream in container.streams.video if not stream.disposition & NO_FILM]
-                    if not films:
-                        raise ValueError(f"{self.name} has no film")
-                    stream, is_file, is_open = films[0], container.duration is not None, True
+                    stream, is_file, is_open = choose_film(container, self.name), container.duration is not None, True
                     self.fps = float(stream.average_rate) if stream.average_rate else None
-                    self.sample_aspect = stream.sample_aspect_ratio or None
                     for packet in container.demux(stream):
-                        with contextlib.suppress(av.InvalidDataError):  # until the next whole picture
-                            for picture in packet.decode():
-                                last_s, num_read = time.monotonic(), num_read + 1
-                                yield picture.to_ndarray(format="rgb24"), not is_file
+                        try:
+                            pictures = packet.decode()
+                        except av.InvalidDataError:  # until the next whole picture
+                            self.num_before_keyframe += num_read == 0
+                            self.num_broken += num_read > 0
+                            continue
+                        for picture in pictures:
+                            if num_read == 0:
+                                matrix, self.sample_aspect = read_display(picture, stream)
+                            last_s, num_read = time.monotonic(), num_read + 1
+                            is_timed = is_file and picture.time is not None
+                            yield to_rgb(picture, matrix), picture.time if is_timed else last_s, not is_file
                         if stop.is_set():
                             return
                     reason = None

@@ -251,14 +251,15 @@ def follow_objects(
 ) -> Iterator[tuple[TrackedFrame, FrameMasks | None]]:
     """Follow objects with SAM 2's memory from the first frame to the last, one frame at a time.
 
-    A frame that cannot be read is passed over, all objects in it lost; its prompts are, too.
+    A frame that cannot be read is passed over, all objects in it lost; its prompts are, too. Prompts of frames that the
+    video turns out not to have are said in `frames.problem`.
 
     Yields:
         a TrackedFrame for each frame, with the tight boxes of the masks, the probability of each object to be seen, and
         lost where that is at most 0.5 or there is no mask; and the masks, None where the frame cannot be read.
     Raises:
-        ValueError: where the first frame cannot be read; for a prompt outside its frame; for prompts of frames that
-            the video does not have; for a model without memory. OSError: likewise.
+        ValueError: where the first frame cannot be read; for a prompt outside its frame; for a model without memory.
+            OSError: likewise.
     """
     tracker = MemoryTracker(segmenter, num_objects, frames.num_frames)
     boxes_xywh = np.full((num_objects, 4), np.nan)
@@ -290,7 +291,8 @@ def follow_objects(
         time_s = time.perf_counter() - start
         yield TrackedFrame(index, frame, boxes_xywh.copy(), scores, is_lost, time_s, None), frame_masks
     if late := [frame for frame in prompts if frame > index]:
-        raise ValueError(f"objects has an entry for frame {min(late)}, but {frames.name} ends with frame {index}")
+        line = f"objects has an entry for frame {min(late)}, but {frames.name} ends with frame {index}"
+        frames.problem = "; ".join(filter(None, (frames.problem, line)))
 
 
 def corners_to_xywh(corners: np.ndarray) -> np.ndarray:
