@@ -2,6 +2,7 @@
 
     DATA_ROOT=/my/datasets python -m benchmarks.annotate kills [20]
     DATA_ROOT=/my/datasets python -m benchmarks.annotate latency [model=sam2.1_hiera_tiny checkpoint=none ...]
+    DATA_ROOT=/my/datasets python -m benchmarks.annotate answers [model=sam2.1_hiera_tiny checkpoint=none ...]
     python -m benchmarks.annotate folder [2000]
 
 kills: a scripted annotator opens pictures, clicks, paints, saves, corrects, deletes, takes back and finishes over HTTP;
@@ -9,6 +10,8 @@ the server is killed at a random moment, SIGKILL, and started again. After each 
 object that the server had answered for may be missing or changed, no file torn.
 latency: Chromium (with selenium) clicks on photographs, pages on, and clicks while the next one is encoded; the times
 are those of the page's own log, latency.csv. Further words go to infer_sam2.py.
+answers: the server's own share of that, on the chosen device: clicks over HTTP without a browser, the first three of
+them on each picture as soon as it is open, while the next one is encoded.
 folder: time from the command to the list of all pictures, and the server's memory while all are paged through.
 Each prints one JSON line.
 """
@@ -320,6 +323,37 @@ def measure_latency(folder: Path, overrides: list[str]) -> dict:
     return result
 
 
+def measure_answers(folder: Path, overrides: list[str]) -> dict:
+    """Click over HTTP; give percentiles of what the server added to the decoder's time, and of that time."""
+    count = 12
+    copy_photographs(folder / "photos", count)
+    server = Server(folder, *overrides)
+    rng = np.random.default_rng(0)
+    times: dict[str, list[tuple[float, float]]] = {"idle": [], "encoding": []}
+    for number in range(count):
+        opened = json.loads(ask(server.address, "open", {"number": number, "tab": "a"}))
+        size = np.array([opened["width"], opened["height"]])
+        for click in range(6):
+            x, y = (rng.random(2) * (size - 1)).tolist()
+            body = {"number": number, "tab": "a", "actions": [{"type": "click", "x": x, "y": y, "label": 1}]}
+            start = time.perf_counter()
+            answer = json.loads(ask(server.address, "predict", body))
+            added_ms = 1000 * (time.perf_counter() - start) - answer["decoder_ms"]
+            if number > 0 or click > 0:  # the first waits for its picture, and for the libraries
+                times["encoding" if answer["is_encoding"] else "idle"].append((added_ms, answer["decoder_ms"]))
+            if click == 2:
+                time.sleep(1.0)  # then the next picture is encoded
+        ask(server.address, "release", {"number": number, "tab": "a"})
+    server.end(signal.SIGINT)
+    result = {}
+    for name, rows in times.items():
+        result[f"clicks_{name}"] = len(rows)
+        for share in (50, 95) if rows else ():
+            added, decoder = np.percentile(rows, share, axis=0).round(1).tolist()
+            result |= {f"added_ms_p{share}_{name}": added, f"decoder_ms_p{share}_{name}": decoder}
+    return result
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # a large folder
 
@@ -376,10 +410,12 @@ def main() -> None:
             result = measure_kills(folder, int(words[0]) if words else 20)
         elif what == "latency":
             result = measure_latency(folder, words)
+        elif what == "answers":
+            result = measure_answers(folder, words)
         elif what == "folder":
             result = measure_folder(folder, int(words[0]) if words else 2000)
         else:
-            sys.exit("give kills, latency or folder")
+            sys.exit("give kills, latency, answers or folder")
     print(json.dumps({"name": f"annotate {what}"} | result), flush=True)
 
 

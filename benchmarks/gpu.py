@@ -67,6 +67,8 @@ SIAMFC = [
 ]  # fmt: skip
 AUTOMATIC = ["input=FOLDER/pictures", "model.checkpoint=none", "fast_decoder=false"]
 TRACK = ["input=FOLDER/frames", BOX, "overlay=false", "checkpoint=random"]
+TRACK_SAM2 = ["tracker=sam2", "input=FOLDER/frames", BOX, "overlay=false", "precision=bf16"]
+RANDOM_SAM2 = [f"sam2.model={MODELS[0]}", "sam2.checkpoint=none"]
 
 
 class Row(NamedTuple):
@@ -94,6 +96,9 @@ def list_rows(device: str) -> list[Row]:
         Row("U-Net, 31 M parameters, 256 px", train_unet, [*UNET, "model.base_channels=64", "data.image_size=256"]),
         Row("SiamFC training", train_siamfc, [*SIAMFC, "train.batch_size=32"]),
         Row("track.py, 480p", track, [*TRACK, "precision=bf16"]),
+        Row("track.py masks=true, sam2_nano", track, [*TRACK, "precision=bf16", "masks=true"]),
+        Row(f"track.py masks=true, {MODELS[0]}", track, [*TRACK, "precision=bf16", "masks=true", *RANDOM_SAM2]),
+        Row(f"track.py tracker=sam2, {MODELS[0]}", track, [*TRACK_SAM2, *RANDOM_SAM2]),
     ]
     changed = [
         Row(f"{model}, {name}", train_sam2, [*SAM2, f"model={model}", *change])

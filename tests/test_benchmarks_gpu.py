@@ -19,7 +19,7 @@ def test_a_small_row_is_measured(tmp_path):
 
 def test_every_row_names_keys_that_its_script_has():
     rows = gpu.list_rows("cuda")
-    assert len({row.name for row in rows}) == len(rows) == 4 + 4 + 2 * 7
+    assert len({row.name for row in rows}) == len(rows) == 4 + 7 + 2 * 7
     for row in rows + gpu.list_rows("cpu"):
         with initialize_config_dir(str(gpu.CONFIGS / gpu.TASKS[row.script]), version_base="1.3"):
             compose(row.script.__name__, [override.replace("FOLDER", "data") for override in row.overrides])

@@ -417,7 +417,8 @@ def test_geometry_comes_from_the_checkpoint(folder, tmp_path):
     assert models.choose_model(tmp_path / "best.pt", None, NANO)["image_size"] == 128
     assert models.choose_model(tmp_path / "best.pt", 192, None)["image_size"] == 192
     assert models.choose_model(tmp_path / "best.pt", None, None)["automatic"]["points_per_side"] == 5
-    assert models.choose_model(None, None, None) == NANO
+    assert models.choose_model(None, None, None) == models.choose_model("auto", None, None) == NANO
+    assert models.choose_model("none", None, None) == NANO | {"checkpoint": "none"}  # random weights
     with pytest.raises(ValueError, match="is of model sam2_nano, not sam2.1_hiera_tiny; leave out model="):
         models.choose_model(tmp_path / "best.pt", None, NANO | {"name": "sam2.1_hiera_tiny"})
     save_checkpoint(tmp_path / "other.pt", {"model": {"weight": torch.zeros(3)}})

@@ -12,6 +12,7 @@ from test_track import quick, run  # noqa: F401 (quick is a fixture)
 from tiny_tracking import small_model
 
 from utils.images import read_label_map
+from utils.run import set_up_device
 from utils.sam2 import model as models
 from utils.sam2.model import build_sam2
 from utils.tracking.frames import FrameSource
@@ -156,6 +157,15 @@ def test_memory_is_that_of_the_official_predictor(video, model):
     for index, masks in shown.items():
         label_map, of_both = ours[index][0].label_map, (masks[:, 0] > 0).numpy()
         assert np.array_equal(label_map > 0, of_both.any(0))
+
+
+@pytest.mark.gpu
+def test_memory_on_a_gpu_is_that_of_the_official_predictor(video):
+    device, _ = set_up_device("cuda", "fp32")
+    model = make_model(seed=3).to(device)
+    ours, _ = run_ours(model, video[1], PROMPTS)
+    state, _ = run_official(make_official(model).to(device), video[0], PROMPTS)
+    assert max(differences(ours, state).values()) < 1e-4
 
 
 # ---------------------------------------------------------------------------------------------------------------------

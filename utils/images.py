@@ -466,6 +466,8 @@ def _read_tiff(path: str | Path, page: int | None) -> tuple[np.ndarray, tifffile
             raise ValueError(f"{path} has a page of shape {tiff_page.shape}; 1 to {MAX_PX} numbers are read")
         _check_tiff_data(tiff_page)
         numbers = tiff_page.asarray()
+        if numbers.size != math.prod(tiff_page.shape):
+            raise ValueError(f"its page decodes to {numbers.size} numbers, not to its shape of {tiff_page.shape}")
         if numbers.ndim == 3 and tiff_page.planarconfig == 2:
             numbers = numbers.transpose(1, 2, 0)  # separate planes
         if numbers.ndim not in (2, 3):

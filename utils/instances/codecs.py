@@ -5,8 +5,6 @@ import numpy as np
 POLYGON_SCALE = 5  # COCO draws polygons on a grid this much finer than the pixels
 FAR_PX = 500  # beyond the picture, an outline is followed so far
 FARTHEST_PX = 1e12  # a polygon's corner that lies farther is moved here, where numbers are still exact to a pixel
-
-
 NUM_COUNT_DIGITS = 7  # 5 bits each: more than any run length or difference of two has
 
 
@@ -26,12 +24,17 @@ def mask_to_rle(mask: np.ndarray) -> dict:
     counts = np.diff(np.concatenate([[0], starts, [flat.size]]))
     values = counts.copy()
     values[3:] -= counts[1:-2]
-    digits = (values[:, None] >> (5 * np.arange(NUM_COUNT_DIGITS))) & 0x1F  # (R, 7), lowest first
-    rest = values[:, None] >> (5 * np.arange(1, NUM_COUNT_DIGITS + 1))  # what remains after each digit
-    has_more = np.where(digits & 0x10, rest != -1, rest != 0)  # the last digit's top bit is the sign
-    is_written = np.concatenate([np.ones_like(has_more[:, :1]), np.logical_and.accumulate(has_more, 1)[:, :-1]], 1)
-    characters = (digits | np.where(has_more, 0x20, 0)) + 48
-    return {"size": [height, width], "counts": characters[is_written].astype(np.uint8).tobytes().decode("ascii")}
+    data = np.zeros((NUM_COUNT_DIGITS, len(values)), np.uint8)  # characters, lowest digit first; 0: not written
+    left = np.arange(len(values))  # whose digits are not all written
+    for row in data:
+        digits, values = values & 0x1F, values >> 5
+        has_more = np.where(digits & 0x10, values != -1, values != 0)  # the last digit's top bit is the sign
+        row[left] = digits + np.where(has_more, 0x20 + 48, 48)
+        left, values = left[has_more], values[has_more]
+        if not left.size:
+            break
+    counts_text = data.T[data.T > 0].tobytes().decode("ascii")
+    return {"size": [height, width], "counts": counts_text}
 
 
 def rle_to_mask(rle: dict) -> np.ndarray:

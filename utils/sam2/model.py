@@ -597,7 +597,7 @@ def choose_model(checkpoint: str | None, image_size: int | None, model: dict | N
     """Find which model to build, and its weights.
 
     Args:
-        checkpoint: a file; None for the model's own weights.
+        checkpoint: a file; None or "auto" for the model's own weights, "none" for random ones.
         image_size: px; None for the checkpoint's, or the model's.
         model: the values of a file of configs/sam2/model; None to read the architecture from the checkpoint, or for the
             bundled nano where there is no checkpoint either.
@@ -608,7 +608,7 @@ def choose_model(checkpoint: str | None, image_size: int | None, model: dict | N
         ValueError: for one that is not of the named model, or of none.
     """
     chosen = model
-    if checkpoint:
+    if checkpoint and checkpoint not in ("auto", "none"):
         state = load_checkpoint(Path(checkpoint))
         if {"script", "format"} & set(state):  # a file of this toolkit
             check_script(state, checkpoint, "train_sam2")

@@ -4,6 +4,7 @@ Frames are uint8 (H, W, 3) RGB. Memory does not grow with the length of a video:
 """
 
 import contextlib
+import math
 import os
 import queue
 import re
@@ -111,6 +112,8 @@ class FrameSource:
         self.num_before_keyframe = 0
         self._pages: list[int | None] | None = None  # where one file has several
         self._video_path: Path | None = None
+        self._first_s: float | None = None  # when the video's first picture is shown
+        self._matrix: list[int] | None = None  # of `to_rgb`
         if not isinstance(source, (str, Path)):
             self._frame_paths = [Path(path) for path in source]
             source = self._frame_paths[0].parent
@@ -185,44 +188,91 @@ class FrameSource:
             yield index, frame, error
 
     def _read_video(self):
+        """Decode on all cores; where that goes wrong, on one from there on.
+
+        With several frames under way at once, FFmpeg reports a damaged one some frames late, and drops those that are
+        under way when a film ends or breaks off behind it: nothing of that is known before the end.
+        """
         index = num_packets = 0
-        first_s = None
+        last_pts = last_shown_pts = None
         with _open_video(self._video_path) as (container, stream):
             stream.thread_type = "AUTO"
-            end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
-            is_cut = end > self._video_path.stat().st_size
+            with contextlib.suppress(av.FFmpegError):
+                for packet in container.demux(stream):
+                    num_packets += packet.size > 0
+                    if packet.size and packet.pts is not None and not packet.is_discard:
+                        last_pts = packet.pts if last_pts is None else max(last_pts, packet.pts)
+                    for picture in packet.decode():
+                        yield index, self._show(picture, stream), None
+                        index, last_shown_pts = index + 1, picture.pts
+                if last_pts is None or last_shown_pts is None:  # the container has no times
+                    is_whole = index >= num_packets
+                else:  # fewer pictures than packets are no sign: some codecs have packets that are not shown
+                    is_whole = last_shown_pts >= last_pts
+                if is_whole and not self._is_cut(stream, num_packets):
+                    return
+        yield from self._read_damaged_video(num_shown=index)
+
+    def _read_damaged_video(self, num_shown: int):
+        """Decode frame by frame, and name what cannot be; the first `num_shown` pictures have been shown already."""
+        index, num_decoded, num_packets, has_keyframe = num_shown, 0, 0, False
+        broken: list[tuple[float, str]] = []  # when it would have been shown, and why it is not; not yielded so far
+
+        def name_broken(until: float):
+            nonlocal index
+            broken.sort()
+            while broken and broken[0][0] < until:
+                self.times_s.append(self._next_time())
+                error = ValueError(f"{self.frame_name(index)} cannot be decoded: {broken.pop(0)[1]}")
+                yield index, None, error
+                index += 1
+
+        with _open_video(self._video_path) as (container, stream):
+            stream.codec_context.thread_count = 1
             try:
                 for packet in container.demux(stream):
                     num_packets += packet.size > 0
                     try:
                         pictures = packet.decode()
+                        has_keyframe |= packet.is_keyframe
                     except av.FFmpegError as error:
-                        if index == 0:  # it cannot be decoded without what came before the cut
+                        if has_keyframe or index > 0:
+                            broken.append((-math.inf if packet.pts is None else packet.pts, error.strerror))
+                        else:  # it cannot be decoded without what came before the cut
                             self.num_before_keyframe += 1
-                            continue
-                        self.times_s.append(self._next_time())
-                        yield index, None, ValueError(f"{self.frame_name(index)} cannot be decoded: {error.strerror}")
-                        index += 1
                         continue
                     for picture in pictures:
-                        shown_s = _time_of(picture)
-                        first_s = shown_s if first_s is None else first_s
-                        time_s = self._next_time() if shown_s is None else shown_s - first_s
-                        if self.times_s and time_s <= self.times_s[-1]:  # broken timestamps
-                            time_s = self._next_time()
-                        self.times_s.append(time_s)
-                        if index == 0:  # the whole film's; asked of each frame, frames would pile up in memory
-                            matrix, self.sample_aspect = read_display(picture, stream)
-                        frame = to_rgb(picture, matrix)
-                        yield index, frame, None
-                        index += 1
+                        num_decoded += 1
+                        if num_decoded > num_shown:
+                            yield from name_broken(math.inf if picture.pts is None else picture.pts)
+                            yield index, self._show(picture, stream), None
+                            index += 1
             except av.FFmpegError as error:
                 self.problem = f"{self._video_path} cannot be read after frame {index - 1}: {error.strerror}"
-        # A film trimmed without decoding has packets that are not shown: those that are there count, not the frames.
-        expected = 0 if self.num_frames is None else self.num_frames
-        if self.problem is None and (is_cut or (not end and num_packets < expected)):
-            of_frames = f" of the {expected} frames that it should have" if expected else " frames"
-            self.problem = f"{self._video_path} ends after {index}{of_frames}"
+            yield from name_broken(math.inf)
+            if self.problem is None and self._is_cut(stream, num_packets):
+                of_frames = f" of the {self.num_frames} frames that it should have" if self.num_frames else " frames"
+                self.problem = f"{self._video_path} ends after {index}{of_frames}"
+
+    def _is_cut(self, stream: av.VideoStream, num_packets: int) -> bool:
+        """Tell whether a film has less in it than its index or header promises.
+
+        A film trimmed without decoding has packets that are not shown: those that are there count, not the frames.
+        """
+        end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+        return end > self._video_path.stat().st_size or (not end and num_packets < (self.num_frames or 0))
+
+    def _show(self, picture: av.VideoFrame, stream: av.VideoStream) -> np.ndarray:
+        """Note when a picture is shown, and convert it as the film asks."""
+        shown_s = _time_of(picture)
+        if not self.times_s:  # the whole film's; asked of each frame, frames would pile up in memory
+            self._first_s, (self._matrix, self.sample_aspect) = shown_s, read_display(picture, stream)
+        self._first_s = shown_s if self._first_s is None else self._first_s
+        time_s = self._next_time() if shown_s is None else shown_s - self._first_s
+        if self.times_s and time_s <= self.times_s[-1]:  # broken timestamps
+            time_s = self._next_time()
+        self.times_s.append(time_s)
+        return to_rgb(picture, self._matrix)
 
     def _next_time(self) -> float:
         """Guess when a frame without a time is shown: one frame after the last."""

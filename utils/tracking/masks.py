@@ -36,7 +36,7 @@ FEEDBACK_LIMIT = 1.5  # a factor of scale between box and mask
 class Sam2Settings:
     """Which SAM 2 makes the masks (`sam2:`)."""
 
-    checkpoint: str | None = None  # as infer_sam2.py's
+    checkpoint: str | None = None  # as infer_sam2.py's; none: random weights
     model: str | None = None  # a name in configs/sam2/model
     image_size: int | None = None  # px
 
@@ -343,7 +343,7 @@ class MemoryTracker:
         prompted = {prompt.place: prompt for prompt in prompts}
         height, width = frame.shape[:2]
         low_res_masks: dict[int, torch.Tensor] = {}
-        scores = np.full(len(self.banks), np.nan)
+        score_logits: dict[int, torch.Tensor] = {}
         with autocast(self.model.device, self.precision):
             features = self.model._prepare_backbone_features(self.model.forward_image(self._read(frame)))[1:]
             for place, bank in enumerate(self.banks):
@@ -357,17 +357,21 @@ class MemoryTracker:
                     bank["cond_frame_outputs"][index] = output
                 if output is not None:
                     low_res_masks[place] = output["pred_masks"][0, 0].float()
-                    scores[place] = output["object_score_logits"].float().sigmoid().item()
+                    score_logits[place] = output["object_score_logits"][0, 0].float()
                 self._forget(bank, index)
+        scores = np.full(len(self.banks), np.nan)
+        if score_logits:  # at once: a GPU is waited for here alone
+            scores[list(score_logits)] = torch.stack(list(score_logits.values())).sigmoid().cpu().numpy()
         return self._join(low_res_masks, (height, width)), scores
 
     def _read(self, frame: np.ndarray) -> torch.Tensor:
         """Resize and normalise a frame as sam2's video reader does: (1, 3, S, S)."""
         side = self.model.image_size
-        small = np.array(Image.fromarray(frame).resize((side, side))) / 255.0
-        image = torch.from_numpy(small).permute(2, 0, 1).float()
-        mean, std = (torch.tensor(values)[:, None, None] for values in (models.IMAGE_MEAN, models.IMAGE_STD))
-        return ((image - mean) / std)[None].to(self.model.device)
+        small = torch.from_numpy(np.array(Image.fromarray(frame).resize((side, side)))).to(self.model.device)
+        shares = (torch.arange(256, dtype=torch.float64) / 255.0).float().to(self.model.device)  # divided as theirs are
+        image = shares[small.permute(2, 0, 1).long()]
+        mean, std = (image.new_tensor(values)[:, None, None] for values in (models.IMAGE_MEAN, models.IMAGE_STD))
+        return ((image - mean) / std)[None]
 
     def _track(
         self, bank: dict, index: int, features: tuple, has_memory: bool, points: dict | None = None, before=None
@@ -427,17 +431,24 @@ class MemoryTracker:
 
     def _join(self, low_res_masks: dict[int, torch.Tensor], frame_hw: tuple[int, int]) -> FrameMasks:
         num_objects = len(self.banks)
-        label_map, highest = np.zeros(frame_hw, np.int32), np.zeros(frame_hw, np.float32)
+        device = self.model.device
+        highest, label_map = (
+            torch.zeros(frame_hw, device=device),
+            torch.zeros(frame_hw, dtype=torch.int32, device=device),
+        )
         segmentations: list[dict | None] = [None] * num_objects
         mask_boxes = np.full((num_objects, 4), np.nan)
+        masks = {}
         for place, logits in low_res_masks.items():
-            large = models.upscale_masks(logits[None, None], frame_hw)[0, 0].cpu().numpy()
-            mask = large > 0
+            large = models.upscale_masks(logits[None, None], frame_hw)[0, 0]
+            label_map.masked_fill_(large > highest, place + 1)
+            highest = torch.maximum(highest, large)
+            masks[place] = large > 0
+        for place, mask in masks.items():
+            mask = mask.cpu().numpy()
             if not mask.any():
                 continue
-            is_higher = large > highest
-            label_map[is_higher], highest[is_higher] = place + 1, large[is_higher]
             segmentations[place] = mask_to_rle(mask)
             x1, y1, x2, y2 = mask_to_box(mask)
             mask_boxes[place] = x1, y1, x2 - x1 + 1, y2 - y1 + 1
-        return FrameMasks(label_map, segmentations, np.full(num_objects, np.nan), mask_boxes)
+        return FrameMasks(label_map.cpu().numpy(), segmentations, np.full(num_objects, np.nan), mask_boxes)
