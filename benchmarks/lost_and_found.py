@@ -5,7 +5,8 @@
 
 A making: 15 frames as they are, then 10 to 40 in which a patch of another sequence covers the object, then 25 as they
 are. Found again: an IoU above 0.5 in one of the first ten frames after that, of those in which the object is there. The
-sequences of DAVIS trained the tracker; those of OTB and VOT did not, and choose nothing here.
+sequences of DAVIS trained the tracker; those of OTB and VOT did not, and choose nothing here. Of these, as they are:
+AUC, and each time that the box leaves the object (an IoU of 0), whether it is above 0.5 again in the next ten frames.
 """
 
 import argparse
@@ -73,12 +74,16 @@ def list_davis(root: Path) -> list[Sequence]:
     return list_sequences(**compose_config("data=davis_sequences", f"data.root={root}")["data"])
 
 
-def measure_auc(settings: TrackerSettings, sequence: Sequence, model) -> float:
+def measure_sequence(settings: TrackerSettings, sequence: Sequence, model) -> tuple[float, int, int]:
+    """Track a sequence as it is: AUC; how often the box left the object; how often it was back within ten frames."""
     tracker = SiamFCTracker(model, settings)
     tracker.init(read_image(sequence.frame_path(0)), sequence.boxes_xywh[:1])
     boxes = [sequence.boxes_xywh[0]]
     boxes += [tracker.update(read_image(path))[0][0] for path in sequence.frame_paths[1:]]
-    return one_pass_scores(np.array(boxes), sequence.boxes_xywh, PROTOCOL)["success_auc"]
+    iou = box_iou(np.array(boxes), sequence.boxes_xywh)
+    left = [index for index in range(1, len(iou)) if iou[index] == 0 and iou[index - 1] > 0]
+    num_back = sum(bool((iou[index + 1 : index + 1 + NUM_TRIED] > 0.5).any()) for index in left)
+    return one_pass_scores(np.array(boxes), sequence.boxes_xywh, PROTOCOL)["success_auc"], len(left), num_back
 
 
 def main() -> None:
@@ -113,12 +118,13 @@ def main() -> None:
             flush=True,
         )
     if arguments.part == "test":
-        print("| sequence | AUC without | with |\n|---|---|---|")
+        print("| sequence | AUC without | with | found again without | with |\n|---|---|---|---|---|")
         rows = []
         for sequence in named.values():
-            rows.append([measure_auc(replace(plain, found_score=score), sequence, model) for score in scores])
-            print(f"| {sequence.name} | {rows[-1][0]:.3f} | {rows[-1][1]:.3f} |", flush=True)
-        print("| mean | " + " | ".join(f"{value:.3f}" for value in np.mean(rows, 0)) + " |")
+            rows.append([measure_sequence(replace(plain, found_score=score), sequence, model) for score in scores])
+            cells = [f"{auc:.3f}" for auc, *_ in rows[-1]] + [f"{back} of {left}" for _, left, back in rows[-1]]
+            print(f"| {sequence.name} | {' | '.join(cells)} |", flush=True)
+        print("| mean | " + " | ".join(f"{value:.3f}" for value in np.array(rows)[:, :, 0].mean(0)) + " | | |")
 
 
 if __name__ == "__main__":

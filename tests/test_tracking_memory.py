@@ -5,6 +5,7 @@ import json
 import cv2
 import numpy as np
 import pytest
+import tiny_training
 import torch
 from options import read_option
 from PIL import Image
@@ -33,7 +34,7 @@ def make_model(seed):
     return model
 
 
-def make_official(model):
+def make_official(weights):
     """sam2's video predictor with the weights of a model."""
     with models._sam2_without_hydra():
         from hydra import compose, initialize_config_module
@@ -51,7 +52,7 @@ def make_official(model):
                 f"++model.image_size={SIDE}",
             ]
             predictor = instantiate(compose("configs/sam2.1/sam2.1_hiera_t.yaml", overrides).model, _recursive_=True)
-    predictor.load_state_dict(model.state_dict())
+    predictor.load_state_dict(weights)
     return predictor.eval()
 
 
@@ -141,7 +142,7 @@ def model():
 def test_memory_is_that_of_the_official_predictor(video, model):
     folder, frames = video
     ours, tracker = run_ours(model, frames, PROMPTS)
-    state, shown = run_official(make_official(model), folder, PROMPTS)
+    state, shown = run_official(make_official(model.state_dict()), folder, PROMPTS)
     found = differences(ours, state)
     assert max(found.values()) < 1e-4
     without, _ = run_ours(model, frames[:6], PROMPTS, is_forgetful=True)
@@ -164,7 +165,7 @@ def test_memory_on_a_gpu_is_that_of_the_official_predictor(video):
     device, _ = set_up_device("cuda", "fp32")
     model = make_model(seed=3).to(device)
     ours, _ = run_ours(model, video[1], PROMPTS)
-    state, _ = run_official(make_official(model).to(device), video[0], PROMPTS)
+    state, _ = run_official(make_official(model.state_dict()).to(device), video[0], PROMPTS)
     assert max(differences(ours, state).values()) < 1e-4
 
 
@@ -205,6 +206,29 @@ def test_track_takes_objects_of_any_frame(video, model, tmp_path, monkeypatch):
                 assert each["scores"][index] == pytest.approx(scores[place], abs=1e-6)
     assert record["objects"][1]["boxes_xywh"][3] == [None] * 4 and record["objects"][1]["lost"][:4] == [True] * 4
     assert record["objects"][1]["masks"][4] is not None
+
+
+def test_a_fine_tuned_model_follows(video, tmp_path, monkeypatch):
+    """train_sam2.py's best.pt of an official model, in track.py and in sam2's own predictor."""
+    root = tiny_training.write_dataset(tmp_path / "data")
+    overrides = ["model=sam2.1_hiera_tiny", "model.checkpoint=none", f"model.image_size={SIDE}", "train.steps=1"]
+    overrides += ["train.batch_size=1", "train.objects_per_image=1", "prompts.max_corrections=1"]
+    tiny_training.make_runs_quick(monkeypatch)
+    tiny_training.script_evaluation(monkeypatch, [0.1, 0.2])
+    trained = tmp_path / "trained"
+    tiny_training.train_in(trained, tiny_training.compose_config(*tiny_training.tiny_overrides(root), *overrides))
+    weights = torch.load(trained / "best.pt", weights_only=True)["model"]
+
+    (tmp_path / "frames").mkdir()
+    for path in sorted(video[0].iterdir())[:5]:
+        (tmp_path / "frames" / path.name).write_bytes(path.read_bytes())
+    arguments = [f"input={tmp_path / 'frames'}", "tracker.mode=sam2", "box=[12,32,37,37]", "overlay=false"]
+    assert run(tmp_path / "run", *arguments, f"sam2.checkpoint={trained / 'best.pt'}") == []
+    prompts = {0: [PROMPTS[0][0]._replace(point_coords=np.array([[12, 32], [48, 68]], np.float32))]}
+    _, shown = run_official(make_official(weights), tmp_path / "frames", prompts)
+    theirs = np.stack([(shown[index][0, 0] > 0).numpy() for index in range(5)])
+    ours = np.stack([read_label_map(tmp_path / "run" / "masks" / f"{index:05d}.png") for index in range(5)])
+    assert np.array_equal(ours, theirs) and theirs.any()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tracks as other programs read them: MOT scored by trackeval, CVAT's xml replayed, DAVIS's masks."""
+"""Tracks as other programs read them: MOT by trackeval, CVAT's xml by Datumaro and replayed, DAVIS's masks."""
 
 import csv
 from xml.etree import ElementTree
@@ -97,6 +97,22 @@ def test_cvat_says_when_an_object_is_outside(tmp_path):
             if corners is not None:
                 x, y, w, h = tracked.boxes_xywh[index, n]
                 assert corners == pytest.approx([x, y, x + w, y + h], abs=0.006)
+
+
+def test_cvat_is_read_by_datumaro(tmp_path):
+    reason = (
+        "pip install --no-deps datumaro orjson json-stream json-stream-rs-tokenizer imagesize pandas lxml defusedxml"
+    )
+    cvat = pytest.importorskip("datumaro.plugins.data_formats.cvat.base", reason=f"pip install --no-deps {packages}")
+    tracked = make_tracks()
+    writers.write_cvat(tmp_path, "video", tracked, {})
+    read = np.full(tracked.boxes_xywh.shape, np.nan)
+    for item in cvat.CvatBase(str(tmp_path / "cvat.xml")):
+        for box in item.annotations:
+            if not box.attributes["outside"]:
+                read[item.attributes["frame"], box.attributes["track_id"]] = box.x, box.y, box.w, box.h
+    expected = np.where(tracked.is_lost[..., None], np.nan, tracked.boxes_xywh)
+    assert np.allclose(read, expected, rtol=0, atol=0.011, equal_nan=True)  # two corners of two decimals
 
 
 def test_track_writes_all_formats(tmp_path, monkeypatch):
