@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import child_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
@@ -132,7 +133,7 @@ def test_importing_any_file_prints_writes_and_starts_nothing(tmp_path):
 
     before = files()
     names = [module_name(path) for path in UTILS] + [path.stem for path in SCRIPTS]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = child_environment(ROOT, PYTHONDONTWRITEBYTECODE="1")
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_ALL, *names], cwd=tmp_path, env=environment, capture_output=True, text=True
     )

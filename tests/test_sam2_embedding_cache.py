@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 import tiny_training as tiny
 import torch
 import yaml
+from forked import child_environment, run_python
 from tiny import changed_config, compose_config, crash_at_step
 
 import infer_sam2
@@ -52,7 +51,7 @@ def filled(root, tmp_path_factory):
     """A folder that a run of one step has filled (fp16), to be copied."""
     folder = tmp_path_factory.mktemp("filled")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        tiny.make_runs_quick(monkeypatch)
+        tiny.leave_out_pictures(monkeypatch)
         tiny.script_evaluation(monkeypatch)
         tiny.train_in(folder / "run", tiny_config(root, f"cache={folder / 'cache'}", "train.steps=1"))
     return folder / "cache"
@@ -66,7 +65,7 @@ def cache_dir(filled, tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch):
-    tiny.make_runs_quick(monkeypatch)
+    tiny.leave_out_pictures(monkeypatch)
 
 
 @pytest.fixture
@@ -304,32 +303,31 @@ def test_what_killed_runs_left_is_removed_and_what_is_being_written_stays(root, 
 
 
 FILLER = """
-import sys
-sys.path[:0] = [{root!r}, {tests!r}]
+import multiprocessing, sys
 from pathlib import Path
 from test_sam2_embedding_cache import build_run_model, plan_tiny
 from utils.sam2.embedding_cache import fill_cache
-model = build_run_model(Path({data!r}))
-plan = plan_tiny(model, {folder!r}, Path({data!r}))
-print("ready", len(plan.missing), flush=True)
-sys.stdin.readline()
-fill_cache(model, plan)
+
+def fill(both):
+    model = build_run_model(Path(sys.argv[1]))
+    plan = plan_tiny(model, sys.argv[2], Path(sys.argv[1]))
+    print("missing", len(plan.missing), flush=True)
+    both.wait(60)  # both have listed the empty folder before either writes
+    fill_cache(model, plan)
+
+context = multiprocessing.get_context("fork")
+both = context.Barrier(2)
+processes = [context.Process(target=fill, args=(both,)) for _ in range(2)]
+[process.start() for process in processes]
+[process.join(100) for process in processes]
+sys.exit([process.exitcode for process in processes] != [0, 0])
 """
 
 
 def test_two_processes_fill_one_folder_at_once(root, tmp_path, filled):
-    folder = str(tmp_path / "cache")
-    script = FILLER.format(root=str(tiny.ROOT), tests=str(tiny.ROOT / "tests"), data=str(root), folder=folder)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen([sys.executable, "-c", script], **pipes) for _ in range(2)]
-    for process in both:  # both have listed the empty folder before either writes
-        assert any(line.startswith(f"ready {NUM_ENTRIES}") for line in iter(process.stdout.readline, ""))
-    for process in both:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    for process in both:
-        _, errors = process.communicate(timeout=100)
-        assert process.returncode == 0, errors[-2000:]
+    done = run_python("-c", FILLER, root, tmp_path / "cache", cwd=tmp_path, environment=child_environment())
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines().count(f"missing {NUM_ENTRIES}") == 2
     assert list_files(tmp_path / "cache") == list_files(filled)  # whole, nothing else, and bit for bit
 
 
