@@ -549,21 +549,21 @@ def test_formats_get_the_classes(learned, root, tmp_path):
 
 
 def test_a_run_goes_on_exactly(root, tmp_path, monkeypatch):
-    tiny_training.leave_out_pictures(monkeypatch)
+    tiny_training.make_runs_quick(monkeypatch)
     config = configure(root, "train.steps=4", "train.save_every=2", "train.eval_every=4")
     tiny_training.train_in(tmp_path / "whole", config)
     tiny.crash_at_step(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         tiny_training.train_in(tmp_path / "half", config)
     monkeypatch.undo()
-    tiny_training.leave_out_pictures(monkeypatch)
+    tiny_training.make_runs_quick(monkeypatch)
     tiny_training.train_in(tmp_path / "resumed", config, tmp_path / "half" / "last.pt")
     assert not tiny.run_differences(tmp_path / "whole", tmp_path / "resumed")
     assert "class_head" in load_checkpoint(tmp_path / "resumed" / "last.pt")
 
 
 def test_classes_of_no_weight_leave_the_masks_as_they_are(root, tmp_path, monkeypatch):
-    tiny_training.leave_out_pictures(monkeypatch)
+    tiny_training.make_runs_quick(monkeypatch)
     steps = ("train.steps=3", "train.eval_every=3")
     with_classes = tiny_training.train_in(tmp_path / "with", configure(root, *steps, "loss.classes=0"))
     without = tiny_training.train_in(tmp_path / "without", configure(root, *steps, "classes=null"))
@@ -597,7 +597,7 @@ def test_a_head_with_the_same_classes_goes_on(learned, root, tmp_path, capfd, mo
 
 
 def test_a_class_without_validation_objects_is_said_and_not_measured(tmp_path, monkeypatch, capfd):
-    tiny_training.leave_out_pictures(monkeypatch)
+    tiny_training.make_runs_quick(monkeypatch)
     use_few_points(monkeypatch)
     root = write_coco(tmp_path / "data", val_names=("red", "green"))
     config = configure(root, "train.steps=0", "classes=[red,green,blue]")
@@ -656,7 +656,7 @@ def test_a_head_starts_as_linear_layers_do():
 
 def test_the_end_measures_automatic_masks_and_the_middle_does_not(root, tmp_path, monkeypatch):
     """And the head's rate follows the schedule from its own highest one, whatever optim.lr is."""
-    tiny_training.leave_out_pictures(monkeypatch)
+    tiny_training.make_runs_quick(monkeypatch)
     use_few_points(monkeypatch)
     config = configure(root, "train.steps=3", "train.eval_every=1", "train.eval_automatic=ends", "optim.lr=0")
     last = tiny_training.train_in(tmp_path / "run", config)
@@ -671,7 +671,7 @@ def test_the_end_measures_automatic_masks_and_the_middle_does_not(root, tmp_path
 
 
 def test_a_mixture_of_weights_has_the_head_of_the_end(root, tmp_path, monkeypatch):
-    tiny_training.leave_out_pictures(monkeypatch)
+    tiny_training.make_runs_quick(monkeypatch)
     general = {**configure(root)["data"], "val_images": "val", "val_annotations": "val.json"}
     general = {key: value for key, value in general.items() if key not in ("min_area_px", "hflip", "color_jitter")}
     config = configure(root, "train.steps=2", "train.eval_every=1", "train.blend=true") | {"general_data": general}
