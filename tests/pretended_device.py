@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo  # which keeps torch.cuda's own functions: before they are replaced
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -97,10 +98,14 @@ class PretendedDevice(TorchDispatchMode):
         torch._C._ensureCUDADeviceGuardSet()  # as torch's own FakeTensorMode does, for good
         PretendedDevice.current, self.patches = self, pytest.MonkeyPatch()
         self.replace_parts_of_torch(self.patches)
+        # where torch sees a GPU of its own it would choose one of that GPU's kernels, which have no form for the CPU
+        self.plain_attention = sdpa_kernel(SDPBackend.MATH)
+        self.plain_attention.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
+        self.plain_attention.__exit__(*error)
         self.patches.undo()
         PretendedDevice.current = None
 

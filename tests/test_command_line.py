@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import run_python
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
@@ -137,8 +138,8 @@ def test_a_value_that_must_be_given_is_named_in_one_line(monkeypatch):
 def test_a_name_of_every_sort_passes_a_real_script(tmp_path):
     """The message of a file that is not there shows what the script got."""
     name = "IMG (2), it's=é 照.jpg"
-    command = [sys.executable, "infer_sam2.py", f"input={tmp_path / name}", f"hydra.run.dir={tmp_path / 'a (b)'}"]
-    done = subprocess.run(command, cwd=Path(settings.__file__).parents[1], capture_output=True, text=True)
+    arguments = f"input={tmp_path / name}", f"hydra.run.dir={tmp_path / 'a (b)'}"
+    done = run_python("infer_sam2.py", *arguments, cwd=Path(settings.__file__).parents[1])
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(
         f"error: input {tmp_path / name} does not exist"
     )

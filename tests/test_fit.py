@@ -2,13 +2,13 @@
 
 import contextlib
 import re
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import tiny_training
 import torch
+from forked import run_python
 from tiny import ROOT, compose_config, run_main
 
 import train_sam2
@@ -185,7 +185,7 @@ torch.ones({GIB}, dtype=torch.uint8)
 fit.reset_peak_memory(cpu)
 print("again", fit.read_peak_memory(cpu) - before < 2**28, fit.read_free_memory(cpu) > 2**30)
 """
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    result = run_python("-c", code, cwd=ROOT)
     assert result.stdout.split("\n")[:3] == ["refused True", "peak 2", "again True True"], result.stdout + result.stderr
 
 

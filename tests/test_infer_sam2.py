@@ -4,8 +4,6 @@ import csv
 import functools
 import json
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 import tiny
 import tiny_training
 import torch
+from forked import run_python
 from options import read_option
 from pycocotools import mask as coco_mask
 
@@ -72,8 +71,7 @@ def run(folder, run_dir, *overrides):
 
 def run_command(*arguments, cwd):
     """Run the real command."""
-    command = [sys.executable, str(ROOT / "infer_sam2.py"), "device=cpu", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    return run_python(ROOT / "infer_sam2.py", "device=cpu", *arguments, cwd=cwd)
 
 
 def masks_of(record):
@@ -468,8 +466,8 @@ def test_best_checkpoint_of_training_predicts_the_same_in_an_untouched_sam2(fold
         len(annotation["point_coords"]): coco_mask.decode(annotation["segmentation"]) > 0 for annotation in annotations
     }
 
-    command = [sys.executable, "-c", UNTOUCHED_SAM2, best_path, picture, POINTS[0], BOX, tmp_path / "masks.npy"]
-    done = subprocess.run([str(word) for word in command], cwd=tmp_path, capture_output=True, text=True)
+    arguments = best_path, picture, POINTS[0], BOX, tmp_path / "masks.npy"
+    done = run_python("-c", UNTOUCHED_SAM2, *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     point_mask, box_mask = np.load(tmp_path / "masks.npy")
     assert all(0.05 < mask.mean() < 0.95 for mask in (point_mask, box_mask)) and (point_mask != box_mask).any()

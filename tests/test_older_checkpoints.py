@@ -121,7 +121,8 @@ def files(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_older_checkpoints_give_their_results(name, files, tmp_path, one_thread, capfd):
+def test_older_checkpoints_give_their_results(name, files, tmp_path, one_thread, monkeypatch, capfd):
+    tiny.draw_the_loss_alone(monkeypatch)
     trainer, script, arguments = COMMANDS[name]
     root, run_dir = files[trainer]
     arguments = arguments.replace("RUN", run_dir.as_posix()).replace("DATA", root.as_posix())

@@ -123,6 +123,25 @@ def test_autocast_casts_as_on_cuda():
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_attention_is_made_of_plain_operators_also_where_torch_sees_a_gpu(kind):
+    """Which would compute it by a kernel of its own, past the pretended device or without a form for the CPU."""
+
+    def list_kernels():
+        return [
+            getattr(torch.backends.cuda, f"{name}_sdp_enabled")()
+            for name in ("flash", "mem_efficient", "cudnn", "math")
+        ]
+
+    before, here = list_kernels(), make(1, 2, 8, 4)
+    with PretendedDevice(kind) as device:
+        assert list_kernels() == [False, False, False, True]
+        attended = torch.nn.functional.scaled_dot_product_attention(*[here.to(kind)] * 3)
+        assert sum(device.kernels.values()) > 3
+    assert list_kernels() == before
+    torch.testing.assert_close(attended.data_on_cpu, (here @ here.mT / 2).softmax(-1) @ here)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
 def test_gradients_and_updates_are_those_of_the_cpu(kind):
     torch.manual_seed(0)
     plain = torch.nn.Sequential(

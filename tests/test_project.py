@@ -1,6 +1,7 @@
 """The project's own rules: who imports whom, nothing happens at import, requirements, and common.yaml."""
 
 import ast
+import functools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import child_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
@@ -41,6 +43,11 @@ def imports(tree) -> set[str]:
     return names
 
 
+@functools.cache
+def file_imports(path) -> frozenset[str]:
+    return frozenset(imports(parse(path)))
+
+
 def module_name(path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
@@ -48,7 +55,7 @@ def module_name(path) -> str:
 def utils_imports(path) -> set[str]:
     """List the files of utils that a file imports, as utils.run or utils.sam2.model."""
     known = {module_name(each) for each in UTILS}
-    prefixes = [[name.rsplit(".", drop)[0] for drop in (0, 1)] for name in imports(parse(path))]
+    prefixes = [[name.rsplit(".", drop)[0] for drop in (0, 1)] for name in file_imports(path)]
     return {prefix for pair in prefixes for prefix in pair if prefix in known}
 
 
@@ -59,7 +66,7 @@ def test_there_is_something_to_check():
 
 @pytest.mark.parametrize("path", SCRIPTS + UTILS, ids=module_name)
 def test_imports_go_from_scripts_to_utils_to_libraries(path):
-    tops = {name.split(".")[0] for name in imports(parse(path))}
+    tops = {name.split(".")[0] for name in file_imports(path)}
     assert not tops & ({script.stem for script in SCRIPTS} | {"tests", "benchmarks"})
 
 
@@ -132,7 +139,7 @@ def test_importing_any_file_prints_writes_and_starts_nothing(tmp_path):
 
     before = files()
     names = [module_name(path) for path in UTILS] + [path.stem for path in SCRIPTS]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = child_environment(ROOT, PYTHONDONTWRITEBYTECODE="1")
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_ALL, *names], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
@@ -159,7 +166,7 @@ def required(name: str) -> set[str]:
 
 def third_party(paths) -> set[str]:
     own = {path.stem for path in SCRIPTS + TESTS} | {"utils", "tests", "benchmarks"}
-    names = {name for path in paths for name in imports(parse(path))}
+    names = {name for path in paths for name in file_imports(path)}
     tops = {"tensorboard" if name.startswith("torch.utils.tensorboard") else name.split(".")[0] for name in names}
     return {PACKAGES.get(top, top) for top in tops - own - set(sys.stdlib_module_names)}
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import child_environment, run_python
 from tiny import ROOT, run_differences, without_timing
 
 from utils import ranks, settings
@@ -26,7 +27,7 @@ from utils.tracking.tracker import fold_batch_norm
 LIMIT_S = 60  # of a run, in which nothing may hang
 ENDS_WITHIN_S = 30  # all processes after the first of them died
 RUNNER = r"""
-import contextlib, importlib, json, os, pkgutil, signal, socket, sys, time, traceback
+import contextlib, gc, importlib, json, os, pkgutil, signal, socket, sys, time, traceback
 from pathlib import Path
 import pytest, torch
 import torch.utils.tensorboard
@@ -115,6 +116,8 @@ def run(case, run_dir, *modules):
 for line in sys.stdin:
     names, folder, cases = json.loads(line)
     modules = [importlib.import_module(name) for name in names]
+    gc.collect()
+    gc.freeze()  # else each process would copy all memory in looking for garbage
     print(json.dumps({name: run(case, Path(folder, name), *modules) for name, case in cases.items()}), flush=True)
 """
 
@@ -123,8 +126,8 @@ for line in sys.stdin:
 def runner(tmp_path_factory):
     """The process that forks those of the runs, and the file with what it says itself."""
     said = tmp_path_factory.mktemp("runner") / "stderr.txt"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # the first process is the store here, which torchrun has in its own
+    # the first process is the store here, which torchrun has in its own
+    environment = child_environment(TORCH_CPP_LOG_LEVEL="ERROR")
     command = [sys.executable, "-c", RUNNER, str(LIMIT_S)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with said.open("w") as file, subprocess.Popen(command, env=environment, stderr=file, **pipes) as process:
@@ -289,10 +292,9 @@ def test_errors_are_one_line_of_the_process_that_has_it(runner, trainer, tmp_pat
 
 
 def torchrun(script: str, *arguments: str, count: int = 2) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    command = [*launcher, str(ROOT / f"{script}.py"), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=LIMIT_S)
+    launch = "from torch.distributed.run import main; main()"  # as torchrun does; it starts the others with python
+    options = ["--standalone", f"--nproc_per_node={count}", ROOT / f"{script}.py"]
+    return run_python("-c", launch, *options, *arguments, cwd=Path.cwd(), limit_s=LIMIT_S)
 
 
 @only_unet
@@ -397,9 +399,9 @@ def test_a_world_size_without_a_rank_is_none_of_torchruns(monkeypatch):
 def test_a_sweep_runs_by_submitit(trainer, tmp_path):
     """hydra/launcher=submitit_slurm, but for Slurm: its jobs are processes of this machine."""
     overrides = trainer.tiny.tiny_overrides(trainer.root)
-    command = [sys.executable, str(ROOT / "train_unet.py"), "--multirun", "hydra/launcher=submitit_local", *overrides]
-    command += ["train.steps=1", "train.test_at_end=false", "seed=1", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * LIMIT_S, cwd=tmp_path)
+    arguments = ["--multirun", "hydra/launcher=submitit_local", *overrides]
+    arguments += ["train.steps=1", "train.test_at_end=false", "seed=1", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    done = run_python(ROOT / "train_unet.py", *arguments, cwd=tmp_path, limit_s=2 * LIMIT_S)
     assert done.returncode == 0, done.stderr[-2000:]
     records = [json.loads((tmp_path / "sweep" / name / "run.json").read_text()) for name in ("0",)]
     assert [record["config"]["seed"] for record in records] == [1] and all("end" in record for record in records)

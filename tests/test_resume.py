@@ -270,8 +270,8 @@ CASES = {
         "mid_save": {"die": ["os", "replace", 4, "last.pt"]},
         # last.pt of step 0 is there, and best.pt is not
         "between_saves": {"die": ["utils.loop", "save_checkpoint", 2]},
-        # 13 objects, 2 clicks: within the second evaluation
-        "mid_validation": {"die": ["utils.sam2.prompts", "center_point", 13 * 2 + 9]},
+        # 6 objects, 2 clicks: within the second evaluation
+        "mid_validation": {"die": ["utils.sam2.prompts", "center_point", 6 * 2 + 9]},
         # between the third step's two forwards
         "mid_accumulation": {"die": ["train_sam2", "prompted_losses", 2 * 2 + 2]},
         # wherever a clock says
@@ -318,7 +318,7 @@ def test_killed_runs_resume_exactly(trainer, tmp_path):
     name = trainer.name
     overrides = ["train.steps=5", "train.eval_every=2", "train.batch_size=1", "train.accumulate=2"]
     if name == "train_sam2":
-        overrides += ["train.eval_clicks=[1,2]", "train.objects_per_image=2"]
+        overrides += ["train.eval_clicks=[1,2]", "train.eval_images=2", "train.objects_per_image=2"]
     steps = kill_and_resume(trainer.tiny.__name__, configure(trainer, *overrides), tmp_path, CASES[name])
     assert {case: step for case, step in steps.items() if case in LEFT_AT} == {
         case: step for case, step in LEFT_AT.items() if case in steps

@@ -476,7 +476,7 @@ def learned(tmp_path_factory):
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_few_points(monkeypatch)
-        tiny_training.make_runs_quick(monkeypatch)
+        tiny_training.leave_out_pictures(monkeypatch)
         status, message = tiny.run_script(train_sam2, run_dir, *command)
     assert status == 0, message
     return run_dir
@@ -574,7 +574,7 @@ def test_classes_of_no_weight_leave_the_masks_as_they_are(root, tmp_path, monkey
 
 
 def test_a_head_with_the_same_classes_goes_on(learned, root, tmp_path, capfd, monkeypatch):
-    tiny_training.make_runs_quick(monkeypatch)
+    tiny_training.leave_out_pictures(monkeypatch)
     more = [f"model.checkpoint={learned / 'best.pt'}", "train.steps=0"]
     own = overrides(learned.parent / "data", "classes=auto", *more)
     status, message = tiny.run_script(train_sam2, tmp_path / "same", *own)

@@ -238,7 +238,7 @@ def test_wrapped_weights_are_loaded_by_both_scripts(folder, root, tmp_path, monk
     arguments = [f"input={folder / 'photo.png'}", "mode=prompts", BOXES]
     expected = run(folder, tmp_path / "own", *arguments)[0]
     assert run(folder, tmp_path / "other", *arguments, f"checkpoint={tmp_path / 'other.pt'}")[0] == expected
-    tiny_training.make_runs_quick(monkeypatch)
+    tiny_training.leave_out_pictures(monkeypatch)
     tiny_training.script_evaluation(monkeypatch)
     config = tiny_training.configure(root, f"model.checkpoint={tmp_path / 'other.pt'}", "train.steps=0")
     assert not tiny.differences(tiny_training.train_in(tmp_path / "run", config)["model"], dict(weights))
@@ -267,7 +267,7 @@ def test_spoilt_weights_are_refused_by_both_scripts(folder, root, tmp_path, monk
     with pytest.raises(ValueError, match=message):
         run(folder, tmp_path / "run", f"input={folder / 'photo.png'}", f"checkpoint={tmp_path / 'bad.pt'}")
     overrides = [*tiny_training.tiny_overrides(root), f"model.checkpoint={tmp_path / 'bad.pt'}", "train.steps=0"]
-    tiny_training.make_runs_quick(monkeypatch)
+    tiny_training.leave_out_pictures(monkeypatch)
     with pytest.raises(ValueError, match=message):
         tiny_training.train_in(tmp_path / "trained", tiny_training.compose_config(*overrides))
     if kind == "nan":
@@ -307,7 +307,7 @@ def test_the_bundled_tracker_is_no_sam2(folder, root, tmp_path, monkeypatch):  #
     """The toolkit's own file of another task, given to both scripts."""
     (tracker,) = [path for path in (tiny.ROOT / "checkpoints").glob("*.pt") if "siamfc" in path.name]
     message = rf"{tracker.name} was not written by train_sam2\.py, but by train_siamfc\.py"
-    tiny_training.make_runs_quick(monkeypatch)
+    tiny_training.leave_out_pictures(monkeypatch)
     with pytest.raises(ValueError, match=message):
         run(folder, tmp_path / "run", f"input={folder / 'photo.png'}", f"checkpoint={tracker}")
     config = tiny_training.configure(root, f"model.checkpoint={tracker}", "train.steps=0")

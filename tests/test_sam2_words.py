@@ -34,7 +34,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def quick(monkeypatch):
-    tiny_training.make_runs_quick(monkeypatch)
+    tiny_training.leave_out_pictures(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def trained(root, tmp_path_factory):
     """A run of four steps with words: its folder and what last.pt holds."""
     run_dir = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        tiny_training.make_runs_quick(monkeypatch)
+        tiny_training.leave_out_pictures(monkeypatch)
         last = train_in(run_dir, configure(root, *TEXT, "train.steps=4", "train.eval_every=2"))
     return run_dir, last
 

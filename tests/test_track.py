@@ -5,9 +5,6 @@ Most tests track with a small network (tests/test_siamfc_tracker.py), in place o
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import av
@@ -16,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from forked import run_python
 from got10k.experiments import ExperimentGOT10k, ExperimentOTB
 from omegaconf import OmegaConf
 from test_tracking_metrics import Dataset, experiment
@@ -791,15 +789,15 @@ def test_a_run_folder_is_used_once(folder, tmp_path):
 def test_the_command_with_the_real_network_and_random_weights(clip, tmp_path):
     write_frames(tmp_path / "frames", clip[0][:4])
     write_lines(tmp_path / "frames" / "groundtruth.txt", clip[1])
-    command = [sys.executable, str(tiny.ROOT / "track.py"), "device=cpu", "input=frames", "checkpoint=random"]
-    done = subprocess.run([*command, "hydra.run.dir=run"], cwd=tmp_path, capture_output=True, text=True)
+    arguments = "device=cpu", "input=frames", "checkpoint=random", "hydra.run.dir=run"
+    done = run_python(tiny.ROOT / "track.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "end to end" in done.stdout and "p95" in done.stdout and "Traceback" not in done.stderr
     assert "4/4" in done.stderr  # the progress bar
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         ".hydra", "track.log", "run.json", "boxes.txt", "tracks.json", "overlay.mp4"
     }  # fmt: skip
-    helped = subprocess.run([*command[:2], "--help"], cwd=tmp_path, capture_output=True, text=True)
+    helped = run_python(tiny.ROOT / "track.py", "--help", cwd=tmp_path)
     assert helped.stdout.startswith("Track objects with SiamFC") and helped.returncode == 0
 
 
@@ -838,9 +836,7 @@ def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path):
             shift = round(5 + 4 * np.sin(index / 20))
             video.add(np.ascontiguousarray(noise[shift : shift + 96, shift : shift + 128]))
     arguments = [tmp_path / "long.mp4", tmp_path / "run", tiny.ROOT, tiny.ROOT / "tests"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", MEASURE, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = run_python("-c", MEASURE, *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert float(done.stdout.splitlines()[-1]) < 30, done.stdout  # MiB; its frames are 56
     assert count_frames(tmp_path / "run" / "overlay.mp4") == len(read_lines(tmp_path / "run" / "boxes.txt")) == 1600

@@ -7,8 +7,6 @@ import csv
 import itertools
 import json
 import math
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 import tiny_tracking as tiny
 import torch
+from tiny import run_command
 from tiny_training import differences
 
 import train_siamfc as script
@@ -61,11 +60,11 @@ def read_rows(run_dir):
 def finished(root, tmp_path_factory):
     """The folder and the output of a run of two steps with the real network."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
-    command = [
-        sys.executable, str(tiny.ROOT / "train_siamfc.py"), *tiny.tiny_overrides(root), f"hydra.run.dir={run_dir}",
+    arguments = [
+        *tiny.tiny_overrides(root),
         "train.steps=2", "train.eval_every=2", "train.picture_pairs=2", "train.eval_frames=2",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=run_dir.parent, capture_output=True, text=True)
+    done = run_command(script, run_dir, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return run_dir, done.stdout + done.stderr
 

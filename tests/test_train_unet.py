@@ -10,11 +10,8 @@ test_segmentation_readers.py.
 import csv
 import json
 import math
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +20,10 @@ import tifffile
 import tiny_segmentation
 import torch
 import torchvision
+from forked import child_environment, run_python
 from options import read_option
 from PIL import Image
-from tiny import changed_config, differences, read_last
+from tiny import changed_config, differences, read_last, run_command
 from tiny_segmentation import NAMES, ROOT, compose_config, run_main, tiny_overrides, train_in, write_dataset
 from torchvision.models import get_model
 
@@ -75,13 +73,13 @@ def list_items(config, split):
 def overfitted(root, tmp_path_factory):
     """The folder and the output of a run that sees five pictures over and over."""
     run_dir = tmp_path_factory.mktemp("overfitted") / "run"
-    command = [
-        sys.executable, str(ROOT / "train_unet.py"), *tiny_overrides(root), f"hydra.run.dir={run_dir}",
+    arguments = [
+        *tiny_overrides(root),
         "train.steps=80", "train.batch_size=5", "train.eval_every=40", "train.log_every=10", "optim.lr=0.01",
         "model.base_channels=8",
         "data.scale=[1.0,1.0]", "data.color_jitter=0.0", "data.image_size=[48,64]",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=run_dir.parent, capture_output=True, text=True)
+    done = run_command(train_unet, run_dir, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return run_dir, done.stdout + done.stderr
 
@@ -970,7 +968,6 @@ before = peak_bytes()
 train_unet.evaluate(predictor, [Item], "val", loss, None, 0)
 print((peak_bytes() - before) / (4 * 21 * class_map.size))
 """
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    done = run_python("-c", code, cwd=tmp_path, environment=child_environment())
     assert done.returncode == 0, done.stderr[-2000:]
     assert 1 < float(done.stdout.split()[-1]) < 4.5

@@ -149,6 +149,7 @@ def test_low_precision_has_its_loss_and_its_weights_in_fp32(precision, dtype, tr
 def test_pictures_that_cannot_be_written_stop_no_run(trainer, tmp_path, monkeypatch, capfd):
     """A full disk at a sample ended a training."""
     monkeypatch.undo()  # evaluations that draw
+    tiny.draw_the_loss_alone(monkeypatch)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "samples").write_text("a file where the pictures of an evaluation go")
     (tmp_path / "run" / "curves.png").mkdir()

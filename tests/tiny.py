@@ -14,12 +14,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from forked import child_environment, run_python
 from hydra import compose, initialize_config_dir
 from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+import utils.log
 import utils.loop
 from utils.checkpoint import load_checkpoint
 from utils.settings import read_command_line
@@ -77,6 +79,35 @@ def run_main(script: ModuleType, monkeypatch, capfd, run_dir: Path, *arguments: 
     capfd.readouterr()
     status, message = run_script(script, run_dir, *arguments)
     return status, "".join(capfd.readouterr()) + message
+
+
+DRAW_LOSS_ALONE = r"""
+from utils import log
+
+plot_curves = log._plot_curves
+log._plot_curves = lambda rows, path: plot_curves([{key: row[key] for key in ("step", "train/loss") if key in row}
+                                                   for row in rows], path)
+"""
+RUN_SCRIPT = r"""
+import runpy, sys
+
+del sys.argv[0]
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def draw_the_loss_alone(monkeypatch) -> None:
+    """Let curves.png have one panel: all take more than a second, at each evaluation. tests/test_run.py draws them."""
+    monkeypatch.setattr(utils.log, "_plot_curves", utils.log._plot_curves)  # which is put back at the end
+    exec(DRAW_LOSS_ALONE, {})
+
+
+def run_command(script: ModuleType, run_dir: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run the real command in a process of its own, beside its run folder, but draw the loss alone."""
+    command = [ROOT / f"{script.__name__}.py", *arguments, f"hydra.run.dir={run_dir}"]
+    code = DRAW_LOSS_ALONE + RUN_SCRIPT
+    return run_python("-c", code, *command, cwd=run_dir.parent, environment=child_environment(ROOT))
 
 
 def train_in(script: ModuleType, run_dir: Path, config: dict, resume_path: Path | None = None) -> dict:
@@ -165,7 +196,7 @@ def crash_at_step(monkeypatch, step: int) -> None:
 # "die" kills itself at a call; the others are killed by the parent once they have used a share of the processor time
 # that the whole run took from its first checkpoint to its end.
 KILLER = r"""
-import importlib, json, os, pkgutil, shutil, signal, sys, time, traceback
+import gc, importlib, json, os, pkgutil, shutil, signal, sys, time, traceback
 from pathlib import Path
 import pytest, torch
 import torch.utils.tensorboard
@@ -174,6 +205,8 @@ torch.set_num_threads(1)
 tiny_runs = importlib.import_module(sys.argv[1])
 config, folder, cases = json.loads(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
 tiny_runs.make_runs_quick(pytest.MonkeyPatch())
+gc.collect()
+gc.freeze()  # else each child would copy all memory in looking for garbage
 
 
 def die_at_call(module, name, number, ending=None):
@@ -247,9 +280,8 @@ def kill_and_resume(tiny_runs: str, config: dict, folder: Path, cases: dict[str,
     Returns:
         {case: the step of the last.pt that the killed run left}.
     """
-    command = [sys.executable, "-c", KILLER, tiny_runs, json.dumps(config), str(folder), json.dumps(cases)]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    arguments = tiny_runs, json.dumps(config), folder, json.dumps(cases)
+    done = run_python("-c", KILLER, *arguments, cwd=ROOT, environment=child_environment())
     assert done.returncode == 0, done.stderr[-3000:]
     statuses = json.loads(done.stdout.splitlines()[-1])
     assert statuses.pop("whole") == [0, 0] and statuses.keys() == cases.keys()

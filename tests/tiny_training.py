@@ -20,6 +20,7 @@ from utils.images import Picture, write_image, write_label_map
 from utils.instances import label_folder
 from utils.instances.codecs import mask_to_rle
 from utils.instances.readers import Item, object_ids, split_items
+from utils.sam2 import model as models
 from utils.settings import read_settings
 
 COLORS = np.array([(230, 60, 60), (60, 220, 60), (70, 90, 240), (120, 120, 120)], np.uint8)  # of ids 1, 2, 3, 4
@@ -125,7 +126,13 @@ def tiny_overrides(root: Path) -> list[str]:
 compose_config = functools.partial(tiny.compose_config, "train_sam2")
 train_in = functools.partial(tiny.train_in, train_sam2)
 run_main = functools.partial(tiny.run_main, train_sam2)
-make_runs_quick = functools.partial(tiny.make_runs_quick, train_sam2)
+leave_out_pictures = functools.partial(tiny.make_runs_quick, train_sam2)
+
+
+def make_runs_quick(monkeypatch) -> None:
+    """Leave out pictures, and take a narrow encoder, which no weights of checkpoints/ fit: a quarter of a tiny run."""
+    leave_out_pictures(monkeypatch)
+    monkeypatch.setattr(models, "ConvTrunk", functools.partial(models.ConvTrunk, channels=(16, 16, 32, 32)))
 
 
 def configure(root: Path, *overrides: str) -> dict:
