@@ -103,7 +103,7 @@ def test_cvat_is_read_by_datumaro(tmp_path):
     reason = (
         "pip install --no-deps datumaro orjson json-stream json-stream-rs-tokenizer imagesize pandas lxml defusedxml"
     )
-    cvat = pytest.importorskip("datumaro.plugins.data_formats.cvat.base", reason=f"pip install --no-deps {packages}")
+    cvat = pytest.importorskip("datumaro.plugins.data_formats.cvat.base", reason=reason)
     tracked = make_tracks()
     writers.write_cvat(tmp_path, "video", tracked, {})
     read = np.full(tracked.boxes_xywh.shape, np.nan)
