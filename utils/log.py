@@ -274,7 +274,9 @@ def _plot_curves(rows: list[dict[str, int | float]], path: Path) -> None:
 
     num_columns = min(4, max(1, len(panels)))
     num_rows = max(1, math.ceil(len(panels) / num_columns))
-    figure = Figure(figsize=(4.5 * num_columns, 3 * num_rows), layout="constrained")
+    width, height = 4.5 * num_columns, 3.0 * num_rows  # inches
+    figure = Figure(figsize=(width, height))  # margins are given: to find them takes longer than to draw
+    figure.subplots_adjust(0.75 / width, 0.5 / height, 1 - 0.2 / width, 1 - 0.35 / height, wspace=0.25, hspace=0.45)
     axes = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
     for ax, (title, curves) in zip(axes, panels.items(), strict=False):
         for name, points in curves.items():
