@@ -224,6 +224,33 @@ def test_a_film_that_was_cut_at_an_open_group_of_pictures_is_whole(suffix, tmp_p
     assert frames == list(range(frames[0], 40)) and len(frames) < len(packets) - start and source.problem is None
 
 
+def test_a_part_of_an_mkv_is_no_whole_film(tmp_path):
+    """As a download that broke off: it plays, and its header says that there was more."""
+    path, part = tmp_path / "film.mkv", tmp_path / "part.mkv"
+    encode_film(path, "libx264", {})
+    part.write_bytes(path.read_bytes()[: path.stat().st_size * 7 // 10])
+    source = FrameSource(part)
+    frames = shown_frames(source)
+    assert frames == list(range(len(frames))) and 10 < len(frames) < 34
+    assert f"part.mkv ends after {len(frames)} frames" in source.problem
+
+
+def test_a_frame_that_the_decoder_passes_over_in_silence_is_named(tmp_path):
+    """HEVC: no error, no picture, and what needs it comes to nothing either: all others stay in their places."""
+    path = tmp_path / "film.mp4"
+    encode_film(path, "libx265", {"x265-params": "log-level=none"})
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][20]
+        data = bytearray(path.read_bytes())
+    rng = np.random.default_rng(0)
+    data[packet.pos + 8 : packet.pos + packet.size] = rng.integers(0, 256, packet.size - 8, np.uint8).tobytes()
+    path.write_bytes(data)
+    frames = shown_frames(FrameSource(path))
+    place = round(packet.pts * packet.time_base * 25)
+    assert len(frames) == 40 and frames[place] is None and frames[:15] == list(range(15))
+    assert all(frame in (None, index) for index, frame in enumerate(frames))
+
+
 @pytest.mark.skipif(not hasattr(av.container.OutputContainer, "add_attachment"), reason="PyAV is older: no attachments")
 @pytest.mark.parametrize("has_film", [True, False])
 def test_an_attached_cover_of_mkv_is_no_film(has_film, tmp_path):

@@ -24,6 +24,9 @@ from utils.images import PICTURE_SUFFIXES, count_pages, read_image
 NUM_AHEAD = 4  # decoded frames that wait for the tracker
 STOP_CHECK_S = 0.1  # how often a full queue looks whether anyone still wants frames
 NO_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
+ONE_A_PACKET = ("h264", "hevc", "vp9", "av1", "libdav1d")  # decoders: every packet of their films is a picture
+TIMED_HEADER = "matroska,webm"  # a format whose header says how long a film is, and whose films play when cut off
+MOST_SHORT_S = 0.25  # that a film may be shorter than its header says
 VIDEO_CLOCK = 90_000  # ticks a second of written videos: 25, 30, 30000/1001 and milliseconds are whole numbers of them
 VIDEO_QUALITY = "20"  # x264's constant rate factor: 0 lossless, 18 looks the same, 51 worst
 
@@ -193,33 +196,47 @@ class FrameSource:
         With several frames under way at once, FFmpeg reports a damaged one some frames late, and drops those that are
         under way when a film ends or breaks off behind it: nothing of that is known before the end.
         """
+        num_shown = yield from self._read_undamaged_video()
+        if num_shown is not None:
+            yield from self._read_damaged_video(num_shown)
+
+    def _read_undamaged_video(self):
+        """Decode as long as nothing is wrong: how many pictures were shown until then; None where nothing was."""
         index = num_packets = 0
-        last_pts = last_shown_pts = None
+        waiting: set[int] = set()  # times of packets whose pictures have not come so far
+        first_pts = last_pts = None  # of the pictures
         with _open_video(self._video_path) as (container, stream):
             stream.thread_type = "AUTO"
-            with contextlib.suppress(av.FFmpegError):
+            is_one_a_packet = stream.codec_context.name in ONE_A_PACKET
+            try:
                 for packet in container.demux(stream):
                     num_packets += packet.size > 0
-                    if packet.size and packet.pts is not None and not packet.is_discard:
-                        last_pts = packet.pts if last_pts is None else max(last_pts, packet.pts)
+                    waiting |= _shown_times(packet)
                     for picture in packet.decode():
+                        if is_one_a_packet and _is_between(waiting, first_pts, picture.pts):
+                            return index
                         yield index, self._show(picture, stream), None
-                        index, last_shown_pts = index + 1, picture.pts
-                if last_pts is None or last_shown_pts is None:  # the container has no times
-                    is_whole = index >= num_packets
-                else:  # fewer pictures than packets are no sign: some codecs have packets that are not shown
-                    is_whole = last_shown_pts >= last_pts
-                if is_whole and not self._is_cut(stream, num_packets):
-                    return
-        yield from self._read_damaged_video(num_shown=index)
+                        index, last_pts = index + 1, picture.pts
+                        first_pts = last_pts if first_pts is None else first_pts
+                        waiting.discard(last_pts)
+            except av.FFmpegError:
+                return index
+            is_short = index < num_packets if last_pts is None else _is_between(waiting, last_pts, math.inf)
+            return index if is_short or self._is_cut(container, stream, num_packets) else None
 
     def _read_damaged_video(self, num_shown: int):
         """Decode frame by frame, and name what cannot be; the first `num_shown` pictures have been shown already."""
         index, num_decoded, num_packets, has_keyframe = num_shown, 0, 0, False
+        waiting: set[int] = set()  # as in `_read_video`
+        first_pts = None
         broken: list[tuple[float, str]] = []  # when it would have been shown, and why it is not; not yielded so far
 
         def name_broken(until: float):
             nonlocal index
+            if stream.codec_context.name in ONE_A_PACKET and first_pts is not None:
+                silent = {pts for pts in waiting if first_pts < pts < until}
+                broken.extend((pts, "the decoder gives no picture") for pts in silent)
+                waiting.difference_update(silent)
             broken.sort()
             while broken and broken[0][0] < until:
                 self.times_s.append(self._next_time())
@@ -234,15 +251,18 @@ class FrameSource:
                     num_packets += packet.size > 0
                     try:
                         pictures = packet.decode()
-                        has_keyframe |= packet.is_keyframe
                     except av.FFmpegError as error:
                         if has_keyframe or index > 0:
                             broken.append((-math.inf if packet.pts is None else packet.pts, error.strerror))
                         else:  # it cannot be decoded without what came before the cut
                             self.num_before_keyframe += 1
                         continue
+                    has_keyframe |= packet.is_keyframe
+                    waiting |= _shown_times(packet)
                     for picture in pictures:
                         num_decoded += 1
+                        first_pts = picture.pts if first_pts is None else first_pts
+                        waiting.discard(picture.pts)
                         if num_decoded > num_shown:
                             yield from name_broken(math.inf if picture.pts is None else picture.pts)
                             yield index, self._show(picture, stream), None
@@ -250,17 +270,29 @@ class FrameSource:
             except av.FFmpegError as error:
                 self.problem = f"{self._video_path} cannot be read after frame {index - 1}: {error.strerror}"
             yield from name_broken(math.inf)
-            if self.problem is None and self._is_cut(stream, num_packets):
+            if self.problem is None and self._is_cut(container, stream, num_packets):
                 of_frames = f" of the {self.num_frames} frames that it should have" if self.num_frames else " frames"
                 self.problem = f"{self._video_path} ends after {index}{of_frames}"
 
-    def _is_cut(self, stream: av.VideoStream, num_packets: int) -> bool:
+    def _is_cut(self, container: av.container.InputContainer, stream: av.VideoStream, num_packets: int) -> bool:
         """Tell whether a film has less in it than its index or header promises.
 
         A film trimmed without decoding has packets that are not shown: those that are there count, not the frames.
         """
         end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
-        return end > self._video_path.stat().st_size or (not end and num_packets < (self.num_frames or 0))
+        if end > self._video_path.stat().st_size or (not end and num_packets < (self.num_frames or 0)):
+            return True
+        if container.format.name != TIMED_HEADER or container.duration is None or not self.times_s:
+            return False
+        duration_s = container.duration / av.time_base
+        if duration_s - self.times_s[-1] <= MOST_SHORT_S:
+            return False
+        with av.open(str(self._video_path)) as whole, contextlib.suppress(av.FFmpegError):  # sound may be longer
+            end_s = 0.0
+            for packet in whole.demux():
+                if packet.pts is not None:
+                    end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        return duration_s - end_s > MOST_SHORT_S
 
     def _show(self, picture: av.VideoFrame, stream: av.VideoStream) -> np.ndarray:
         """Note when a picture is shown, and convert it as the film asks."""
@@ -310,6 +342,16 @@ def read_display(picture: av.VideoFrame, stream: av.VideoStream) -> tuple[list[i
         return matrix, None
     aspect = Fraction(stream.sample_aspect_ratio)
     return matrix, 1 / aspect if matrix and matrix[0] == 0 else aspect
+
+
+def _shown_times(packet: av.Packet) -> set[int]:
+    """When the picture of a packet is to be shown; empty where that is not known, or it is not to be shown."""
+    return {packet.pts} if packet.size and packet.pts is not None and not packet.is_discard else set()
+
+
+def _is_between(times: set[int], first: int | None, last: float | None) -> bool:
+    """Tell whether one of the times lies between two others; not where one of these is not known."""
+    return first is not None and last is not None and any(first < time < last for time in times)
 
 
 def _time_of(picture: av.VideoFrame) -> float | None:
