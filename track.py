@@ -351,6 +351,7 @@ def build_tracker(settings: Config) -> SiamFCTracker:
 def build_segmenter(settings: Config) -> Segmenter:
     """Load the SAM 2 that makes masks, on the chosen device."""
     device, precision = set_up_device(settings.common.device, settings.common.precision)
+    seed_everything(settings.common.seed)  # of random weights
     return tracked_masks.load_segmenter(settings.sam2, device, precision)
 
 
@@ -402,14 +403,14 @@ def track_video(
     no_boxes, is_lost = np.full((len(boxes_xywh), 4), np.nan), np.ones(len(boxes_xywh), bool)
     tracked = [TrackedFrame(-1, None, no_boxes, no_boxes[:, 0], is_lost, math.nan, None)] * start
     frame_times_s, masked, mask_times_s, mask_paths = [], [], [], {}
-    last_frame = video = figure = problem = None
+    first_hw = last_frame = video = figure = problem = None
     is_resized = False
 
     def write_so_far() -> None:
         track = join_so_far(time.perf_counter() - begin)
         write_tracks(out_dir, track, source, settings)
         if settings.write:
-            shown = writers.Tracked(track.boxes_xywh, track.scores, track.is_lost, last_frame.shape[:2])
+            shown = writers.Tracked(track.boxes_xywh, track.scores, track.is_lost, first_hw)
             for form in settings.write:
                 writers.WRITERS[form](out_dir, name, shown, mask_paths)
 
@@ -430,7 +431,7 @@ def track_video(
                         f"{source.frame_name(tracked_frame.index)}: the frames' size changes here from {old_width} x "
                         f"{old_height} to {width} x {height} px; boxes are in px of their own frame"
                     )
-                last_frame = frame
+                last_frame, first_hw = frame, first_hw or frame.shape[:2]
                 if segmenter is not None:
                     if frame_masks is not None:
                         mask_times_s += [mask_s] if tracker is not None else []
@@ -865,7 +866,9 @@ def evaluate_masks(sequences: list[Sequence], trackers: dict[str, Path], run_dir
     """
     rows, means = [], {}
     for name, folder in trackers.items():
-        with_masks = [each for each in sequences if each.mask_dir is not None and (folder / each.name).is_dir()]
+        with_masks = [
+            each for each in sequences if each.mask_dir is not None and any((folder / each.name).glob("*.png"))
+        ]
         scores = [
             mask_metrics.score_folder(folder / sequence.name, sequence)
             for sequence in tqdm(with_masks, desc=f"masks of {name}", leave=False, disable=None)

@@ -210,8 +210,8 @@ def test_a_damaged_frame_of_a_video_is_named_and_the_next_ones_follow(tmp_path, 
     """The very frame, at the end, too, and however many cores decode: with 16, FFmpeg drops what follows one there."""
 
     @contextlib.contextmanager
-    def open_video(path, original=frames._open_video):
-        with original(path) as (container, stream):
+    def open_video(*arguments, original=frames._open_video):
+        with original(*arguments) as (container, stream):
             stream.codec_context.thread_count = num_threads
             yield container, stream
 

@@ -56,6 +56,26 @@ def serve(connections):
         listener.close()
 
 
+@contextlib.contextmanager
+def serve_folder(folder, share=1.0):
+    """Serve a folder's files by HTTP, of each its first bytes alone where the share is below 1: the address."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+        def copyfile(self, source, outputfile):
+            whole = source.read()
+            outputfile.write(whole[: round(share * len(whole))])
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+
+
 def read_levels(source, pause_s=0.0):
     levels = []
     for index, frame, error in source:
@@ -97,19 +117,35 @@ def test_a_file_behind_an_address_is_read_whole(tmp_path):
         for level in LEVELS:
             video.add(np.full((48, 64, 3), level, np.uint8))
 
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *arguments):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        source = open_source(f"http://127.0.0.1:{server.server_address[1]}/film.mp4")
+    with serve_folder(tmp_path) as address:
+        source = open_source(f"{address}/film.mp4")
         assert nearest(read_levels(source, pause_s=0.005)) == list(range(26))
         assert source.num_dropped == 0 and source.problem is None and source.fps == 25
         assert source.times_s == pytest.approx(np.arange(26) / 25, abs=2e-3)  # the film's, not those of its reading
-    finally:
-        server.shutdown()
+
+
+def test_what_a_file_behind_an_address_lacks_is_said(tmp_path):
+    """A damaged frame keeps its place; a film whose server breaks off ends there: it was played again, without end."""
+    rng = np.random.default_rng(0)
+    with write_video(tmp_path / "film.mp4", (48, 64), 25) as video:
+        for level in LEVELS:  # noise: a film of more than the one piece in which it is read
+            video.add(rng.integers(level - 9, level + 9, (48, 64, 3)).astype(np.uint8))
+    data = bytearray((tmp_path / "film.mp4").read_bytes())
+    with av.open(str(tmp_path / "film.mp4")) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][12]
+    data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+    (tmp_path / "damaged.mp4").write_bytes(data)
+    with serve_folder(tmp_path) as address:
+        source = open_source(f"{address}/damaged.mp4")
+        bad = [(index, str(error)) for index, frame, error in source if frame is None]
+    assert [index for index, _ in bad] == [round(packet.pts * packet.time_base * 25)] and len(source.times_s) == 26
+    assert f"{address}/damaged.mp4, frame {bad[0][0]} cannot be decoded" in bad[0][1]
+
+    with serve_folder(tmp_path, share=0.6) as address:
+        source = LiveSource(f"{address}/film.mp4", wait_s=1.0)
+        numbers = [nearest([np.median(frame)])[0] for _, frame, _ in source if frame is not None]
+    assert 5 < len(numbers) < 20 and numbers == list(range(len(numbers)))
+    assert f"{address}/film.mp4 " in source.problem
 
 
 def test_what_never_comes_is_one_line():

@@ -214,7 +214,9 @@ def test_benchmark_scores_masks(davis, tmp_path, segmenter, monkeypatch):
     data = ["data=davis_sequences", f"data.root={davis}", "data.val_fraction=1"]
     assert run(tmp_path / "run", *data, "mode=benchmark", "masks=true") == []
     (tmp_path / "other" / "box.txt").write_bytes((tmp_path / "run/results/siamfc/box.txt").read_bytes())
-    results = f"results=[{tmp_path / 'run/results/siamfc'},{tmp_path / 'other'}]"
+    (tmp_path / "third" / "box").mkdir(parents=True)  # boxes alone, as GOT-10k lays them out
+    (tmp_path / "third" / "box.txt").write_bytes((tmp_path / "run/results/siamfc/box.txt").read_bytes())
+    results = f"results=[{tmp_path / 'run/results/siamfc'},{tmp_path / 'other'},{tmp_path / 'third'}]"
     run(tmp_path / "evaluated", *data, "mode=evaluate", results)
     with (tmp_path / "evaluated" / "masks.csv").open(newline="") as file:
         ours, theirs = csv.DictReader(file)

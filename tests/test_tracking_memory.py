@@ -17,7 +17,7 @@ from utils.run import set_up_device
 from utils.sam2 import model as models
 from utils.sam2.model import build_sam2
 from utils.tracking.frames import FrameSource
-from utils.tracking.masks import FramePrompt, MemoryTracker, Segmenter, follow_objects
+from utils.tracking.masks import FramePrompt, MemoryTracker, Segmenter, follow_objects, prompt_boxes
 from utils.tracking.tracker import SiamFCTracker, TrackerSettings
 
 SIDE, NUM_FRAMES = 128, 19
@@ -187,8 +187,9 @@ def test_track_takes_objects_of_any_frame(video, model, tmp_path, monkeypatch):
     for path in sorted(video[0].iterdir())[:11]:
         (folder / path.name).write_bytes(path.read_bytes() if path.stem != "00006" else b"torn")
     (tmp_path / "objects.json").write_text(json.dumps(ENTRIES))
-    arguments = [f"input={folder}", "tracker.mode=sam2", f"objects={tmp_path / 'objects.json'}", "overlay=false"]
+    arguments = [f"input={folder}", "tracker.mode=sam2", f"objects={tmp_path / 'objects.json'}"]
     failures = run(tmp_path / "run", *arguments, "write=[mot,davis]")
+    assert (tmp_path / "run" / "overlay.mp4").exists()
     assert len(failures) == 1 and "00006" in failures[0]
     record = json.loads((tmp_path / "run" / "tracks.json").read_text())
 
@@ -231,6 +232,31 @@ def test_a_fine_tuned_model_follows(video, tmp_path, monkeypatch):
     assert np.array_equal(ours, theirs) and theirs.any()
 
 
+def test_a_prompt_of_a_frame_that_cannot_be_read_is_said(video, model, tmp_path, monkeypatch):
+    """What corrects its object later starts none: "not there" alone gave a mask."""
+    monkeypatch.setattr("utils.tracking.masks.load_segmenter", lambda *arguments: Segmenter(model, "fp32"))
+    (tmp_path / "frames").mkdir()
+    for path in sorted(video[0].iterdir())[:4]:
+        (tmp_path / "frames" / path.name).write_bytes(path.read_bytes() if path.stem != "00001" else b"torn")
+    entries = [
+        ENTRIES[0],
+        {"id": 2, "frame": 1, "box": [70, 90, 20, 20]},
+        {"id": 2, "frame": 2, "points": [[20, 20, 0]]},
+    ]
+    (tmp_path / "o.json").write_text(json.dumps(entries))
+    arguments = [f"input={tmp_path / 'frames'}", "tracker.mode=sam2", f"objects={tmp_path / 'o.json'}", "overlay=false"]
+    failures = run(tmp_path / "run", *arguments)
+    assert len(failures) == 2 and "00001.jpg cannot be read, and with it the prompt of object 2" in failures[1]
+    record = json.loads((tmp_path / "run" / "tracks.json").read_text())
+    assert record["objects"][1]["lost"] == [True] * 4 and record["objects"][1]["masks"] == [None] * 4
+
+
+@pytest.mark.parametrize("box", [[10, 10, 0, -5], [10, float("nan"), 5, 5], [-1e39, -1e39, 2e39, 2e39]])
+def test_boxes_that_are_none_are_refused(box):
+    with pytest.raises(ValueError, match="box 2 of 2 is .*; must be x, y, width, height px, finite"):
+        prompt_boxes(np.array([[1, 2, 3, 4], box]))
+
+
 @pytest.mark.parametrize(
     "entries, message",
     [
@@ -244,6 +270,9 @@ def test_a_fine_tuned_model_follows(video, tmp_path, monkeypatch):
         ([{"id": 1, "frame": 0, "box": [1, 2, 0, 4]}], "box is .*; must be .* above 0"),
         ([{"id": 1, "frame": 0, "points": [[1, 2, 2]]}], "point is .* with label 1"),
         ([{"id": 1, "frame": 0, "points": [[1, 2, 0]]}], "object 1 starts with no box and no point of label 1"),
+        ([{"id": 1, "frame": 0, "box": [10**400, 0, 10, 10]}], "box is"),
+        ([{"id": 1, "frame": 0, "points": [[1e300, 2, 1]]}], "point is"),
+        ([{"id": 10**18, "frame": 0, "box": [1, 2, 3, 4]}], "has no object 1; ids must be 1 to N"),
         ([{"id": 1, "frame": 0}], "has neither a box nor points"),
         ([{"id": 1.0, "frame": 0, "box": [1, 2, 3, 4]}], "id is 1.0; must be a whole number from 1"),
         ([{"id": 1, "frame": 0, "mask": "a.png"}], "and nothing else"),

@@ -136,6 +136,19 @@ def test_track_writes_all_formats(tmp_path, monkeypatch):
         assert np.array_equal(*(np.array(Image.open(path)) for path in files))
 
 
+def test_cvat_has_the_first_frames_size_and_any_name(tmp_path):
+    frames, boxes = moving_object(3)
+    (tmp_path / "frames").mkdir()
+    for number, frame in enumerate(frames):
+        write_image(tmp_path / "frames" / f"{number}.png", frame[: -8 * number or None])
+    box = f"boxes={[[float(value) for value in boxes[0]]]}"
+    assert run(tmp_path / "run", f"input={tmp_path / 'frames'}", box, "overlay=false", "write=[cvat]") == []
+    _, root = replay_cvat(tmp_path / "run" / "cvat.xml")
+    assert root.find("meta/task/original_size/height").text == str(len(frames[0]))
+    writers.write_cvat(tmp_path, "a\x01b\udcff", make_tracks(), {})  # a folder's name may hold what no xml does
+    assert replay_cvat(tmp_path / "cvat.xml")[1].find("meta/task/name").text == "a\ufffdb\ufffd"
+
+
 def test_masks_without_masks_are_refused(tmp_path):
     with pytest.raises(ValueError, match="write has davis, which are masks, but masks are off: add masks=true"):
         run(tmp_path / "run", "write=[davis]")

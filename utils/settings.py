@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import inspect
 import logging
-import math
 import os
 import re
 import shlex
@@ -238,7 +237,7 @@ def check_value(value, kind: type, name: str) -> None:
 
 def is_number(value) -> bool:
     """Tell whether a value is a finite number; true and false are none."""
-    return type(value) in (int, float) and abs(value) < math.inf
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # an int may have any number of digits
 
 
 def is_numbers(value, count: int) -> bool:

@@ -32,7 +32,8 @@ def draw_boxes(frame: np.ndarray, boxes_xywh: np.ndarray, scores: np.ndarray, is
         text += ["lost"] if lost else []
         color = LOST_RGB if lost else tuple(colors[n])
         draw_box(image_rgb, box_xywh, color)
-        draw_text(image_rgb, " ".join(text), box_xywh, color)
+        if np.isfinite(box_xywh).all():  # else it is not there so far
+            draw_text(image_rgb, " ".join(text), box_xywh, color)
     return image_rgb
 
 

@@ -97,12 +97,13 @@ class FrameSource:
         problem: after the last frame, what was wrong with the end of the video (such as a file cut off); else None.
     """
 
-    def __init__(self, source: str | Path | Iterable[Path], num_ahead: int = NUM_AHEAD):
+    def __init__(self, source: str | Path | Iterable[Path], num_ahead: int = NUM_AHEAD, wait_s: float | None = None):
         """Find the frames, and open a video to see that it is one; nothing is decoded yet.
 
         Args:
             source: a folder of pictures (taken in natural order), a video file, or pictures in the order given.
             num_ahead: decoded frames that may wait, at least 1.
+            wait_s: given where the source is the address of a video file: how long nothing may come from there.
         Raises:
             FileNotFoundError, ValueError: where there is no such path, or neither pictures nor a video in it.
         """
@@ -114,7 +115,8 @@ class FrameSource:
         self.times_s: list[float] = []
         self.num_before_keyframe = 0
         self._pages: list[int | None] | None = None  # where one file has several
-        self._video_path: Path | None = None
+        self._video_path: Path | str | None = None
+        self._wait_s = wait_s
         self._first_s: float | None = None  # when the video's first picture is shown
         self._matrix: list[int] | None = None  # of `to_rgb`
         if not isinstance(source, (str, Path)):
@@ -124,10 +126,10 @@ class FrameSource:
             num_pages = count_pages(source)
             self._frame_paths = [Path(source)] * num_pages
             self._pages = [None] if num_pages == 1 else list(range(num_pages))
-        elif Path(source).is_file():
+        elif wait_s is not None or Path(source).is_file():
             self._frame_paths = []
-            self._video_path = Path(source)
-            with _open_video(self._video_path) as (container, stream):
+            self._video_path = Path(source) if wait_s is None else source
+            with _open_video(self._video_path, wait_s) as (container, stream):
                 self.num_frames = stream.frames or None
                 self.fps = float(stream.average_rate) if stream.average_rate else None
         else:
@@ -161,7 +163,7 @@ class FrameSource:
 
         def decode() -> None:
             try:
-                frames = self._read_pictures() if self._video_path is None else self._read_video()
+                frames = self._read_pictures() if self._video_path is None else self.read_video()
                 for item in frames:
                     hand_over(item)
                     if stop.is_set():
@@ -190,7 +192,7 @@ class FrameSource:
                 frame, error = None, failure
             yield index, frame, error
 
-    def _read_video(self):
+    def read_video(self):
         """Decode on all cores; where that goes wrong, on one from there on.
 
         With several frames under way at once, FFmpeg reports a damaged one some frames late, and drops those that are
@@ -205,7 +207,7 @@ class FrameSource:
         index = num_packets = 0
         waiting: set[int] = set()  # times of packets whose pictures have not come so far
         first_pts = last_pts = None  # of the pictures
-        with _open_video(self._video_path) as (container, stream):
+        with _open_video(self._video_path, self._wait_s) as (container, stream):
             stream.thread_type = "AUTO"
             is_one_a_packet = stream.codec_context.name in ONE_A_PACKET
             try:
@@ -227,7 +229,7 @@ class FrameSource:
     def _read_damaged_video(self, num_shown: int):
         """Decode frame by frame, and name what cannot be; the first `num_shown` pictures have been shown already."""
         index, num_decoded, num_packets, has_keyframe = num_shown, 0, 0, False
-        waiting: set[int] = set()  # as in `_read_video`
+        waiting: set[int] = set()  # as in `_read_undamaged_video`
         first_pts = None
         broken: list[tuple[float, str]] = []  # when it would have been shown, and why it is not; not yielded so far
 
@@ -244,7 +246,7 @@ class FrameSource:
                 yield index, None, error
                 index += 1
 
-        with _open_video(self._video_path) as (container, stream):
+        with _open_video(self._video_path, self._wait_s) as (container, stream):
             stream.codec_context.thread_count = 1
             try:
                 for packet in container.demux(stream):
@@ -280,15 +282,18 @@ class FrameSource:
         A film trimmed without decoding has packets that are not shown: those that are there count, not the frames.
         """
         end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
-        if end > self._video_path.stat().st_size or (not end and num_packets < (self.num_frames or 0)):
+        is_file = isinstance(self._video_path, Path)
+        if is_file and end > self._video_path.stat().st_size:
+            return True
+        if num_packets < (self.num_frames or 0) and not (is_file and end):
             return True
         if container.format.name != TIMED_HEADER or container.duration is None or not self.times_s:
             return False
         duration_s = container.duration / av.time_base
         if duration_s - self.times_s[-1] <= MOST_SHORT_S:
             return False
-        with av.open(str(self._video_path)) as whole, contextlib.suppress(av.FFmpegError):  # sound may be longer
-            end_s = 0.0
+        end_s = 0.0  # of all streams: the sound may be longer
+        with _open_container(self._video_path, self._wait_s) as whole, contextlib.suppress(av.FFmpegError):
             for packet in whole.demux():
                 if packet.pts is not None:
                     end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
@@ -312,10 +317,10 @@ class FrameSource:
 
 
 @contextlib.contextmanager
-def _open_video(path: Path):
+def _open_video(path: Path | str, wait_s: float | None = None):
     """Open a video: its container, and the stream that is the film, no cover or thumbnail."""
     try:
-        container = av.open(str(path))
+        container = _open_container(path, wait_s)
     except (av.FFmpegError, OSError) as error:
         raise ValueError(
             f"{path} cannot be opened as a video ({error.strerror}): not one, or cut off; give a video file, such as "
@@ -323,6 +328,11 @@ def _open_video(path: Path):
         ) from error
     with container:
         yield container, choose_film(container, str(path))
+
+
+def _open_container(path: Path | str, wait_s: float | None) -> av.container.InputContainer:
+    """Open a file, or an address from which nothing may come for so many seconds."""
+    return av.open(str(path), timeout=None if wait_s is None else (wait_s, wait_s))
 
 
 def choose_film(container: av.container.InputContainer, name: str) -> av.VideoStream:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import av
 import cv2
@@ -27,8 +28,8 @@ class LiveSource:
     """The frames of a camera or an address, as `FrameSource` gives those of files.
 
     A thread reads as fast as frames come; of those that wait for the tracker, NUM_AHEAD at most, the oldest is dropped
-    for a new one. An address whose video has a length is a file, of which no frame is dropped. Where a stream stalls or
-    breaks off, it is opened again, until nothing has come for `wait_s`.
+    for a new one. An address whose video has a length is a file, read as `FrameSource` reads one. Where a stream stalls
+    or breaks off, it is opened again, until nothing has come for `wait_s`.
 
     Attributes:
         name: the address. num_frames: None. fps, sample_aspect: as the stream says; None where it does not.
@@ -62,8 +63,8 @@ class LiveSource:
         """Name a frame's files: by its number among those that were not dropped."""
         return f"{index:05d}"
 
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray, None]]:
-        """Yield (index from 0, frame uint8 (H, W, 3) RGB, None).
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray | None, Exception | None]]:
+        """Yield (index from 0, frame uint8 (H, W, 3) RGB, None); of a file (index, None, error), too.
 
         Raises:
             ValueError: where there is no such camera, or nothing to be seen at the address.
@@ -77,8 +78,8 @@ class LiveSource:
             try:
                 frames = self._read_camera() if self.name.startswith(CAMERA) else self._read_address(stop)
                 with contextlib.closing(frames):
-                    for frame, time_s, may_drop in frames:
-                        self._hand_over(waiting, (time_s, frame), may_drop, stop)
+                    for frame, time_s, may_drop, error in frames:
+                        self._hand_over(waiting, (time_s, frame, error), may_drop, stop)
                         if stop.is_set():
                             return
                 self._hand_over(waiting, None, False, stop)
@@ -92,11 +93,11 @@ class LiveSource:
             while (item := waiting.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                time_s, frame = item
+                time_s, frame, error = item
                 first_s = time_s if first_s is None else first_s
                 last_s = self.times_s[-1] if self.times_s else -1.0
                 self.times_s.append(max(time_s - first_s, last_s + 1e-3))
-                yield index, frame, None
+                yield index, frame, error
                 index += 1
         finally:
             stop.set()
@@ -112,8 +113,8 @@ class LiveSource:
                         waiting.get_nowait()
                         self.num_dropped += 1
 
-    def _read_camera(self) -> Iterator[tuple[np.ndarray, float, bool]]:
-        """Yield frames, when they came, s, and True: they may be dropped."""
+    def _read_camera(self) -> Iterator[tuple[np.ndarray, float, bool, None]]:
+        """Yield frames, when they came, s, True: they may be dropped, and None: no error."""
         number = int(self.name.removeprefix(CAMERA))
         camera = cv2.VideoCapture(number)
         try:
@@ -125,19 +126,21 @@ class LiveSource:
                 if not is_read:
                     self.problem = f"{self.name} gives no more frames"
                     return
-                yield cv2.cvtColor(frame_bgr, cv2.COLOR_BGR2RGB), time.monotonic(), True
+                yield cv2.cvtColor(frame_bgr, cv2.COLOR_BGR2RGB), time.monotonic(), True, None
         finally:
             camera.release()
 
-    def _read_address(self, stop: threading.Event) -> Iterator[tuple[np.ndarray, float, bool]]:
-        """Yield frames, when they came or are shown, s, and whether they may be dropped."""
-        last_s, num_read, reason, matrix = time.monotonic(), 0, None, None
+    def _read_address(self, stop: threading.Event) -> Iterator[tuple[np.ndarray | None, float, bool, Exception | None]]:
+        """Yield frames, when they came or are shown, s, whether they may be dropped, and why one cannot be read."""
+        last_s, num_read, reason, matrix, is_file = time.monotonic(), 0, None, None, False
         while not stop.is_set():
             is_open = False
             try:
                 with av.open(self.name, timeout=(self.wait_s, self.wait_s)) as container:
-                    stream, is_file, is_open = choose_film(container, self.name), container.duration is not None, True
+                    stream, is_open = choose_film(container, self.name), True
                     self.fps = float(stream.average_rate) if stream.average_rate else None
+                    if is_file := container.duration is not None and num_read == 0:
+                        break
                     for packet in container.demux(stream):
                         try:
                             pictures = packet.decode()
@@ -149,19 +152,19 @@ class LiveSource:
                             if num_read == 0:
                                 matrix, self.sample_aspect = read_display(picture, stream)
                             last_s, num_read = time.monotonic(), num_read + 1
-                            is_timed = is_file and picture.time is not None
-                            yield to_rgb(picture, matrix), picture.time if is_timed else last_s, not is_file
+                            yield to_rgb(picture, matrix), last_s, True, None
                         if stop.is_set():
                             return
                     reason = None
-                    if is_file:
-                        return
             except (av.FFmpegError, OSError) as error:
                 if is_open or not num_read:  # one that has ended, and is not there again, has ended
                     reason = error.strerror
             if time.monotonic() - last_s > self.wait_s:
                 break
             stop.wait(RETRY_S)
+        if is_file:
+            yield from self._read_film()
+            return
         if not num_read and not stop.is_set():
             raise ValueError(
                 f"input is {self.name}, from which no frame came in {self.wait_s:g} s ({reason or 'it ends'})"
@@ -171,7 +174,18 @@ class LiveSource:
                 f"{self.name} was lost after {num_read} frames, and did not come back in {self.wait_s:g} s ({reason})"
             )
 
+    def _read_film(self) -> Iterator[tuple[np.ndarray | None, float, bool, Exception | None]]:
+        """Yield as `_read_address` the frames of an address that is a file: no error is followed by another try."""
+        film = FrameSource(self.name, wait_s=self.wait_s)
+        for _, frame, error in film.read_video():
+            self.sample_aspect, self.num_before_keyframe = film.sample_aspect, film.num_before_keyframe
+            yield frame, film.times_s[-1], False, error
+        self.problem = film.problem
+
 
 def shown_name(address: str) -> str:
     """Name an input in results: its last part."""
-    return Path(address.rstrip("/")).name if "://" in address else Path(address).resolve().name
+    if "://" not in address:
+        return Path(address).resolve().name
+    parts = urlsplit(address)
+    return Path(parts.path.rstrip("/")).name or parts.netloc

@@ -94,7 +94,8 @@ def score_folder(folder: Path, sequence: Sequence) -> dict[str, float]:
         path = folder / f"{stem}.png"
         mask = read_label_map(path) > 0 if path.exists() else np.zeros_like(true_mask)
         if mask.shape != true_mask.shape:
-            raise ValueError(f"{path} is {mask.shape[1]} x {mask.shape[0]} px, its frame {true_mask.shape[::-1]}")
+            (height, width), (true_height, true_width) = mask.shape, true_mask.shape
+            raise ValueError(f"{path} is {width} x {height} px, its frame {true_width} x {true_height}")
         j.append(region_similarity(mask, true_mask))
         f.append(contour_accuracy(mask, true_mask))
     if not j:

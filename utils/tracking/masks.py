@@ -26,9 +26,10 @@ from utils.sam2 import model as models
 from utils.sam2.mask_generation import upscale_part
 from utils.settings import is_numbers
 from utils.tracking.frames import FrameSource
-from utils.tracking.tracker import Target, TrackedFrame
+from utils.tracking.tracker import MIN_BOX_PX, Target, TrackedFrame
 
 PALETTE_COLORS = 255  # ids that a palette PNG holds
+FARTHEST_PX = 1e7  # of a prompt: beyond, float32 does not hold a pixel
 FEEDBACK_LIMIT = 1.5  # a factor of scale between box and mask
 
 
@@ -178,10 +179,18 @@ Prompts = dict[int, list[FramePrompt]]  # by frame, from 0
 
 
 def prompt_boxes(boxes_xywh: np.ndarray) -> Prompts:
-    """Make the prompts of boxes in the first frame, float (N, 4) px, 0-based."""
-    x, y, width, height = np.asarray(boxes_xywh, np.float32).T
+    """Make the prompts of boxes in the first frame, float (N, 4) px, 0-based; ValueError for one that is none."""
+    for number, box_xywh in enumerate(np.asarray(boxes_xywh, np.float64).tolist(), 1):
+        is_finite = all(map(math.isfinite, box_xywh))
+        if not is_finite or min(box_xywh[2:]) < MIN_BOX_PX or max(map(abs, box_xywh)) > FARTHEST_PX:
+            raise ValueError(
+                f"box {number} of {len(boxes_xywh)} is {box_xywh}; must be x, y, width, height px, finite, at most "
+                f"{FARTHEST_PX:g}, the last two above 0"
+            )
+    x, y, width, height = np.asarray(boxes_xywh, np.float64).T
     corners = np.stack([x, y, x + width - 1, y + height - 1], 1).reshape(-1, 2, 2)  # the outermost pixels
-    return {0: [FramePrompt(place, each, np.array([2, 3], np.int32)) for place, each in enumerate(corners)]}
+    labels = np.array([2, 3], np.int32)
+    return {0: [FramePrompt(place, each, labels) for place, each in enumerate(corners.astype(np.float32))]}
 
 
 def read_prompts(path: Path, box_origin: int, source: FrameSource) -> tuple[Prompts, int]:
@@ -213,9 +222,10 @@ def read_prompts(path: Path, box_origin: int, source: FrameSource) -> tuple[Prom
         seen.add((object_id, frame))
         coords, labels = _read_prompt(entry, box_origin, where)
         prompts.setdefault(frame, []).append(FramePrompt(object_id - 1, coords, labels))
-    num_objects = max(object_id for object_id, _ in seen)
-    if missing := set(range(1, num_objects + 1)) - {object_id for object_id, _ in seen}:
-        raise ValueError(f"objects {path} has no object {min(missing)}; ids must be 1 to N")
+    ids = {object_id for object_id, _ in seen}
+    num_objects = len(ids)
+    if missing := [each for each in range(1, num_objects + 1) if each not in ids]:
+        raise ValueError(f"objects {path} has no object {missing[0]}; ids must be 1 to N")
     for object_id in range(1, num_objects + 1):
         first = min(frame for each, frame in seen if each == object_id)
         start = next(prompt for prompt in prompts[first] if prompt.place == object_id - 1)
@@ -228,7 +238,7 @@ def _read_prompt(entry: dict, box_origin: int, where: str) -> tuple[np.ndarray, 
     """Read the box and the points of an entry: float32 (P, 2) px, 0-based, and int32 (P,)."""
     coords, labels = [], []
     if (box := entry.get("box")) is not None:
-        if not is_numbers(box, 4) or min(box[2:]) <= 0:
+        if not is_numbers(box, 4) or min(box[2:]) <= 0 or max(map(abs, box)) > FARTHEST_PX:
             raise ValueError(f"{where}: box is {box}; must be [x, y, width, height] px, the last two above 0")
         x, y, width, height = box
         coords += [[x, y], [x + width - 1, y + height - 1]]
@@ -237,13 +247,13 @@ def _read_prompt(entry: dict, box_origin: int, where: str) -> tuple[np.ndarray, 
     if not isinstance(points, list):
         raise ValueError(f"{where}: points is {points}; must be a list of [x, y, label]")
     for point in points:
-        if not is_numbers(point, 3) or point[2] not in (0, 1):
+        if not is_numbers(point, 3) or point[2] not in (0, 1) or max(map(abs, point)) > FARTHEST_PX:
             raise ValueError(f"{where}: point is {point}; must be [x, y, label] with label 1 (object) or 0 (not)")
         coords.append(point[:2])
         labels.append(int(point[2]))
     if not coords:
         raise ValueError(f"{where} has neither a box nor points")
-    return np.array(coords, np.float32) - box_origin, np.array(labels, np.int32)
+    return (np.array(coords, np.float64) - box_origin).astype(np.float32), np.array(labels, np.int32)
 
 
 def follow_objects(
@@ -251,8 +261,8 @@ def follow_objects(
 ) -> Iterator[tuple[TrackedFrame, FrameMasks | None]]:
     """Follow objects with SAM 2's memory from the first frame to the last, one frame at a time.
 
-    A frame that cannot be read is passed over, all objects in it lost; its prompts are, too. Prompts of frames that the
-    video turns out not to have are said in `frames.problem`.
+    A frame that cannot be read is passed over, all objects in it lost; its prompts are, too. `frames.problem` says so,
+    and of prompts of frames that the video turns out not to have.
 
     Yields:
         a TrackedFrame for each frame, with the tight boxes of the masks, the probability of each object to be seen, and
@@ -263,17 +273,26 @@ def follow_objects(
     """
     tracker = MemoryTracker(segmenter, num_objects, frames.num_frames)
     boxes_xywh = np.full((num_objects, 4), np.nan)
-    nothing, index = np.full(num_objects, np.nan), -1
+    nothing, index, lines = np.full(num_objects, np.nan), -1, []
     for index, frame, error in frames:
         if error is not None and index == 0:
             raise error
         if error is not None:
+            lines += [
+                f"{frames.frame_name(index)} cannot be read, and with it the prompt of object {prompt.place + 1}"
+                for prompt in prompts.get(index, [])
+            ]
             tracker.next_index += 1
             is_lost = np.ones(num_objects, bool)
             yield TrackedFrame(index, None, boxes_xywh.copy(), nothing, is_lost, math.nan, error), None
             continue
         start = time.perf_counter()
-        now = prompts.get(index, [])
+        has_started = [bool(bank["cond_frame_outputs"]) for bank in tracker.banks]
+        now = [  # what would correct an object whose first prompt is lost does not start it
+            prompt
+            for prompt in prompts.get(index, [])
+            if has_started[prompt.place] or {1, 2} & set(prompt.point_labels.tolist())
+        ]
         for prompt in now:
             height, width = frame.shape[:2]
             is_in = (prompt.point_coords > -1) & (prompt.point_coords < [width, height])
@@ -291,8 +310,8 @@ def follow_objects(
         time_s = time.perf_counter() - start
         yield TrackedFrame(index, frame, boxes_xywh.copy(), scores, is_lost, time_s, None), frame_masks
     if late := [frame for frame in prompts if frame > index]:
-        line = f"objects has an entry for frame {min(late)}, but {frames.name} ends with frame {index}"
-        frames.problem = "; ".join(filter(None, (frames.problem, line)))
+        lines.append(f"objects has an entry for frame {min(late)}, but {frames.name} ends with frame {index}")
+    frames.problem = "; ".join(filter(None, [frames.problem, *lines])) or None
 
 
 def corners_to_xywh(corners: np.ndarray) -> np.ndarray:

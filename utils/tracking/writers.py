@@ -3,6 +3,7 @@
 A format is a function (folder, name, tracked, mask_paths) and a row of WRITERS. T frames, N objects.
 """
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from xml.etree import ElementTree
 import numpy as np
 
 from utils.log import write_text
+
+NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # characters that no xml holds
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def write_cvat(folder: Path, name: str, tracked: Tracked, mask_paths: dict[int, 
     ElementTree.SubElement(root, "version").text = "1.1"
     task = ElementTree.SubElement(ElementTree.SubElement(root, "meta"), "task")
     for key, value in {"name": name, "size": num_frames, "mode": "interpolation", "start_frame": 0}.items():
-        ElementTree.SubElement(task, key).text = str(value)
+        ElementTree.SubElement(task, key).text = NO_XML.sub("\N{REPLACEMENT CHARACTER}", str(value))
     ElementTree.SubElement(task, "stop_frame").text = str(num_frames - 1)
     label = ElementTree.SubElement(ElementTree.SubElement(task, "labels"), "label")
     ElementTree.SubElement(label, "name").text = "object"
