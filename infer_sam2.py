@@ -442,6 +442,7 @@ def load_model(settings: Config, device: torch.device) -> tuple[torch.nn.Module,
     changed = {key: value for key, value in settings.automatic.items() if value is not None}
     automatic = read_settings(AutomaticSettings, model_config.get("automatic", {}) | changed, "automatic")
     check_keys(functools.partial(models.build_sam2, device=device), model_config, "model")
+    seed_everything(settings.common.seed)  # of random weights
     model = models.build_sam2(**model_config, device=device, fast_decoder=settings.fast_decoder)
     return model, model_config, automatic
 

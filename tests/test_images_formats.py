@@ -460,6 +460,17 @@ def test_the_pixels_of_a_file_are_not_read_to_tell_its_kind_pages_or_size(tmp_pa
         assert (count_pages(path), read_orientation(path), read_frame_wh(path)) == (1, 1, (24, 20))
 
 
+def test_a_tiff_that_decodes_to_less_than_its_shape_is_an_error_that_names_it(tmp_path, monkeypatch):
+    """As some versions of the decoder give a damaged page: nothing, and no error."""
+    tifffile.imwrite(tmp_path / "a.tif", np.ones((4, 5), np.uint8))
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", lambda page: np.zeros((0, 0), np.uint8))
+    for reader in (read_image, read_label_map, read_channels):
+        with pytest.raises(
+            ValueError, match=r"a.tif cannot be decoded .* decodes to 0 numbers, not to its shape of \(4, 5\)"
+        ):
+            reader(tmp_path / "a.tif")
+
+
 @pytest.mark.parametrize("name, decoder", [("a.png", (cv2, "imdecode")), ("a.tif", (tifffile.TiffPage, "asarray"))])
 def test_a_file_for_which_memory_runs_out_is_not_called_damaged(name, decoder, tmp_path, monkeypatch):
     def fail(*args, **keys):

@@ -426,6 +426,18 @@ def test_geometry_comes_from_the_checkpoint(folder, tmp_path):
         models.choose_model(tmp_path / "missing.pt", None, None)
 
 
+def test_random_weights_follow_the_seed(folder, tmp_path):
+    arguments = [
+        "checkpoint=none",
+        f"input={folder / 'photo.png'}",
+        "mode=prompts",
+        f"points={POINTS[:1]}",
+        "image_size=64",
+    ]
+    made = [run(folder, tmp_path / f"{n}", *arguments, f"seed={seed}")[0]["photo"] for n, seed in enumerate((0, 0, 1))]
+    assert made[0]["annotations"] == made[1]["annotations"] != made[2]["annotations"]
+
+
 # What a user of sam2 does with best.pt, in a process that knows nothing of this project.
 UNTOUCHED_SAM2 = r"""
 import json, sys

@@ -19,6 +19,8 @@ def test_what_is_drawn():
     assert len(words) and words.max() - words.min() > 30  # "2 0.20 lost" above the second box
     for box in ([-1e9, -1e9, 2e9, 2e9], [140, 95, 500, 3]):
         draw_boxes(frame, np.array([box]), np.array([np.nan]), np.array([True]))  # anywhere
+    absent = draw_boxes(frame, np.full((1, 4), np.nan), np.array([np.nan]), np.array([True]))  # it starts later
+    assert np.array_equal(absent, frame)
 
 
 def test_contact_sheet_and_its_colours():

@@ -234,6 +234,22 @@ def test_benchmark_scores_masks(davis, tmp_path, segmenter, monkeypatch):
     assert metrics["j_and_f"] == pytest.approx(float(ours["j_and_f"]), abs=1e-6)
 
 
+def test_random_weights_follow_the_seed(tmp_path):
+    frames, boxes = moving_object(2)
+    (tmp_path / "frames").mkdir()
+    for number, frame in enumerate(frames):
+        write_image(tmp_path / "frames" / f"{number}.png", frame)
+    made = []
+    for number, seed in enumerate((0, 0, 1)):
+        box = f"boxes={[[float(value) for value in boxes[0]]]}"
+        arguments = [f"input={tmp_path / 'frames'}", box, "masks=true", "overlay=false", f"seed={seed}"]
+        run(tmp_path / f"run_{number}", *arguments, "sam2.model=sam2_nano", "sam2.checkpoint=none")
+        made.append(
+            json.loads((tmp_path / f"run_{number}" / "tracks.json").read_text())["objects"][0]["predicted_ious"]
+        )
+    assert made[0] == made[1] != made[2]
+
+
 def test_scale_follows_the_mask():
     from utils.tracking.tracker import Target
 

@@ -197,6 +197,9 @@ class FrameSource:
 
         With several frames under way at once, FFmpeg reports a damaged one some frames late, and drops those that are
         under way when a film ends or breaks off behind it: nothing of that is known before the end.
+
+        Yields:
+            as the loop over the source does, in this thread and with nothing decoded ahead.
         """
         num_shown = yield from self._read_undamaged_video()
         if num_shown is not None:

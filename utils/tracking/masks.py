@@ -239,7 +239,9 @@ def _read_prompt(entry: dict, box_origin: int, where: str) -> tuple[np.ndarray, 
     coords, labels = [], []
     if (box := entry.get("box")) is not None:
         if not is_numbers(box, 4) or min(box[2:]) <= 0 or max(map(abs, box)) > FARTHEST_PX:
-            raise ValueError(f"{where}: box is {box}; must be [x, y, width, height] px, the last two above 0")
+            raise ValueError(
+                f"{where}: box is {box}; must be [x, y, width, height] px, up to {FARTHEST_PX:g}, the last two above 0"
+            )
         x, y, width, height = box
         coords += [[x, y], [x + width - 1, y + height - 1]]
         labels += [2, 3]
@@ -248,7 +250,10 @@ def _read_prompt(entry: dict, box_origin: int, where: str) -> tuple[np.ndarray, 
         raise ValueError(f"{where}: points is {points}; must be a list of [x, y, label]")
     for point in points:
         if not is_numbers(point, 3) or point[2] not in (0, 1) or max(map(abs, point)) > FARTHEST_PX:
-            raise ValueError(f"{where}: point is {point}; must be [x, y, label] with label 1 (object) or 0 (not)")
+            raise ValueError(
+                f"{where}: point is {point}; must be [x, y, label], px up to {FARTHEST_PX:g}, with label 1 (object) "
+                "or 0 (not)"
+            )
         coords.append(point[:2])
         labels.append(int(point[2]))
     if not coords:
