@@ -65,8 +65,8 @@ RECIPES = {
     "sam_official_256": ["loss=sam_official", "train.loss_size=256"],
     "sam_full_size_iou": ["loss=sam_official", "loss.full_size_iou=true"],
     "sam_without_all_masks": ["loss=sam", "loss.all_masks=0"],
-    "sam_cross_entropy": ["loss=sam", "loss.terms.focal=0", "loss.terms.cross_entropy=5"],
-    "sam_half_cross_entropy": ["loss=sam", "loss.terms.focal=10", "loss.terms.cross_entropy=2.5"],
+    "sam_half_focal": ["loss=sam", "loss.terms.focal=10", "loss.terms.cross_entropy=2.5"],
+    "sam_focal": ["loss=sam", "loss.terms.focal=20", "loss.terms.cross_entropy=0"],  # the default until November 2026
     "tutorial": ["loss=tutorial"],
     "tutorial_256": ["loss=tutorial", "train.loss_size=256"],
     "published": [  # the tutorial as it was published: one picture a step, its optimizer and its rate

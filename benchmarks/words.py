@@ -39,9 +39,9 @@ from utils.samples.named_shapes import HELD_OUT
 
 STEPS = 450
 SETTINGS = [
-    "prompts=text", "text_encoder=named_shapes", "data=named_shapes", "model.image_size=128", "loss=balanced",
-    "train.trainable=[prompt_encoder,mask_decoder,image_encoder]", "loss.click_similarity=0", "prompts.text.lr=1e-2",
-    "prompts.max_corrections=1", "train.eval_clicks=[1]", "train.eval_images=8", "num_workers=0",
+    "prompts=text", "text_encoder=named_shapes", "data=named_shapes", "model.image_size=128",
+    "train.trainable=[prompt_encoder,mask_decoder,image_encoder]", "prompts.text.lr=1e-2", "prompts.max_corrections=1",
+    "train.eval_clicks=[1]", "train.eval_images=8", "num_workers=0",
 ]  # fmt: skip
 ROWS = ("right words", "no text", "wrong words", "crop", "point", "point and words", "point, wrong words")
 
