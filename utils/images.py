@@ -591,10 +591,16 @@ def overlay_label_map(image_rgb: np.ndarray, ids: np.ndarray, color_ids: np.ndar
         uint8 (H, W, 3) RGB, a new array.
     """
     assert image_rgb.shape[:2] == ids.shape, (image_rgb.shape, ids.shape)
+    overlay = image_rgb.copy()
+    rows, columns = np.flatnonzero(ids.any(1)), np.flatnonzero(ids.any(0))
+    if not len(rows):
+        return overlay
+    part = np.s_[max(rows[0] - 1, 0) : rows[-1] + 2, max(columns[0] - 1, 0) : columns[-1] + 2]  # and their neighbours
+    ids, pixels = ids[part], overlay[part]
     if color_ids is not None:
         colors = id_colors(color_ids)[ids]
-    elif ids.max(initial=0) <= ids.size:
-        colors = id_colors(np.arange(ids.max(initial=0) + 1))[ids]  # (H, W, 3)
+    elif ids.max() <= ids.size:
+        colors = id_colors(np.arange(ids.max() + 1))[ids]  # (h, w, 3)
     else:  # few, large ids
         present, index = np.unique(ids, return_inverse=True)
         colors = id_colors(present)[index.reshape(ids.shape)]
@@ -603,9 +609,10 @@ def overlay_label_map(image_rgb: np.ndarray, ids: np.ndarray, color_ids: np.ndar
     is_contour[:, 1:] |= ids[:, :-1] != ids[:, 1:]
     is_contour[:-1] |= ids[:-1] != ids[1:]
     is_contour[1:] |= ids[:-1] != ids[1:]
-    half = ((image_rgb.astype(np.uint16) + colors + 1) // 2).astype(np.uint8)
-    overlay = np.where(is_contour[..., None], colors, half)
-    return np.where(ids[..., None] > 0, overlay, image_rgb)
+    half = (pixels | colors) - ((pixels ^ colors) >> 1)  # (pixels + colors + 1) // 2, within 8 bits
+    half = cv2.copyTo(colors, is_contour.view(np.uint8), half)
+    overlay[part] = cv2.copyTo(half, (ids > 0).view(np.uint8), pixels.copy())
+    return overlay
 
 
 def draw_legend(names: Sequence[str], color_ids: Sequence[int], width: int) -> np.ndarray:
