@@ -86,8 +86,10 @@ def skim_record(path: Path) -> dict:
     Raises:
         ValueError: for a file that is no record.
     """
-    record = listing.read_json(path) if path.exists() else {}
-    annotations = record.get("annotations", []) if isinstance(record, dict) else None
+    if not path.exists():
+        return {}
+    record = listing.read_json(path)
+    annotations = record.get("annotations") if isinstance(record, dict) else None
     if not isinstance(annotations, list) or not all(isinstance(annotation, dict) for annotation in annotations):
         raise ValueError(f"{path} is no record of masks, run lengths in SA-1B's layout; move it away")
     return record
@@ -139,10 +141,18 @@ def draw_map(annotations: list[dict], orig_hw: tuple[int, int]) -> np.ndarray:
 
 
 def draw_validation(labels_dir: Path, names: set[str], val_fraction: float, seed: int) -> set[str]:
-    """Read which pictures validate, or draw them: once, so that later ones train; of a single one none."""
+    """Read which pictures validate, or draw them: once, so that later ones train; of a single one none.
+
+    Raises:
+        ValueError: for a name that no list of names can hold.
+    """
     path = labels_dir / "val.txt"
     if not path.exists() and len(names) == 1 and val_fraction < 1:
         return set()  # drawn when there are more
+    if strange := sorted(name for name in names if "\n" in name or name != name.encode(errors="ignore").decode()):
+        raise ValueError(
+            f"input has a picture called {strange[0]!r}, which is no name in UTF-8 or has two lines; rename it"
+        )
     if not path.exists():
         val_names, _ = listing.draw_split(names, val_fraction, seed)
         _write_names(path, val_names)
@@ -151,19 +161,24 @@ def draw_validation(labels_dir: Path, names: set[str], val_fraction: float, seed
 
 def read_validation(labels_dir: Path) -> set[str]:
     """Read which pictures validate; none where that was not drawn yet."""
-    path = labels_dir / "val.txt"
-    return set(listing.read_lines(path)) if path.exists() else set()
+    names = _read_names(labels_dir / "val.txt")
+    return names | {name.strip() for name in names}  # people edit this file, too
 
 
 def read_done(labels_dir: Path) -> set[str]:
     """Read which pictures a person has finished."""
-    path = labels_dir / "done.txt"
-    return set(listing.read_lines(path)) if path.exists() else set()
+    return _read_names(labels_dir / "done.txt")
 
 
 def write_done(labels_dir: Path, names: set[str]) -> None:
     """Write which pictures a person has finished."""
     _write_names(labels_dir / "done.txt", names)
+
+
+def _read_names(path: Path) -> set[str]:
+    """Read names, one a line, as they are: a picture's may begin with # or end in a blank."""
+    lines = listing.read_text(path).split("\n") if path.exists() else []
+    return {line.removesuffix("\r") for line in lines} - {""}
 
 
 def _write_names(path: Path, names: set[str]) -> None:

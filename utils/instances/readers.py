@@ -29,6 +29,7 @@ import yaml
 
 from utils import listing
 from utils.images import PICTURE_SUFFIXES, read_channels, read_frame_wh, read_image, read_label_map
+from utils.instances import label_folder
 from utils.instances.codecs import polygons_to_mask, rle_to_mask
 from utils.samples.write import write_samples
 from utils.settings import check_keys
@@ -449,7 +450,7 @@ def list_labels(root: Path, labels: str) -> tuple[list[Item], list[Item]]:
         )
     items, _ = list_sa1b(root, ".", str((folder / "masks").absolute()))
     items = [item for item in items if item.annotation_path.exists()]  # the others wait for labels
-    val_names = {unicodedata.normalize("NFC", name) for name in listing.read_lines(folder / "val.txt")}
+    val_names = {unicodedata.normalize("NFC", name) for name in label_folder.read_validation(folder)}
     is_val = [unicodedata.normalize("NFC", item.annotation_path.stem) in val_names for item in items]
     splits = [[item for item, is_in in zip(items, is_val, strict=True) if is_in is wanted] for wanted in (False, True)]
     if not splits[1]:

@@ -629,8 +629,8 @@ def choose_model(checkpoint: str | None, image_size: int | None, model: dict | N
             chosen = read_model_config(name)
     elif model is None:
         chosen = read_model_config("sam2_nano")
-    given = {"checkpoint": checkpoint and str(checkpoint), "image_size": image_size}
-    return chosen | {key: value for key, value in given.items() if value}
+    given = {"checkpoint": str(checkpoint) if checkpoint else None, "image_size": image_size}
+    return chosen | {key: value for key, value in given.items() if value is not None}
 
 
 def read_model_config(name: str) -> dict:

@@ -20,7 +20,7 @@ from utils.sam2 import edges, evaluation, mask_generation
 from utils.sam2 import model as models
 from utils.sam2.mask_generation import AutomaticSettings
 from utils.sam2.model import Embeddings
-from utils.settings import at_least, between, is_number
+from utils.settings import FINITE, at_least, between, is_number
 
 CLICKS, MOST_CLICKS = (1, 2, 3, 5, 9), 20
 NOC_IOUS = (0.85, 0.9)
@@ -39,8 +39,8 @@ class ProposalSettings:
 
     points_per_side: Annotated[int, at_least(1)]
     box_nms_thresh: Annotated[float, between(0, 1)]
-    pred_iou_thresh: float
-    stability_score_thresh: float
+    pred_iou_thresh: Annotated[float, FINITE]
+    stability_score_thresh: Annotated[float, FINITE]
     single_mask: bool  # also with a single mask for each point, the paper's ablation
 
 
