@@ -53,6 +53,30 @@ def open_folder(labels_dir: Path) -> Iterator[None]:
         yield
 
 
+def check_names(labels_dir: Path, pictures: list[images.Picture]) -> None:
+    """Refuse pictures whose names no list can hold, or are no longer those of their records.
+
+    A name has its suffix where two pictures differ in that alone: one that comes or goes renames the other.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    names, val_names = {picture.name for picture in pictures}, read_validation(labels_dir)
+    for picture in pictures:
+        if "\n" in picture.name or picture.name != picture.name.encode(errors="ignore").decode():
+            raise ValueError(f"input has {str(picture)!r}, whose name is not one line of UTF-8; rename the file")
+        stem, suffix = picture.path.stem, picture.path.suffix[1:]
+        before = f"{stem}_{suffix}" if picture.name == stem else stem
+        path = record_path(labels_dir, before)
+        image = skim_record(path).get("image") if before not in names else None
+        is_of_it = isinstance(image, dict) and image.get("file_name") == picture.path.name
+        if is_of_it or (before not in names and before in val_names and not path.exists()):
+            raise ValueError(
+                f"{picture} is {picture.name} now and was {before} in {labels_dir}: a file of its name with another "
+                "suffix is new, or gone; rename one of the two"
+            )
+
+
 def record_path(labels_dir: Path, name: str) -> Path:
     """Give the path of a picture's record."""
     return labels_dir / "masks" / f"{name}.json"
@@ -141,18 +165,10 @@ def draw_map(annotations: list[dict], orig_hw: tuple[int, int]) -> np.ndarray:
 
 
 def draw_validation(labels_dir: Path, names: set[str], val_fraction: float, seed: int) -> set[str]:
-    """Read which pictures validate, or draw them: once, so that later ones train; of a single one none.
-
-    Raises:
-        ValueError: for a name that no list of names can hold.
-    """
+    """Read which pictures validate, or draw them: once, so that later ones train; of a single one none."""
     path = labels_dir / "val.txt"
     if not path.exists() and len(names) == 1 and val_fraction < 1:
         return set()  # drawn when there are more
-    if strange := sorted(name for name in names if "\n" in name or name != name.encode(errors="ignore").decode()):
-        raise ValueError(
-            f"input has a picture called {strange[0]!r}, which is no name in UTF-8 or has two lines; rename it"
-        )
     if not path.exists():
         val_names, _ = listing.draw_split(names, val_fraction, seed)
         _write_names(path, val_names)

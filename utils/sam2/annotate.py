@@ -73,6 +73,7 @@ def annotate_pictures(
     if not pictures:
         raise ValueError("input has no picture but pages of files of several; save them as files of their own")
     if settings.stage != "rate":
+        label_folder.check_names(labels_dir, pictures)
         label_folder.draw_validation(labels_dir, {picture.name for picture in pictures}, val_fraction, seed)
     confident_iou = settings.confident_iou if settings.stage == "semi" else None
     if settings.stage == "semi" and confident_iou is None:

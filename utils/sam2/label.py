@@ -53,8 +53,9 @@ def label_pictures(
         {"labelled": pictures, "done_before": ..., "finished": by a person, "validating": ..., "masks": automatic ones,
         "kept": those of people}; and a line for each picture that cannot be read.
     Raises:
-        ValueError: for a record that is none, before it would be overwritten.
+        ValueError: for a record that is none, before it would be overwritten; as `label_folder.check_names`.
     """
+    label_folder.check_names(labels_dir, pictures)
     val_names = label_folder.draw_validation(labels_dir, {each.name for each in pictures}, settings.val_fraction, seed)
     finished = label_folder.read_done(labels_dir)
     counts = {"labelled": 0, "done_before": 0, "finished": 0, "validating": 0, "masks": 0, "kept": 0}
