@@ -331,7 +331,7 @@ def test_groups_come_from_a_csv_too(root, tmp_path):
     content = json.loads((root / "all.json").read_text())["annotations"]
     names = {int(Path(item.name).stem) + 100: item.name for item in items}
     rows = [(names[a["image_id"]], a["id"], "odd" if a["id"] % 2 else "even") for a in content]
-    with (tmp_path / "groups.csv").open("w", newline="") as file:
+    with (tmp_path / "groups.CSV").open("w", newline="") as file:
         csv.writer(file).writerows([("picture", "object", "value"), *rows])
     table = run_in(
         tmp_path / "run",
@@ -339,7 +339,7 @@ def test_groups_come_from_a_csv_too(root, tmp_path):
             root,
             f"checkpoint={root / 'best.pt'}",
             "benchmark.protocols=[groups]",
-            f"benchmark.groups={tmp_path / 'groups.csv'}",
+            f"benchmark.groups={tmp_path / 'groups.CSV'}",
         ),
     )
     assert {key[1] for key in table} == {"odd", "even", ""} and {key[0] for key in table} == {"groups"}
@@ -597,6 +597,7 @@ def test_an_interval_is_a_plain_bootstrap():
         (["benchmark.groups=FOLDER/none.csv"], "none.csv; no such file"),
         (["benchmark.detections=FOLDER/none.json"], "none.json; no such file"),
         (["benchmark.groups=FOLDER/wrong.csv"], "must be picture,object,value"),
+        (["benchmark.groups=FOLDER/others.csv"], "others.csv names none of the measured pictures: it has 00.png, they"),
         (["benchmark.detections=FOLDER/unknown.json"], "1 of 2 entries are of pictures that are not measured, such as"),
         (["benchmark.detections=FOLDER/no_box.json"], "must have bbox"),
         (["benchmark.detections=FOLDER/no_list.json"], "must be a list of results"),
@@ -641,6 +642,7 @@ def test_bad_input_is_one_clear_line(root, tmp_path, monkeypatch, capfd, argumen
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "run.json").write_text("{}")
     (tmp_path / "wrong.csv").write_text("name,value\na,b\n")
+    (tmp_path / "others.csv").write_text("picture,object,value\n00.png,1,a\n")
     (tmp_path / "twice.csv").write_text("picture,object,value\n00.png,1,a\n00.png,1,b\n")
     (root / "empty.json").write_text(json.dumps(content | {"annotations": []}))
     content["images"][1] |= {"height": 50}
