@@ -34,7 +34,8 @@ PATH_KEYS = re.compile(  # keys of the command line whose values are paths, or w
     r"|benchmark\.(detections|groups|edges\.root)"
     r"|data\.(\w+\.)*(root|labels|index|groundtruth|\w+_(dir|list|folder|images|annotations))|hydra\.(run|sweep)\.dir)"
 )
-FOLDERS_BELOW = re.compile(r"data\..*_(dir|list|folder|images|annotations)=$")  # data.root itself, if empty
+# The folder itself, where it is empty; text= has a word of its own.
+MAY_BE_EMPTY = re.compile(r"data\..*_(dir|list|folder|images|annotations)=$|^text=$")
 FLAGS_WITHOUT_RUN = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--help", "-h", "--version")
 OUT_OF_MEMORY = re.compile("(?i)out of memory|can't allocate|not enough memory|insufficient memory|_ALLOC_FAILED")
 # Marks of a field whose keys stand in the same section as its neighbours', and of one that takes all keys left over.
@@ -326,7 +327,7 @@ def read_command_line(task: str) -> None:
                 entries = [QuotedString(entry, Quote.single).with_quotes() for entry in entries]
                 quoted = shlex.quote(f"{key}={quoted.format(','.join(entries))}")
                 sys.exit(f"error: Hydra cannot read {argument}; quote the value, for the shell and for Hydra: {quoted}")
-            if argument.endswith("=") and PATH_KEYS.fullmatch(argument[:-1]) and not FOLDERS_BELOW.search(argument):
+            if argument.endswith("=") and PATH_KEYS.fullmatch(argument[:-1]) and not MAY_BE_EMPTY.search(argument):
                 sys.exit(
                     f"error: {argument} has no value, such as that of a variable which is not set; give one, or null"
                 )

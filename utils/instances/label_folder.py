@@ -93,10 +93,14 @@ def read_record(path: Path) -> dict:
     record = listing.read_json(path)
     try:
         size = [record["image"]["height"], record["image"]["width"]]
+        if not all(type(side) is int and side > 0 for side in size):
+            raise TypeError(f"a picture of {size} px")
         for annotation in record["annotations"]:
             if annotation["segmentation"]["size"] != size:
                 raise ValueError(f"a mask of {annotation['segmentation']['size']} px in a picture of {size}")
             rle_to_part(annotation["segmentation"])
+        if not isinstance(record.get("rejected", []), list):
+            raise TypeError("its rejected is no list")
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path} is no record of masks, run lengths in SA-1B's layout; move it away ({error})"
@@ -114,7 +118,8 @@ def skim_record(path: Path) -> dict:
         return {}
     record = listing.read_json(path)
     annotations = record.get("annotations") if isinstance(record, dict) else None
-    if not isinstance(annotations, list) or not all(isinstance(annotation, dict) for annotation in annotations):
+    is_record = isinstance(annotations, list) and all(isinstance(annotation, dict) for annotation in annotations)
+    if not is_record or not isinstance(record.get("rejected", []), list):
         raise ValueError(f"{path} is no record of masks, run lengths in SA-1B's layout; move it away")
     return record
 

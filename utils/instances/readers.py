@@ -287,7 +287,7 @@ def _list_coco_file(image_dir: Path, annotation_path: Path, image_dir_name: str,
             f"their image_id is that of no picture: {ids}"
         )
     categories = {}  # id -> what its annotations get of it
-    for category in content.get("categories") or []:
+    for category in _list_field(content, "categories", annotation_path) if content.get("categories") else []:
         if isinstance(category, dict) and "id" in category:
             named = {"category": category.get("name"), "frequency": category.get("frequency")}
             categories[plain_id(category["id"])] = {key: value for key, value in named.items() if value is not None}

@@ -75,7 +75,7 @@ def read_truth(instances: Instances, class_ids: dict[int | str, int]) -> Truth:
     given = [annotation.get("area") for annotation in said]
     return Truth(
         numbers,
-        np.array([i if type(i) is int else own for i, (_, own, _) in zip(ids, objects, strict=True)], np.int64),
+        np.array([i if fits_int64(i) else own for i, (_, own, _) in zip(ids, objects, strict=True)], np.int64),
         areas,
         np.array([a if is_number(a) and a > 0 else own for a, own in zip(given, areas, strict=True)], np.float64),
         np.array([is_marked_crowd(annotation) for annotation in said], bool),
@@ -84,6 +84,11 @@ def read_truth(instances: Instances, class_ids: dict[int | str, int]) -> Truth:
         tuple(each if isinstance(each := annotation.get("attributes"), dict) else {} for annotation in said),
         instances.image_id,
     )
+
+
+def fits_int64(value: object) -> bool:
+    """Tell whether an id is a number of 64 bits; those that are made of hashes need not be."""
+    return type(value) is int and -(2**63) <= value < 2**63
 
 
 def number_class(entry: dict, class_ids: dict[int | str, int]) -> int:
