@@ -89,6 +89,9 @@ def test_rounds_leave_people_and_validation_alone(photos, tmp_path):
     assert label_round(photos, labels, masks)[1] == 0  # all are done
     (labels / "masks" / f"{other}.json").unlink()  # as after a kill before the record
     assert label_round(photos, labels, masks)[1] == 1
+    for hw in ((50, 40, 3), (40, 50, 3)):  # exported anew, at another size, and back
+        write_image(photos / f"{other}.png", np.zeros(hw, np.uint8))
+        assert label_round(photos, labels, [])[1] == 1
 
     by_hand = [annotate(square(6, 6, 9), 0.1, origin="person"), annotate(square(30, 20, 8), 0.1, origin="assisted")]
     record["annotations"] = [*record["annotations"], *by_hand]

@@ -67,7 +67,7 @@ def label_pictures(
             counts["validating"] += 1
         elif picture.name in finished:
             counts["finished"] += 1
-        elif label_folder.read_record(label_folder.record_path(labels_dir, picture.name)).get("made_by") == made_by:
+        elif is_labelled(label_folder.record_path(labels_dir, picture.name), picture, made_by):
             counts["done_before"] += 1
         else:
             waiting.append(picture)
@@ -93,6 +93,15 @@ def label_pictures(
         counts["kept"] += len(kept)
         counts["masks"] += len(annotations) - len(kept)
     return counts, failures
+
+
+def is_labelled(path: Path, picture: images.Picture, made_by: str) -> bool:
+    """Tell whether a record has this model's masks of a picture as it is: a file of another size has come anew."""
+    record = label_folder.read_record(path)
+    if record.get("made_by") != made_by:
+        return False
+    frame_wh = images.read_frame_wh(picture.path)
+    return frame_wh is None or frame_wh == (record["image"]["width"], record["image"]["height"])
 
 
 def join_masks(generated: list[dict], kept: list[dict], orig_hw: tuple[int, int], max_overlap: float) -> list[dict]:

@@ -39,7 +39,7 @@ class Rating:
         Raises:
             ValueError, FileNotFoundError: for a folder without masks of these pictures, and for marks of other masks.
         """
-        if results[0] == results[1]:
+        if Path(results[0]).resolve() == Path(results[1]).resolve():
             raise ValueError(f"results is {results}; must be two folders")
         self.results, self.pictures, self.path = results, pictures, labels_dir / "ratings.csv"
         self.paths = [label_folder.list_records(Path(folder)) for folder in results]
