@@ -25,7 +25,7 @@ from utils.checkpoint import save_checkpoint
 from utils.images import mask_to_box, write_image
 from utils.instances.check import check_data, check_item
 from utils.instances.codecs import mask_to_rle
-from utils.instances.readers import list_items
+from utils.instances.readers import Instances, list_items
 from utils.sam2 import benchmark, evaluation, mask_generation, protocols
 from utils.sam2.benchmark import choose_objects, load_records
 from utils.sam2.compare import compare_records
@@ -582,6 +582,13 @@ def test_an_interval_is_a_plain_bootstrap():
     rng = np.random.default_rng(5)
     means = [values[rng.integers(25, size=25)].mean() for _ in range(1000)]
     assert [low, high] == pytest.approx(np.percentile(means, [2.5, 97.5]))
+
+
+def test_ids_of_more_than_64_bits_are_those_of_the_masks():
+    annotations = ({"id": 2**64 - 1}, {"id": 77})  # made of a hash
+    layers = np.array([[[1, 2, 2]]], np.int32)
+    truth = protocols.read_truth(Instances(layers, annotations=annotations), {})
+    assert truth.ids.tolist() == [1, 77]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

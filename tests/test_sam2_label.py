@@ -150,7 +150,10 @@ def test_a_file_that_is_no_record_is_not_overwritten(photos, tmp_path):
         '[{"segmentation": {"size": [4, 5], "counts": ""}}]}',
     )
     broken = '[{"segmentation": {"size": [40, 50], "counts": "?!"}}]}'
-    for text in ("[1, 2]", "{}", "my notes", head + polygon, head + other_size, head + broken, head + "7}"):
+    endless = '[{"segmentation": {"size": [40, 50], "counts": [Infinity]}}]}'
+    sizeless = '{"image": {"height": null, "width": null}, "annotations": []}'
+    broken_lists = [head + polygon, head + other_size, head + broken, head + endless, head + "7}", sizeless]
+    for text in ("[1, 2]", "{}", "my notes", *broken_lists, head + '[], "rejected": null}'):
         for name in NAMES:
             (labels / "masks" / f"{name}.json").write_text(text)
         with pytest.raises(ValueError, match="json"):
