@@ -213,7 +213,7 @@ def test_results_come_back_as_a_dataset(folder, tmp_path):  # noqa: F811
     """The run's folder as it is, with pictures of one stem: data=sa1b, as data/README.md promises."""
     photos, run_dir = tmp_path / "photos", tmp_path / "run"
     photos.mkdir()
-    for name in ("a.jpg", "a.png", "b.png"):
+    for name in ("a.jpg", "a.png", "b.png", "run.png"):
         write_image(photos / name, read_image(folder / "photo.png"))
     run(folder, run_dir, f"input={photos}", "mode=prompts", BOXES)
     config = tiny.compose_config("train_sam2", "data=sa1b", f"data.root={tmp_path}", "data.image_dir=photos")
@@ -221,7 +221,7 @@ def test_results_come_back_as_a_dataset(folder, tmp_path):  # noqa: F811
     splits = split_items(**keys | {"annotation_dir": "run"})
     items = sorted([*splits[0], *splits[1]], key=lambda item: item.name)
     assert [(item.name, item.image_path.name) for item in items] == [
-        ("a_jpg", "a.jpg"), ("a_png", "a.png"), ("b", "b.png"),
+        ("a_jpg", "a.jpg"), ("a_png", "a.png"), ("b", "b.png"), ("run_png", "run.png"),
     ]  # fmt: skip
     assert all(check_item(item).is_usable for item in items)
 

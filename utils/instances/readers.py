@@ -413,8 +413,8 @@ def list_sa1b(root: Path, image_dir: str = ".", annotation_dir: str = ".") -> tu
         for stem, path in listing.files_by_name(root / image_dir, suffixes=(suffix,)).items():
             pictures.setdefault(stem, []).append(path)
     annotations = listing.files_by_name(root / annotation_dir, suffixes=(".json",))
-    if "run" not in pictures:
-        annotations.pop("run", None)
+    if "run" in annotations and ("run" not in pictures or _is_run_record(annotations["run"])):
+        del annotations["run"]
     items, used = [], set()
     for name, path in annotations.items():
         image_path, *others = pictures.get(name, [root / image_dir / f"{name}.jpg"])
@@ -459,6 +459,14 @@ def list_labels(root: Path, labels: str) -> tuple[list[Item], list[Item]]:
             "person labels them: infer_sam2.py mode=annotate"
         )
     return splits[0], splits[1]
+
+
+def _is_run_record(path: Path) -> bool:
+    """Tell whether a json file is what infer_sam2.py notes of a run; of a picture run.jpg it writes run_jpg.json."""
+    try:
+        return "command" in _read_json(path)
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _named_picture(path: Path) -> str | None:
