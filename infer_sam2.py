@@ -146,6 +146,7 @@ MODES_OF_KEY = {  # which modes use a key that not all of them use
     **{f"automatic.{field.name}": GRID for field in fields(AutomaticSettings)},
     **{f"automatic.{name}": FOLDER for name in ("points_per_batch", "stability_score_offset", "min_region_area")},
 }  # fmt: skip
+MOST_NAME_BYTES = 255 - len("_overlay.png.tmp")  # of a picture, where file systems take 255
 PROMPTS = ("region", "points", "boxes", "mask", "text", "prompts_file")  # keys that say what to look for
 
 
@@ -263,6 +264,8 @@ def infer(config: dict, run_dir: Path) -> list[str]:
 
     def read(image_index: int) -> tuple[np.ndarray, list[ObjectPrompt], tuple[str, str] | None]:
         picture = pictures[image_index]
+        if len(os.fsencode(picture.name)) > MOST_NAME_BYTES:
+            raise ValueError(f"its results' names would be too long; give the file a name of {MOST_NAME_BYTES} bytes")
         image_unscaled = images.read_image_unscaled(picture.path, picture.page)  # uint8 or uint16 (H, W, 3)
         orig_hw, objects = image_unscaled.shape[:2], []
         if settings.mode == "region":

@@ -532,6 +532,7 @@ def test_best_checkpoint_of_training_predicts_the_same_in_an_untouched_sam2(fold
         (["write=coco"], "write is 'coco'; must be a list"),
         (["write=[yolo]", "outline_tolerance_px=-1"], "outline_tolerance_px is -1; must be 0 or more"),
         (["write=[yolo]", "outline_tolerance_px=inf"], "outline_tolerance_px is inf; must be finite"),
+        (["mode=compare", "input=null", "checkpoint=null", "results=[a,b]", "seed=-1"], "seed is -1; must be a whole"),
         (
             ["mode=compare", "input=null", "checkpoint=null", "write=[coco]"],
             "write= is given but mode is compare.*take mode=automatic",

@@ -99,6 +99,7 @@ def test_dead_links_and_refused_files_are_named_and_the_others_done(folder, tmp_
     for name in ("a.png", "c.png"):
         write_image(photos / name, read_image(folder / "photo.png"))
     (photos / "b.png").symlink_to(tmp_path / "gone")
+    (photos / f"{'照' * 80}.png").symlink_to(folder / "photo.png")  # 244 bytes
     real = np.fromfile
 
     def fromfile(path, *rest):
@@ -108,7 +109,7 @@ def test_dead_links_and_refused_files_are_named_and_the_others_done(folder, tmp_
 
     monkeypatch.setattr(np, "fromfile", fromfile)
     records, _, failures = run(folder, tmp_path / "run", f"input={photos}", "mode=prompts", BOXES)
-    assert set(records) == {"a"} and len(failures) == 2
+    assert set(records) == {"a"} and len(failures) == 3 and "give the file a name of 239 bytes" in failures[2]
     assert "b.png is a link to" in failures[0] and "Permission denied" in failures[1] and "c.png" in failures[1]
     cache = f"cache={tmp_path / 'cache'}"  # of the others
     assert run(folder, tmp_path / "cached", f"input={photos}", "mode=prompts", BOXES, cache)[2] == failures

@@ -87,7 +87,7 @@ def of_length(count: int, words: str) -> Rule:
 class CommonSettings:
     """The keys of configs/shared/common.yaml, which explains each; utils/run.py turns them into what they stand for."""
 
-    seed: int  # 0 to 2**32 - 1
+    seed: Annotated[int, Rule(lambda seed: 0 <= seed < 2**32, "a whole number from 0 to 2**32 - 1")]
     device: str
     precision: str
     num_workers: int | str
