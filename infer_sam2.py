@@ -84,6 +84,7 @@ import contextlib
 import csv
 import functools
 import logging
+import os
 import unicodedata
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
@@ -131,19 +132,21 @@ SEGMENTING = ("automatic", "region", "prompts")
 GRID = ("automatic", "label")  # masks of a grid of points
 FOLDER = (*SEGMENTING, "label")  # of pictures
 LOADING = (*FOLDER, "annotate", "benchmark", "export")  # a model
+CLASS_KEYS = ("keep_classes", "min_class_prob", "nms_across_classes")  # which masks are kept by their class
 MODES_OF_KEY = {  # which modes use a key that not all of them use
     "input": (*FOLDER, "annotate"), "labels": ("label", "annotate"), "label.val_fraction": ("label", "annotate"),
     "region": ("region",), "num_points": ("region",), "points": ("prompts",),
     "boxes": ("prompts",), "mask": ("prompts",), "text": ("prompts",), "prompts_file": ("prompts",),
     "data": ("benchmark",),
     "split": ("benchmark",), "results": ("compare", "audit", "annotate"), "checkpoint": LOADING, "model": LOADING,
-    "keep_classes": GRID, "min_class_prob": GRID, "nms_across_classes": GRID,
-    "image_size": LOADING, "max_overlap": FOLDER,
+    **dict.fromkeys(CLASS_KEYS, GRID), "image_size": LOADING, "max_overlap": FOLDER,
     "write": SEGMENTING, "outline_tolerance_px": SEGMENTING, "cache": SEGMENTING, "cache_precision": SEGMENTING,
     **{f"annotate.{field.name}": ("annotate",) for field in fields(AnnotateSettings)},
     **{f"benchmark.{field.name}": ("benchmark",) for field in fields(BenchmarkSettings)},
-    **{f"automatic.{field.name}": FOLDER for field in fields(AutomaticSettings)},
+    **{f"automatic.{field.name}": GRID for field in fields(AutomaticSettings)},
+    **{f"automatic.{name}": FOLDER for name in ("points_per_batch", "stability_score_offset", "min_region_area")},
 }  # fmt: skip
+MOST_NAME_BYTES = 255 - len("_overlay.png.tmp")  # of a picture, where file systems take 255
 PROMPTS = ("region", "points", "boxes", "mask", "text", "prompts_file")  # keys that say what to look for
 
 
@@ -168,7 +171,9 @@ class Config:
     keep_classes: list[str] | None  # mode=automatic: masks of these classes alone; None: of all
     min_class_prob: Annotated[float, between(0, 1)]  # mode=automatic: of a mask's class
     nms_across_classes: bool  # mode=automatic: a mask may be suppressed by one of another class
-    max_overlap: float  # a mask of which a larger share is taken by better ones is left out of the label map, 0..1
+    max_overlap: Annotated[
+        float, between(0, 1)
+    ]  # a mask of which a larger share is taken by better ones is left out of the label map, 0..1
     split: Annotated[str, one_of("val", "train")]  # mode=benchmark: of data
     benchmark: BenchmarkSettings
     results: list[str] | None  # mode=compare: runs of mode=benchmark, or dataset.json files; mode=audit: two folders
@@ -242,7 +247,8 @@ def infer(config: dict, run_dir: Path) -> list[str]:
     text_tokens = embed_texts(objects_of, model_config["checkpoint"], device)
     class_filter = choose_classes(settings, class_head)
     class_names = [] if class_head is None else class_head.names
-    cached = [(picture.path, False) for picture in pictures if picture.page is None]  # none is mirrored
+    # None is mirrored; what cannot be read is said when its turn comes.
+    cached = [(each.path, False) for each in pictures if each.page is None and os.access(each.path, os.R_OK)]
     obstacle = "mode=automatic encodes crops of pictures, too" if settings.mode == "automatic" else None
     plan = embedding_cache.plan_cache(
         model, settings.cache, settings.cache_precision, precision, True, cached, obstacle
@@ -258,6 +264,8 @@ def infer(config: dict, run_dir: Path) -> list[str]:
 
     def read(image_index: int) -> tuple[np.ndarray, list[ObjectPrompt], tuple[str, str] | None]:
         picture = pictures[image_index]
+        if len(os.fsencode(picture.name)) > MOST_NAME_BYTES:
+            raise ValueError(f"its results' names would be too long; give the file a name of {MOST_NAME_BYTES} bytes")
         image_unscaled = images.read_image_unscaled(picture.path, picture.page)  # uint8 or uint16 (H, W, 3)
         orig_hw, objects = image_unscaled.shape[:2], []
         if settings.mode == "region":
@@ -268,7 +276,8 @@ def infer(config: dict, run_dir: Path) -> list[str]:
         return images.scale_to_8_bits(image_unscaled), objects, images.remark_on_values(image_unscaled)
 
     with (
-        (run_dir / "summary.csv").open("w", encoding="utf-8", newline="") as summary_file,
+        # A name need not be text in UTF-8.
+        (run_dir / "summary.csv").open("w", encoding="utf-8", errors="backslashreplace", newline="") as summary_file,
         contextlib.ExitStack() as at_end,
     ):
         at_end.callback(write, labelled=written, is_end=True)  # after Ctrl-C, too: of the pictures that are done
@@ -403,9 +412,15 @@ def make_labels(config: dict, settings: Config, run_dir: Path) -> list[str]:
         f"{counts['kept']} of people's; {counts['done_before']} were done before, a person has finished "
         f"{counts['finished']}, {counts['validating']} validate and wait for a person (val.txt)"
     )
-    where = {"data.root": settings.input, "data.labels": settings.labels}
-    command = sections.show_command("train_sam2.py experiment=data_engine", **where)
-    log.info(f"train on them: {command}")
+    val_names = label_folder.read_validation(labels_dir)
+    if any(label_folder.record_path(labels_dir, name).exists() for name in val_names):
+        folder = settings.input if Path(settings.input).is_dir() else Path(settings.input).parent
+        where = {"data.root": folder, "data.labels": settings.labels}
+        log.info(f"train on them: {sections.show_command('train_sam2.py experiment=data_engine', **where)}")
+    else:  # without a validation part no training starts
+        where = {"input": settings.input, "labels": settings.labels}
+        where |= {"checkpoint": settings.checkpoint} if settings.checkpoint else {}
+        log.info(f"then a person labels some: {sections.show_command('infer_sam2.py mode=annotate', **where)}")
     return failures
 
 
@@ -553,7 +568,7 @@ def choose_classes(settings: Config, class_head: ClassHead | None) -> ClassFilte
         ValueError: for a choice where there are no classes, and for a class that the checkpoint does not know.
     """
     if class_head is None:
-        chosen = [key for key in list_given(settings) if MODES_OF_KEY[key] == GRID]
+        chosen = [key for key in list_given(settings) if key in CLASS_KEYS]
         if chosen:
             raise ValueError(
                 f"{chosen[0]}= needs a checkpoint that knows classes: train_sam2.py classes=auto makes one"
@@ -731,7 +746,7 @@ def segment_objects(
     orig_hw = image_rgb.shape[:2]
     start = now_s(model.device)
     key = picture.path, False
-    if plan is None or picture.page is not None:
+    if plan is None or key not in plan.entries:
         encoder_input = models.preprocess(image_rgb, model.image_size, model.device)[None]
     else:
         if key in plan.missing:  # then read: the first run rounds as all others do

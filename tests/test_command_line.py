@@ -87,6 +87,20 @@ def test_what_hydra_cannot_read_is_one_line_that_says_how_to_quote(arguments, mo
     )
 
 
+def test_a_list_that_hydra_cannot_read_stays_one_where_it_is_quoted_as_it_says(monkeypatch):
+    with pytest.raises(SystemExit) as stop:
+        on_command_line(monkeypatch, "results=[IMG (2)/a, 'b']")
+    (argument,) = on_command_line(monkeypatch, *shlex.split(stop.value.code.split("for Hydra: ")[1]))
+    assert read_by_hydra(argument) == ["IMG (2)/a", "b"]
+
+
+@pytest.mark.parametrize("key", ["input", "labels", "checkpoint", "hydra.run.dir", "data.root"])
+def test_a_path_without_a_value_is_not_the_current_folder(key, monkeypatch):
+    with pytest.raises(SystemExit, match=f"{key}= has no value"):
+        on_command_line(monkeypatch, f"{key}=")
+    assert on_command_line(monkeypatch, "data.image_dir=") == ["data.image_dir="]
+
+
 def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for argument in (f"hydra.run.dir={tmp_path / 'file' / 'run'}", f"hydra.run.dir={tmp_path}/no/run"):

@@ -414,6 +414,10 @@ def test_geometry_comes_from_the_checkpoint(folder, tmp_path):
     assert models.choose_model(tmp_path / "best.pt", None, None)["image_size"] == 128
     assert models.choose_model(tmp_path / "best.pt", None, NANO)["image_size"] == 128
     assert models.choose_model(tmp_path / "best.pt", 192, None)["image_size"] == 192
+    named = NANO | {"checkpoint": str(tmp_path / "best.pt")}  # model.checkpoint=, as train_sam2.py has it
+    assert models.choose_model(None, None, named)["image_size"] == 128
+    for checkpoint in (None, tmp_path / "best.pt"):
+        assert models.choose_model(checkpoint, None, named | {"image_size": 160})["image_size"] == 160
     assert models.choose_model(tmp_path / "best.pt", None, None)["automatic"]["points_per_side"] == 5
     assert models.choose_model(None, None, None) == models.choose_model("auto", None, None) == NANO
     assert models.choose_model("none", None, None) == NANO | {"checkpoint": "none"}  # random weights
@@ -515,10 +519,20 @@ def test_best_checkpoint_of_training_predicts_the_same_in_an_untouched_sam2(fold
         (["mode=region", "region=region.png", "num_points=0"], "num_points is 0"),
         (["num_points=many"], "num_points is 'many'; must be a whole number"),
         (["max_overlap=x"], "max_overlap is 'x'; must be a number"),
+        (["max_overlap=15"], "max_overlap is 15; must be between 0 and 1"),
+        (["automatic.crop_overlap_ratio=-1"], "automatic.crop_overlap_ratio is -1; must be between 0 and 1"),
+        (["automatic.box_nms_thresh=nan"], "automatic.box_nms_thresh is nan; must be between 0 and 1"),
+        (["automatic.pred_iou_thresh=nan"], "automatic.pred_iou_thresh is nan; must be finite"),
+        (["image_size=0"], "model.image_size is 0; must be a multiple of 32"),
+        (
+            ["mode=prompts", "points=[[5,6,1]]", "automatic.min_area=9"],
+            "automatic.min_area= is given but mode is prompts, .* take mode=automatic or mode=label",
+        ),
         (["write=[coco,voc]"], r"write is \['coco', 'voc'\]; must be a list of some of coco, labelme, yolo, cutouts"),
         (["write=coco"], "write is 'coco'; must be a list"),
         (["write=[yolo]", "outline_tolerance_px=-1"], "outline_tolerance_px is -1; must be 0 or more"),
         (["write=[yolo]", "outline_tolerance_px=inf"], "outline_tolerance_px is inf; must be finite"),
+        (["mode=compare", "input=null", "checkpoint=null", "results=[a,b]", "seed=-1"], "seed is -1; must be a whole"),
         (
             ["mode=compare", "input=null", "checkpoint=null", "write=[coco]"],
             "write= is given but mode is compare.*take mode=automatic",

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+import unicodedata
 from pathlib import Path
 
 import cv2
@@ -195,6 +196,7 @@ def test_what_does_not_come_from_the_page_is_refused_in_one_line(model, photos):
         (400, "predict", json.dumps(draw).replace("9", "NaN"), {}),
         (400, "predict", json.dumps(draw).replace("9", "1e999"), {}),
         (400, "predict", json.dumps(draw).replace("9", "9" * 5000), {}), (400, "predict", ok | {"actions": []}, {}),
+        (413, "predict", "x" * (annotate.MOST_BODY_BYTES + 1), {}),
         (400, "predict", "[" * 500_000, {}), (400, "predict", b"\xff\xfe", {}), (400, "predict", "", {}),
         (409, "predict", ok | {"actions": [{"type": "object", "id": 1}]}, {}),
         (400, "save", save | {"seconds": -1}, {}), (400, "save", save | {"seconds": 1e300}, {}),
@@ -689,6 +691,22 @@ def test_masks_are_rated_without_saying_whose_they_are(photos):
     (labels_dir / "ratings.csv").write_text("results,picture,id,rating\nelsewhere,a,1,5\n")
     with pytest.raises(ValueError, match="ratings.csv has elsewhere, a, 1, 5"):
         Rating(results, list_pictures(photos), labels_dir, 3)
+
+
+def test_names_with_accents_of_their_own_are_met_and_what_is_no_record_is_said(photos):
+    decomposed = unicodedata.normalize("NFD", "é")  # as macOS writes names
+    (photos / "é.png").rename(photos / f"{decomposed}.png")
+    results = [str(photos.parent / name) for name in ("first", "second")]
+    for folder in (*results, photos.parent / "engine"):
+        write_record(Path(folder), decomposed, [automatic(1, 1, 5, 0.9)])
+    pictures = list_pictures(photos)
+    rating = Rating(results, pictures, photos.parent / "engine", 0)
+    assert len(rating.masks) == 2 and rating.read_mask(1).sum() == 25
+    listed = make_folder(None, photos).list_all()["pictures"]
+    assert [each["name"] for each in listed if each["has_labels"]] == [decomposed]
+    label_folder.record_path(Path(results[0]), "a").write_text('{"exposure": 3}')  # of a camera's software
+    with pytest.raises(ValueError, match="a.json is no record of masks"):
+        Rating(results, pictures, photos.parent / "engine", 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from utils.checkpoint import save_checkpoint
 from utils.images import mask_to_box, write_image
 from utils.instances.check import check_data, check_item
 from utils.instances.codecs import mask_to_rle
-from utils.instances.readers import list_items
+from utils.instances.readers import Instances, list_items
 from utils.sam2 import benchmark, evaluation, mask_generation, protocols
 from utils.sam2.benchmark import choose_objects, load_records
 from utils.sam2.compare import compare_records
@@ -331,7 +331,7 @@ def test_groups_come_from_a_csv_too(root, tmp_path):
     content = json.loads((root / "all.json").read_text())["annotations"]
     names = {int(Path(item.name).stem) + 100: item.name for item in items}
     rows = [(names[a["image_id"]], a["id"], "odd" if a["id"] % 2 else "even") for a in content]
-    with (tmp_path / "groups.csv").open("w", newline="") as file:
+    with (tmp_path / "groups.CSV").open("w", newline="") as file:
         csv.writer(file).writerows([("picture", "object", "value"), *rows])
     table = run_in(
         tmp_path / "run",
@@ -339,7 +339,7 @@ def test_groups_come_from_a_csv_too(root, tmp_path):
             root,
             f"checkpoint={root / 'best.pt'}",
             "benchmark.protocols=[groups]",
-            f"benchmark.groups={tmp_path / 'groups.csv'}",
+            f"benchmark.groups={tmp_path / 'groups.CSV'}",
         ),
     )
     assert {key[1] for key in table} == {"odd", "even", ""} and {key[0] for key in table} == {"groups"}
@@ -584,6 +584,13 @@ def test_an_interval_is_a_plain_bootstrap():
     assert [low, high] == pytest.approx(np.percentile(means, [2.5, 97.5]))
 
 
+def test_ids_of_more_than_64_bits_are_those_of_the_masks():
+    annotations = ({"id": 2**64 - 1}, {"id": 77})  # made of a hash
+    layers = np.array([[[1, 2, 2]]], np.int32)
+    truth = protocols.read_truth(Instances(layers, annotations=annotations), {})
+    assert truth.ids.tolist() == [1, 77]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # bad input: one line each
 
@@ -597,6 +604,7 @@ def test_an_interval_is_a_plain_bootstrap():
         (["benchmark.groups=FOLDER/none.csv"], "none.csv; no such file"),
         (["benchmark.detections=FOLDER/none.json"], "none.json; no such file"),
         (["benchmark.groups=FOLDER/wrong.csv"], "must be picture,object,value"),
+        (["benchmark.groups=FOLDER/others.csv"], "others.csv names none of the measured pictures: it has 00.png, they"),
         (["benchmark.detections=FOLDER/unknown.json"], "1 of 2 entries are of pictures that are not measured, such as"),
         (["benchmark.detections=FOLDER/no_box.json"], "must have bbox"),
         (["benchmark.detections=FOLDER/no_list.json"], "must be a list of results"),
@@ -641,6 +649,7 @@ def test_bad_input_is_one_clear_line(root, tmp_path, monkeypatch, capfd, argumen
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "run.json").write_text("{}")
     (tmp_path / "wrong.csv").write_text("name,value\na,b\n")
+    (tmp_path / "others.csv").write_text("picture,object,value\n00.png,1,a\n")
     (tmp_path / "twice.csv").write_text("picture,object,value\n00.png,1,a\n00.png,1,b\n")
     (root / "empty.json").write_text(json.dumps(content | {"annotations": []}))
     content["images"][1] |= {"height": 50}

@@ -507,7 +507,8 @@ def run_infer(learned, root, run_dir, *more):
     run_dir.mkdir()
     arguments = ["device=cpu", f"checkpoint={learned / 'best.pt'}", f"input={root / 'train' / '0.png'}"]
     automatic = [f"automatic.{key}={value}" for key, value in NONE_KEPT.items()] + ["automatic.crop_n_layers=0"]
-    infer_sam2.infer(tiny.compose_config("infer_sam2", *arguments, *automatic, *more), run_dir)
+    arguments += [] if "mode=prompts" in more else automatic
+    infer_sam2.infer(tiny.compose_config("infer_sam2", *arguments, *more), run_dir)
     return json.loads((run_dir / "0.json").read_text())
 
 

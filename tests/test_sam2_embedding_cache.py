@@ -551,6 +551,17 @@ def test_folder_that_cannot_be_is_named(root, tmp_path, quick):
         shutil.rmtree(tmp_path / "run")
 
 
+def test_folder_that_may_not_be_written_is_read_alone(root, tmp_path, monkeypatch, capsys):
+    model, picture = build_tiny(), (next(root.rglob("*.png")), False)
+    arguments = model, tmp_path / "cache", "fp16", "fp32", True
+    fill_cache(model, plan_cache(*arguments, [picture], None))
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # a folder of another user's
+    assert not plan_cache(*arguments, [picture], None).missing
+    write_image(tmp_path / "new.png", np.zeros((9, 9, 3), np.uint8))
+    with pytest.raises(ValueError, match="in which 1 entries are missing, may not be written; change that, or use"):
+        plan_cache(*arguments, [picture, (tmp_path / "new.png", False)], None)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # infer_sam2.py
 

@@ -8,6 +8,7 @@ summary.csv; an animated GIF; a foreign file that has a config of its own; a fil
 
 import csv
 import json
+import os
 import unicodedata
 
 import cv2
@@ -98,6 +99,7 @@ def test_dead_links_and_refused_files_are_named_and_the_others_done(folder, tmp_
     for name in ("a.png", "c.png"):
         write_image(photos / name, read_image(folder / "photo.png"))
     (photos / "b.png").symlink_to(tmp_path / "gone")
+    (photos / f"{'照' * 80}.png").symlink_to(folder / "photo.png")  # 244 bytes
     real = np.fromfile
 
     def fromfile(path, *rest):
@@ -107,14 +109,27 @@ def test_dead_links_and_refused_files_are_named_and_the_others_done(folder, tmp_
 
     monkeypatch.setattr(np, "fromfile", fromfile)
     records, _, failures = run(folder, tmp_path / "run", f"input={photos}", "mode=prompts", BOXES)
-    assert set(records) == {"a"} and len(failures) == 2
+    assert set(records) == {"a"} and len(failures) == 3 and "give the file a name of 239 bytes" in failures[2]
     assert "b.png is a link to" in failures[0] and "Permission denied" in failures[1] and "c.png" in failures[1]
+    cache = f"cache={tmp_path / 'cache'}"  # of the others
+    assert run(folder, tmp_path / "cached", f"input={photos}", "mode=prompts", BOXES, cache)[2] == failures
+    assert len(list((tmp_path / "cache").glob("*/*.emb"))) == 1
     for key in ("region", "mask"):
         (tmp_path / f"{key}.png").symlink_to(tmp_path / "gone")
         mode = "region" if key == "region" else "prompts"
         arguments = [f"input={photos / 'a.png'}", f"mode={mode}", f"{key}={tmp_path / key}.png"]
         with pytest.raises(FileNotFoundError, match=rf"{key}\.png is a link to"):
             run(folder, tmp_path / f"run_{key}", *arguments)
+
+
+def test_a_name_that_is_not_utf_8_is_segmented(folder, tmp_path):  # noqa: F811
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / os.fsdecode(b"caf\xe9.png")).symlink_to(folder / "photo.png")  # from an archive of Windows
+    arguments = [f"checkpoint={folder / 'best.pt'}", f"input={photos}", "mode=prompts", BOXES, "write=[coco,yolo]"]
+    (tmp_path / "run").mkdir()
+    failures = infer_sam2.infer(tiny.compose_config("infer_sam2", "device=cpu", *arguments), tmp_path / "run")
+    assert not failures and "caf\\udce9.png" in (tmp_path / "run" / "summary.csv").read_text(encoding="utf-8")
 
 
 def test_names_with_commas_and_quotes_come_back_from_the_summary(folder, tmp_path):  # noqa: F811
@@ -199,7 +214,7 @@ def test_results_come_back_as_a_dataset(folder, tmp_path):  # noqa: F811
     """The run's folder as it is, with pictures of one stem: data=sa1b, as data/README.md promises."""
     photos, run_dir = tmp_path / "photos", tmp_path / "run"
     photos.mkdir()
-    for name in ("a.jpg", "a.png", "b.png"):
+    for name in ("a.jpg", "a.png", "b.png", "run.png"):
         write_image(photos / name, read_image(folder / "photo.png"))
     run(folder, run_dir, f"input={photos}", "mode=prompts", BOXES)
     config = tiny.compose_config("train_sam2", "data=sa1b", f"data.root={tmp_path}", "data.image_dir=photos")
@@ -207,7 +222,7 @@ def test_results_come_back_as_a_dataset(folder, tmp_path):  # noqa: F811
     splits = split_items(**keys | {"annotation_dir": "run"})
     items = sorted([*splits[0], *splits[1]], key=lambda item: item.name)
     assert [(item.name, item.image_path.name) for item in items] == [
-        ("a_jpg", "a.jpg"), ("a_png", "a.png"), ("b", "b.png"),
+        ("a_jpg", "a.jpg"), ("a_png", "a.png"), ("b", "b.png"), ("run_png", "run.png"),
     ]  # fmt: skip
     assert all(check_item(item).is_usable for item in items)
 

@@ -89,6 +89,9 @@ def test_rounds_leave_people_and_validation_alone(photos, tmp_path):
     assert label_round(photos, labels, masks)[1] == 0  # all are done
     (labels / "masks" / f"{other}.json").unlink()  # as after a kill before the record
     assert label_round(photos, labels, masks)[1] == 1
+    for hw in ((50, 40, 3), (40, 50, 3)):  # exported anew, at another size, and back
+        write_image(photos / f"{other}.png", np.zeros(hw, np.uint8))
+        assert label_round(photos, labels, [])[1] == 1
 
     by_hand = [annotate(square(6, 6, 9), 0.1, origin="person"), annotate(square(30, 20, 8), 0.1, origin="assisted")]
     record["annotations"] = [*record["annotations"], *by_hand]
@@ -103,6 +106,41 @@ def test_rounds_leave_people_and_validation_alone(photos, tmp_path):
     assert np.array_equal(label_map == 2, square(6, 6, 9)) and np.array_equal(label_map == 3, square(30, 20, 8))
 
 
+def test_names_with_blanks_and_marks_validate_and_are_finished(photos, tmp_path):
+    odd = ["#1", " b", "c ", "d\u2028e"]
+    for name, new in zip(NAMES, odd, strict=False):
+        (photos / f"{name}.png").rename(photos / f"{new}.png")
+    labels = tmp_path / "engine"
+    assert label_round(photos, labels, [], val_fraction=1)[0]["validating"] == len(NAMES)
+    label_folder.write_done(labels, set(odd))
+    assert label_folder.read_done(labels) == set(odd)
+    (labels / "masks" / "#1.json").write_text(json.dumps(make_record([]) | {"made_by": "a person"}))
+    assert [item.name for item in split_items("labels", str(photos), "skip", 0, 0, labels=str(labels))[1]] == ["#1"]
+
+
+def test_a_picture_whose_name_has_changed_keeps_its_masks(photos, tmp_path):
+    labels = tmp_path / "engine"
+    label_round(photos, labels, [annotate(square(5, 5, 10))])
+    write_image(photos / "a.jpg", np.zeros((40, 50, 3), np.uint8))  # so that both have their suffix
+    for _ in range(2):  # of a picture that trains, then of all that validate
+        with pytest.raises(ValueError, match=r"a\.(png is a_png|jpg is a_jpg) now and was a in "):
+            label_round(photos, labels, [annotate(square(5, 5, 10))])
+        for path in (labels / "masks").glob("*.json"):
+            path.unlink()
+        (labels / "val.txt").write_text("".join(f"{name}\n" for name in NAMES))
+
+
+def test_the_command_that_is_printed_after_labelling_can_run(checkpoint, photos, tmp_path, caplog):
+    arguments = ["mode=label", f"checkpoint={checkpoint}", "automatic.points_per_side=1", f"labels={tmp_path}/engine"]
+    with caplog.at_level("INFO"):
+        run(tmp_path / "one", *arguments, f"input={photos}")
+        assert "infer_sam2.py mode=annotate" in caplog.text and "train_sam2.py" not in caplog.text
+        (name,) = (tmp_path / "engine" / "val.txt").read_text().splitlines()
+        (tmp_path / "engine" / "masks" / f"{name}.json").write_text("{}")
+        run(tmp_path / "two", *arguments, f"input={photos / NAMES[0]}.png")
+    assert f"train_sam2.py experiment=data_engine data.root={photos} data.labels=" in caplog.text
+
+
 def test_a_file_that_is_no_record_is_not_overwritten(photos, tmp_path):
     labels = tmp_path / "engine"
     (labels / "masks").mkdir(parents=True)
@@ -112,7 +150,10 @@ def test_a_file_that_is_no_record_is_not_overwritten(photos, tmp_path):
         '[{"segmentation": {"size": [4, 5], "counts": ""}}]}',
     )
     broken = '[{"segmentation": {"size": [40, 50], "counts": "?!"}}]}'
-    for text in ("[1, 2]", "{}", "my notes", head + polygon, head + other_size, head + broken, head + "7}"):
+    endless = '[{"segmentation": {"size": [40, 50], "counts": [Infinity]}}]}'
+    sizeless = '{"image": {"height": null, "width": null}, "annotations": []}'
+    broken_lists = [head + polygon, head + other_size, head + broken, head + endless, head + "7}", sizeless]
+    for text in ("[1, 2]", "{}", "my notes", *broken_lists, head + '[], "rejected": null}'):
         for name in NAMES:
             (labels / "masks" / f"{name}.json").write_text(text)
         with pytest.raises(ValueError, match="json"):
@@ -216,6 +257,17 @@ def test_pairs_are_the_best_of_all_pairings():
         found = label.pair_masks(*(make_record(masks) for masks in parts))
         assert sum(iou for *_, iou in found if iou is not None) == pytest.approx(best)
         assert len(found) == sum(ious.shape) - sum(iou is not None for *_, iou in found)
+
+
+def test_masks_are_paired_where_their_boxes_meet_alone():
+    side, width = 20_000, 100  # 0.4 GB a mask, were it whole
+
+    def make_bands(starts):
+        runs = [{"size": [side, side], "counts": [x * side, width * side, (side - x - width) * side]} for x in starts]
+        return {"annotations": [{"segmentation": each} for each in runs]}
+
+    found = label.pair_masks(make_bands([0, 5000, 9000]), make_bands([5050, 0, 15000]))
+    assert found == [(1, 2, 1.0), (2, 1, 50 / 150), (3, "", None), ("", 3, None)]
 
 
 def make_record(masks):

@@ -34,6 +34,8 @@ PATH_KEYS = re.compile(  # keys of the command line whose values are paths, or w
     r"|benchmark\.(detections|groups|edges\.root)"
     r"|data\.(\w+\.)*(root|labels|index|groundtruth|\w+_(dir|list|folder|images|annotations))|hydra\.(run|sweep)\.dir)"
 )
+# The folder itself, where it is empty; text= has a word of its own.
+MAY_BE_EMPTY = re.compile(r"data\..*_(dir|list|folder|images|annotations)=$|^text=$")
 FLAGS_WITHOUT_RUN = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--help", "-h", "--version")
 OUT_OF_MEMORY = re.compile("(?i)out of memory|can't allocate|not enough memory|insufficient memory|_ALLOC_FAILED")
 # Marks of a field whose keys stand in the same section as its neighbours', and of one that takes all keys left over.
@@ -85,7 +87,7 @@ def of_length(count: int, words: str) -> Rule:
 class CommonSettings:
     """The keys of configs/shared/common.yaml, which explains each; utils/run.py turns them into what they stand for."""
 
-    seed: int  # 0 to 2**32 - 1
+    seed: Annotated[int, Rule(lambda seed: 0 <= seed < 2**32, "a whole number from 0 to 2**32 - 1")]
     device: str
     precision: str
     num_workers: int | str
@@ -319,8 +321,16 @@ def read_command_line(task: str) -> None:
                 OverridesParser.create().parse_override(argument)
             except HydraException:
                 key, value = argument.split("=", 1)
-                quoted = shlex.quote(f"{key}={QuotedString(value, Quote.single).with_quotes()}")
+                entries, quoted = [value], "{}"
+                if re.fullmatch(r"\[[^][{}]*\]", value):  # a list stays one
+                    entries, quoted = [entry.strip(" '\"") for entry in value[1:-1].split(",")], "[{}]"
+                entries = [QuotedString(entry, Quote.single).with_quotes() for entry in entries]
+                quoted = shlex.quote(f"{key}={quoted.format(','.join(entries))}")
                 sys.exit(f"error: Hydra cannot read {argument}; quote the value, for the shell and for Hydra: {quoted}")
+            if argument.endswith("=") and PATH_KEYS.fullmatch(argument[:-1]) and not MAY_BE_EMPTY.search(argument):
+                sys.exit(
+                    f"error: {argument} has no value, such as that of a variable which is not set; give one, or null"
+                )
     arguments = [name_group(argument) for argument in arguments]
     stop_at_moved_files(task, arguments)
     folder = next((a.split("=", 1)[1].strip("'") for a in arguments if a.startswith("hydra.run.dir=")), "outputs")

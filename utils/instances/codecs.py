@@ -78,7 +78,10 @@ def _read_counts(rle: dict) -> np.ndarray:
     counts = rle["counts"]
     if isinstance(counts, (str, bytes)):
         counts = decode_rle_counts(counts)
-    counts = np.asarray(counts, np.int64)
+    try:
+        counts = np.asarray(counts, np.int64)
+    except OverflowError as error:
+        raise ValueError(f"a run length is no number of pixels ({error})") from error
     if counts.sum() != height * width or (counts < 0).any() or (counts > height * width).any():
         raise ValueError(
             f"run lengths add up to {counts.sum()} pixels, but the mask is {height} x {width} = {height * width}"

@@ -53,6 +53,30 @@ def open_folder(labels_dir: Path) -> Iterator[None]:
         yield
 
 
+def check_names(labels_dir: Path, pictures: list[images.Picture]) -> None:
+    """Refuse pictures whose names no list can hold, or are no longer those of their records.
+
+    A name has its suffix where two pictures differ in that alone: one that comes or goes renames the other.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    names, val_names = {picture.name for picture in pictures}, read_validation(labels_dir)
+    for picture in pictures:
+        if "\n" in picture.name or picture.name != picture.name.encode(errors="ignore").decode():
+            raise ValueError(f"input has {str(picture)!r}, whose name is not one line of UTF-8; rename the file")
+        stem, suffix = picture.path.stem, picture.path.suffix[1:]
+        before = f"{stem}_{suffix}" if picture.name == stem else stem
+        path = record_path(labels_dir, before)
+        image = skim_record(path).get("image") if before not in names else None
+        is_of_it = isinstance(image, dict) and image.get("file_name") == picture.path.name
+        if is_of_it or (before not in names and before in val_names and not path.exists()):
+            raise ValueError(
+                f"{picture} is {picture.name} now and was {before} in {labels_dir}: a file of its name with another "
+                "suffix is new, or gone; rename one of the two"
+            )
+
+
 def record_path(labels_dir: Path, name: str) -> Path:
     """Give the path of a picture's record."""
     return labels_dir / "masks" / f"{name}.json"
@@ -69,10 +93,14 @@ def read_record(path: Path) -> dict:
     record = listing.read_json(path)
     try:
         size = [record["image"]["height"], record["image"]["width"]]
+        if not all(type(side) is int and side > 0 for side in size):
+            raise TypeError(f"a picture of {size} px")
         for annotation in record["annotations"]:
             if annotation["segmentation"]["size"] != size:
                 raise ValueError(f"a mask of {annotation['segmentation']['size']} px in a picture of {size}")
             rle_to_part(annotation["segmentation"])
+        if not isinstance(record.get("rejected", []), list):
+            raise TypeError("its rejected is no list")
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path} is no record of masks, run lengths in SA-1B's layout; move it away ({error})"
@@ -86,9 +114,12 @@ def skim_record(path: Path) -> dict:
     Raises:
         ValueError: for a file that is no record.
     """
-    record = listing.read_json(path) if path.exists() else {}
-    annotations = record.get("annotations", []) if isinstance(record, dict) else None
-    if not isinstance(annotations, list) or not all(isinstance(annotation, dict) for annotation in annotations):
+    if not path.exists():
+        return {}
+    record = listing.read_json(path)
+    annotations = record.get("annotations") if isinstance(record, dict) else None
+    is_record = isinstance(annotations, list) and all(isinstance(annotation, dict) for annotation in annotations)
+    if not is_record or not isinstance(record.get("rejected", []), list):
         raise ValueError(f"{path} is no record of masks, run lengths in SA-1B's layout; move it away")
     return record
 
@@ -151,19 +182,24 @@ def draw_validation(labels_dir: Path, names: set[str], val_fraction: float, seed
 
 def read_validation(labels_dir: Path) -> set[str]:
     """Read which pictures validate; none where that was not drawn yet."""
-    path = labels_dir / "val.txt"
-    return set(listing.read_lines(path)) if path.exists() else set()
+    names = _read_names(labels_dir / "val.txt")
+    return names | {name.strip() for name in names}  # people edit this file, too
 
 
 def read_done(labels_dir: Path) -> set[str]:
     """Read which pictures a person has finished."""
-    path = labels_dir / "done.txt"
-    return set(listing.read_lines(path)) if path.exists() else set()
+    return _read_names(labels_dir / "done.txt")
 
 
 def write_done(labels_dir: Path, names: set[str]) -> None:
     """Write which pictures a person has finished."""
     _write_names(labels_dir / "done.txt", names)
+
+
+def _read_names(path: Path) -> set[str]:
+    """Read names, one a line, as they are: a picture's may begin with # or end in a blank."""
+    lines = listing.read_text(path).split("\n") if path.exists() else []
+    return {line.removesuffix("\r") for line in lines} - {""}
 
 
 def _write_names(path: Path, names: set[str]) -> None:

@@ -29,6 +29,7 @@ import yaml
 
 from utils import listing
 from utils.images import PICTURE_SUFFIXES, read_channels, read_frame_wh, read_image, read_label_map
+from utils.instances import label_folder
 from utils.instances.codecs import polygons_to_mask, rle_to_mask
 from utils.samples.write import write_samples
 from utils.settings import check_keys
@@ -286,7 +287,7 @@ def _list_coco_file(image_dir: Path, annotation_path: Path, image_dir_name: str,
             f"their image_id is that of no picture: {ids}"
         )
     categories = {}  # id -> what its annotations get of it
-    for category in content.get("categories") or []:
+    for category in _list_field(content, "categories", annotation_path) if content.get("categories") else []:
         if isinstance(category, dict) and "id" in category:
             named = {"category": category.get("name"), "frequency": category.get("frequency")}
             categories[plain_id(category["id"])] = {key: value for key, value in named.items() if value is not None}
@@ -412,8 +413,8 @@ def list_sa1b(root: Path, image_dir: str = ".", annotation_dir: str = ".") -> tu
         for stem, path in listing.files_by_name(root / image_dir, suffixes=(suffix,)).items():
             pictures.setdefault(stem, []).append(path)
     annotations = listing.files_by_name(root / annotation_dir, suffixes=(".json",))
-    if "run" not in pictures:
-        annotations.pop("run", None)
+    if "run" in annotations and ("run" not in pictures or _is_run_record(annotations["run"])):
+        del annotations["run"]
     items, used = [], set()
     for name, path in annotations.items():
         image_path, *others = pictures.get(name, [root / image_dir / f"{name}.jpg"])
@@ -449,7 +450,7 @@ def list_labels(root: Path, labels: str) -> tuple[list[Item], list[Item]]:
         )
     items, _ = list_sa1b(root, ".", str((folder / "masks").absolute()))
     items = [item for item in items if item.annotation_path.exists()]  # the others wait for labels
-    val_names = {unicodedata.normalize("NFC", name) for name in listing.read_lines(folder / "val.txt")}
+    val_names = {unicodedata.normalize("NFC", name) for name in label_folder.read_validation(folder)}
     is_val = [unicodedata.normalize("NFC", item.annotation_path.stem) in val_names for item in items]
     splits = [[item for item, is_in in zip(items, is_val, strict=True) if is_in is wanted] for wanted in (False, True)]
     if not splits[1]:
@@ -458,6 +459,14 @@ def list_labels(root: Path, labels: str) -> tuple[list[Item], list[Item]]:
             "person labels them: infer_sam2.py mode=annotate"
         )
     return splits[0], splits[1]
+
+
+def _is_run_record(path: Path) -> bool:
+    """Tell whether a json file is what infer_sam2.py notes of a run; of a picture run.jpg it writes run_jpg.json."""
+    try:
+        return "command" in _read_json(path)
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _named_picture(path: Path) -> str | None:

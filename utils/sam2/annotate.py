@@ -73,6 +73,7 @@ def annotate_pictures(
     if not pictures:
         raise ValueError("input has no picture but pages of files of several; save them as files of their own")
     if settings.stage != "rate":
+        label_folder.check_names(labels_dir, pictures)
         label_folder.draw_validation(labels_dir, {picture.name for picture in pictures}, val_fraction, seed)
     confident_iou = settings.confident_iou if settings.stage == "semi" else None
     if settings.stage == "semi" and confident_iou is None:
@@ -195,6 +196,10 @@ class Page(tornado.web.RequestHandler):
 
     def read_json(self) -> object:
         """Read the body."""
+        if len(self.request.body) > MOST_BODY_BYTES:
+            raise Refusal(
+                413, f"the body has {len(self.request.body)} bytes; at most {MOST_BODY_BYTES}: finish the object"
+            )
         try:
             return json.loads(self.request.body, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
@@ -299,7 +304,8 @@ def make_server(folder: ServedFolder, port: int | None) -> tuple[tornado.httpser
     )
     server = tornado.httpserver.HTTPServer(
         application,
-        max_body_size=MOST_BODY_BYTES,
+        max_body_size=4
+        * MOST_BODY_BYTES,  # a little too much is refused by `read_json`, the rest by tornado, without a word
         body_timeout=BODY_TIMEOUT_S,
         idle_connection_timeout=IDLE_TIMEOUT_S,
     )

@@ -25,6 +25,7 @@ import io
 import json
 import os
 import shutil
+import unicodedata
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,7 +223,7 @@ def read_groups(path: str) -> dict[tuple[str, int], str]:
 
     A picture is named as in data.json, an object by its annotation's id in a json file, else by that of its mask.
     """
-    rows = csv.DictReader(io.StringIO(read_text(existing_file(path, "benchmark.groups"))))
+    rows = csv.DictReader(io.StringIO(read_text(existing_file(path, "benchmark.groups"))), skipinitialspace=True)
     if not {"picture", "object", "value"} <= set(rows.fieldnames or []):
         raise ValueError(f"benchmark.groups {path} has the columns {rows.fieldnames}; must be picture,object,value")
     groups = {}
@@ -231,7 +232,7 @@ def read_groups(path: str) -> dict[tuple[str, int], str]:
         if type(object_id) is not int or (row["picture"], object_id) in groups:
             what = "is there twice" if type(object_id) is int else "must be an object's id, a number"
             raise ValueError(f"benchmark.groups {path}: {row['picture']}, {row['object']} {what}")
-        groups[row["picture"], object_id] = row["value"] or ""
+        groups[unicodedata.normalize("NFC", row["picture"]), object_id] = row["value"] or ""
     return groups
 
 
@@ -527,8 +528,14 @@ def list_pictures(
             places[number if image_id is None else image_id] = item.name, reports[item.name].orig_hw
         detections, unknown = read_detections(settings.detections, places, class_ids)
         notes += [unknown] if unknown else []
-    if settings.groups is not None and Path(settings.groups).suffix == ".csv":
+    if settings.groups is not None and Path(settings.groups).suffix.lower() == ".csv":
         groups_csv = read_groups(settings.groups)
+        named = {name for name, _ in groups_csv}
+        if not named & set(contents):
+            raise ValueError(
+                f"benchmark.groups {settings.groups} names none of the measured pictures: it has "
+                f"{', '.join(first_few(sorted(named), 1)) or 'no rows'}, they are named like {items[0].name}"
+            )
     elif settings.groups is not None:
         there = set().union(*(content.attributes for content in contents.values()))
         if settings.groups not in there:

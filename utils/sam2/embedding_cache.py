@@ -136,7 +136,9 @@ def plan_cache(
         num_all, num_new = len(set(entries.values())), len({entries[picture] for picture in missing})
         num_bytes = num_new * count_entry_bytes(model, is_projected, stored)
         free_bytes = shutil.disk_usage(folder).free
-        if num_bytes > (free_bytes / 2 if is_auto else free_bytes):
+        if missing and not os.access(folder, os.W_OK):
+            obstacle = f"the folder {folder}, in which {num_new} entries are missing, may not be written"
+        elif num_bytes > (free_bytes / 2 if is_auto else free_bytes):
             obstacle = (
                 f"its {num_new} new entries take {num_bytes / 2**20:,.1f} MiB and {folder} has "
                 f"{free_bytes / 2**20:,.1f} MiB free" + (", of which half may be used" if is_auto else "")
@@ -223,7 +225,7 @@ def remove_abandoned(folder: Path) -> None:
         try:
             if time.time() - path.stat().st_mtime > ABANDONED_S:
                 path.unlink()
-        except FileNotFoundError:  # its run is alive and has renamed it
+        except OSError:  # its run is alive and has renamed it, or it is another user's
             continue
 
 

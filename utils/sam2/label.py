@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from utils import images
 from utils.instances import label_folder
-from utils.instances.codecs import rle_to_mask
+from utils.instances.codecs import rle_to_part
 from utils.instances.label_folder import AUTOMATIC
 from utils.run import read_ahead
 from utils.sam2.mask_generation import GeneratedMasks, score_mask, stitch_masks
@@ -53,8 +53,9 @@ def label_pictures(
         {"labelled": pictures, "done_before": ..., "finished": by a person, "validating": ..., "masks": automatic ones,
         "kept": those of people}; and a line for each picture that cannot be read.
     Raises:
-        ValueError: for a record that is none, before it would be overwritten.
+        ValueError: for a record that is none, before it would be overwritten; as `label_folder.check_names`.
     """
+    label_folder.check_names(labels_dir, pictures)
     val_names = label_folder.draw_validation(labels_dir, {each.name for each in pictures}, settings.val_fraction, seed)
     finished = label_folder.read_done(labels_dir)
     counts = {"labelled": 0, "done_before": 0, "finished": 0, "validating": 0, "masks": 0, "kept": 0}
@@ -66,7 +67,7 @@ def label_pictures(
             counts["validating"] += 1
         elif picture.name in finished:
             counts["finished"] += 1
-        elif label_folder.read_record(label_folder.record_path(labels_dir, picture.name)).get("made_by") == made_by:
+        elif is_labelled(label_folder.record_path(labels_dir, picture.name), picture, made_by):
             counts["done_before"] += 1
         else:
             waiting.append(picture)
@@ -92,6 +93,15 @@ def label_pictures(
         counts["kept"] += len(kept)
         counts["masks"] += len(annotations) - len(kept)
     return counts, failures
+
+
+def is_labelled(path: Path, picture: images.Picture, made_by: str) -> bool:
+    """Tell whether a record has this model's masks of a picture as it is: a file of another size has come anew."""
+    record = label_folder.read_record(path)
+    if record.get("made_by") != made_by:
+        return False
+    frame_wh = images.read_frame_wh(picture.path)
+    return frame_wh is None or frame_wh == (record["image"]["width"], record["image"]["height"])
 
 
 def join_masks(generated: list[dict], kept: list[dict], orig_hw: tuple[int, int], max_overlap: float) -> list[dict]:
@@ -157,15 +167,10 @@ def pair_masks(before: dict, after: dict) -> list[tuple[int | str, int | str, fl
     """Pair the masks of two records of a picture: (id before, id after, IoU), "" and None for one without a partner."""
     records = before, after
     ids = [[each.get("id", number) for number, each in enumerate(record["annotations"], 1)] for record in records]
-    masks = [
-        np.array([rle_to_mask(each["segmentation"]).ravel() for each in record["annotations"]]).reshape(
-            len(record["annotations"]), -1
-        )
-        for record in records
-    ]
-    overlaps = np.array([[np.count_nonzero(old & new) for new in masks[1]] for old in masks[0]], np.float64)
+    parts = [[rle_to_part(each["segmentation"]) for each in record["annotations"]] for record in records]
+    overlaps = np.array([[_count_common(old, new) for new in parts[1]] for old in parts[0]], np.float64)
     overlaps = overlaps.reshape(len(ids[0]), len(ids[1]))
-    areas = [of_record.sum(1).astype(np.float64) for of_record in masks]
+    areas = [np.array([np.count_nonzero(part) for part, _ in of_record], np.float64) for of_record in parts]
     ious = overlaps / np.maximum(areas[0][:, None] + areas[1] - overlaps, 1)
     pairs = [(i, j) for i, j in zip(*linear_sum_assignment(-ious), strict=True) if ious[i, j] > 0]
     old_left = set(range(len(ids[0]))) - {i for i, _ in pairs}
@@ -175,3 +180,12 @@ def pair_masks(before: dict, after: dict) -> list[tuple[int | str, int | str, fl
         *((ids[0][i], "", None) for i in sorted(old_left)),
         *(("", ids[1][j], None) for j in sorted(new_left)),
     ]
+
+
+def _count_common(old: tuple[np.ndarray, tuple[int, int]], new: tuple[np.ndarray, tuple[int, int]]) -> int:
+    """Count the pixels that two masks share, each from `rle_to_part`: only where their boxes meet."""
+    (old_part, (old_x, old_y)), (new_part, (new_x, new_y)) = old, new
+    x, y = max(old_x, new_x), max(old_y, new_y)
+    old_part, new_part = old_part[y - old_y :, x - old_x :], new_part[y - new_y :, x - new_x :]
+    height, width = np.minimum(old_part.shape, new_part.shape)
+    return np.count_nonzero(old_part[:height, :width] & new_part[:height, :width])

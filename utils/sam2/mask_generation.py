@@ -26,7 +26,7 @@ from utils.instances.codecs import decode_rle_counts, mask_to_rle
 from utils.run import now_s, start_threads
 from utils.sam2.class_head import ClassHead
 from utils.sam2.model import Embeddings, decode, encode, preprocess, scale_points, upscale_masks
-from utils.settings import at_least
+from utils.settings import FINITE, at_least, between
 
 CROP_EDGE_TOLERANCE_PX = 20  # a box this close to an edge of its crop, but not of the image, is a mask cut off there
 CHUNK_PIXELS = 64 * 1024**2  # full-size logits held at once on a GPU: 256 MB
@@ -44,18 +44,23 @@ class AutomaticSettings:
     points_per_side: Annotated[int, at_least(1)] = 32  # points along each side of the image (and of each crop)
     # points decoded together, at most: changes memory, and results by rounding alone
     points_per_batch: Annotated[int, at_least(1)] = 64
-    pred_iou_thresh: float = 0.8  # keep masks of a predicted IoU above this, 0..1
-    stability_score_thresh: float = 0.95  # keep masks of at least this stability, 0..1
+    pred_iou_thresh: Annotated[float, FINITE] = 0.8  # keep masks of a predicted IoU above this, 0..1
+    stability_score_thresh: Annotated[float, FINITE] = 0.95  # keep masks of at least this stability, 0..1
     # stability: area at logits > +offset over area at logits > -offset
-    stability_score_offset: Annotated[float, at_least(0)] = 1.0
-    box_nms_thresh: float = 0.7  # where two masks' boxes have a higher IoU than this, the better mask is kept
-    crop_n_layers: int = 0  # layer i adds 4**i crops of the image, each with its own grid of points
-    crop_nms_thresh: float = 0.7  # box_nms_thresh between crops; the mask of the smaller crop is kept
-    crop_overlap_ratio: float = 512 / 1500  # how far the first layer's crops overlap, share of the shorter side
+    stability_score_offset: Annotated[float, at_least(0), FINITE] = 1.0
+    # where two masks' boxes have a higher IoU than this, the better mask is kept
+    box_nms_thresh: Annotated[float, between(0, 1)] = 0.7
+    crop_n_layers: Annotated[int, at_least(0)] = (
+        0  # layer i adds 4**i crops of the image, each with its own grid of points
+    )
+    # box_nms_thresh between crops; the mask of the smaller crop is kept
+    crop_nms_thresh: Annotated[float, between(0, 1)] = 0.7
+    # how far the first layer's crops overlap, share of the shorter side
+    crop_overlap_ratio: Annotated[float, between(0, 1)] = 512 / 1500
     # points_per_side is divided by this in each further layer
     crop_n_points_downscale_factor: Annotated[int, at_least(1)] = 1
-    min_area: int = 0  # drop masks of fewer pixels
-    min_region_area: int = 0  # remove islands and fill holes of fewer pixels
+    min_area: Annotated[int, at_least(0)] = 0  # drop masks of fewer pixels
+    min_region_area: Annotated[int, at_least(0)] = 0  # remove islands and fill holes of fewer pixels
     multimask_output: bool = True  # three masks for each point; False: one, SAM 2's own choice of a single mask
 
 

@@ -599,8 +599,9 @@ def choose_model(checkpoint: str | None, image_size: int | None, model: dict | N
     Args:
         checkpoint: a file; None or "auto" for the model's own weights, "none" for random ones.
         image_size: px; None for the checkpoint's, or the model's.
-        model: the values of a file of configs/sam2/model; None to read the architecture from the checkpoint, or for the
-            bundled nano where there is no checkpoint either.
+        model: the values of a file of configs/sam2/model, of which those that were changed count before the
+            checkpoint's; None to read the architecture from the checkpoint, or for the bundled nano where there is no
+            checkpoint either.
     Returns:
         The arguments of `build_sam2`, less the device.
     Raises:
@@ -608,6 +609,8 @@ def choose_model(checkpoint: str | None, image_size: int | None, model: dict | N
         ValueError: for one that is not of the named model, or of none.
     """
     chosen = model
+    if model is not None and not checkpoint:
+        checkpoint = model.get("checkpoint")  # model.checkpoint=best.pt, as of train_sam2.py, is no other choice
     if checkpoint and checkpoint not in ("auto", "none"):
         state = load_checkpoint(Path(checkpoint))
         if {"script", "format"} & set(state):  # a file of this toolkit
@@ -617,6 +620,9 @@ def choose_model(checkpoint: str | None, image_size: int | None, model: dict | N
                 raise ValueError(
                     f"checkpoint {checkpoint} is of model {chosen.get('name')}, not {model['name']}; leave out model="
                 )
+            with contextlib.suppress(ValueError):  # of a name of the user's own
+                own = read_model_config(chosen["name"]) if model is not None else {}
+                chosen = chosen | {key: value for key, value in (model or {}).items() if value != own.get(key)}
         elif model is None:
             weights = find_weights(state, checkpoint)
             name = recognise_weights(weights)
@@ -629,8 +635,8 @@ def choose_model(checkpoint: str | None, image_size: int | None, model: dict | N
             chosen = read_model_config(name)
     elif model is None:
         chosen = read_model_config("sam2_nano")
-    given = {"checkpoint": checkpoint and str(checkpoint), "image_size": image_size}
-    return chosen | {key: value for key, value in given.items() if value}
+    given = {"checkpoint": str(checkpoint) if checkpoint else None, "image_size": image_size}
+    return chosen | {key: value for key, value in given.items() if value is not None}
 
 
 def read_model_config(name: str) -> dict:

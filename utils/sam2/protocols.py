@@ -20,7 +20,7 @@ from utils.sam2 import edges, evaluation, mask_generation
 from utils.sam2 import model as models
 from utils.sam2.mask_generation import AutomaticSettings
 from utils.sam2.model import Embeddings
-from utils.settings import at_least, between, is_number
+from utils.settings import FINITE, at_least, between, is_number
 
 CLICKS, MOST_CLICKS = (1, 2, 3, 5, 9), 20
 NOC_IOUS = (0.85, 0.9)
@@ -39,8 +39,8 @@ class ProposalSettings:
 
     points_per_side: Annotated[int, at_least(1)]
     box_nms_thresh: Annotated[float, between(0, 1)]
-    pred_iou_thresh: float
-    stability_score_thresh: float
+    pred_iou_thresh: Annotated[float, FINITE]
+    stability_score_thresh: Annotated[float, FINITE]
     single_mask: bool  # also with a single mask for each point, the paper's ablation
 
 
@@ -75,7 +75,7 @@ def read_truth(instances: Instances, class_ids: dict[int | str, int]) -> Truth:
     given = [annotation.get("area") for annotation in said]
     return Truth(
         numbers,
-        np.array([i if type(i) is int else own for i, (_, own, _) in zip(ids, objects, strict=True)], np.int64),
+        np.array([i if fits_int64(i) else own for i, (_, own, _) in zip(ids, objects, strict=True)], np.int64),
         areas,
         np.array([a if is_number(a) and a > 0 else own for a, own in zip(given, areas, strict=True)], np.float64),
         np.array([is_marked_crowd(annotation) for annotation in said], bool),
@@ -84,6 +84,11 @@ def read_truth(instances: Instances, class_ids: dict[int | str, int]) -> Truth:
         tuple(each if isinstance(each := annotation.get("attributes"), dict) else {} for annotation in said),
         instances.image_id,
     )
+
+
+def fits_int64(value: object) -> bool:
+    """Tell whether an id is a number of 64 bits; those that are made of hashes need not be."""
+    return type(value) is int and -(2**63) <= value < 2**63
 
 
 def number_class(entry: dict, class_ids: dict[int | str, int]) -> int:

@@ -5,6 +5,7 @@ Source: Kirillov et al. 2023 (Segment Anything), appendix E (human study of mask
 
 import csv
 import math
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ class Rating:
         Raises:
             ValueError, FileNotFoundError: for a folder without masks of these pictures, and for marks of other masks.
         """
-        if results[0] == results[1]:
+        if Path(results[0]).resolve() == Path(results[1]).resolve():
             raise ValueError(f"results is {results}; must be two folders")
         self.results, self.pictures, self.path = results, pictures, labels_dir / "ratings.csv"
         self.paths = [label_folder.list_records(Path(folder)) for folder in results]
@@ -46,8 +47,8 @@ class Rating:
         for folder, paths in zip(results, self.paths, strict=True):
             before = len(masks)
             for number, picture in enumerate(pictures):
-                if picture.name in paths:
-                    record = label_folder.skim_record(paths[picture.name])
+                if (path := paths.get(unicodedata.normalize("NFC", picture.name))) is not None:
+                    record = label_folder.skim_record(path)
                     masks += [RatedMask(folder, number, place) for place in range(len(record["annotations"]))]
             if len(masks) == before:
                 raise ValueError(f"results has {folder}, which has no mask of a picture of input=; give its pictures")
@@ -87,7 +88,8 @@ class Rating:
             ValueError: for a file that is no record of masks.
         """
         mask = self.masks[item]
-        path = self.paths[self.results.index(mask.results)][self.pictures[mask.number].name]
+        name = unicodedata.normalize("NFC", self.pictures[mask.number].name)
+        path = self.paths[self.results.index(mask.results)][name]
         record = label_folder.read_record(path)
         orig_hw = record["image"]["height"], record["image"]["width"]
         return label_folder.draw_map(record["annotations"][mask.place : mask.place + 1], orig_hw)
