@@ -171,9 +171,8 @@ class Config:
     keep_classes: list[str] | None  # mode=automatic: masks of these classes alone; None: of all
     min_class_prob: Annotated[float, between(0, 1)]  # mode=automatic: of a mask's class
     nms_across_classes: bool  # mode=automatic: a mask may be suppressed by one of another class
-    max_overlap: Annotated[
-        float, between(0, 1)
-    ]  # a mask of which a larger share is taken by better ones is left out of the label map, 0..1
+    # a mask of which a larger share is taken by better ones is left out of the label map
+    max_overlap: Annotated[float, between(0, 1)]
     split: Annotated[str, one_of("val", "train")]  # mode=benchmark: of data
     benchmark: BenchmarkSettings
     results: list[str] | None  # mode=compare: runs of mode=benchmark, or dataset.json files; mode=audit: two folders

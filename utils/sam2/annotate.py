@@ -304,8 +304,8 @@ def make_server(folder: ServedFolder, port: int | None) -> tuple[tornado.httpser
     )
     server = tornado.httpserver.HTTPServer(
         application,
-        max_body_size=4
-        * MOST_BODY_BYTES,  # a little too much is refused by `read_json`, the rest by tornado, without a word
+        # a little too much is refused by `read_json`, the rest by tornado, without a word
+        max_body_size=4 * MOST_BODY_BYTES,
         body_timeout=BODY_TIMEOUT_S,
         idle_connection_timeout=IDLE_TIMEOUT_S,
     )

@@ -50,9 +50,8 @@ class AutomaticSettings:
     stability_score_offset: Annotated[float, at_least(0), FINITE] = 1.0
     # where two masks' boxes have a higher IoU than this, the better mask is kept
     box_nms_thresh: Annotated[float, between(0, 1)] = 0.7
-    crop_n_layers: Annotated[int, at_least(0)] = (
-        0  # layer i adds 4**i crops of the image, each with its own grid of points
-    )
+    # layer i adds 4**i crops of the image, each with its own grid of points
+    crop_n_layers: Annotated[int, at_least(0)] = 0
     # box_nms_thresh between crops; the mask of the smaller crop is kept
     crop_nms_thresh: Annotated[float, between(0, 1)] = 0.7
     # how far the first layer's crops overlap, share of the shorter side

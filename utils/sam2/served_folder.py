@@ -116,9 +116,7 @@ class ServedFolder:
         self.round = 1 + count_rounds(labels_dir)
         self.val_names = label_folder.read_validation(labels_dir)
         self.done_names = label_folder.read_done(labels_dir)
-        self.labelled_names = {
-            path.stem for path in label_folder.list_records(labels_dir).values()
-        }  # as pictures have it
+        self.labelled_names = {path.stem for path in label_folder.list_records(labels_dir).values()}  # as pictures do
         self.locks: dict[int, tuple[str, float]] = {}  # number -> the tab that writes, and when it was last heard of
         self.prepared: dict[int, Prepared] = {}  # the latest last
         self.edited: dict[int, EditedLabels] = {}  # the latest last
