@@ -97,6 +97,21 @@ def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
             on_command_line(monkeypatch, argument, *flags)  # nothing is written
 
 
+def test_a_folder_that_has_a_run_is_refused_before_anything_is_written_there(tmp_path, monkeypatch):
+    (tmp_path / "run.json").write_text("{}")
+    argument = f"hydra.run.dir={tmp_path}"
+    with pytest.raises(SystemExit, match="run.json exists; a run needs a folder of its own"):
+        on_command_line(monkeypatch, argument)
+    on_command_line(monkeypatch, argument, "--cfg", "job")
+
+
+def test_a_printed_command_names_the_script_from_where_the_user_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = settings.Path(settings.__file__).parent.parent / "train_unet.py"
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    assert settings.show_command("track.py", input="a") == f"python {script.parent}/track.py input=a"
+
+
 @pytest.mark.parametrize("has_saved", [True, False])
 def test_ctrl_c_is_one_line_with_the_command_that_goes_on(has_saved, tmp_path, monkeypatch, capsys):
     run_dir = tmp_path / "out (1)"

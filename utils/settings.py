@@ -297,7 +297,7 @@ def read_command_line(task: str) -> None:
         task: the script's folder in configs/: sam2, unet or tracking.
     Raises:
         SystemExit: with one line, for a value that Hydra cannot read, for a file of configs/ that has moved, and for a
-            run folder that cannot be made.
+            run folder that cannot be made, or has a run in it.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on `one_line_errors` answers Ctrl-C
     is_multirun = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv[1:]))
@@ -323,13 +323,18 @@ def read_command_line(task: str) -> None:
                 sys.exit(f"error: Hydra cannot read {argument}; quote the value, for the shell and for Hydra: {quoted}")
     arguments = [name_group(argument) for argument in arguments]
     stop_at_moved_files(task, arguments)
-    folder = next((a.split("=", 1)[1].strip("'") for a in arguments if a.startswith("hydra.run.dir=")), "outputs")
+    given = next((a.split("=", 1)[1].strip("'") for a in arguments if a.startswith("hydra.run.dir=")), None)
+    folder = "outputs" if given is None else given
     existing = next(path for path in [Path(folder), *Path(folder).absolute().parents] if path.exists())
     has_run = not any(argument.partition("=")[0] in FLAGS_WITHOUT_RUN for argument in arguments)
     if has_run and not (existing.is_dir() and os.access(existing, os.W_OK)):
         sys.exit(
             f"error: {existing} is not a folder that may be written; give hydra.run.dir=<a folder for the results>"
         )
+    if (
+        has_run and given and (record := Path(given, "run.json")).exists()
+    ):  # before Hydra and a check write over what is there
+        sys.exit(f"error: {record} exists; a run needs a folder of its own: leave out or change hydra.run.dir")
     sys.argv[1:] = arguments
 
 
@@ -349,12 +354,17 @@ def quote_path(argument: str) -> str:
 
 
 def show_command(start: str, **paths: str | Path) -> str:
-    """Write a command to paste into a shell: show_command("train_unet.py mode=predict", input="IMG (2).jpg")."""
-    words = []
+    """Write a command to paste into a shell: show_command("train_unet.py mode=predict", input="IMG (2).jpg").
+
+    The script is where the running one is, seen from where the user stands.
+    """
+    script, *rest = start.split()
+    beside = Path(sys.argv[0]).parent / script
+    words = [str(beside) if beside.is_file() else script, *rest]
     for key, path in paths.items():
         is_taken_as_it_is = quote_path(f"{key}={path}") != f"{key}={path}"
         words.append(f"{key}={path if is_taken_as_it_is else QuotedString(str(path), Quote.single).with_quotes()}")
-    return f"python {start} {shlex.join(words)}"
+    return f"python {shlex.join(words)}"
 
 
 def stop_at_moved_files(task: str, arguments: list[str]) -> None:
@@ -438,5 +448,8 @@ def describe_out_of_memory(error: Exception, script: str) -> str:
 
 def describe_error(error: Exception) -> str:
     """Turn an error into what a user reads; one from a data-loading process comes with its whole traceback."""
+    if isinstance(error, UnicodeEncodeError):  # of a file's name, whose bytes Python keeps as half characters
+        start = error.object.rfind("\n", 0, error.start) + 1
+        return f"the name {error.object[start:].split(chr(10))[0]!a} is not text in UTF-8; rename the file"
     message = str(error).strip()
     return message.splitlines()[-1] if message.startswith("Caught ") else message

@@ -119,8 +119,7 @@ def split_items(
     if format not in LISTERS:
         of_objects = f"; {format} goes with data=instances" if format in instances.LISTERS else ""
         raise ValueError(f"data.format is {format!r}; must be one of {', '.join(LISTERS)}{of_objects}")
-    if channels not in (1, 3):
-        raise ValueError(f"data.channels is {channels!r}; must be 1 (grey) or 3 (colour; alpha is dropped)")
+    check_channels(channels)
     coding = mask_coding(num_classes, class_names, class_values, ignore_values, nearest_value, boundary_class)
     item = functools.partial(Item, channels=channels, coding=coding)
     list_format = functools.partial(LISTERS[format], listing.dataset_folder(root), item)
@@ -173,8 +172,7 @@ def split_objects(
     Raises:
         FileNotFoundError, ValueError: as `split_items` there.
     """
-    if channels not in (1, 3):
-        raise ValueError(f"data.channels is {channels!r}; must be 1 (grey) or 3 (colour; alpha is dropped)")
+    check_channels(channels)
     if format not in instances.LISTERS:
         raise ValueError(f"data.format is {format}; must be one of {', '.join(instances.LISTERS)}")
     keys = {key: value for key, value in keys.items() if value is not None} | {"on_bad": on_bad}
@@ -547,6 +545,12 @@ def _class_table(coding: MaskCoding) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # read one item
+
+
+def check_channels(channels: int) -> None:
+    """Raise a ValueError for channels that no picture is brought to."""
+    if type(channels) is not int or channels not in (1, 3):
+        raise ValueError(f"data.channels is {channels!r}; must be 1 (grey) or 3 (colour; alpha is dropped)")
 
 
 def read_item(item: Item) -> tuple[np.ndarray, np.ndarray]:
