@@ -385,7 +385,7 @@ def evaluate(
     values = {f"{split}/{name}": measured[name] for name in reports.REPORTED}
     values[f"{split}/soft_iou"] = float(np.mean(soft_ious))
     values[f"{split}/loss"] = float(np.mean(loss_values))
-    if boundary is not None:
+    if boundary is not None and not np.isnan(rand_scores).all():
         values[f"{split}/v_rand"] = float(np.nanmean(rand_scores, 0).max())  # at one threshold for all pictures
     for index, name in enumerate(names):
         if index not in measured["absent"]:

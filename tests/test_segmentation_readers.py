@@ -447,7 +447,7 @@ def test_isbi_as_stacks_and_as_folders(tmp_path):
         split_items(**data_keys("isbi", tmp_path))
 
 
-@pytest.mark.parametrize("prefix", ["", "/SegNet/CamVid/"])
+@pytest.mark.parametrize("prefix", ["", "/SegNet/CamVid/", "C:\\CamVid\\"])
 def test_camvid_reads_the_lists_as_published_and_as_cut(tmp_path, prefix):
     for split in ("train", "val", "test"):
         lines = []
@@ -455,7 +455,8 @@ def test_camvid_reads_the_lists_as_published_and_as_cut(tmp_path, prefix):
             image, mask = f"{split}/{split}_{index}.png", f"{split}annot/{split}_{index}.png"
             write_picture(tmp_path / image)
             write_mask(tmp_path / mask, bands((0, 10, 11)))
-            lines.append(f"{prefix}{image} {prefix}{mask}")
+            line = f"{prefix}{image} {prefix}{mask}"
+            lines.append(line.replace("/", "\\") if "\\" in prefix else line)
         (tmp_path / f"{split}.txt").write_text("\n".join(lines))
     splits = split_items(**data_keys("camvid", tmp_path))
     assert [names(split) for split in splits] == [[f"{split}_0", f"{split}_1"] for split in ("train", "val", "test")]

@@ -305,7 +305,7 @@ def list_camvid(root: Path, item) -> tuple[list[Item], list[Item], list[Item]]:
             two = re.fullmatch(r"(.*\S\.\w+)\s+(\S.*\.\w+)", line)  # names may have spaces
             if two is None:
                 raise ValueError(f"{list_path} has the line {line!r}; must be two paths, of a picture and of its mask")
-            image_path, mask_path = (root.joinpath(*Path(path).parts[-2:]) for path in two.groups())
+            image_path, mask_path = (root.joinpath(*Path(path.replace("\\", "/")).parts[-2:]) for path in two.groups())
             items.append(item(image_path.stem, _as_on_disk(image_path), _as_on_disk(mask_path)))
         splits.append(items)
     return tuple(splits)
@@ -641,8 +641,12 @@ def _nearest_classes(coding: MaskCoding, values: np.ndarray) -> np.ndarray:
     different, index = np.unique(values, return_inverse=True)
     listed, classes = np.array(coding.classes).T
     points, listed_points = (unpack_colors(n) if coding.is_color else n[:, None] for n in (different, listed))
-    distance = np.linalg.norm(points[:, None] - listed_points[None].astype(float), axis=2)  # (N different, M listed)
-    return classes.astype(np.uint8)[distance.argmin(1)][index]
+    nearest, least = np.zeros(len(points), int), np.full(len(points), np.inf)
+    for number, listed_point in enumerate(listed_points):  # one by one: a JPEG can have a million colours
+        distance = np.square(points.astype(np.int64) - listed_point).sum(1)
+        is_nearer = distance < least
+        nearest[is_nearer], least[is_nearer] = number, distance[is_nearer]
+    return classes.astype(np.uint8)[nearest][index]
 
 
 def _read_mask_values(item: Item) -> tuple[np.ndarray, bool]:
