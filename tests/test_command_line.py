@@ -97,6 +97,20 @@ def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
             on_command_line(monkeypatch, argument, *flags)  # nothing is written
 
 
+@pytest.mark.parametrize("script, task", [("train_sam2", "sam2"), ("train_unet", "unet"), ("track", "tracking")])
+def test_a_folder_of_data_without_its_layout_is_not_the_place_of_generated_data(script, task, monkeypatch):
+    """Runs ended well, on generated pictures: the default had been drawn at a path of the user's that was not there."""
+
+    def read(*arguments):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", "data.root=my/cells", *arguments])
+        settings.read_command_line(task)
+
+    with pytest.raises(SystemExit, match=r"data.root= is given without data=, .*: data=\w+\|"):
+        read("seed=1")
+    for said in ("data=coco", "resume=run", "experiment=x", "data.generate=null"):
+        read(said)
+
+
 def test_a_folder_that_has_a_run_is_refused_before_anything_is_written_there(tmp_path, monkeypatch):
     (tmp_path / "run.json").write_text("{}")
     argument = f"hydra.run.dir={tmp_path}"

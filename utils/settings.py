@@ -296,8 +296,8 @@ def read_command_line(task: str) -> None:
     Args:
         task: the script's folder in configs/: sam2, unet or tracking.
     Raises:
-        SystemExit: with one line, for a value that Hydra cannot read, for a file of configs/ that has moved, and for a
-            run folder that cannot be made, or has a run in it.
+        SystemExit: with one line, for a value that Hydra cannot read, for a file of configs/ that has moved, for a
+            folder of data whose layout is not said, and for a run folder that cannot be made, or has a run in it.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on `one_line_errors` answers Ctrl-C
     is_multirun = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv[1:]))
@@ -323,6 +323,7 @@ def read_command_line(task: str) -> None:
                 sys.exit(f"error: Hydra cannot read {argument}; quote the value, for the shell and for Hydra: {quoted}")
     arguments = [name_group(argument) for argument in arguments]
     stop_at_moved_files(task, arguments)
+    stop_at_root_alone(task, arguments)
     given = next((a.split("=", 1)[1].strip("'") for a in arguments if a.startswith("hydra.run.dir=")), None)
     folder = "outputs" if given is None else given
     existing = next(path for path in [Path(folder), *Path(folder).absolute().parents] if path.exists())
@@ -382,6 +383,23 @@ def stop_at_moved_files(task: str, arguments: list[str]) -> None:
         if (group, name) in asked_files and not (configs / task / group / path.name).is_file():
             lies = f"{group}={name}: configs/{group}/{path.name} is read no more"
             sys.exit(f"error: {lies}; move it to configs/{task}/{group}/")
+
+
+def stop_at_root_alone(task: str, arguments: list[str]) -> None:
+    """Exit with one line where data.root is given but not what lies there: the default data would be generated there.
+
+    Args:
+        task, arguments: as those of `stop_at_moved_files`.
+    """
+    script, keys = Path(sys.argv[0]).stem, {argument.partition("=")[0].lstrip("+") for argument in arguments}
+    sayings = {"data", "data.generate", "experiment", "resume"} | ({"checkpoint"} if script == "train_unet" else set())
+    if "data.root" in keys and not keys & sayings and script != "infer_sam2":  # which has no default
+        configs = Path(__file__).resolve().parent.parent / "configs"
+        names = sorted(path.stem for path in (configs / task / "data").glob("*.yaml"))
+        sys.exit(
+            "error: data.root= is given without data=, whose default is a generated dataset of our own; say which "
+            f"layout yours has: data={'|'.join(names)}"
+        )
 
 
 @contextlib.contextmanager
