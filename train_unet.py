@@ -411,7 +411,7 @@ def build_network(
     name_classes(num_classes, None)  # raises for a number that cannot be
     keys = dict(model_config)
     name = keys.pop("name")
-    if name not in NETWORKS:
+    if name not in [*NETWORKS]:  # a list, for one, cannot be looked up
         raise ValueError(f"model.name is {name}; must be one of {', '.join(NETWORKS)}")
     network = functools.partial(NETWORKS[name], in_channels, num_classes)
     check_keys(network, keys, "model")

@@ -35,7 +35,9 @@ PATH_KEYS = re.compile(  # keys of the command line whose values are paths, or w
     r"|data\.(\w+\.)*(root|labels|index|groundtruth|\w+_(dir|list|folder|images|annotations))|hydra\.(run|sweep)\.dir)"
 )
 FLAGS_WITHOUT_RUN = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--help", "-h", "--version")
-OUT_OF_MEMORY = re.compile("(?i)out of memory|can't allocate|not enough memory|insufficient memory|_ALLOC_FAILED")
+OUT_OF_MEMORY = re.compile(
+    "(?i)out of memory|can't allocate|not enough memory|insufficient memory|_ALLOC_FAILED|size calculation overflow"
+)
 # Marks of a field whose keys stand in the same section as its neighbours', and of one that takes all keys left over.
 SAME_SECTION, ALL_OTHERS = "same section", "all others"
 
