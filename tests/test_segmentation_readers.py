@@ -312,6 +312,9 @@ def test_pairs_in_subfolders_and_one_folder(tmp_path):
     assert [item.image_path.name for item in items] == ["1.png", "10.png", "[3].png"]
     with pytest.raises(ValueError, match="set data.mask_ending"):
         list_all(tmp_path / "two", image_dir=".", mask_dir=".")
+    for kind in ("image", "mask"):  # of the other kind there is none, and "the same name but for the suffix" misleads
+        with pytest.raises(ValueError, match=f"no file in .* between data.{kind}_start '' and data.{kind}_ending '_y'"):
+            list_all(tmp_path / "two", image_dir=".", mask_dir=".", **{"mask_start": "", f"{kind}_ending": "_y"})
     for name in ("1", "2"):  # masks in a folder below the pictures
         write_picture(tmp_path / "three" / f"{name}.png")
         write_mask(tmp_path / "three" / "masks" / f"{name}.png", bands((0, 1)))

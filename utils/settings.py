@@ -468,7 +468,7 @@ def describe_out_of_memory(error: Exception, script: str) -> str:
 
 def describe_error(error: Exception) -> str:
     """Turn an error into what a user reads; one from a data-loading process comes with its whole traceback."""
-    if isinstance(error, UnicodeEncodeError):  # of a file's name, whose bytes Python keeps as half characters
+    if getattr(error, "reason", "") == "surrogates not allowed":  # in a file's name that is not UTF-8 on disk
         start = error.object.rfind("\n", 0, error.start) + 1
         return f"the name {error.object[start:].split(chr(10))[0]!a} is not text in UTF-8; rename the file"
     message = str(error).strip()

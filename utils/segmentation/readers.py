@@ -351,6 +351,12 @@ def list_two_folders(
                 f"{dirs[0]} has {suffixes[suffix]} files of {suffix}, which are not read: save them as one of "
                 + ", ".join(PICTURE_SUFFIXES)
             )
+        for number, (kind, around) in enumerate(zip(("image", "mask"), affixes, strict=True)):
+            if pairs and any(around) and not any(os.path.lexists(pair[1 + number]) for pair in pairs):
+                raise ValueError(
+                    f"no file in {dirs[number]} has a name between data.{kind}_start {around[0]!r} and "
+                    f"data.{kind}_ending {around[1]!r} (without its suffix); correct them"
+                )
         return [item(f"{folder}/{name}" if folder else name, *paths) for name, *paths in pairs]
 
     lists = {"train_list": train_list, "val_list": val_list, "test_list": test_list}
