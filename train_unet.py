@@ -850,9 +850,11 @@ def checkpoint_config(state: dict, current: dict, overrides: list[str]) -> dict:
         if is_of_training or key.split(".")[0] in ("train", "optim", "loss", "resume", "check", "seed", "data_root"):
             instead = "; give data.root=<folder>" if key == "data_root" else ""
             raise ValueError(f"{key}= has no effect with mode={mode}; leave it out{instead}")
-    if {"model", "experiment"} & {key.split(".")[0] for key in given} and current["model"] != stored["model"]:
+    of_model = {"model", "experiment"} & {key.split(".")[0] for key in given}
+    if of_model and current["model"] != stored["model"]:
         raise ValueError(
-            f"checkpoint {name} is of the model {stored['model']}, not {current['model']}; leave out model="
+            f"checkpoint {name} is of the model {stored['model']}, not {current['model']}; leave out "
+            + " and ".join(f"{key}=" for key in sorted(of_model))
         )
     data = dict(current["data"] if {"data", "experiment"} & given else stored["data"])
     for key in sorted(given):

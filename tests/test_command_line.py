@@ -126,6 +126,15 @@ def test_a_printed_command_names_the_script_from_where_the_user_stands(tmp_path,
     assert settings.show_command("track.py", input="a") == f"python {script.parent}/track.py input=a"
 
 
+def test_a_run_of_a_sweep_that_fails_does_not_end_the_others(monkeypatch, capsys):
+    """Hydra goes on after an error, not after sys.exit: one combination beyond all memory ended the night's sweep."""
+    monkeypatch.setattr(settings.HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(settings.HydraConfig, "get", lambda: type("Hydra", (), {"mode": settings.RunMode.MULTIRUN}))
+    with pytest.raises(ValueError), settings.one_line_errors("train_unet", "less"):
+        raise ValueError("optim.lr is 0; must be above 0")
+    assert capsys.readouterr().err == "error: optim.lr is 0; must be above 0\n"
+
+
 @pytest.mark.parametrize("has_saved", [True, False])
 def test_ctrl_c_is_one_line_with_the_command_that_goes_on(has_saved, tmp_path, monkeypatch, capsys):
     run_dir = tmp_path / "out (1)"

@@ -20,6 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf.errors import MissingMandatoryValue
 
 from utils import ranks
@@ -408,6 +409,8 @@ def stop_at_root_alone(task: str, arguments: list[str]) -> None:
 def one_line_errors(script: str, less_memory: str):
     """End the program with one line and status 1 at an error that input, files or values can cause, 130 at Ctrl-C.
 
+    A sweep (--multirun) goes on with its other runs, and Hydra reports the error once more at its end.
+
     Args:
         script: its name, such as "train_unet".
         less_memory: two settings that need less memory, such as "a smaller train.batch_size or data.image_size".
@@ -422,6 +425,9 @@ def one_line_errors(script: str, less_memory: str):
             raise
         logging.getLogger(script).debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true
         if not isinstance(error, KeyboardInterrupt):
+            if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+                print(message, file=sys.stderr)
+                raise  # the other runs of the sweep go on, as they would not after sys.exit
             sys.exit(message)
         print(message, file=sys.stderr)
         sys.exit(130)
