@@ -282,6 +282,14 @@ def test_dark_and_blank_pictures_are_remarked_on(tmp_path):
 # the report
 
 
+def test_values_that_no_mask_has_are_proposed_anew(tmp_path):
+    """To leave out every value that there is was proposed."""
+    write_pairs(tmp_path, 3, (0, 255))
+    proposed = yaml_lines(refused(tmp_path, class_values={7: 0, 8: 1}))
+    assert proposed == {"class_values": {0: 0, 255: 1}}
+    assert_usable(tmp_path, 3, **proposed)
+
+
 def test_names_with_dollars_are_no_formulas(tmp_path):
     """Two of them around what is none ended the run."""
     write_pairs(tmp_path, 3)

@@ -237,7 +237,8 @@ def suggest_coding(coding: MaskCoding, known: set[int], unknown: set[int], is_co
     """
     num_classes = len(coding.class_names)
     ignored = [value for value, class_index in coding.classes if class_index == IGNORE_INDEX]
-    is_new = is_color != coding.is_color  # the other kind of mask: nothing of what is given holds
+    # the other kind of mask, or none of the values that are given: nothing of that holds
+    is_new = is_color != coding.is_color or coding.is_given and not known
     is_grey = not np.ptp(readers.unpack_colors(np.array(sorted(unknown))), 1).any()
     if is_color and is_grey:  # where colours are expected
         is_color, is_new = False, True
