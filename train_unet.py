@@ -619,6 +619,12 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     device, precision = run.set_up_device(common.device, common.precision)
     ranks.own_size("train.batch_size", train_settings.batch_size)  # raises before anything takes time
     run.seed_everything(common.seed)
+    takes_border = settings.loss.terms.get("cross_entropy", 0) > 0 or settings.loss.terms.get("focal", 0) > 0
+    if settings.loss.border_weight > 0 and not takes_border and resume_path is None:  # an older run may go on
+        raise ValueError(
+            f"loss.border_weight is {settings.loss.border_weight}, but cross_entropy and focal alone take it, and "
+            "loss.terms has neither; add one, or set it to 0"
+        )
     if train_settings.steps > 0 and settings.check is not True:
         check_batch(settings, device)
     is_new = resume_path is None and not settings.check  # other weights than a checkpoint's may be asked for

@@ -633,6 +633,7 @@ def fails_with(monkeypatch, capfd, run_dir, *arguments):
         (["mode=summary", "data.channels=null"], "data.channels is None; must be 1 (grey) or 3"),
         (["data.num_classes='3'"], "data.num_classes is '3'; must be 2 to 254"),
         (["model.name=[unet]"], "model.name is ['unet']; must be one of"),
+        (["loss=dice", "loss.border_weight=10"], "loss.border_weight is 10, but cross_entropy and focal alone take it"),
         (["mode=evaluate", "checkpoint={best}", "data_root=/x"], "give data.root=<folder>"),
         (["mode=evaluate", "checkpoint={best}", "data.root=/x"], "data.root /x is not a folder"),
         (["mode=evaluate", "checkpoint={best}", "data.image_size=99"], "data.image_size is 99; checkpoint"),
