@@ -201,7 +201,7 @@ def test_printed_command_predicts(overfitted, tmp_path, monkeypatch, capfd):
     assert "1 pictures: 0 background" in output
 
 
-def test_evaluation_of_pictures_of_one_class_and_of_none(overfitted, tmp_path, monkeypatch, capfd):
+def test_evaluation_of_pictures_of_one_class_and_of_none(overfitted, tmp_path, monkeypatch, capfd, quick):
     """What nothing can be learned from can be measured; what does not count at all cannot."""
     for folder, values in (("one", (0, 0)), ("none", (0, 255))):
         for kind in ("images", "masks"):
