@@ -83,10 +83,11 @@ from utils.log import (
 )
 from utils.samples.write import write_samples
 from utils.segmentation import export, losses, metrics, model_summary, prediction, reports, views
-from utils.segmentation.check import check_data, count_class_pixels, remark_on_parts
+from utils.segmentation.check import check_data, count_class_pixels, remark_on_parts, stop_at_one_class
 from utils.segmentation.objects import BACKGROUND
 from utils.segmentation.readers import (
     Item,
+    check_channels,
     find_classes,
     name_classes,
     read_item,
@@ -134,6 +135,7 @@ TWO_BELOW_ONE = Rule(lambda pair: len(pair) == 2 and all(map(BELOW_ONE.holds, pa
 LATENCY_REPEATS = 30
 MODES_OF_KEY = {
     "checkpoint": ("evaluate", "predict", "summary", "export"), "input": ("predict",), "resume": ("train",),
+    "check": ("train",), "split": ("evaluate",), "probabilities": ("predict", "export"),
 }  # fmt: skip
 
 
@@ -383,7 +385,7 @@ def evaluate(
     values = {f"{split}/{name}": measured[name] for name in reports.REPORTED}
     values[f"{split}/soft_iou"] = float(np.mean(soft_ious))
     values[f"{split}/loss"] = float(np.mean(loss_values))
-    if boundary is not None:
+    if boundary is not None and not np.isnan(rand_scores).all():
         values[f"{split}/v_rand"] = float(np.nanmean(rand_scores, 0).max())  # at one threshold for all pictures
     for index, name in enumerate(names):
         if index not in measured["absent"]:
@@ -405,9 +407,11 @@ def build_network(
     Raises:
         ValueError: for an unknown name, an unknown or missing key, or a value that makes no sense.
     """
+    check_channels(in_channels)
+    name_classes(num_classes, None)  # raises for a number that cannot be
     keys = dict(model_config)
     name = keys.pop("name")
-    if name not in NETWORKS:
+    if name not in [*NETWORKS]:  # a list, for one, cannot be looked up
         raise ValueError(f"model.name is {name}; must be one of {', '.join(NETWORKS)}")
     network = functools.partial(NETWORKS[name], in_channels, num_classes)
     check_keys(network, keys, "model")
@@ -557,7 +561,8 @@ def list_data(
     Returns:
         {"train": items, "val": items, "test": items}, counts for the run's record, and the check's report.
     Raises:
-        FileNotFoundError, ValueError: as `list_splits`, `check_data` and `keep_splits`; for a split without a picture.
+        FileNotFoundError, ValueError: as `list_splits`, `check_data`, `stop_at_one_class` and `keep_splits`, and for a
+            split without a picture.
     """
     reader_keys, is_check = settings.data.reader_keys, settings.check is True
     # a check lists pairs that lack a file with all other faults
@@ -565,6 +570,7 @@ def list_data(
     stored = loops.stored_splits(resume_path)
     splits = loops.keep_splits(stored, splits)
     splits, counts, report = check_data(splits, reader_keys["on_bad"], run_dir, list_all=is_check)
+    stop_at_one_class(report)
     splits = loops.keep_splits(stored, splits)  # what the run had is usable still
     remarks = remark_on_parts(report, splits["train"], splits["val"][: settings.train.eval_images])
     print("".join(f"{line}\n" for line in remarks), end="")
@@ -613,6 +619,12 @@ def train(config: dict, run_dir: Path, resume_path: Path | None, data: tuple | N
     device, precision = run.set_up_device(common.device, common.precision)
     ranks.own_size("train.batch_size", train_settings.batch_size)  # raises before anything takes time
     run.seed_everything(common.seed)
+    takes_border = settings.loss.terms.get("cross_entropy", 0) > 0 or settings.loss.terms.get("focal", 0) > 0
+    if settings.loss.border_weight > 0 and not takes_border and resume_path is None:  # an older run may go on
+        raise ValueError(
+            f"loss.border_weight is {settings.loss.border_weight}, but cross_entropy and focal alone take it, and "
+            "loss.terms has neither; add one, or set it to 0"
+        )
     if train_settings.steps > 0 and settings.check is not True:
         check_batch(settings, device)
     is_new = resume_path is None and not settings.check  # other weights than a checkpoint's may be asked for
@@ -840,12 +852,15 @@ def checkpoint_config(state: dict, current: dict, overrides: list[str]) -> dict:
     stored = stored_config(Config, state, name, is_resumed=False)
     given = given_keys(overrides)
     for key in sorted(given):
-        if key.split(".")[0] in ("train", "optim", "loss", "resume", "check", "seed", "data_root"):
+        is_of_training = key.removeprefix("data.") in views.Augmentation.__dataclass_fields__
+        if is_of_training or key.split(".")[0] in ("train", "optim", "loss", "resume", "check", "seed", "data_root"):
             instead = "; give data.root=<folder>" if key == "data_root" else ""
             raise ValueError(f"{key}= has no effect with mode={mode}; leave it out{instead}")
-    if {"model", "experiment"} & {key.split(".")[0] for key in given} and current["model"] != stored["model"]:
+    of_model = {"model", "experiment"} & {key.split(".")[0] for key in given}
+    if of_model and current["model"] != stored["model"]:
         raise ValueError(
-            f"checkpoint {name} is of the model {stored['model']}, not {current['model']}; leave out model="
+            f"checkpoint {name} is of the model {stored['model']}, not {current['model']}; leave out "
+            + " and ".join(f"{key}=" for key in sorted(of_model))
         )
     data = dict(current["data"] if {"data", "experiment"} & given else stored["data"])
     for key in sorted(given):
@@ -906,6 +921,8 @@ def evaluate_checkpoint(config: dict, state: dict, run_dir: Path) -> float:
         others = " or ".join(f"split={name}" for name, items in splits.items() if items)
         raise ValueError(f"data.root {reader_keys['root']} has no picture in its {split} split; give {others}")
     splits, counts, _ = check_data({split: splits[split]}, reader_keys["on_bad"], run_dir, list_all=False)
+    if not splits[split]:
+        raise ValueError(f"data.root {reader_keys['root']} has no usable picture in its {split} split; mend the above")
     items, loss_settings = splits[split], replace(settings.loss, class_weights=state["class_weights"])
     start_run(run_dir, config, counts)
     write_splits(splits, run_dir / "splits")
@@ -945,18 +962,20 @@ def predict(config: dict, state: dict, run_dir: Path) -> list[str]:
         try:
             image = read_picture(picture.path, reader_keys["channels"], picture.page)  # uint8 (H, W, channels)
             logits = predictor.predict(image)
+            pred = logits.argmax(0).to(torch.uint8).cpu().numpy()  # (H, W)
+            overlay = overlay_label_map(
+                np.broadcast_to(image, (*image.shape[:2], 3)), reports.class_ids(pred, class_names)
+            )
+            write_image(run_dir / f"{name}_classes.png", pred)
+            write_image(run_dir / f"{name}_overlay.png", overlay)
+            if settings.probabilities:
+                np.save(run_dir / f"{name}_probabilities.npy", logits.softmax(0).half().cpu().numpy())
         except (ValueError, OSError, RuntimeError, MemoryError) as error:  # a picture can be beyond all memory
             if len(pictures) == 1:
                 raise
             failures.append(f"{picture}: {' '.join(str(error).split())[:300]}")
             continue
-        pred = logits.argmax(0).to(torch.uint8).cpu().numpy()  # (H, W)
         num_px += np.bincount(pred.ravel(), minlength=len(class_names))
-        image_rgb = np.broadcast_to(image, (*image.shape[:2], 3))
-        write_image(run_dir / f"{name}_classes.png", pred)
-        write_image(run_dir / f"{name}_overlay.png", overlay_label_map(image_rgb, reports.class_ids(pred, class_names)))
-        if settings.probabilities:
-            np.save(run_dir / f"{name}_probabilities.npy", logits.softmax(0).half().cpu().numpy())
     num_done = len(pictures) - len(failures)
     finish_run(run_dir, {"last": {"num_images": num_done, "num_failed": len(failures)}})
     shares = ", ".join(
@@ -1004,9 +1023,11 @@ def print_summary(config: dict, state: dict | None) -> None:
     print(f"latency on {device}, {precision}: p50 {p50_ms:.1f} ms, p95 {p95_ms:.1f} ms")
 
 
-def check_mode(settings: Config) -> None:
-    """Refuse a mode without its input, and input that the mode would not use."""
+def check_mode(settings: Config, overrides: list[str]) -> None:
+    """Refuse a mode without its input, and input that the mode would not use; overrides: the command line's own."""
     keys = {"checkpoint": settings.checkpoint, "input": settings.input, "resume": settings.common.resume}
+    keys |= {"check": settings.check or None, "probabilities": settings.probabilities or None}
+    keys |= {"split": settings.split if "split" in given_keys(overrides) else None}
     sections.check_modes([key for key, value in keys.items() if value is not None], MODES_OF_KEY, settings.mode)
     for key, what in (("checkpoint", "best.pt"), ("input", "a picture or a folder")):
         if keys[key] is None and settings.mode in MODES_OF_KEY[key] and settings.mode != "summary":
@@ -1026,7 +1047,7 @@ def main(cfg) -> float | None:
         run_dir, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
         if config["mode"] == "summary" and config["checkpoint"] is None:
             config = fix_classes(summary_config(config, overrides))
-        check_mode(read_settings(Config, config))
+        check_mode(read_settings(Config, config), overrides)
         if config["mode"] == "train":
             config = keep_stored_classes(config)
             config, resume_path = config_to_resume(Config, "train_unet", config, overrides, RESUMABLE, fix_values)

@@ -111,6 +111,44 @@ def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
             on_command_line(monkeypatch, argument, *flags)  # nothing is written
 
 
+@pytest.mark.parametrize("script, task", [("train_sam2", "sam2"), ("train_unet", "unet"), ("track", "tracking")])
+def test_a_folder_of_data_without_its_layout_is_not_the_place_of_generated_data(script, task, monkeypatch):
+    """Runs ended well, on generated pictures: the default had been drawn at a path of the user's that was not there."""
+
+    def read(*arguments):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", "data.root=my/cells", *arguments])
+        settings.read_command_line(task)
+
+    with pytest.raises(SystemExit, match=r"data.root= is given without data=, .*: data=\w+\|"):
+        read("seed=1")
+    for said in ("data=coco", "resume=run", "experiment=x", "data.generate=null"):
+        read(said)
+
+
+def test_a_folder_that_has_a_run_is_refused_before_anything_is_written_there(tmp_path, monkeypatch):
+    (tmp_path / "run.json").write_text("{}")
+    argument = f"hydra.run.dir={tmp_path}"
+    with pytest.raises(SystemExit, match="run.json exists; a run needs a folder of its own"):
+        on_command_line(monkeypatch, argument)
+    on_command_line(monkeypatch, argument, "--cfg", "job")
+
+
+def test_a_printed_command_names_the_script_from_where_the_user_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = settings.Path(settings.__file__).parent.parent / "train_unet.py"
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    assert settings.show_command("track.py", input="a") == f"python {script.parent}/track.py input=a"
+
+
+def test_a_run_of_a_sweep_that_fails_does_not_end_the_others(monkeypatch, capsys):
+    """Hydra goes on after an error, not after sys.exit: one combination beyond all memory ended the night's sweep."""
+    monkeypatch.setattr(settings.HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(settings.HydraConfig, "get", lambda: type("Hydra", (), {"mode": settings.RunMode.MULTIRUN}))
+    with pytest.raises(ValueError), settings.one_line_errors("train_unet", "less"):
+        raise ValueError("optim.lr is 0; must be above 0")
+    assert capsys.readouterr().err == "error: optim.lr is 0; must be above 0\n"
+
+
 @pytest.mark.parametrize("has_saved", [True, False])
 def test_ctrl_c_is_one_line_with_the_command_that_goes_on(has_saved, tmp_path, monkeypatch, capsys):
     run_dir = tmp_path / "out (1)"

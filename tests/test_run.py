@@ -436,7 +436,7 @@ def test_curves_show_sparse_columns_and_survive_nan(tmp_path):
     assert dense_image.shape == sparse_image.shape  # train/loss and val/loss share one panel
     assert not np.array_equal(dense_image, sparse_image)
     for num_metrics, num_rows in ((4, 1), (5, 2)):  # four panels a row, and none for a metric without a finite value
-        metrics = {f"val/metric_{i}": float(i) for i in range(num_metrics)}
+        metrics = {f"val/$^{{$ {i}": float(i) for i in range(num_metrics)}  # no formulas
         plot_curves([{"step": 0, **metrics, "only_nan": float("nan")}], tmp_path / "many.png")
         height, width = dense_image.shape[:2]
         assert cv2.imread(str(tmp_path / "many.png")).shape == (num_rows * height, 4 * width, 3)

@@ -16,7 +16,14 @@ from test_segmentation_readers import bands, data_keys, write_mask, write_pairs,
 
 from utils.dataset_check import check_items
 from utils.images import read_image
-from utils.segmentation.check import check_item, count_class_pixels, keep_usable, plot_statistics, report_lines
+from utils.segmentation.check import (
+    check_item,
+    count_class_pixels,
+    keep_usable,
+    plot_statistics,
+    report_lines,
+    stop_at_one_class,
+)
 from utils.segmentation.readers import read_item, split_items
 
 
@@ -32,6 +39,7 @@ def refused(root: Path, **changes) -> str:
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         items, report, _ = check(root, **changes)
         keep_usable(items, report, "stop")
+        stop_at_one_class(report)
     return str(error.value)
 
 
@@ -45,6 +53,7 @@ def yaml_lines(message: str) -> dict:
 def assert_usable(root: Path, num_items: int, **changes) -> None:
     items, report, lines = check(root, **changes)
     assert len(keep_usable(items, report, "stop")) == num_items, lines
+    stop_at_one_class(report)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,6 +280,28 @@ def test_dark_and_blank_pictures_are_remarked_on(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the report
+
+
+def test_values_that_no_mask_has_are_proposed_anew(tmp_path):
+    """To leave out every value that there is was proposed."""
+    write_pairs(tmp_path, 3, (0, 255))
+    proposed = yaml_lines(refused(tmp_path, class_values={7: 0, 8: 1}))
+    assert proposed == {"class_values": {0: 0, 255: 1}}
+    assert_usable(tmp_path, 3, **proposed)
+
+
+def test_names_with_dollars_are_no_formulas(tmp_path):
+    """Two of them around what is none ended the run."""
+    write_pairs(tmp_path, 3)
+    _, report, _ = check(tmp_path, class_names=["a $x^{$", "b"])
+    plot_statistics(report, tmp_path / "dataset.png")
+
+
+def test_maps_of_objects_are_not_said_to_be_blurred_alone(tmp_path):
+    write_pairs(tmp_path, 3)
+    for index in range(3):
+        write_mask(tmp_path / "masks" / f"{index:03d}.png", np.arange(80, dtype=np.uint8).reshape(8, 10))
+    assert "if each value is an object, data=instances data.format=label_map reads the mask" in refused(tmp_path)
 
 
 def test_class_pixels_equal_a_plain_count(tmp_path):

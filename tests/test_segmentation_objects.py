@@ -267,6 +267,9 @@ def test_numbers_without_names_and_too_many_classes(tmp_path):
     ):
         list_all(tmp_path, **keys)
     assert list_all(tmp_path, classes=["class 9"], **keys)[0].coding.class_names == ("background", "class 9")
+    unnamed = [{"id": 1, "name": "cat"}, {"id": 2, "name": " "}]
+    (tmp_path / "a.json").write_text(json.dumps(content | {"categories": unnamed}))
+    assert list_all(tmp_path, **keys)[0].coding.class_names == ("background", "cat")
     content["annotations"][0]["category_id"], content["annotations"][1]["category_id"] = [7], "9"
     (tmp_path / "a.json").write_text(json.dumps({key: content[key] for key in ("images", "annotations")}))
     with pytest.raises(ValueError, match=r"numbers 2, 9, \[7\], and the files name none.*data.classes=\[object\]"):

@@ -1,6 +1,7 @@
 """Pictures of any size, in tiles: against one forward of the whole picture, Pillow and naive loops."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,6 +75,12 @@ def test_blended_tiles_are_near_the_whole_picture():
     abrupt = (predict_tiled(model, image, 0, (64, 64), 0) - whole).abs()[inside]
     assert blended.max() < 0.3 * abrupt.max() and abrupt.max() > 1e-3
     assert (blended < 1e-6).float().mean() > 0.3
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of Linux")
+def test_the_limit_of_a_container_bounds_what_is_free(monkeypatch):
+    monkeypatch.setattr(prediction, "read_free_memory", lambda device: 64 * 2**30)
+    assert 32 * 2**30 < prediction.free_memory(CPU) < 64 * 2**30
 
 
 def test_tiles_follow_from_network_and_size_and_memory_says_how_many_go_at_once(monkeypatch):

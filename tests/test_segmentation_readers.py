@@ -312,6 +312,9 @@ def test_pairs_in_subfolders_and_one_folder(tmp_path):
     assert [item.image_path.name for item in items] == ["1.png", "10.png", "[3].png"]
     with pytest.raises(ValueError, match="set data.mask_ending"):
         list_all(tmp_path / "two", image_dir=".", mask_dir=".")
+    for kind in ("image", "mask"):  # of the other kind there is none, and "the same name but for the suffix" misleads
+        with pytest.raises(ValueError, match=f"no file in .* between data.{kind}_start '' and data.{kind}_ending '_y'"):
+            list_all(tmp_path / "two", image_dir=".", mask_dir=".", **{"mask_start": "", f"{kind}_ending": "_y"})
     for name in ("1", "2"):  # masks in a folder below the pictures
         write_picture(tmp_path / "three" / f"{name}.png")
         write_mask(tmp_path / "three" / "masks" / f"{name}.png", bands((0, 1)))
@@ -447,7 +450,7 @@ def test_isbi_as_stacks_and_as_folders(tmp_path):
         split_items(**data_keys("isbi", tmp_path))
 
 
-@pytest.mark.parametrize("prefix", ["", "/SegNet/CamVid/"])
+@pytest.mark.parametrize("prefix", ["", "/SegNet/CamVid/", "C:\\CamVid\\"])
 def test_camvid_reads_the_lists_as_published_and_as_cut(tmp_path, prefix):
     for split in ("train", "val", "test"):
         lines = []
@@ -455,7 +458,8 @@ def test_camvid_reads_the_lists_as_published_and_as_cut(tmp_path, prefix):
             image, mask = f"{split}/{split}_{index}.png", f"{split}annot/{split}_{index}.png"
             write_picture(tmp_path / image)
             write_mask(tmp_path / mask, bands((0, 10, 11)))
-            lines.append(f"{prefix}{image} {prefix}{mask}")
+            line = f"{prefix}{image} {prefix}{mask}"
+            lines.append(line.replace("/", "\\") if "\\" in prefix else line)
         (tmp_path / f"{split}.txt").write_text("\n".join(lines))
     splits = split_items(**data_keys("camvid", tmp_path))
     assert [names(split) for split in splits] == [[f"{split}_0", f"{split}_1"] for split in ("train", "val", "test")]

@@ -249,6 +249,10 @@ def test_an_error_of_a_data_loading_process_is_described_by_its_last_line():
     caught = "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  ...\n"
     assert settings.describe_error(ValueError(caught + "ValueError: a.jpg is empty\n")) == "ValueError: a.jpg is empty"
     assert settings.describe_error(ValueError("differs:\n  train.steps")) == "differs:\n  train.steps"
+    with pytest.raises(UnicodeEncodeError) as caught:  # a file's name of bytes in Latin-1
+        "001\ncaf\udce9\n002".encode()
+    line = r"the name 'caf\udce9' is not text in UTF-8; rename the file"
+    assert settings.describe_error(caught.value) == line
 
 
 @pytest.mark.parametrize(

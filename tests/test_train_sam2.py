@@ -104,7 +104,7 @@ def test_command_writes_the_promised_files(overfitted):
     assert pictures == ["step_000000/101.png", "step_000025/101.png", "step_000050/101.png"]
     assert read_image(run_dir / "samples" / "step_000050" / "101.png").shape == (288, 3 * 384, 3)
     assert not list(run_dir.rglob("*.tmp"))
-    assert "python infer_sam2.py checkpoint=run/best.pt input=" in output  # from where the user stands
+    assert f"python {tiny.ROOT / 'infer_sam2.py'} checkpoint=run/best.pt input=" in output  # from where the user stands
 
 
 def test_run_record_tells_start_best_and_last(overfitted):

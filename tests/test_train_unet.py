@@ -97,7 +97,8 @@ def test_command_writes_the_promised_files(overfitted):
         ["000", "001", "002", "003", "004"], ["005", "006", "007"], ["008", "009"],
     ]  # fmt: skip
     assert not list(run_dir.rglob("*.tmp"))
-    assert "python train_unet.py mode=predict checkpoint=run/best.pt input=" in output  # from where the user stands
+    # from where the user stands
+    assert f"python {ROOT / 'train_unet.py'} mode=predict checkpoint=run/best.pt input=" in output
 
 
 def test_tiny_data_is_overfitted_and_recorded(overfitted):
@@ -198,6 +199,23 @@ def test_printed_command_predicts(overfitted, tmp_path, monkeypatch, capfd):
     status, output = run_main(monkeypatch, capfd, tmp_path / "out", *arguments)
     assert status == 0 and (tmp_path / "out" / "008_classes.png").exists()
     assert "1 pictures: 0 background" in output
+
+
+def test_evaluation_of_pictures_of_one_class_and_of_none(overfitted, tmp_path, monkeypatch, capfd, quick):
+    """What nothing can be learned from can be measured; what does not count at all cannot."""
+    for folder, values in (("one", (0, 0)), ("none", (0, 255))):
+        for kind in ("images", "masks"):
+            (tmp_path / folder / kind).mkdir(parents=True)
+        for name, value in zip(("a", "b"), values, strict=True):
+            write_image(tmp_path / folder / "images" / f"{name}.png", np.full((9, 8, 3), 40, np.uint8))
+            write_image(tmp_path / folder / "masks" / f"{name}.png", np.full((9, 8), value, np.uint8))
+        (tmp_path / folder / "test.txt").write_text("b")
+    arguments = ["mode=evaluate", f"checkpoint={overfitted[0] / 'best.pt'}", "device=cpu", "data=folders"]
+    arguments += ["data.num_classes=3", "data.ignore_values=[255]", "data.val_fraction=0"]
+    for folder, status, words in (("one", 0, "1 images; pictures"), ("none", 1, "no usable picture in its test split")):
+        own = [f"data.root={tmp_path / folder}", f"data.test_list={tmp_path / folder / 'test.txt'}"]
+        ended, output = run_main(monkeypatch, capfd, tmp_path / folder / "run", *arguments, *own)
+        assert ended == status and words in output and "Traceback" not in output, output
 
 
 @pytest.mark.slow
@@ -608,6 +626,14 @@ def fails_with(monkeypatch, capfd, run_dir, *arguments):
         (["mode=evaluate", "checkpoint={best}", "resume=x"], "resume= is given but mode is evaluate"),
         (["mode=evaluate", "checkpoint={best}", "split=all"], "split is all; must be one of train, val, test"),
         (["mode=evaluate", "checkpoint={best}", "train.steps=4"], "train.steps= has no effect with mode=evaluate"),
+        (["mode=evaluate", "checkpoint={best}", "data.hflip=false"], "data.hflip= has no effect with mode=evaluate"),
+        (["mode=evaluate", "checkpoint={best}", "probabilities=true"], "probabilities= is given but mode is evaluate"),
+        (["mode=predict", "checkpoint={best}", "input=x", "split=val"], "split= is given but mode is predict"),
+        (["mode=summary", "check=true"], "check= is given but mode is summary"),
+        (["mode=summary", "data.channels=null"], "data.channels is None; must be 1 (grey) or 3"),
+        (["data.num_classes='3'"], "data.num_classes is '3'; must be 2 to 254"),
+        (["model.name=[unet]"], "model.name is ['unet']; must be one of"),
+        (["loss=dice", "loss.border_weight=10"], "loss.border_weight is 10, but cross_entropy and focal alone take it"),
         (["mode=evaluate", "checkpoint={best}", "data_root=/x"], "give data.root=<folder>"),
         (["mode=evaluate", "checkpoint={best}", "data.root=/x"], "data.root /x is not a folder"),
         (["mode=evaluate", "checkpoint={best}", "data.image_size=99"], "data.image_size is 99; checkpoint"),
@@ -705,11 +731,13 @@ def test_printed_command_predicts_every_slice_of_a_volume(tmp_path, monkeypatch,
 
 
 def test_one_picture_does_not_end_the_prediction_of_a_folder(overfitted, tmp_path, monkeypatch, capfd):
-    """A link to nothing, one that may not be read, a kind that is not read, a network that fails; and sub-folders."""
+    """A link to nothing, one that may not be read, a kind that is not read, a network that fails, a name too long for
+    what is written; and sub-folders.
+    """
     photos = tmp_path / "photos"
     (photos / "more").mkdir(parents=True)
     image_rgb, _ = tiny_segmentation.draw_pair(np.random.default_rng(9), 60, 70)
-    for name in ("a", "closed", "z", "more/b"):
+    for name in ("a", "closed", "z", "more/b", "n" * 240):
         write_image(photos / f"{name}.png", image_rgb)
     write_image(photos / "large.png", np.tile(image_rgb, (1, 2, 1)))
     (photos / "gone.png").symlink_to(tmp_path / "annex" / "gone.png")
@@ -731,14 +759,15 @@ def test_one_picture_does_not_end_the_prediction_of_a_folder(overfitted, tmp_pat
     arguments = ["mode=predict", f"checkpoint={overfitted[0] / 'best.pt'}", "device=cpu", f"input={photos}"]
     status, output = run_main(monkeypatch, capfd, tmp_path / "out", *arguments)
     lines = output.rstrip().splitlines()
-    assert status == 1 and "Traceback" not in output and lines[-5] == "4 pictures failed:", output
-    assert "closed.png" in lines[-4] and "Permission denied" in lines[-4]
-    assert "gone.png is a link to" in lines[-3] and "large.png: " in lines[-2] and "allocate memory" in lines[-2]
+    assert status == 1 and "Traceback" not in output and lines[-6] == "5 pictures failed:", output
+    assert "closed.png" in lines[-5] and "Permission denied" in lines[-5]
+    assert "gone.png is a link to" in lines[-4] and "large.png: " in lines[-3] and "allocate memory" in lines[-3]
+    assert "nnn.png: [Errno 36] File name too long" in lines[-2]
     assert "phone.jpg is HEIC" in lines[-1]
     assert "its 1 folders are not entered" in output
     assert {path.name for path in (tmp_path / "out").glob("*_classes.png")} == {"a_classes.png", "z_classes.png"}
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert record["metrics"]["last"] == {"num_images": 2, "num_failed": 4}
+    assert record["metrics"]["last"] == {"num_images": 2, "num_failed": 5}
 
 
 def test_confusion_of_classes_with_a_comma_in_their_name_has_a_column_each(root, tmp_path, monkeypatch, capfd, quick):

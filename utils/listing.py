@@ -315,7 +315,8 @@ def draw_split(
         if names and counts[index] == 0:
             counts[counts.index(max(counts))] -= 1
             counts[index] += 1
-    in_seeded_order = sorted(names, key=lambda name: hashlib.sha256(f"{split_seed} {name}".encode()).digest())
+    keys = {name: f"{split_seed} {name}".encode(errors="surrogateescape") for name in names}
+    in_seeded_order = sorted(names, key=lambda name: hashlib.sha256(keys[name]).digest())
     return set(in_seeded_order[: counts[0]]), set(in_seeded_order[counts[0] :][: counts[1]])
 
 

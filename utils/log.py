@@ -270,6 +270,7 @@ def _plot_curves(rows: list[dict[str, int | float]], path: Path) -> None:
     for row in rows:
         for name, value in row.items():
             if name != "step" and math.isfinite(value):
+                name = name.replace("$", r"\$")  # which starts a formula, and names have it as they like
                 panels.setdefault(name.split("/", 1)[-1], {}).setdefault(name, []).append((row["step"], value))
 
     num_columns = min(4, max(1, len(panels)))

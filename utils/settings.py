@@ -20,6 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf.errors import MissingMandatoryValue
 
 from utils import ranks
@@ -37,7 +38,9 @@ PATH_KEYS = re.compile(  # keys of the command line whose values are paths, or w
 # The folder itself, where it is empty; text= has a word of its own.
 MAY_BE_EMPTY = re.compile(r"data\..*_(dir|list|folder|images|annotations)=$|^text=$")
 FLAGS_WITHOUT_RUN = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--help", "-h", "--version")
-OUT_OF_MEMORY = re.compile("(?i)out of memory|can't allocate|not enough memory|insufficient memory|_ALLOC_FAILED")
+OUT_OF_MEMORY = re.compile(
+    "(?i)out of memory|can't allocate|not enough memory|insufficient memory|_ALLOC_FAILED|size calculation overflow"
+)
 # Marks of a field whose keys stand in the same section as its neighbours', and of one that takes all keys left over.
 SAME_SECTION, ALL_OTHERS = "same section", "all others"
 
@@ -298,8 +301,8 @@ def read_command_line(task: str) -> None:
     Args:
         task: the script's folder in configs/: sam2, unet or tracking.
     Raises:
-        SystemExit: with one line, for a value that Hydra cannot read, for a file of configs/ that has moved, and for a
-            run folder that cannot be made.
+        SystemExit: with one line, for a value that Hydra cannot read, for a file of configs/ that has moved, for a
+            folder of data whose layout is not said, and for a run folder that cannot be made, or has a run in it.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on `one_line_errors` answers Ctrl-C
     is_multirun = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv[1:]))
@@ -333,13 +336,19 @@ def read_command_line(task: str) -> None:
                 )
     arguments = [name_group(argument) for argument in arguments]
     stop_at_moved_files(task, arguments)
-    folder = next((a.split("=", 1)[1].strip("'") for a in arguments if a.startswith("hydra.run.dir=")), "outputs")
+    stop_at_root_alone(task, arguments)
+    given = next((a.split("=", 1)[1].strip("'") for a in arguments if a.startswith("hydra.run.dir=")), None)
+    folder = "outputs" if given is None else given
     existing = next(path for path in [Path(folder), *Path(folder).absolute().parents] if path.exists())
     has_run = not any(argument.partition("=")[0] in FLAGS_WITHOUT_RUN for argument in arguments)
     if has_run and not (existing.is_dir() and os.access(existing, os.W_OK)):
         sys.exit(
             f"error: {existing} is not a folder that may be written; give hydra.run.dir=<a folder for the results>"
         )
+    if (
+        has_run and given and (record := Path(given, "run.json")).exists()
+    ):  # before Hydra and a check write over what is there
+        sys.exit(f"error: {record} exists; a run needs a folder of its own: leave out or change hydra.run.dir")
     sys.argv[1:] = arguments
 
 
@@ -359,12 +368,17 @@ def quote_path(argument: str) -> str:
 
 
 def show_command(start: str, **paths: str | Path) -> str:
-    """Write a command to paste into a shell: show_command("train_unet.py mode=predict", input="IMG (2).jpg")."""
-    words = []
+    """Write a command to paste into a shell: show_command("train_unet.py mode=predict", input="IMG (2).jpg").
+
+    The script is where the running one is, seen from where the user stands.
+    """
+    script, *rest = start.split()
+    beside = Path(sys.argv[0]).parent / script
+    words = [str(beside) if beside.is_file() else script, *rest]
     for key, path in paths.items():
         is_taken_as_it_is = quote_path(f"{key}={path}") != f"{key}={path}"
         words.append(f"{key}={path if is_taken_as_it_is else QuotedString(str(path), Quote.single).with_quotes()}")
-    return f"python {start} {shlex.join(words)}"
+    return f"python {shlex.join(words)}"
 
 
 def stop_at_moved_files(task: str, arguments: list[str]) -> None:
@@ -384,9 +398,28 @@ def stop_at_moved_files(task: str, arguments: list[str]) -> None:
             sys.exit(f"error: {lies}; move it to configs/{task}/{group}/")
 
 
+def stop_at_root_alone(task: str, arguments: list[str]) -> None:
+    """Exit with one line where data.root is given but not what lies there: the default data would be generated there.
+
+    Args:
+        task, arguments: as those of `stop_at_moved_files`.
+    """
+    script, keys = Path(sys.argv[0]).stem, {argument.partition("=")[0].lstrip("+") for argument in arguments}
+    sayings = {"data", "data.generate", "experiment", "resume"} | ({"checkpoint"} if script == "train_unet" else set())
+    if "data.root" in keys and not keys & sayings and script != "infer_sam2":  # which has no default
+        configs = Path(__file__).resolve().parent.parent / "configs"
+        names = sorted(path.stem for path in (configs / task / "data").glob("*.yaml"))
+        sys.exit(
+            "error: data.root= is given without data=, whose default is a generated dataset of our own; say which "
+            f"layout yours has: data={'|'.join(names)}"
+        )
+
+
 @contextlib.contextmanager
 def one_line_errors(script: str, less_memory: str):
     """End the program with one line and status 1 at an error that input, files or values can cause, 130 at Ctrl-C.
+
+    A sweep (--multirun) goes on with its other runs, and Hydra reports the error once more at its end.
 
     Args:
         script: its name, such as "train_unet".
@@ -402,6 +435,9 @@ def one_line_errors(script: str, less_memory: str):
             raise
         logging.getLogger(script).debug("where it was raised", exc_info=True)  # shown by hydra.verbose=true
         if not isinstance(error, KeyboardInterrupt):
+            if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+                print(message, file=sys.stderr)
+                raise  # the other runs of the sweep go on, as they would not after sys.exit
             sys.exit(message)
         print(message, file=sys.stderr)
         sys.exit(130)
@@ -448,5 +484,8 @@ def describe_out_of_memory(error: Exception, script: str) -> str:
 
 def describe_error(error: Exception) -> str:
     """Turn an error into what a user reads; one from a data-loading process comes with its whole traceback."""
+    if getattr(error, "reason", "") == "surrogates not allowed":  # in a file's name that is not UTF-8 on disk
+        start = error.object.rfind("\n", 0, error.start) + 1
+        return f"the name {error.object[start:].split(chr(10))[0]!a} is not text in UTF-8; rename the file"
     message = str(error).strip()
     return message.splitlines()[-1] if message.startswith("Caught ") else message

@@ -150,8 +150,9 @@ def draw_confusion(matrix: np.ndarray, names: list[str], path: Path) -> None:
                 axes.text(
                     column, row, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.5 else "black"
                 )
-    axes.set_xticks(range(len(all_names)), all_names, rotation=45, ha="right")
-    axes.set_yticks(range(len(rows)), [f"{all_names[number]} ({matrix[number].sum()})" for number in rows])
+    axes.set_xticks(range(len(all_names)), all_names, rotation=45, ha="right", parse_math=False)
+    counted = [f"{all_names[number]} ({matrix[number].sum()})" for number in rows]
+    axes.set_yticks(range(len(rows)), counted, parse_math=False)
     axes.set(xlabel="answer after one click", ylabel="class (objects)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)

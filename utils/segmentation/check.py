@@ -59,7 +59,7 @@ def check_data(
     Returns:
         the usable items of each split; the counts for run.json; the report.
     Raises:
-        ValueError: for faulty files where on_bad is "stop"; for fewer than two classes.
+        ValueError: for faulty files where on_bad is "stop".
     """
     report = dataset_check.check_items([item for items in splits.values() for item in items], check_item)
     print("\n".join(report_lines(report, None if list_all else MAX_LISTED)))
@@ -143,14 +143,15 @@ def keep_usable(items: list[Item], report: CheckReport, on_bad: str) -> list[Ite
     """Leave out items with faults and those whose pixels are all ignored, as `dataset_check.keep_usable`.
 
     Raises:
-        ValueError: as that does, with lines for the data YAML; also where the whole dataset has fewer than two classes,
-            which nothing can be learned from.
+        ValueError: as that does, with lines for the data YAML.
     """
-    advice = suggestions(report)
-    usable_items = dataset_check.keep_usable(items, report, on_bad, advice)
+    return dataset_check.keep_usable(items, report, on_bad, suggestions(report))
+
+
+def stop_at_one_class(report: CheckReport) -> None:
+    """Raise a ValueError where the whole dataset has fewer than two classes, which nothing can be learned from."""
     if report.usable and len(present_classes(report)) < 2:
-        raise ValueError("\n  ".join(advice))
-    return usable_items
+        raise ValueError("\n  ".join(suggestions(report)))
 
 
 def count_class_pixels(report: CheckReport, items: list[Item]) -> np.ndarray:
@@ -236,7 +237,8 @@ def suggest_coding(coding: MaskCoding, known: set[int], unknown: set[int], is_co
     """
     num_classes = len(coding.class_names)
     ignored = [value for value, class_index in coding.classes if class_index == IGNORE_INDEX]
-    is_new = is_color != coding.is_color  # the other kind of mask: nothing of what is given holds
+    # the other kind of mask, or none of the values that are given: nothing of that holds
+    is_new = is_color != coding.is_color or coding.is_given and not known
     is_grey = not np.ptp(readers.unpack_colors(np.array(sorted(unknown))), 1).any()
     if is_color and is_grey:  # where colours are expected
         is_color, is_new = False, True
@@ -246,6 +248,7 @@ def suggest_coding(coding: MaskCoding, known: set[int], unknown: set[int], is_co
             f"{len(unknown)} values are more than there are classes, so the mask has been compressed, smoothed or "
             "resized: export it again with nearest-neighbour resizing, or, with the true values in class_values, take "
             "each pixel as the nearest of them with nearest_value: true"
+            + ("" if is_color else "; if each value is an object, data=instances data.format=label_map reads the mask")
         )
     if coding.is_given and not is_new:
         left_out = ", ".join(yaml_value(value, is_color) for value in [*ignored, *sorted(unknown)])
@@ -320,8 +323,9 @@ def plot_statistics(report: CheckReport, path: str | Path) -> None:
     share_axes.invert_yaxis()
     if report.usable:
         names, class_pixels, num_images = _measure_classes(report)
-        share_axes.barh(names, class_pixels / class_pixels.sum())
-        image_axes.barh(names, num_images)
+        share_axes.barh(range(len(names)), class_pixels / class_pixels.sum())
+        image_axes.barh(range(len(names)), num_images)
+        share_axes.set_yticks(range(len(names)), names, parse_math=False)
     figure.savefig(path, dpi=100)
 
 

@@ -45,7 +45,8 @@ def list_classes(format: str, items: list[Item], ignore_labels: list[str]) -> li
                 f"the objects have the class numbers {', '.join(first_few(numbers))}, and the files name none of them: "
                 f"add the names (COCO: categories), or take all as one class with data.classes=[{ONE_CLASS}]"
             )
-    return [name for name in names if name not in ignore_labels and not is_background(name)] or [ONE_CLASS]
+    names = [name for name in names if name.strip() and name not in ignore_labels and not is_background(name)]
+    return names or [ONE_CLASS]
 
 
 def _list_kinds(item: Item) -> set[tuple[str, int | str | None]]:

@@ -1,6 +1,7 @@
 """Predict pictures of any size, whole or in tiles."""
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ import torch
 from torchvision.transforms.v2 import functional as transforms
 
 from utils import ranks
+from utils.fit import read_free_memory
 from utils.run import autocast
 from utils.segmentation.model_summary import summarize
 from utils.segmentation.unet import nearest_paper_input_sizes, paper_input_size
@@ -150,8 +152,8 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu" and Path("/proc/meminfo").exists():  # Linux
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0]) // ranks.local_count()
+        resident_bytes = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return max(0, read_free_memory(device) - resident_bytes) // ranks.local_count()  # a container's limit counts
     return 4 * 2**30
 
 

@@ -119,8 +119,7 @@ def split_items(
     if format not in LISTERS:
         of_objects = f"; {format} goes with data=instances" if format in instances.LISTERS else ""
         raise ValueError(f"data.format is {format!r}; must be one of {', '.join(LISTERS)}{of_objects}")
-    if channels not in (1, 3):
-        raise ValueError(f"data.channels is {channels!r}; must be 1 (grey) or 3 (colour; alpha is dropped)")
+    check_channels(channels)
     coding = mask_coding(num_classes, class_names, class_values, ignore_values, nearest_value, boundary_class)
     item = functools.partial(Item, channels=channels, coding=coding)
     list_format = functools.partial(LISTERS[format], listing.dataset_folder(root), item)
@@ -173,8 +172,7 @@ def split_objects(
     Raises:
         FileNotFoundError, ValueError: as `split_items` there.
     """
-    if channels not in (1, 3):
-        raise ValueError(f"data.channels is {channels!r}; must be 1 (grey) or 3 (colour; alpha is dropped)")
+    check_channels(channels)
     if format not in instances.LISTERS:
         raise ValueError(f"data.format is {format}; must be one of {', '.join(instances.LISTERS)}")
     keys = {key: value for key, value in keys.items() if value is not None} | {"on_bad": on_bad}
@@ -307,7 +305,7 @@ def list_camvid(root: Path, item) -> tuple[list[Item], list[Item], list[Item]]:
             two = re.fullmatch(r"(.*\S\.\w+)\s+(\S.*\.\w+)", line)  # names may have spaces
             if two is None:
                 raise ValueError(f"{list_path} has the line {line!r}; must be two paths, of a picture and of its mask")
-            image_path, mask_path = (root.joinpath(*Path(path).parts[-2:]) for path in two.groups())
+            image_path, mask_path = (root.joinpath(*Path(path.replace("\\", "/")).parts[-2:]) for path in two.groups())
             items.append(item(image_path.stem, _as_on_disk(image_path), _as_on_disk(mask_path)))
         splits.append(items)
     return tuple(splits)
@@ -353,6 +351,12 @@ def list_two_folders(
                 f"{dirs[0]} has {suffixes[suffix]} files of {suffix}, which are not read: save them as one of "
                 + ", ".join(PICTURE_SUFFIXES)
             )
+        for number, (kind, around) in enumerate(zip(("image", "mask"), affixes, strict=True)):
+            if pairs and any(around) and not any(os.path.lexists(pair[1 + number]) for pair in pairs):
+                raise ValueError(
+                    f"no file in {dirs[number]} has a name between data.{kind}_start {around[0]!r} and "
+                    f"data.{kind}_ending {around[1]!r} (without its suffix); correct them"
+                )
         return [item(f"{folder}/{name}" if folder else name, *paths) for name, *paths in pairs]
 
     lists = {"train_list": train_list, "val_list": val_list, "test_list": test_list}
@@ -549,6 +553,12 @@ def _class_table(coding: MaskCoding) -> np.ndarray:
 # read one item
 
 
+def check_channels(channels: int) -> None:
+    """Raise a ValueError for channels that no picture is brought to."""
+    if type(channels) is not int or channels not in (1, 3):
+        raise ValueError(f"data.channels is {channels!r}; must be 1 (grey) or 3 (colour; alpha is dropped)")
+
+
 def read_item(item: Item) -> tuple[np.ndarray, np.ndarray]:
     """Read a picture and its class map.
 
@@ -637,8 +647,12 @@ def _nearest_classes(coding: MaskCoding, values: np.ndarray) -> np.ndarray:
     different, index = np.unique(values, return_inverse=True)
     listed, classes = np.array(coding.classes).T
     points, listed_points = (unpack_colors(n) if coding.is_color else n[:, None] for n in (different, listed))
-    distance = np.linalg.norm(points[:, None] - listed_points[None].astype(float), axis=2)  # (N different, M listed)
-    return classes.astype(np.uint8)[distance.argmin(1)][index]
+    nearest, least = np.zeros(len(points), int), np.full(len(points), np.inf)
+    for number, listed_point in enumerate(listed_points):  # one by one: a JPEG can have a million colours
+        distance = np.square(points.astype(np.int64) - listed_point).sum(1)
+        is_nearer = distance < least
+        nearest[is_nearer], least[is_nearer] = number, distance[is_nearer]
+    return classes.astype(np.uint8)[nearest][index]
 
 
 def _read_mask_values(item: Item) -> tuple[np.ndarray, bool]:
