@@ -19,7 +19,7 @@ from utils.dataset_check import check_items, keep_usable
 from utils.images import read_image, write_image, write_label_map
 from utils.instances.check import check_item, count, measure_objects, plot_statistics, report_lines
 from utils.instances.codecs import polygons_to_mask
-from utils.instances.readers import object_ids, read_item, split_items
+from utils.instances.readers import class_name, object_ids, read_item, split_items
 from utils.settings import check_keys
 
 
@@ -462,6 +462,17 @@ def test_a_broken_shape_of_labelme_costs_itself(tmp_path, shape, words):
     assert words in instances.broken[0] and "shape 0 (bad)" in instances.broken[0]
 
 
+def test_labels_and_groups_of_labelme_that_are_none(tmp_path):
+    """Null was a class called None, and a list as a group ended in a traceback."""
+    box = {"shape_type": "rectangle", "points": [[1, 1], [9, 9]]}
+    shapes = [{"label": None, "group_id": ""} | box, {"label": "a", "group_id": ""} | box]
+    shapes += [{"label": "a", "group_id": group} | box for group in ([1], [1], 0, "0")]
+    write_picture(tmp_path / "a.jpg", 24, 32)
+    write_labelme(tmp_path / "a.json", shapes)
+    (item,) = list_all("labelme", tmp_path, val_fraction=0)
+    assert [class_name(annotation) for annotation in item.read().annotations] == ["", "a", "a", "a"]
+
+
 def test_a_mask_of_labelme_that_leaves_the_picture_is_cut_off(tmp_path):
     encoded = base64.b64encode(cv2.imencode(".png", np.ones((4, 5), np.uint8))[1].tobytes()).decode()
     write_picture(tmp_path / "a.jpg", 24, 32)
@@ -648,6 +659,26 @@ def test_one_coco_file_of_one_folder_is_split_by_a_fraction_or_lists(tmp_path):
     assert [item.name for item in val_items] == ["pictures/a/2.jpg", "pictures/b/1.jpg"]
 
 
+@pytest.mark.parametrize("format", ["yolo", "coco"])
+def test_a_picture_that_trains_and_validates_under_two_names_is_refused(tmp_path, format):
+    """A list of absolute paths, or a folder named in another way, let a run be validated on what it trains on."""
+    record = {"images": [], "annotations": []}
+    for number in range(2):
+        write_picture(tmp_path / "images" / f"{number}.jpg")
+        record["images"].append({"id": number, "file_name": f"{number}.jpg", "height": 8, "width": 10})
+    keys = data_keys(format, tmp_path)
+    if format == "yolo":
+        (tmp_path / "val.txt").write_text(f"{tmp_path}/images/1.jpg\n")
+        (tmp_path / "data.yaml").write_text("{names: [cell], train: images, val: val.txt}")
+    else:
+        (tmp_path / "train.json").write_text(json.dumps(record))
+        (tmp_path / "val.json").write_text(json.dumps(record | {"images": record["images"][1:]}))
+        keys |= {"train_images": "images", "train_annotations": "train.json"}
+        keys |= {"val_images": "../" + tmp_path.name + "/images", "val_annotations": "val.json"}
+    with pytest.raises(ValueError, match=r"1\.jpg is a training picture, images/1.*, and a validation picture, .*/1"):
+        split_items(**keys)
+
+
 def test_labelme_files_name_their_pictures(tmp_path):
     box = {"label": "cell", "shape_type": "rectangle", "points": [[1, 1], [9, 9]]}
     for name in ("photos/one.jpg", "photos/two.jpg"):
@@ -734,7 +765,7 @@ def test_voc_outlines_are_no_objects(tmp_path):
     ids[2:8, 3:9], ids[2:8, 9], ids[9:11, 1:4] = 1, 255, 7
     classes[2:8, 3:9], classes[2:8, 9], classes[9:11, 1:4] = 15, 255, 40
     write_png(tmp_path / "SegmentationObject" / "a.png", ids)
-    write_png(tmp_path / "SegmentationClass" / "a.png", classes)
+    write_png(tmp_path / "SegmentationClass" / "a.PNG", classes)
     write_picture(tmp_path / "JPEGImages" / "a.jpg", 12, 16)
     write_picture(tmp_path / "JPEGImages" / "b.jpg", 12, 16)  # most of VOC's pictures have no maps
     (item,) = list_all("voc", tmp_path, val_fraction=0)

@@ -123,6 +123,14 @@ def split_items(
             "of its own; set these two to null, or that one"
         )
     train_items, val_items = listing.sort_splits([train_items, val_items], root, format, "names must be unique")
+    folder = functools.cache(os.path.realpath)  # a list file or a key may name the same folder in another way
+    train_names = {(folder(item.image_path.parent), item.image_path.name): item.name for item in train_items}
+    for item in val_items:
+        if name := train_names.get((folder(item.image_path.parent), item.image_path.name)):
+            raise ValueError(
+                f"{item.image_path} is a training picture, {name}, and a validation picture, {item.name}; keep it in "
+                "one of the two"
+            )
     return train_items, val_items
 
 
@@ -658,11 +666,13 @@ def list_voc(
     """
     objects = listing.files_by_name(root / object_dir)
     images = listing.files_by_name(root / image_dir)
-    classes = tuple(class_names) if (root / class_dir).is_dir() else ()
+    class_maps = listing.files_by_name(root / class_dir) if (root / class_dir).is_dir() else {}
+    classes = tuple(class_names) if class_maps else ()
     items = []
     for name, path in objects.items():  # most of VOC's pictures have none
         image_path = images[name] if name in images else root / image_dir / f"{name}.jpg"
-        read = functools.partial(read_voc, path, root / class_dir / path.name, tuple(class_names))
+        class_path = class_maps.get(name, root / class_dir / path.name)
+        read = functools.partial(read_voc, path, class_path, tuple(class_names))
         items.append(Item(name, image_path, path, read, classes=classes))
     return items, None
 
@@ -827,8 +837,9 @@ def read_labelme(path: Path, image_path: Path, ignore_labels: tuple[str, ...] = 
     shapes = []
     for number, shape in enumerate(_list_field(content, "shapes", path)):
         shape = shape if isinstance(shape, dict) else {}
-        if (label := str(shape.get("label", ""))) not in ignore_labels:
-            shapes.append((number, label, shape.get("group_id"), shape))
+        label, group = "" if shape.get("label") is None else str(shape["label"]), plain_id(shape.get("group_id"))
+        if label not in ignore_labels:
+            shapes.append((number, label, None if group == "" else group, shape))
     return _join_shapes(shapes, _draw_labelme_shape, orig_hw, str(path))
 
 
