@@ -566,15 +566,19 @@ def list_pairs(
     train_sequences, val_sequences = splits.values()
     train_sequences, train_usable = keep_usable(train_sequences, pair_settings, "train")
     val_pair_sequences, val_usable = keep_usable(val_sequences[: train_settings.eval_sequences], pair_settings, "val")
-    val_sequences = [sequence for sequence in val_sequences if sequence.visible[:-1].any()]
-    val_sequences = val_sequences[: train_settings.eval_sequences]
+    val_sequences = [  # a first box alone would count as a perfect sequence
+        sequence
+        for sequence in val_sequences
+        if sequence.visible.any() and sequence.num_annotated - sequence.visible.argmax() > 1
+    ][: train_settings.eval_sequences]
     trains = settings.check == "fit" or (not settings.check and train_settings.steps > 0)
     if trains and not train_sequences:
         raise ValueError("the dataset has no training sequence with a usable box: see data.* and pairs.*")
     if settings.check is not True and not val_sequences:
         raise ValueError(
-            "the dataset has no validation sequence with a box: see data.val_fraction, data.val_sequences; pictures "
-            "alone cannot be tracked: add a part of sequences (data.parts), as data=siamfc_bundled does"
+            "the dataset has no validation sequence with a box: see data.val_fraction, data.val_sequences; of a first "
+            "box alone nothing can be measured, and pictures alone cannot be tracked: add a part of sequences "
+            "(data.parts), as data=siamfc_bundled does"
         )
     if settings.check == "fit":
         areas = [math.prod(sequence.frame_wh) for sequence in train_sequences]  # usable, so they were read

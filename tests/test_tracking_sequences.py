@@ -456,6 +456,17 @@ def test_davis_objects_of_one_video_stay_together(tmp_path, jpeg):
         split("davis_sequences", tmp_path, val_sequences="gone.txt")
 
 
+def test_lists_name_sequences_with_spaces(tmp_path, jpeg):
+    write_many(tmp_path / "train", jpeg, ["my video", "my video 2", "other"])
+    (tmp_path / "list.txt").write_text("my video\r\nother 3 0.5\n")
+    keys = {"val_sequences": str(tmp_path / "list.txt")}
+    assert names(split("folder_sequences", tmp_path / "train", **keys)[1]) == ["my video", "other"]
+    shutil.move(tmp_path / "list.txt", tmp_path / "train" / "list.txt")
+    (tmp_path / "train" / "list.txt").write_text("my video 2\nother\n")
+    train, _ = split("got10k", tmp_path, val_folder=None, val_fraction=0.0)
+    assert names(train) == ["my video 2", "other"]
+
+
 def test_folders_of_your_own(tmp_path, jpeg):
     write_frames(tmp_path / "a", jpeg, 4)
     write_frames(tmp_path / "b" / "frames", jpeg, 4)

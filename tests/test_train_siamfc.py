@@ -7,6 +7,7 @@ import csv
 import itertools
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -882,6 +883,17 @@ def test_validation_sequences_are_chosen_after_what_cannot_be_tracked(root, tmp_
     assert last["metrics"][0]["val/num_frames"] == 2 and last["metrics"][0]["val/loss"] > 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["data"] == {"train_sequences": 4, "val_sequences": 1}
+
+
+def test_a_sequence_of_a_first_box_alone_measures_nothing(root, tmp_path):
+    """It counted as a perfect one in val/success_auc."""
+    shutil.copytree(root, tmp_path / "data")
+    folder = tmp_path / "data" / "val" / "val_001"
+    for name in ("groundtruth.txt", "cover.label", "absence.label"):
+        (folder / name).write_text((folder / name).read_text().splitlines()[0] + "\n")
+    settings = script.read_settings(script.Config, tiny.configure(tmp_path / "data"))
+    _, _, val_sequences, _ = script.list_pairs(settings, None)
+    assert [sequence.name for sequence in val_sequences] == ["val_002"]
 
 
 def test_no_validation_pairs_is_a_setting(root, tmp_path, quick):

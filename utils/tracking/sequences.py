@@ -181,7 +181,7 @@ def list_got10k(
     def list_part(folder: Path) -> list[Path]:
         list_path = folder / "list.txt"
         if list_path.is_file():
-            paths = [folder / name for name in read_text(list_path).split()]
+            paths = [folder / name for name in read_lines(list_path)]
         else:
             paths = list_folders(folder)
         return [path for path in paths if path.name not in leave_out]
@@ -731,15 +731,18 @@ def _read_split(
 def _named(sequences: list[Sequence], names: list[str] | str | None, key: str) -> set[str] | None:
     """Return the sequences that a list or a text file names, by their own name or their video's; None for no list.
 
-    A line of a file is a name, or DAVIS 2016's: the paths of a picture and a mask, whose folder is the video.
+    A line of a file is a name, alone or before other columns, or DAVIS 2016's: the paths of a picture and a mask, whose
+    folder is the video.
     """
     if names is None:
         return None
     if isinstance(names, str):
         if not Path(names).is_file():
             raise FileNotFoundError(f"data.{key} is {names}; no such list file (seen from {Path.cwd()})")
-        words = [line.split()[0] for line in read_lines(names)]
-        names = [Path(word).parent.name if "/" in word else word for word in words]
+        lines = [(line, line.split()[0]) for line in read_lines(names)]
+        names = [(line, Path(word).parent.name if "/" in word else word) for line, word in lines]
+    else:
+        names = [(str(name),) for name in names]
     by_name: dict[str, set[str]] = {}
     for sequence in sequences:
         for name in {sequence.name, sequence.video, Path(sequence.video).name}:
@@ -747,11 +750,13 @@ def _named(sequences: list[Sequence], names: list[str] | str | None, key: str) -
     for sequence in sequences:
         by_name.setdefault(_plain_name(sequence.name), {sequence.name})
     named = set()
-    for name in map(str, names):
-        sequence_names = by_name.get(name, by_name.get(_plain_name(name)))
+    for forms in names:
+        sequence_names = next(
+            (by_name[form] for name in forms for form in (name, _plain_name(name)) if form in by_name), None
+        )
         if sequence_names is None:
             example = f"; names look like {sequences[0].name}" if sequences else ""
-            raise ValueError(f"data.{key} names {name}, which the dataset lacks{example}")
+            raise ValueError(f"data.{key} names {forms[0]}, which the dataset lacks{example}")
         named |= sequence_names
     return named
 
