@@ -564,6 +564,7 @@ def test_yolo_reads_polygons_where_its_tools_put_them(tmp_path, layout):
         (None, "no file .*data.yaml"),
         ({"train": "images"}, "must have names"),
         ({"names": ["a"]}, "must have names, a list or numbers with names, and train"),
+        ({"names": ["a"], "train": None, "val": "x"}, "must have names, a list or numbers with names, and train"),
         ({"names": ["a"], "train": "elsewhere"}, "train is elsewhere, and no such folder is below"),
         ({"names": ["a"], "train": [3]}, "train is 3, and no such folder is below"),
         ({"names": ["a"], "train": "x", "path": 7}, "train is x, and no such folder is below"),

@@ -294,7 +294,7 @@ def _list_coco_file(image_dir: Path, annotation_path: Path, image_dir_name: str,
             f"their image_id is that of no picture: {ids}"
         )
     categories = {}  # id -> what its annotations get of it
-    for category in content.get("categories") or []:
+    for category in _list_field({"categories": []} | content, "categories", annotation_path):
         if isinstance(category, dict) and "id" in category:
             named = {"category": category.get("name"), "frequency": category.get("frequency")}
             categories[plain_id(category["id"])] = {key: value for key, value in named.items() if value is not None}
@@ -550,7 +550,7 @@ def list_yolo(root: Path, data_yaml: str = "data.yaml") -> tuple[list[Item], lis
         content = yaml.safe_load(listing.read_text(path))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
-    names = _read_yolo_names(content) if isinstance(content, dict) and "train" in content else {}
+    names = _read_yolo_names(content) if isinstance(content, dict) and content.get("train") is not None else {}
     if not names:
         raise ValueError(f"{path} must have names, a list or numbers with names, and train, a folder of pictures")
     base = content.get("path")
