@@ -180,12 +180,13 @@ def usable_frames(sequence: Sequence, pair_settings: PairSettings) -> np.ndarray
     """
     if sequence.frame_wh is None:
         return np.zeros(0, np.int64)
-    wh = sequence.boxes_xywh[:, 2:]  # (T, 2)
+    xy, wh = sequence.boxes_xywh[:, :2], sequence.boxes_xywh[:, 2:]  # (T, 2)
     share = wh / np.array(sequence.frame_wh)
     with np.errstate(divide="ignore", invalid="ignore"):  # frames without box are nan, and nan is not within bounds
         is_usable = sequence.visible & (wh >= pair_settings.min_side).all(1) & (wh <= pair_settings.max_side).all(1)
         is_usable &= (share >= pair_settings.min_share).all(1) & (share <= pair_settings.max_share).all(1)
         is_usable &= wh.max(1) <= pair_settings.max_aspect * wh.min(1)
+        is_usable &= ((xy < sequence.frame_wh) & (xy + wh > 0)).all(1)  # not beside the frame, where all is grey
     if sequence.cover is not None:
         is_usable &= sequence.cover > max(1.0, pair_settings.min_cover * sequence.cover.max())
     return np.flatnonzero(is_usable)

@@ -387,7 +387,8 @@ def test_imagenet_vid_has_the_toolkits_boxes(tmp_path, jpeg, monkeypatch):
         assert gap.frame_names == tuple(f"{frame:06d}.JPEG" for frame in (1, 2, 3, 4))
         assert gap.visible.tolist() == [True, True, False, True]
     path = root / "Annotations" / "VID" / "val" / "ILSVRC2015_val_00000000" / "000002.xml"
-    for text in ("<annotation", "<annotation><object></object></annotation>"):
+    whole = path.read_text()
+    for text in ("<annotation", "<annotation><object></object></annotation>", whole.replace("<xmin>", "<xmin>3,")):
         path.write_text(text)
         with pytest.raises(ValueError, match="000002.xml is not an annotation"):
             split("imagenet_vid", root)

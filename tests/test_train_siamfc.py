@@ -194,6 +194,12 @@ def test_usable_frames_without_cover_or_size():
         assert script.usable_frames(tiny.make_sequence(boxes, cover=cover), tiny.pair_settings()).tolist() == expected
 
 
+def test_a_box_beside_its_frame_is_of_no_use():
+    """As where x and y are exchanged, or frames were made smaller: patches of it show nothing."""
+    boxes = [[-49, 0, 50, 50], [-50, 0, 50, 50], [999, 799, 50, 50], [1000, 0, 50, 50], [0, 800, 50, 50]]
+    assert script.usable_frames(tiny.make_sequence(boxes), tiny.pair_settings()).tolist() == [0, 2]
+
+
 def test_large_objects_are_left_out_by_the_config_alone(root, tmp_path, capsys):
     """Limits of 500 px and half the frame are hidden in the published code; here the config has them."""
     sequence = tiny.make_sequence([[0, 0, 600, 500], [0, 0, 100, 100]])

@@ -234,7 +234,7 @@ def list_imagenet_vid(root: Path, train_folder: str | None, val_folder: str | No
                 for annotation in tree.findall("object"):
                     sides = [float(annotation.find(f"bndbox/{side}").text) for side in ("xmin", "ymin", "xmax", "ymax")]
                     tracks.setdefault(int(annotation.find("trackid").text), {})[index] = _to_xywh(*sides)
-            except (ElementTree.ParseError, AttributeError, TypeError) as error:
+            except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
                 raise ValueError(f"{path} is not an annotation of ImageNet VID ({error}); copy it again") from error
         sequences = []
         for track, boxes in sorted(tracks.items()):
