@@ -491,6 +491,13 @@ def list_data(data: dict) -> tuple[list[Sequence], list[Sequence]]:
     return train_sequences, val_sequences
 
 
+def find_shared(train_sequences: list[Sequence], val_sequences: list[Sequence]) -> list[str]:
+    """Name the validation sequences whose frames are those of a training sequence, too, whatever this is called."""
+    folder = functools.cache(os.path.realpath)
+    train_frames = {(folder(each.frame_dir), each.frame_names[0]) for each in train_sequences}
+    return [each.name for each in val_sequences if (folder(each.frame_dir), each.frame_names[0]) in train_frames]
+
+
 def keep_usable(
     sequences: list[Sequence], pair_settings: PairSettings, split: str
 ) -> tuple[list[Sequence], list[np.ndarray]]:
@@ -562,6 +569,10 @@ def list_pairs(
     """
     train_settings, pair_settings, seed = settings.train, settings.pairs, settings.common.seed
     train_sequences, val_sequences = list_data(settings.data)
+    if shared := find_shared(train_sequences, val_sequences):
+        print(
+            f"{len(shared)} validation sequences train, too, and say little of others: {', '.join(first_few(shared))}"
+        )
     splits = {"train": train_sequences, "val": val_sequences}
     splits = loops.keep_splits(loops.stored_splits(resume_path), splits)
     train_sequences, val_sequences = splits.values()

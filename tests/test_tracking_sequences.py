@@ -694,9 +694,21 @@ def test_a_kept_list_gives_the_same_sequences(tmp_path, jpeg, shapes_root, name)
             path.unlink()  # the second time no annotation is read
     with pytest.raises(ValueError, match="index.npz was made for other data keys"):
         split(name, root, index=index, val_sequences=["other"])
-    Path(index).write_bytes(b"PK damaged")
-    with pytest.raises(ValueError, match="index.npz is damaged"):
-        split(name, root, index=index)
+    for content in (b"PK damaged", b""):
+        Path(index).write_bytes(content)
+        with pytest.raises(ValueError, match="index.npz is damaged"):
+            split(name, root, index=index)
+
+
+def test_a_kept_list_is_that_of_the_list_file_as_it_is_now(tmp_path, jpeg):
+    write_many(tmp_path / "videos", jpeg, "abc")
+    keys = {"index": str(tmp_path / "index.npz"), "val_sequences": str(tmp_path / "val.txt")}
+    (tmp_path / "val.txt").write_text("a\n")
+    for _ in range(2):
+        assert names(split("folder_sequences", tmp_path / "videos", **keys)[1]) == ["a"]
+    (tmp_path / "val.txt").write_text("b\n")
+    with pytest.raises(ValueError, match="index.npz was made for other data keys"):
+        split("folder_sequences", tmp_path / "videos", **keys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -123,7 +123,8 @@ def split_sequences(
     list_format = functools.partial(SEQUENCE_FORMATS[format], folder)
     check_keys(list_format, format_keys, "data", others=COMMON_KEYS)
     check_keys(functools.partial(_read_split, None, None, None), common_keys, "data")
-    asked = json.dumps({"format": format, "root": str(folder.resolve()), **keys}, sort_keys=True)
+    lists = {key: _list_names(keys.get(key), key) for key in ("train_sequences", "val_sequences") if keys.get(key)}
+    asked = json.dumps({"format": format, "root": str(folder.resolve()), **keys, **lists}, sort_keys=True)
     if index is not None and Path(index).is_file():
         return _read_index(Path(index), asked)
     train_sequences, val_sequences = map(_in_order, _read_split(*list_format(**format_keys), **common_keys))
@@ -728,21 +729,24 @@ def _read_split(
     return train, [sequence for sequence in val if val_names is None or sequence.name in val_names]
 
 
-def _named(sequences: list[Sequence], names: list[str] | str | None, key: str) -> set[str] | None:
-    """Return the sequences that a list or a text file names, by their own name or their video's; None for no list.
+def _list_names(names: list[str] | str, key: str) -> list[list[str]]:
+    """Read the names of a list or a text file, each in the forms that may be meant.
 
     A line of a file is a name, alone or before other columns, or DAVIS 2016's: the paths of a picture and a mask, whose
     folder is the video.
     """
+    if not isinstance(names, str):
+        return [[str(name)] for name in names]
+    if not Path(names).is_file():
+        raise FileNotFoundError(f"data.{key} is {names}; no such list file (seen from {Path.cwd()})")
+    lines = [(line, line.split()[0]) for line in read_lines(names)]
+    return [[line, Path(word).parent.name if "/" in word else word] for line, word in lines]
+
+
+def _named(sequences: list[Sequence], names: list[str] | str | None, key: str) -> set[str] | None:
+    """Return the sequences that a list or a text file names, by their own name or their video's; None for no list."""
     if names is None:
         return None
-    if isinstance(names, str):
-        if not Path(names).is_file():
-            raise FileNotFoundError(f"data.{key} is {names}; no such list file (seen from {Path.cwd()})")
-        lines = [(line, line.split()[0]) for line in read_lines(names)]
-        names = [(line, Path(word).parent.name if "/" in word else word) for line, word in lines]
-    else:
-        names = [(str(name),) for name in names]
     by_name: dict[str, set[str]] = {}
     for sequence in sequences:
         for name in {sequence.name, sequence.video, Path(sequence.video).name}:
@@ -750,7 +754,7 @@ def _named(sequences: list[Sequence], names: list[str] | str | None, key: str) -
     for sequence in sequences:
         by_name.setdefault(_plain_name(sequence.name), {sequence.name})
     named = set()
-    for forms in names:
+    for forms in _list_names(names, key):
         sequence_names = next(
             (by_name[form] for name in forms for form in (name, _plain_name(name)) if form in by_name), None
         )
@@ -800,9 +804,10 @@ def _read_index(path: Path, asked: str) -> tuple[list[Sequence], list[Sequence]]
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("described", "frame_names", "boxes_xywh", "visible", "cover")}
         header = json.loads(arrays["described"].tobytes().decode())
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        is_same = header["asked"] == asked
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"data.index {path} is damaged or not an index; remove it, and it is made anew") from error
-    if header["asked"] != asked:
+    if not is_same:
         raise ValueError(f"data.index {path} was made for other data keys; remove it, or name another file")
     frame_names = [sys.intern(name) for name in arrays["frame_names"].tobytes().decode().split("\n")]
     sequences, end = [], 0
