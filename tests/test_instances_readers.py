@@ -604,6 +604,16 @@ def test_yolo_reads_list_files(tmp_path):
         split_items(**data_keys("yolo", tmp_path))
 
 
+def test_yolo_labels_beside_pictures_below_a_folder_images(tmp_path):
+    """/data/images/cells/train/a.jpg has them there, too: all its pictures were taken to have no objects."""
+    root = tmp_path / "images" / "cells"
+    write_picture(root / "train" / "a.jpg")
+    (root / "train" / "a.txt").write_text("0 0 0 1 0 1 1")
+    (root / "data.yaml").write_text("{names: [cell], train: train}")
+    (item,) = list_all("yolo", root, val_fraction=1)
+    assert item.annotation_path == root / "train" / "a.txt" and len(item.read().annotations) == 1
+
+
 @pytest.mark.parametrize("data_yaml", ["data.yaml", "sub/data.yaml"])
 def test_yolo_whose_val_is_train_is_split_by_a_fraction_or_lists(tmp_path, data_yaml):
     for name in "abcd":

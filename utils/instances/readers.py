@@ -605,25 +605,28 @@ def _list_yolo_place(bases: list[Path], place: str, data_yaml: Path, key: str) -
             f"{data_yaml}: {key} is {place}, and no such folder is below {data_yaml.parent}, nor a list file (.txt); "
             "correct it there"
         )
-    pictures = {}
+    pictures, names_there = {}, {}
     for line in listing.read_lines(found):
         line = line.replace("\\", "/")
         folders = [found.parent, *bases]
         picture = next((folder / line for folder in folders if os.path.lexists(folder / line)), None)
         if picture is None:  # such as a path of the disk on which the list was made
-            picture = _find_picture(data_yaml.parent, line, {})
+            picture = _find_picture(data_yaml.parent, line, names_there)
         name = os.path.splitext(os.path.normpath(line.removeprefix("/")))[0]
         pictures[unicodedata.normalize("NFC", name)] = picture
     return pictures
 
 
 def _yolo_label_path(image_path: Path) -> Path:
-    """Name the label file of a picture: its path with the last `images` as `labels`."""
+    """Name the label file of a picture: its path with the last `images` as `labels`, else beside it."""
     parts = list(image_path.parts)
     if "images" in parts[:-1]:
         place = len(parts) - 2 - parts[:-1][::-1].index("images")
         parts[place] = "labels"
-    return Path(*parts).with_suffix(".txt")
+    path, beside = Path(*parts).with_suffix(".txt"), image_path.with_suffix(".txt")
+    return (
+        beside if not os.path.lexists(path) and os.path.lexists(beside) else path
+    )  # `images` may be above the dataset
 
 
 def list_cvat(root: Path, annotations: str = "annotations.xml", image_dir: str = "images") -> tuple[list[Item], None]:
