@@ -783,6 +783,8 @@ def test_voc_outlines_are_no_objects(tmp_path):
     instances = item.read()
     assert_layers_hold(instances.layers, [ids == 1, ids == 7])
     assert instances.annotations == ({"category_id": 15, "category": "person"}, {"category_id": 40})
+    with pytest.raises(ValueError, match="class_names begins with '_background_', which is 0"):  # as labelme's list
+        list_all("voc", tmp_path, class_names=["_background_", "cat"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

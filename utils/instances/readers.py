@@ -667,6 +667,10 @@ def list_voc(
     Args:
         class_names: of the classes 1, 2, ...; 0 is background, 255 the outlines, which are no objects.
     """
+    if class_names and class_names[0].strip("_").lower() == "background":
+        raise ValueError(
+            f"the list class_names begins with {class_names[0]!r}, which is 0; name the classes 1, 2, ... alone"
+        )
     objects = listing.files_by_name(root / object_dir)
     images = listing.files_by_name(root / image_dir)
     class_maps = listing.files_by_name(root / class_dir) if (root / class_dir).is_dir() else {}
