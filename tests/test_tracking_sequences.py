@@ -434,6 +434,11 @@ def test_davis_boxes_are_those_of_the_masks(tmp_path, jpeg):
     (tmp_path / "JPEGImages" / "480p" / "cow" / "00001.jpg").unlink()
     with pytest.raises(FileNotFoundError, match="00001.png has no frame"):
         list_all("davis_sequences", tmp_path)
+    write_label_map(tmp_path / "Annotations" / "480p" / "cow" / "00000.png", np.ones((15, 20), np.int32))
+    with pytest.raises(
+        ValueError, match=r"00000.png is 20 x 15 px \(width x height\), but the frames in .* are 40 x 30"
+    ):
+        list_all("davis_sequences", tmp_path)
 
 
 def test_davis_objects_of_one_video_stay_together(tmp_path, jpeg):

@@ -261,12 +261,18 @@ def list_davis(root: Path, image_dir: str, annotation_dir: str) -> Videos:
     def read(folder: Path) -> list[Sequence]:
         video, frame_dir = folder.name, root / image_dir / folder.name
         frame_names = _frame_names(frame_dir)
+        frame_wh = read_frame_wh(frame_dir / frame_names[0])
         index_of = {Path(frame_name).stem: index for index, frame_name in enumerate(frame_names)}
         boxes: dict[int, np.ndarray] = {}  # object id -> (T, 4)
         for path in list_frames(folder):
             if path.stem not in index_of:
                 raise FileNotFoundError(f"mask {path} has no frame in {frame_dir}")
             ids = read_label_map(path)
+            if frame_wh not in (None, ids.shape[::-1]):
+                raise ValueError(
+                    f"mask {path} is {ids.shape[1]} x {ids.shape[0]} px (width x height), but the frames in "
+                    f"{frame_dir} are {frame_wh[0]} x {frame_wh[1]}; name those that it was drawn on (data.image_dir)"
+                )
             for object_id in np.unique(ids[ids > 0]).tolist():
                 object_boxes = boxes.setdefault(object_id, np.full((len(frame_names), 4), np.nan))
                 object_boxes[index_of[path.stem]] = _to_xywh(*mask_to_box(ids == object_id))
