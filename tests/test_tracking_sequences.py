@@ -647,6 +647,7 @@ def test_the_split_follows_from_the_seed_and_the_names(tmp_path, jpeg):
     [
         ({"format": "got1k"}, ValueError, "data.format is 'got1k'"),
         ({"box_origin": 2}, ValueError, "data.box_origin is 2; must be 0 or 1"),
+        ({"index": 5}, ValueError, "data.index is 5; must be text or null"),
         ({"on_bad": "ignore"}, ValueError, "data.on_bad is ignore; must be stop or skip"),
         ({"root": "nowhere"}, FileNotFoundError, "data.root nowhere is not a folder"),
         ({"split_sed": 1}, ValueError, "unknown key data.split_sed"),

@@ -117,6 +117,7 @@ def split_sequences(
     """
     if format not in SEQUENCE_FORMATS:
         raise ValueError(f"data.format is {format!r}; must be one of {', '.join(SEQUENCE_FORMATS)}")
+    check_keys(split_sequences, {"format": format, "root": root, "index": index, "generate": generate}, "data")
     folder = dataset_folder(root if generate is None else write_samples(generate, root))
     common_keys = {key: value for key, value in keys.items() if key in COMMON_KEYS}
     format_keys = {key: value for key, value in keys.items() if key not in COMMON_KEYS}
