@@ -305,6 +305,15 @@ def test_masks_per_file_without_masks_has_no_objects(tmp_path):
     assert layers.shape == (1, 8, 10) and not layers.any()
 
 
+def test_a_folder_of_two_pictures_is_a_fault_of_its_own(tmp_path):
+    """It ended check=true and on_bad=skip."""
+    for name in ("x/images/a.png", "x/images/b.png", "y/images/a.png"):
+        write_picture(tmp_path / name)
+        write_png(tmp_path / name[0] / "masks" / "1.png", np.ones((8, 10), np.uint8))
+    report = check_items(list_all("masks_per_file", tmp_path), check_item)
+    assert [item.name for item in report.usable] == ["y"] and "x/images holds 2 pictures" in report.bad[0].faults[0]
+
+
 def test_masks_of_different_sizes_are_named(tmp_path):
     write_picture(tmp_path / "x" / "images" / "x.png")
     write_png(tmp_path / "x" / "masks" / "a.png", np.ones((8, 10), np.uint8))

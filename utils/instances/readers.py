@@ -222,12 +222,11 @@ def list_masks_per_file(root: Path) -> tuple[list[Item], None]:
     items = []
     for folder in listing.list_folders(root):
         pictures = list(listing.files_by_name(folder / "images").values()) if (folder / "images").is_dir() else []
-        if len(pictures) > 1:
-            raise ValueError(
-                f"{folder / 'images'} holds {len(pictures)} pictures ({pictures[0].name}, ...); must be one"
-            )
         image_path = pictures[0] if pictures else folder / "images" / f"{folder.name}.png"
         read = functools.partial(read_masks_per_file, folder / "masks", image_path)
+        if len(pictures) > 1:
+            problem = f"{folder / 'images'} holds {len(pictures)} pictures ({image_path.name}, ...); must be one"
+            read = functools.partial(_refuse, problem)
         items.append(Item(folder.name, image_path, folder / "masks", read))
     return items, None
 
