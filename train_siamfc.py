@@ -472,11 +472,14 @@ def list_data(data: dict) -> tuple[list[Sequence], list[Sequence]]:
         sections.check_keys(split_dataset, data, "data")
         return split_dataset(**data)
     sections.check_keys(lambda parts, turns: None, data, "data")
+    for key in ("parts", "turns"):
+        sections.check_value(data[key], dict, f"data.{key}")
     if sorted(data["parts"]) != sorted(data["turns"]):
         raise ValueError(f"data.turns names {', '.join(data['turns'])}; must name {', '.join(data['parts'])}")
     train_sequences, val_sequences = [], []
     for name, part in data["parts"].items():
         turns = data["turns"][name]
+        sections.check_value(part, dict, f"data.parts.{name}")
         sections.check_value(turns, Annotated[int, at_least(0)], f"data.turns.{name}")
         try:
             train_part, val_part = (

@@ -1019,6 +1019,8 @@ def test_command_that_makes_no_sense(arguments, message, root, tmp_path, monkeyp
         ({"turns": {"a": 1, "b": 1.5}}, "data.turns.b is 1.5; must be a whole number"),
         ({"rooot": "x"}, "unknown key data.rooot; must be among data.parts, data.turns"),
         ({"turns": None}, "the config lacks data.turns"),
+        ({"turns": 3}, "data.turns is 3; must be keys and values"),
+        ({"parts": {"a": 3, "b": 3}}, "data.parts.a is 3; must be keys and values"),
     ],
 )
 def test_parts_that_make_no_sense(change, message, root):
