@@ -475,11 +475,14 @@ def test_labels_and_groups_of_labelme_that_are_none(tmp_path):
     """Null was a class called None, and a list as a group ended in a traceback."""
     box = {"shape_type": "rectangle", "points": [[1, 1], [9, 9]]}
     shapes = [{"label": None, "group_id": ""} | box, {"label": "a", "group_id": ""} | box]
+    turned = {"shape_type": "rotation", "points": [[5, 1], [9, 5], [5, 9], [1, 5]]}  # X-AnyLabeling's
+    shapes[1] |= turned
     shapes += [{"label": "a", "group_id": group} | box for group in ([1], [1], 0, "0")]
     write_picture(tmp_path / "a.jpg", 24, 32)
     write_labelme(tmp_path / "a.json", shapes)
     (item,) = list_all("labelme", tmp_path, val_fraction=0)
     assert [class_name(annotation) for annotation in item.read().annotations] == ["", "a", "a", "a"]
+    assert not item.read().broken
 
 
 def test_a_mask_of_labelme_that_leaves_the_picture_is_cut_off(tmp_path):

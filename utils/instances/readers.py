@@ -939,7 +939,7 @@ def _draw_labelme_shape(shape: dict, orig_hw: tuple[int, int]) -> tuple[np.ndarr
     if kind == "rectangle" and len(points) == 2:
         (x1, y1), (x2, y2) = points
         points = np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])
-    if kind in ("polygon", "rectangle", "oriented_rectangle"):
+    if kind in ("polygon", "rectangle", "oriented_rectangle", "rotation"):  # the last: X-AnyLabeling's name for it
         return _draw_outlines([points.ravel().tolist()], orig_hw)
     if kind == "circle":
         if len(points) != 2:
