@@ -539,8 +539,8 @@ def list_yolo(root: Path, data_yaml: str = "data.yaml") -> tuple[list[Item], lis
     """List YOLO's polygons: <root>/data.yaml names the classes and the places of pictures; labels lie beside images.
 
     A place is a folder or a list file, .txt with a picture a line; train and val may have several. images/train with
-    labels/train, as ultralytics has it, or train/images with train/labels, as Roboflow; a folder without `images` in
-    its path has the labels in it. A picture without a label file has no objects. Where val is train, it is no part.
+    labels/train, as ultralytics has it, or train/images with train/labels, as Roboflow; else labels lie beside the
+    pictures. A picture without a label file has no objects. Where val is train, it is no part.
     """
     path = root / data_yaml
     if not path.is_file():
