@@ -124,7 +124,8 @@ def split_sequences(
     list_format = functools.partial(SEQUENCE_FORMATS[format], folder)
     check_keys(list_format, format_keys, "data", others=COMMON_KEYS)
     check_keys(functools.partial(_read_split, None, None, None), common_keys, "data")
-    lists = {key: _list_names(keys.get(key), key) for key in ("train_sequences", "val_sequences") if keys.get(key)}
+    files = {key: keys[key] for key in ("train_sequences", "val_sequences") if isinstance(keys.get(key), str)}
+    lists = {key: _list_names(path, key) for key, path in files.items()}  # as they are now
     asked = json.dumps({"format": format, "root": str(folder.resolve()), **keys, **lists}, sort_keys=True)
     if index is not None and Path(index).is_file():
         return _read_index(Path(index), asked)
