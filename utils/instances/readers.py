@@ -623,9 +623,8 @@ def _yolo_label_path(image_path: Path) -> Path:
         place = len(parts) - 2 - parts[:-1][::-1].index("images")
         parts[place] = "labels"
     path, beside = Path(*parts).with_suffix(".txt"), image_path.with_suffix(".txt")
-    return (
-        beside if not os.path.lexists(path) and os.path.lexists(beside) else path
-    )  # `images` may be above the dataset
+    is_beside = not os.path.lexists(path) and os.path.lexists(beside)  # that `images` may be above the dataset
+    return beside if is_beside else path
 
 
 def list_cvat(root: Path, annotations: str = "annotations.xml", image_dir: str = "images") -> tuple[list[Item], None]:
