@@ -104,6 +104,7 @@ HIERA_SIZES = ("tiny", "small", "base_plus", "large")
 CONFIGS = run.REPOSITORY / "configs" / "sam2"
 CLASS_ACCURACY = "val/class_accuracy_1_click"
 CROP_IOU = "val/iou_crop"
+SHARE = sections.between(0, 1)
 BLEND_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the weights at the end
 
 
@@ -129,7 +130,7 @@ class TrainSettings:
     ]
     select_by: str  # a name of metric_names
     early_stop_evals: Annotated[int | None, at_least(1)]
-    picture_images: int
+    picture_images: Annotated[int, at_least(0)]
     objects_per_forward: Annotated[int | None, at_least(1)] = None  # decoded together; None: all of a batch
     max_forgetting: Annotated[float, above(0)] = 0.02  # mean IoU after one click on the general data
     blend: bool = False  # best.pt is the best mixture of the weights at the start and at the end
@@ -146,14 +147,14 @@ class Augmentation:
     """How training pictures are varied (in `data:`)."""
 
     hflip: bool
-    color_jitter: float
+    color_jitter: Annotated[float, SHARE]
 
 
 @dataclass(frozen=True)
 class DataSettings:
     """Which objects are used, how pictures are varied, and the keys of the dataset's reader (`data:`)."""
 
-    min_area_px: int  # in training and validation
+    min_area_px: Annotated[int, at_least(0)]  # in training and validation
     augmentation: Annotated[Augmentation, SAME_SECTION]
     reader_keys: Annotated[dict, sections.ALL_OTHERS]
 
@@ -162,11 +163,11 @@ class DataSettings:
 class PromptSettings:
     """How a user is simulated (`prompts:`, configs/sam2/prompts/*.yaml)."""
 
-    box_share: Annotated[float, sections.between(0, 1)]  # share of the objects; the others start with one point
+    box_share: Annotated[float, SHARE]  # share of the objects; the others start with one point
     repeat_objects: bool  # prompt objects again, anew, where a picture has fewer than objects_per_image
     min_corrections: int  # further clicks, drawn per object from this range
     max_corrections: int
-    truth_click_share: float  # share of further clicks drawn from the whole object rather than from the error
+    truth_click_share: Annotated[float, SHARE]  # of further clicks, drawn from the whole object and not from the error
     # rounds without a new click: one last, one at a random place before
     mask_only_rounds: Annotated[int, one_of(0, 1, 2)]
     detach: bool  # no gradient through the logits that are fed back
@@ -202,12 +203,16 @@ class LossSettings:
 class OptimSettings:
     """AdamW and its schedule (`optim:`, configs/sam2/optim/*.yaml)."""
 
-    lr: float  # highest
-    encoder_lr_factor: float  # factor of the image encoder's parameters
-    betas: Annotated[list[float], sections.of_length(2, "two numbers")]
-    weight_decay: float  # 0 for biases, norms and embeddings
-    warmup_steps: int
-    min_lr_factor: float  # the rate at the last step, as a share of lr
+    lr: Annotated[float, at_least(0)]  # highest
+    encoder_lr_factor: Annotated[float, at_least(0)]  # factor of the image encoder's parameters
+    betas: Annotated[
+        list[float],
+        sections.of_length(2, "two numbers"),
+        sections.Rule(lambda pair: 0 <= min(pair) <= max(pair) < 1, "0 or more, and below 1"),
+    ]
+    weight_decay: Annotated[float, at_least(0)]  # 0 for biases, norms and embeddings
+    warmup_steps: Annotated[int, at_least(0)]
+    min_lr_factor: Annotated[float, SHARE]  # the rate at the last step, as a share of lr
 
 
 @dataclass(frozen=True)

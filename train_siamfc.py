@@ -180,12 +180,13 @@ def usable_frames(sequence: Sequence, pair_settings: PairSettings) -> np.ndarray
     """
     if sequence.frame_wh is None:
         return np.zeros(0, np.int64)
-    wh = sequence.boxes_xywh[:, 2:]  # (T, 2)
+    xy, wh = sequence.boxes_xywh[:, :2], sequence.boxes_xywh[:, 2:]  # (T, 2)
     share = wh / np.array(sequence.frame_wh)
     with np.errstate(divide="ignore", invalid="ignore"):  # frames without box are nan, and nan is not within bounds
         is_usable = sequence.visible & (wh >= pair_settings.min_side).all(1) & (wh <= pair_settings.max_side).all(1)
         is_usable &= (share >= pair_settings.min_share).all(1) & (share <= pair_settings.max_share).all(1)
         is_usable &= wh.max(1) <= pair_settings.max_aspect * wh.min(1)
+        is_usable &= ((xy < sequence.frame_wh) & (xy + wh > 0)).all(1)  # not beside the frame, where all is grey
     if sequence.cover is not None:
         is_usable &= sequence.cover > max(1.0, pair_settings.min_cover * sequence.cover.max())
     return np.flatnonzero(is_usable)
@@ -471,11 +472,14 @@ def list_data(data: dict) -> tuple[list[Sequence], list[Sequence]]:
         sections.check_keys(split_dataset, data, "data")
         return split_dataset(**data)
     sections.check_keys(lambda parts, turns: None, data, "data")
+    for key in ("parts", "turns"):
+        sections.check_value(data[key], dict, f"data.{key}")
     if sorted(data["parts"]) != sorted(data["turns"]):
         raise ValueError(f"data.turns names {', '.join(data['turns'])}; must name {', '.join(data['parts'])}")
     train_sequences, val_sequences = [], []
     for name, part in data["parts"].items():
         turns = data["turns"][name]
+        sections.check_value(part, dict, f"data.parts.{name}")
         sections.check_value(turns, Annotated[int, at_least(0)], f"data.turns.{name}")
         try:
             train_part, val_part = (
@@ -488,6 +492,13 @@ def list_data(data: dict) -> tuple[list[Sequence], list[Sequence]]:
         train_sequences += train_part * turns
         val_sequences += val_part
     return train_sequences, val_sequences
+
+
+def find_shared(train_sequences: list[Sequence], val_sequences: list[Sequence]) -> list[str]:
+    """Name the validation sequences whose frames are those of a training sequence, too, whatever this is called."""
+    folder = functools.cache(os.path.realpath)
+    train_frames = {(folder(each.frame_dir), each.frame_names[0]) for each in train_sequences}
+    return [each.name for each in val_sequences if (folder(each.frame_dir), each.frame_names[0]) in train_frames]
 
 
 def keep_usable(
@@ -561,20 +572,28 @@ def list_pairs(
     """
     train_settings, pair_settings, seed = settings.train, settings.pairs, settings.common.seed
     train_sequences, val_sequences = list_data(settings.data)
+    if shared := find_shared(train_sequences, val_sequences):
+        print(
+            f"{len(shared)} validation sequences train, too, and say little of others: {', '.join(first_few(shared))}"
+        )
     splits = {"train": train_sequences, "val": val_sequences}
     splits = loops.keep_splits(loops.stored_splits(resume_path), splits)
     train_sequences, val_sequences = splits.values()
     train_sequences, train_usable = keep_usable(train_sequences, pair_settings, "train")
     val_pair_sequences, val_usable = keep_usable(val_sequences[: train_settings.eval_sequences], pair_settings, "val")
-    val_sequences = [sequence for sequence in val_sequences if sequence.visible[:-1].any()]
-    val_sequences = val_sequences[: train_settings.eval_sequences]
+    val_sequences = [  # a first box alone would count as a perfect sequence
+        sequence
+        for sequence in val_sequences
+        if sequence.visible.any() and sequence.num_annotated - sequence.visible.argmax() > 1
+    ][: train_settings.eval_sequences]
     trains = settings.check == "fit" or (not settings.check and train_settings.steps > 0)
     if trains and not train_sequences:
         raise ValueError("the dataset has no training sequence with a usable box: see data.* and pairs.*")
     if settings.check is not True and not val_sequences:
         raise ValueError(
-            "the dataset has no validation sequence with a box: see data.val_fraction, data.val_sequences; pictures "
-            "alone cannot be tracked: add a part of sequences (data.parts), as data=siamfc_bundled does"
+            "the dataset has no validation sequence with a box: see data.val_fraction, data.val_sequences; of a first "
+            "box alone nothing can be measured, and pictures alone cannot be tracked: add a part of sequences "
+            "(data.parts), as data=siamfc_bundled does"
         )
     if settings.check == "fit":
         areas = [math.prod(sequence.frame_wh) for sequence in train_sequences]  # usable, so they were read

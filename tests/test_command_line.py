@@ -70,6 +70,13 @@ def test_what_is_quoted_for_hydra_or_null_means_the_same_as_before(monkeypatch):
     assert on_command_line(monkeypatch, *given) == quoted
 
 
+def test_a_path_of_a_second_dataset_is_one_and_false_is_none(monkeypatch):
+    """cache=false made a folder of that name, and kept embeddings in it."""
+    given = ["general_data.root=a (2)", "data.val_sequences=b,c.txt", "data.annotations=d (1).xml", "cache=False"]
+    read = [argument.split("=")[1] for argument in on_command_line(monkeypatch, *given)]
+    assert read == ["'a (2)'", "'b,c.txt'", "'d (1).xml'", "False"]
+
+
 def test_keys_that_are_no_path_and_multirun_stay_hydras(monkeypatch):
     given = ["train.eval_images=0", "-m", "input=a.png,b.png", "points=[[3,4]]"]
     assert on_command_line(monkeypatch, *given) == given

@@ -403,6 +403,17 @@ def test_orientation_is_read_of_any_file(tmp_path):
             assert read_orientation(tmp_path / name) == 1 and read_image(tmp_path / name).shape[:2] == GREY8.shape
 
 
+def test_the_size_in_a_tiffs_header_is_that_of_its_picture(tmp_path):
+    """Pillow gives the size turned already, or that of a thumbnail, or none: labels of such pictures were refused."""
+    tiff(RGB8, photometric="rgb", extratags=[(274, 3, 1, 6, True)])(tmp_path / "turned.tif")
+    tiff(np.concatenate([RGB8, RGB8[..., :1]], 2), photometric="minisblack", planarconfig="contig")(tmp_path / "4.tif")
+    with tifffile.TiffWriter(tmp_path / "thumbnail_first.tif") as file:
+        file.write(RGB8[::4, ::4], photometric="rgb", subfiletype=1)
+        file.write(RGB8, photometric="rgb")
+    for name in ("turned.tif", "4.tif", "thumbnail_first.tif"):
+        assert read_frame_wh(tmp_path / name) == read_image(tmp_path / name).shape[1::-1], name
+
+
 def test_a_damaged_file_is_one_error_that_names_it(tmp_path):
     """Each kind of file with 1 to 5 of its bytes changed, mostly in its header, is read or is refused by its name."""
     rng, num_refused = np.random.default_rng(3), 0

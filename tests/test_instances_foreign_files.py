@@ -149,6 +149,7 @@ def test_names_with_backslashes_are_those_of_windows(tmp_path):
         ({"annotations": None}, None),
         ({"annotations": 5}, "instances.json: 'annotations' is 5; must be a list"),
         ({"images": {"1": {}}}, "instances.json: 'images' is .*; must be a list"),
+        ({"categories": 5}, "instances.json: 'categories' is 5; must be a list"),
     ],
 )
 def test_lists_that_are_none(tmp_path, change, message):

@@ -19,7 +19,7 @@ from utils.dataset_check import check_items, keep_usable
 from utils.images import read_image, write_image, write_label_map
 from utils.instances.check import check_item, count, measure_objects, plot_statistics, report_lines
 from utils.instances.codecs import polygons_to_mask
-from utils.instances.readers import object_ids, read_item, split_items
+from utils.instances.readers import class_name, object_ids, read_item, split_items
 from utils.settings import check_keys
 
 
@@ -305,6 +305,15 @@ def test_masks_per_file_without_masks_has_no_objects(tmp_path):
     assert layers.shape == (1, 8, 10) and not layers.any()
 
 
+def test_a_folder_of_two_pictures_is_a_fault_of_its_own(tmp_path):
+    """It ended check=true and on_bad=skip."""
+    for name in ("x/images/a.png", "x/images/b.png", "y/images/a.png"):
+        write_picture(tmp_path / name)
+        write_png(tmp_path / name[0] / "masks" / "1.png", np.ones((8, 10), np.uint8))
+    report = check_items(list_all("masks_per_file", tmp_path), check_item)
+    assert [item.name for item in report.usable] == ["y"] and "x/images holds 2 pictures" in report.bad[0].faults[0]
+
+
 def test_masks_of_different_sizes_are_named(tmp_path):
     write_picture(tmp_path / "x" / "images" / "x.png")
     write_png(tmp_path / "x" / "masks" / "a.png", np.ones((8, 10), np.uint8))
@@ -462,6 +471,20 @@ def test_a_broken_shape_of_labelme_costs_itself(tmp_path, shape, words):
     assert words in instances.broken[0] and "shape 0 (bad)" in instances.broken[0]
 
 
+def test_labels_and_groups_of_labelme_that_are_none(tmp_path):
+    """Null was a class called None, and a list as a group ended in a traceback."""
+    box = {"shape_type": "rectangle", "points": [[1, 1], [9, 9]]}
+    shapes = [{"label": None, "group_id": ""} | box, {"label": "a", "group_id": ""} | box]
+    turned = {"shape_type": "rotation", "points": [[5, 1], [9, 5], [5, 9], [1, 5]]}  # X-AnyLabeling's
+    shapes[1] |= turned
+    shapes += [{"label": "a", "group_id": group} | box for group in ([1], [1], 0, "0")]
+    write_picture(tmp_path / "a.jpg", 24, 32)
+    write_labelme(tmp_path / "a.json", shapes)
+    (item,) = list_all("labelme", tmp_path, val_fraction=0)
+    assert [class_name(annotation) for annotation in item.read().annotations] == ["", "a", "a", "a"]
+    assert not item.read().broken
+
+
 def test_a_mask_of_labelme_that_leaves_the_picture_is_cut_off(tmp_path):
     encoded = base64.b64encode(cv2.imencode(".png", np.ones((4, 5), np.uint8))[1].tobytes()).decode()
     write_picture(tmp_path / "a.jpg", 24, 32)
@@ -553,6 +576,7 @@ def test_yolo_reads_polygons_where_its_tools_put_them(tmp_path, layout):
         (None, "no file .*data.yaml"),
         ({"train": "images"}, "must have names"),
         ({"names": ["a"]}, "must have names, a list or numbers with names, and train"),
+        ({"names": ["a"], "train": None, "val": "x"}, "must have names, a list or numbers with names, and train"),
         ({"names": ["a"], "train": "elsewhere"}, "train is elsewhere, and no such folder is below"),
         ({"names": ["a"], "train": [3]}, "train is 3, and no such folder is below"),
         ({"names": ["a"], "train": "x", "path": 7}, "train is x, and no such folder is below"),
@@ -590,6 +614,16 @@ def test_yolo_reads_list_files(tmp_path):
     (tmp_path / "val.txt").write_text("sub/images/gone.jpg\n")
     with pytest.raises(FileNotFoundError, match=r"has no image .*images/gone\.jpg"):
         split_items(**data_keys("yolo", tmp_path))
+
+
+def test_yolo_labels_beside_pictures_below_a_folder_images(tmp_path):
+    """/data/images/cells/train/a.jpg has them there, too: all its pictures were taken to have no objects."""
+    root = tmp_path / "images" / "cells"
+    write_picture(root / "train" / "a.jpg")
+    (root / "train" / "a.txt").write_text("0 0 0 1 0 1 1")
+    (root / "data.yaml").write_text("{names: [cell], train: train}")
+    (item,) = list_all("yolo", root, val_fraction=1)
+    assert item.annotation_path == root / "train" / "a.txt" and len(item.read().annotations) == 1
 
 
 @pytest.mark.parametrize("data_yaml", ["data.yaml", "sub/data.yaml"])
@@ -646,6 +680,26 @@ def test_one_coco_file_of_one_folder_is_split_by_a_fraction_or_lists(tmp_path):
     (tmp_path / "val.txt").write_text("a/2.jpg\npictures/b/1.jpg\n")
     _, val_items = split_items(**keys | {"val_list": str(tmp_path / "val.txt")})
     assert [item.name for item in val_items] == ["pictures/a/2.jpg", "pictures/b/1.jpg"]
+
+
+@pytest.mark.parametrize("format", ["yolo", "coco"])
+def test_a_picture_that_trains_and_validates_under_two_names_is_refused(tmp_path, format):
+    """A list of absolute paths, or a folder named in another way, let a run be validated on what it trains on."""
+    record = {"images": [], "annotations": []}
+    for number in range(2):
+        write_picture(tmp_path / "images" / f"{number}.jpg")
+        record["images"].append({"id": number, "file_name": f"{number}.jpg", "height": 8, "width": 10})
+    keys = data_keys(format, tmp_path)
+    if format == "yolo":
+        (tmp_path / "val.txt").write_text(f"{tmp_path}/images/1.jpg\n")
+        (tmp_path / "data.yaml").write_text("{names: [cell], train: images, val: val.txt}")
+    else:
+        (tmp_path / "train.json").write_text(json.dumps(record))
+        (tmp_path / "val.json").write_text(json.dumps(record | {"images": record["images"][1:]}))
+        keys |= {"train_images": "images", "train_annotations": "train.json"}
+        keys |= {"val_images": "../" + tmp_path.name + "/images", "val_annotations": "val.json"}
+    with pytest.raises(ValueError, match=r"1\.jpg is a training picture, images/1.*, and a validation picture, .*/1"):
+        split_items(**keys)
 
 
 def test_labelme_files_name_their_pictures(tmp_path):
@@ -734,13 +788,15 @@ def test_voc_outlines_are_no_objects(tmp_path):
     ids[2:8, 3:9], ids[2:8, 9], ids[9:11, 1:4] = 1, 255, 7
     classes[2:8, 3:9], classes[2:8, 9], classes[9:11, 1:4] = 15, 255, 40
     write_png(tmp_path / "SegmentationObject" / "a.png", ids)
-    write_png(tmp_path / "SegmentationClass" / "a.png", classes)
+    write_png(tmp_path / "SegmentationClass" / "a.PNG", classes)
     write_picture(tmp_path / "JPEGImages" / "a.jpg", 12, 16)
     write_picture(tmp_path / "JPEGImages" / "b.jpg", 12, 16)  # most of VOC's pictures have no maps
     (item,) = list_all("voc", tmp_path, val_fraction=0)
     instances = item.read()
     assert_layers_hold(instances.layers, [ids == 1, ids == 7])
     assert instances.annotations == ({"category_id": 15, "category": "person"}, {"category_id": 40})
+    with pytest.raises(ValueError, match="class_names begins with '_background_', which is 0"):  # as labelme's list
+        list_all("voc", tmp_path, class_names=["_background_", "cat"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -387,7 +387,8 @@ def test_imagenet_vid_has_the_toolkits_boxes(tmp_path, jpeg, monkeypatch):
         assert gap.frame_names == tuple(f"{frame:06d}.JPEG" for frame in (1, 2, 3, 4))
         assert gap.visible.tolist() == [True, True, False, True]
     path = root / "Annotations" / "VID" / "val" / "ILSVRC2015_val_00000000" / "000002.xml"
-    for text in ("<annotation", "<annotation><object></object></annotation>"):
+    whole = path.read_text()
+    for text in ("<annotation", "<annotation><object></object></annotation>", whole.replace("<xmin>", "<xmin>3,")):
         path.write_text(text)
         with pytest.raises(ValueError, match="000002.xml is not an annotation"):
             split("imagenet_vid", root)
@@ -433,6 +434,11 @@ def test_davis_boxes_are_those_of_the_masks(tmp_path, jpeg):
     (tmp_path / "JPEGImages" / "480p" / "cow" / "00001.jpg").unlink()
     with pytest.raises(FileNotFoundError, match="00001.png has no frame"):
         list_all("davis_sequences", tmp_path)
+    write_label_map(tmp_path / "Annotations" / "480p" / "cow" / "00000.png", np.ones((15, 20), np.int32))
+    with pytest.raises(
+        ValueError, match=r"00000.png is 20 x 15 px \(width x height\), but the frames in .* are 40 x 30"
+    ):
+        list_all("davis_sequences", tmp_path)
 
 
 def test_davis_objects_of_one_video_stay_together(tmp_path, jpeg):
@@ -454,6 +460,17 @@ def test_davis_objects_of_one_video_stay_together(tmp_path, jpeg):
         split("davis_sequences", tmp_path, train_sequences=["cow"], val_sequences=["cow"])
     with pytest.raises(FileNotFoundError, match="val_sequences is gone.txt"):
         split("davis_sequences", tmp_path, val_sequences="gone.txt")
+
+
+def test_lists_name_sequences_with_spaces(tmp_path, jpeg):
+    write_many(tmp_path / "train", jpeg, ["my video", "my video 2", "other"])
+    (tmp_path / "list.txt").write_text("my video\r\nother 3 0.5\n")
+    keys = {"val_sequences": str(tmp_path / "list.txt")}
+    assert names(split("folder_sequences", tmp_path / "train", **keys)[1]) == ["my video", "other"]
+    shutil.move(tmp_path / "list.txt", tmp_path / "train" / "list.txt")
+    (tmp_path / "train" / "list.txt").write_text("my video 2\nother\n")
+    train, _ = split("got10k", tmp_path, val_folder=None, val_fraction=0.0)
+    assert names(train) == ["my video 2", "other"]
 
 
 def test_folders_of_your_own(tmp_path, jpeg):
@@ -630,6 +647,7 @@ def test_the_split_follows_from_the_seed_and_the_names(tmp_path, jpeg):
     [
         ({"format": "got1k"}, ValueError, "data.format is 'got1k'"),
         ({"box_origin": 2}, ValueError, "data.box_origin is 2; must be 0 or 1"),
+        ({"index": 5}, ValueError, "data.index is 5; must be text or null"),
         ({"on_bad": "ignore"}, ValueError, "data.on_bad is ignore; must be stop or skip"),
         ({"root": "nowhere"}, FileNotFoundError, "data.root nowhere is not a folder"),
         ({"split_sed": 1}, ValueError, "unknown key data.split_sed"),
@@ -682,9 +700,21 @@ def test_a_kept_list_gives_the_same_sequences(tmp_path, jpeg, shapes_root, name)
             path.unlink()  # the second time no annotation is read
     with pytest.raises(ValueError, match="index.npz was made for other data keys"):
         split(name, root, index=index, val_sequences=["other"])
-    Path(index).write_bytes(b"PK damaged")
-    with pytest.raises(ValueError, match="index.npz is damaged"):
-        split(name, root, index=index)
+    for content in (b"PK damaged", b""):
+        Path(index).write_bytes(content)
+        with pytest.raises(ValueError, match="index.npz is damaged"):
+            split(name, root, index=index)
+
+
+def test_a_kept_list_is_that_of_the_list_file_as_it_is_now(tmp_path, jpeg):
+    write_many(tmp_path / "videos", jpeg, "abc")
+    keys = {"index": str(tmp_path / "index.npz"), "val_sequences": str(tmp_path / "val.txt")}
+    (tmp_path / "val.txt").write_text("a\n")
+    for _ in range(2):
+        assert names(split("folder_sequences", tmp_path / "videos", **keys)[1]) == ["a"]
+    (tmp_path / "val.txt").write_text("b\n")
+    with pytest.raises(ValueError, match="index.npz was made for other data keys"):
+        split("folder_sequences", tmp_path / "videos", **keys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

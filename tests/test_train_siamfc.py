@@ -7,6 +7,7 @@ import csv
 import itertools
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def test_tiny_data_is_overfitted(root, tmp_path, monkeypatch, capfd, quick):
     arguments = ["data.val_folder=train", "train.steps=40", "train.batch_size=6", "train.eval_every=20"]
     arguments += ["optim.lr=0.03", "optim.min_lr=1e-3", "train.eval_frames=null"]
     status, output = tiny.run_main(monkeypatch, capfd, tmp_path / "run", *tiny.tiny_overrides(root), *arguments)
-    assert status == 0, output
+    assert status == 0 and "3 validation sequences train, too, and say little of others: train_001, " in output, output
     metrics = json.loads((tmp_path / "run" / "run.json").read_text())["metrics"]
     assert metrics["start"]["val/ao"] < metrics["start"]["val/still_ao"] < 0.6 < 0.8 < metrics["best"]["val/ao"]
     assert metrics["best"]["val/sr_50"] > 0.9 and metrics["best"]["step"] > 0
@@ -191,6 +192,12 @@ def test_usable_frames_without_cover_or_size():
     assert script.usable_frames(tiny.make_sequence(boxes, frame_wh=None), tiny.pair_settings()).tolist() == []
     for cover, expected in [([1, 1, 1], []), ([2, 8, 3], [2]), ([0, 2, 2], [2]), ([2, 2, 2], [0, 2])]:
         assert script.usable_frames(tiny.make_sequence(boxes, cover=cover), tiny.pair_settings()).tolist() == expected
+
+
+def test_a_box_beside_its_frame_is_of_no_use():
+    """As where x and y are exchanged, or frames were made smaller: patches of it show nothing."""
+    boxes = [[-49, 0, 50, 50], [-50, 0, 50, 50], [999, 799, 50, 50], [1000, 0, 50, 50], [0, 800, 50, 50]]
+    assert script.usable_frames(tiny.make_sequence(boxes), tiny.pair_settings()).tolist() == [0, 2]
 
 
 def test_large_objects_are_left_out_by_the_config_alone(root, tmp_path, capsys):
@@ -884,6 +891,17 @@ def test_validation_sequences_are_chosen_after_what_cannot_be_tracked(root, tmp_
     assert record["data"] == {"train_sequences": 4, "val_sequences": 1}
 
 
+def test_a_sequence_of_a_first_box_alone_measures_nothing(root, tmp_path):
+    """It counted as a perfect one in val/success_auc."""
+    shutil.copytree(root, tmp_path / "data")
+    folder = tmp_path / "data" / "val" / "val_001"
+    for name in ("groundtruth.txt", "cover.label", "absence.label"):
+        (folder / name).write_text((folder / name).read_text().splitlines()[0] + "\n")
+    settings = script.read_settings(script.Config, tiny.configure(tmp_path / "data"))
+    _, _, val_sequences, _ = script.list_pairs(settings, None)
+    assert [sequence.name for sequence in val_sequences] == ["val_002"]
+
+
 def test_no_validation_pairs_is_a_setting(root, tmp_path, quick):
     last = tiny.train_in(tmp_path / "run", tiny.configure(root, "train.steps=1", "train.eval_pairs=0"))
     assert "val/ao" in last["metrics"][0] and "val/loss" not in last["metrics"][0]
@@ -1001,6 +1019,8 @@ def test_command_that_makes_no_sense(arguments, message, root, tmp_path, monkeyp
         ({"turns": {"a": 1, "b": 1.5}}, "data.turns.b is 1.5; must be a whole number"),
         ({"rooot": "x"}, "unknown key data.rooot; must be among data.parts, data.turns"),
         ({"turns": None}, "the config lacks data.turns"),
+        ({"turns": 3}, "data.turns is 3; must be keys and values"),
+        ({"parts": {"a": 3, "b": 3}}, "data.parts.a is 3; must be keys and values"),
     ],
 )
 def test_parts_that_make_no_sense(change, message, root):

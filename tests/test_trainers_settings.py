@@ -70,6 +70,9 @@ OUT_OF_RANGE = {
         "train.objects_per_image=0", "train.eval_clicks=[3]", "train.eval_clicks=[0,1]", "train.trainable=[]",
         "train.loss_size=0", "train.eval_images=0", "prompts.box_share=1.5", "prompts.max_corrections=-1",
         "prompts.mask_only_rounds=3", "loss.masks=worst", "loss.terms.dice=-1", "optim.betas=[0.9]",
+        "optim.betas=[0.9,1.0]", "optim.lr=-1", "optim.encoder_lr_factor=-1", "optim.weight_decay=-1",
+        "optim.warmup_steps=-1", "optim.min_lr_factor=2", "data.color_jitter=3", "data.min_area_px=-1",
+        "prompts.truth_click_share=-1", "train.picture_images=-1",
     ],
     "train_unet": [
         "optim.lr=0", "train.eval_images=0", "data.fit=pad", "data.image_size=0", "data.image_size=[1,2,3]",

@@ -276,13 +276,19 @@ def read_frame_wh(path: Path) -> tuple[int, int] | None:
 
 
 def _read_header(path: str | Path) -> tuple[tuple[int, int], int] | None:
-    """Read ((width, height) as stored, orientation 1 to 8), without the pixels; None where Pillow knows no header."""
+    """Read ((width, height) as stored, orientation 1 to 8), without the pixels; None where there is no such header."""
     try:
-        with _decoding(path, "header"), Image.open(path) as picture:
-            if picture.format == "PNG" and not _has_exif_chunk(path):
-                return picture.size, 1
-            orientation = picture.getexif().get(EXIF_ORIENTATION, 1)
-            return picture.size, orientation if orientation in range(1, 9) else 1  # 0 says nothing, as in OpenCV
+        if _find_kind(path) == "TIFF":  # Pillow's size is of the first page, a thumbnail too, and may be turned already
+            with _decoding(path, "header"), tifffile.TiffFile(path) as tiff:
+                page = tiff.pages[_tiff_pages(path, os.stat(path).st_mtime_ns)[0]].aspage()
+                tag = page.tags.get("Orientation")
+                frame_wh, orientation = (page.imagewidth, page.imagelength), tag.value if tag else 1
+        else:
+            with _decoding(path, "header"), Image.open(path) as picture:
+                has_no_tag = picture.format == "PNG" and not _has_exif_chunk(path)
+                frame_wh = picture.size
+                orientation = 1 if has_no_tag else picture.getexif().get(EXIF_ORIENTATION, 1)
+        return frame_wh, orientation if orientation in range(1, 9) else 1  # 0 says nothing, as in OpenCV
     except (OSError, ValueError):
         return None
 

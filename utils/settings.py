@@ -33,7 +33,8 @@ PATH_KEYS = re.compile(  # keys of the command line whose values are paths, or w
     r"\+{0,2}(input|checkpoint|resume|region|mask|text|prompts_file|cache|data_root|(model|sam2)\.checkpoint|labels"
     r"|objects|picture_attributes"
     r"|benchmark\.(detections|groups|edges\.root)"
-    r"|data\.(\w+\.)*(root|labels|index|groundtruth|\w+_(dir|list|folder|images|annotations))|hydra\.(run|sweep)\.dir)"
+    r"|(general_)?data\.(\w+\.)*(root|labels|index|groundtruth|annotations|data_yaml"
+    r"|\w+_(dir|list|folder|images|annotations|sequences))|hydra\.(run|sweep)\.dir)"
 )
 # The folder itself, where it is empty; text= has a word of its own.
 MAY_BE_EMPTY = re.compile(r"data\..*_(dir|list|folder|images|annotations)=$|^text=$")
@@ -362,7 +363,8 @@ def quote_path(argument: str) -> str:
     key, _, value = argument.partition("=")
     is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
     is_list = value.startswith("[") and value.endswith("]")
-    if not PATH_KEYS.fullmatch(key) or value in ("", "null") or is_quoted or is_list:
+    is_switch = key == "cache" and value.lower() in ("true", "false")
+    if not PATH_KEYS.fullmatch(key) or value in ("", "null") or is_quoted or is_list or is_switch:
         return argument
     return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
 

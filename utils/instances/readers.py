@@ -124,6 +124,14 @@ def split_items(
             "of its own; set these two to null, or that one"
         )
     train_items, val_items = listing.sort_splits([train_items, val_items], root, format, "names must be unique")
+    folder = functools.cache(os.path.realpath)  # a list file or a key may name the same folder in another way
+    train_names = {(folder(item.image_path.parent), item.image_path.name): item.name for item in train_items}
+    for item in val_items:
+        if name := train_names.get((folder(item.image_path.parent), item.image_path.name)):
+            raise ValueError(
+                f"{item.image_path} is a training picture, {name}, and a validation picture, {item.name}; keep it in "
+                "one of the two"
+            )
     return train_items, val_items
 
 
@@ -215,12 +223,11 @@ def list_masks_per_file(root: Path) -> tuple[list[Item], None]:
     items = []
     for folder in listing.list_folders(root):
         pictures = list(listing.files_by_name(folder / "images").values()) if (folder / "images").is_dir() else []
-        if len(pictures) > 1:
-            raise ValueError(
-                f"{folder / 'images'} holds {len(pictures)} pictures ({pictures[0].name}, ...); must be one"
-            )
         image_path = pictures[0] if pictures else folder / "images" / f"{folder.name}.png"
         read = functools.partial(read_masks_per_file, folder / "masks", image_path)
+        if len(pictures) > 1:
+            problem = f"{folder / 'images'} holds {len(pictures)} pictures ({image_path.name}, ...); must be one"
+            read = functools.partial(_refuse, problem)
         items.append(Item(folder.name, image_path, folder / "masks", read))
     return items, None
 
@@ -541,8 +548,8 @@ def list_yolo(root: Path, data_yaml: str = "data.yaml") -> tuple[list[Item], lis
     """List YOLO's polygons: <root>/data.yaml names the classes and the places of pictures; labels lie beside images.
 
     A place is a folder or a list file, .txt with a picture a line; train and val may have several. images/train with
-    labels/train, as ultralytics has it, or train/images with train/labels, as Roboflow; a folder without `images` in
-    its path has the labels in it. A picture without a label file has no objects. Where val is train, it is no part.
+    labels/train, as ultralytics has it, or train/images with train/labels, as Roboflow; else labels lie beside the
+    pictures. A picture without a label file has no objects. Where val is train, it is no part.
     """
     path = root / data_yaml
     if not path.is_file():
@@ -551,7 +558,7 @@ def list_yolo(root: Path, data_yaml: str = "data.yaml") -> tuple[list[Item], lis
         content = yaml.safe_load(listing.read_text(path))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
-    names = _read_yolo_names(content) if isinstance(content, dict) and "train" in content else {}
+    names = _read_yolo_names(content) if isinstance(content, dict) and content.get("train") is not None else {}
     if not names:
         raise ValueError(f"{path} must have names, a list or numbers with names, and train, a folder of pictures")
     base = content.get("path")
@@ -606,25 +613,27 @@ def _list_yolo_place(bases: list[Path], place: str, data_yaml: Path, key: str) -
             f"{data_yaml}: {key} is {place}, and no such folder is below {data_yaml.parent}, nor a list file (.txt); "
             "correct it there"
         )
-    pictures = {}
+    pictures, names_there = {}, {}
     for line in listing.read_lines(found):
         line = line.replace("\\", "/")
         folders = [found.parent, *bases]
         picture = next((folder / line for folder in folders if os.path.lexists(folder / line)), None)
         if picture is None:  # such as a path of the disk on which the list was made
-            picture = _find_picture(data_yaml.parent, line, {})
+            picture = _find_picture(data_yaml.parent, line, names_there)
         name = os.path.splitext(os.path.normpath(line.removeprefix("/")))[0]
         pictures[unicodedata.normalize("NFC", name)] = picture
     return pictures
 
 
 def _yolo_label_path(image_path: Path) -> Path:
-    """Name the label file of a picture: its path with the last `images` as `labels`."""
+    """Name the label file of a picture: its path with the last `images` as `labels`, else beside it."""
     parts = list(image_path.parts)
     if "images" in parts[:-1]:
         place = len(parts) - 2 - parts[:-1][::-1].index("images")
         parts[place] = "labels"
-    return Path(*parts).with_suffix(".txt")
+    path, beside = Path(*parts).with_suffix(".txt"), image_path.with_suffix(".txt")
+    is_beside = not os.path.lexists(path) and os.path.lexists(beside)  # that `images` may be above the dataset
+    return beside if is_beside else path
 
 
 def list_cvat(root: Path, annotations: str = "annotations.xml", image_dir: str = "images") -> tuple[list[Item], None]:
@@ -665,13 +674,19 @@ def list_voc(
     Args:
         class_names: of the classes 1, 2, ...; 0 is background, 255 the outlines, which are no objects.
     """
+    if class_names and class_names[0].strip("_").lower() == "background":
+        raise ValueError(
+            f"the list class_names begins with {class_names[0]!r}, which is 0; name the classes 1, 2, ... alone"
+        )
     objects = listing.files_by_name(root / object_dir)
     images = listing.files_by_name(root / image_dir)
-    classes = tuple(class_names) if (root / class_dir).is_dir() else ()
+    class_maps = listing.files_by_name(root / class_dir) if (root / class_dir).is_dir() else {}
+    classes = tuple(class_names) if class_maps else ()
     items = []
     for name, path in objects.items():  # most of VOC's pictures have none
         image_path = images[name] if name in images else root / image_dir / f"{name}.jpg"
-        read = functools.partial(read_voc, path, root / class_dir / path.name, tuple(class_names))
+        class_path = class_maps.get(name, root / class_dir / path.name)
+        read = functools.partial(read_voc, path, class_path, tuple(class_names))
         items.append(Item(name, image_path, path, read, classes=classes))
     return items, None
 
@@ -836,8 +851,9 @@ def read_labelme(path: Path, image_path: Path, ignore_labels: tuple[str, ...] = 
     shapes = []
     for number, shape in enumerate(_list_field(content, "shapes", path)):
         shape = shape if isinstance(shape, dict) else {}
-        if (label := str(shape.get("label", ""))) not in ignore_labels:
-            shapes.append((number, label, shape.get("group_id"), shape))
+        label, group = "" if shape.get("label") is None else str(shape["label"]), plain_id(shape.get("group_id"))
+        if label not in ignore_labels:
+            shapes.append((number, label, None if group == "" else group, shape))
     return _join_shapes(shapes, _draw_labelme_shape, orig_hw, str(path))
 
 
@@ -931,7 +947,7 @@ def _draw_labelme_shape(shape: dict, orig_hw: tuple[int, int]) -> tuple[np.ndarr
     if kind == "rectangle" and len(points) == 2:
         (x1, y1), (x2, y2) = points
         points = np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])
-    if kind in ("polygon", "rectangle", "oriented_rectangle"):
+    if kind in ("polygon", "rectangle", "oriented_rectangle", "rotation"):  # the last: X-AnyLabeling's name for it
         return _draw_outlines([points.ravel().tolist()], orig_hw)
     if kind == "circle":
         if len(points) != 2:

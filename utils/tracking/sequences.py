@@ -117,13 +117,16 @@ def split_sequences(
     """
     if format not in SEQUENCE_FORMATS:
         raise ValueError(f"data.format is {format!r}; must be one of {', '.join(SEQUENCE_FORMATS)}")
+    check_keys(split_sequences, {"format": format, "root": root, "index": index, "generate": generate}, "data")
     folder = dataset_folder(root if generate is None else write_samples(generate, root))
     common_keys = {key: value for key, value in keys.items() if key in COMMON_KEYS}
     format_keys = {key: value for key, value in keys.items() if key not in COMMON_KEYS}
     list_format = functools.partial(SEQUENCE_FORMATS[format], folder)
     check_keys(list_format, format_keys, "data", others=COMMON_KEYS)
     check_keys(functools.partial(_read_split, None, None, None), common_keys, "data")
-    asked = json.dumps({"format": format, "root": str(folder.resolve()), **keys}, sort_keys=True)
+    files = {key: keys[key] for key in ("train_sequences", "val_sequences") if isinstance(keys.get(key), str)}
+    lists = {key: _list_names(path, key) for key, path in files.items()}  # as they are now
+    asked = json.dumps({"format": format, "root": str(folder.resolve()), **keys, **lists}, sort_keys=True)
     if index is not None and Path(index).is_file():
         return _read_index(Path(index), asked)
     train_sequences, val_sequences = map(_in_order, _read_split(*list_format(**format_keys), **common_keys))
@@ -181,7 +184,7 @@ def list_got10k(
     def list_part(folder: Path) -> list[Path]:
         list_path = folder / "list.txt"
         if list_path.is_file():
-            paths = [folder / name for name in read_text(list_path).split()]
+            paths = [folder / name for name in read_lines(list_path)]
         else:
             paths = list_folders(folder)
         return [path for path in paths if path.name not in leave_out]
@@ -234,7 +237,7 @@ def list_imagenet_vid(root: Path, train_folder: str | None, val_folder: str | No
                 for annotation in tree.findall("object"):
                     sides = [float(annotation.find(f"bndbox/{side}").text) for side in ("xmin", "ymin", "xmax", "ymax")]
                     tracks.setdefault(int(annotation.find("trackid").text), {})[index] = _to_xywh(*sides)
-            except (ElementTree.ParseError, AttributeError, TypeError) as error:
+            except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
                 raise ValueError(f"{path} is not an annotation of ImageNet VID ({error}); copy it again") from error
         sequences = []
         for track, boxes in sorted(tracks.items()):
@@ -260,12 +263,18 @@ def list_davis(root: Path, image_dir: str, annotation_dir: str) -> Videos:
     def read(folder: Path) -> list[Sequence]:
         video, frame_dir = folder.name, root / image_dir / folder.name
         frame_names = _frame_names(frame_dir)
+        frame_wh = read_frame_wh(frame_dir / frame_names[0])
         index_of = {Path(frame_name).stem: index for index, frame_name in enumerate(frame_names)}
         boxes: dict[int, np.ndarray] = {}  # object id -> (T, 4)
         for path in list_frames(folder):
             if path.stem not in index_of:
                 raise FileNotFoundError(f"mask {path} has no frame in {frame_dir}")
             ids = read_label_map(path)
+            if frame_wh not in (None, ids.shape[::-1]):
+                raise ValueError(
+                    f"mask {path} is {ids.shape[1]} x {ids.shape[0]} px (width x height), but the frames in "
+                    f"{frame_dir} are {frame_wh[0]} x {frame_wh[1]}; name those that it was drawn on (data.image_dir)"
+                )
             for object_id in np.unique(ids[ids > 0]).tolist():
                 object_boxes = boxes.setdefault(object_id, np.full((len(frame_names), 4), np.nan))
                 object_boxes[index_of[path.stem]] = _to_xywh(*mask_to_box(ids == object_id))
@@ -728,18 +737,24 @@ def _read_split(
     return train, [sequence for sequence in val if val_names is None or sequence.name in val_names]
 
 
-def _named(sequences: list[Sequence], names: list[str] | str | None, key: str) -> set[str] | None:
-    """Return the sequences that a list or a text file names, by their own name or their video's; None for no list.
+def _list_names(names: list[str] | str, key: str) -> list[list[str]]:
+    """Read the names of a list or a text file, each in the forms that may be meant.
 
-    A line of a file is a name, or DAVIS 2016's: the paths of a picture and a mask, whose folder is the video.
+    A line of a file is a name, alone or before other columns, or DAVIS 2016's: the paths of a picture and a mask, whose
+    folder is the video.
     """
+    if not isinstance(names, str):
+        return [[str(name)] for name in names]
+    if not Path(names).is_file():
+        raise FileNotFoundError(f"data.{key} is {names}; no such list file (seen from {Path.cwd()})")
+    lines = [(line, line.split()[0]) for line in read_lines(names)]
+    return [[line, Path(word).parent.name if "/" in word else word] for line, word in lines]
+
+
+def _named(sequences: list[Sequence], names: list[str] | str | None, key: str) -> set[str] | None:
+    """Return the sequences that a list or a text file names, by their own name or their video's; None for no list."""
     if names is None:
         return None
-    if isinstance(names, str):
-        if not Path(names).is_file():
-            raise FileNotFoundError(f"data.{key} is {names}; no such list file (seen from {Path.cwd()})")
-        words = [line.split()[0] for line in read_lines(names)]
-        names = [Path(word).parent.name if "/" in word else word for word in words]
     by_name: dict[str, set[str]] = {}
     for sequence in sequences:
         for name in {sequence.name, sequence.video, Path(sequence.video).name}:
@@ -747,11 +762,13 @@ def _named(sequences: list[Sequence], names: list[str] | str | None, key: str) -
     for sequence in sequences:
         by_name.setdefault(_plain_name(sequence.name), {sequence.name})
     named = set()
-    for name in map(str, names):
-        sequence_names = by_name.get(name, by_name.get(_plain_name(name)))
+    for forms in _list_names(names, key):
+        sequence_names = next(
+            (by_name[form] for name in forms for form in (name, _plain_name(name)) if form in by_name), None
+        )
         if sequence_names is None:
             example = f"; names look like {sequences[0].name}" if sequences else ""
-            raise ValueError(f"data.{key} names {name}, which the dataset lacks{example}")
+            raise ValueError(f"data.{key} names {forms[0]}, which the dataset lacks{example}")
         named |= sequence_names
     return named
 
@@ -795,9 +812,10 @@ def _read_index(path: Path, asked: str) -> tuple[list[Sequence], list[Sequence]]
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("described", "frame_names", "boxes_xywh", "visible", "cover")}
         header = json.loads(arrays["described"].tobytes().decode())
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        is_same = header["asked"] == asked
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"data.index {path} is damaged or not an index; remove it, and it is made anew") from error
-    if header["asked"] != asked:
+    if not is_same:
         raise ValueError(f"data.index {path} was made for other data keys; remove it, or name another file")
     frame_names = [sys.intern(name) for name in arrays["frame_names"].tobytes().decode().split("\n")]
     sequences, end = [], 0
