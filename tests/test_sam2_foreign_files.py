@@ -19,7 +19,16 @@ import tiny
 import tiny_training
 import torch
 from PIL import Image
-from test_infer_sam2 import BOX, MANY_MASKS, NANO, POINTS, folder, masks_of, run  # noqa: F401  (folder is a fixture)
+from test_infer_sam2 import (  # noqa: F401  (folder is a fixture)
+    BOX,
+    MANY_MASKS,
+    NANO,
+    POINTS,
+    folder,
+    masks_of,
+    run,
+    run_command,
+)
 
 import infer_sam2
 from utils.checkpoint import save_checkpoint
@@ -123,13 +132,15 @@ def test_dead_links_and_refused_files_are_named_and_the_others_done(folder, tmp_
 
 
 def test_a_name_that_is_not_utf_8_is_segmented(folder, tmp_path):  # noqa: F811
-    photos = tmp_path / "photos"
+    photos, run_dir = tmp_path / "photos", tmp_path / "run"
     photos.mkdir()
-    (photos / os.fsdecode(b"caf\xe9.png")).symlink_to(folder / "photo.png")  # from an archive of Windows
-    arguments = [f"checkpoint={folder / 'best.pt'}", f"input={photos}", "mode=prompts", BOXES, "write=[coco,yolo]"]
-    (tmp_path / "run").mkdir()
-    failures = infer_sam2.infer(tiny.compose_config("infer_sam2", "device=cpu", *arguments), tmp_path / "run")
-    assert not failures and "caf\\udce9.png" in (tmp_path / "run" / "summary.csv").read_text(encoding="utf-8")
+    write_image(photos / "a.png", np.full((24, 32, 3), 90, np.uint8))  # of one value, which is remarked on
+    (photos / "a.png").rename(photos / os.fsdecode(b"caf\xe9.png"))  # from an archive of Windows
+    arguments = [f"checkpoint={folder / 'best.pt'}", "input=photos", "mode=prompts", "boxes=[[4,4,20,20]]"]
+    done = run_command(*arguments, "write=[coco,yolo]", "hydra.run.dir=run", cwd=tmp_path)
+    texts = [(run_dir / name).read_text(encoding="utf-8") for name in ("summary.csv", "infer_sam2.log")]
+    assert done.returncode == 0 and "Error" not in done.stderr
+    assert all("caf\\udce9.png" in text for text in (done.stdout, *texts))
 
 
 def test_names_with_commas_and_quotes_come_back_from_the_summary(folder, tmp_path):  # noqa: F811

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import io
 import logging
 import os
 import re
@@ -306,6 +307,12 @@ def read_command_line(task: str) -> None:
             folder of data whose layout is not said, and for a run folder that cannot be made, or has a run in it.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on `one_line_errors` answers Ctrl-C
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a file's name need not be text in UTF-8, nor the terminal's encoding UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     is_multirun = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv[1:]))
     if is_multirun:  # a launcher's jobs import what this script does, wherever the user stands
         places = [str(Path(__file__).resolve().parent.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
