@@ -231,7 +231,7 @@ def test_resume_takes_the_stored_config_and_allows_what_may_change(trainer):
         ("train_sam2", "optim.lr=0.5", ", now 0.5"),
         ("train_sam2", "seed=1", "seed: stored 0, now 1"),
         ("train_sam2", "precision=bf16", "precision: stored auto, now bf16"),
-        ("train_sam2", "loss=tutorial", "loss.terms.focal: stored 20.0, now 0.0"),
+        ("train_sam2", "loss=tutorial", "loss.terms.cross_entropy: stored 5.0, now 1.0"),
         ("train_sam2", "data=labpics", "data.format: stored label_map, now labpics"),
         ("train_sam2", "data_root=/elsewhere", "data_root: stored "),
         ("train_sam2", "train.trainable=[neck]", "stored ['prompt_encoder', 'mask_decoder'], now ['neck']"),
