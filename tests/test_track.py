@@ -519,6 +519,8 @@ def test_trackers_are_named_after_their_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert list(name_trackers(["a/csk/", "b/kcf"], ("siamfc",))) == ["csk", "kcf"]
     assert list(name_trackers(["a/csk", "b/csk", "b/kcf"], ("kcf",))) == ["a/csk", "b/csk", "b/kcf"]
+    (tmp_path / "siamfc").mkdir()  # another run's results, seen from there
+    assert list(name_trackers(["siamfc"], ("siamfc",))) == [str(tmp_path / "siamfc")]
     with pytest.raises(FileNotFoundError, match="results has c/csk, which is no folder"):
         name_trackers(["c/csk"], ())
 
@@ -573,6 +575,14 @@ def test_a_missing_result_stops_before_anything_is_tracked(tmp_path, monkeypatch
                 tmp_path / mode, f"mode={mode}", "data=otb", f"data.root={tmp_path / 'otb'}",
                 f"results=[{tmp_path / 'other'}]",
             )  # fmt: skip
+    data = ["mode=benchmark", "data=otb", f"data.root={tmp_path / 'otb'}", f"results=[{tmp_path / 'other'}]"]
+    write_lines(tmp_path / "other" / "Video1.txt", [[1, 2, 3, 4]])
+    with pytest.raises(ValueError, match="Video1.txt has 1 boxes, but Video1 groundtruth for 2 frames"):
+        run(tmp_path / "short", *data)
+    (tmp_path / "otb" / "Video1").rename(tmp_path / "otb" / "Video0_1")
+    (tmp_path / "other" / "Video0.txt").rename(tmp_path / "other" / "Video0_1.txt")
+    with pytest.raises(ValueError, match="Video0_1.txt would be the result of Video0 and of Video0_1"):
+        run(tmp_path / "taken_twice", *data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -716,7 +726,12 @@ def test_showing_changes_nothing_and_a_closed_window_stops_nothing(folder, tmp_p
         (["input=frames", "box=[300,30,20,20]"], "box 1 of 1 .* lies outside the first frame of 260 x 200 px"),
         (["input=frames", "boxes=[[30,30,9,9],[30,-40,9,9]]"], "box 2 of 2 .* lies outside the first frame"),
         (["input=frames", "box=nowhere.txt"], "box is nowhere.txt, which is no file"),
-        (["input=frames", "boxes=nowhere.txt"], "no file nowhere.txt"),
+        (["input=frames", "boxes=nowhere.txt"], "boxes is nowhere.txt, which is no file .*; must be"),
+        (
+            ["input=frames", "response=true", "overlay=false"],
+            "response is true, which is drawn into the overlay",
+        ),
+        (["input=frames", "tracker.lost_score=.nan"], "tracker.lost_score is nan; must be finite"),
         (["input=frames", "box=words.txt"], "words.txt, line 1, is 'no box'"),
         (["input=frames", "box=unknown.txt"], "unknown.txt has no box in its first line"),
         (["input=elsewhere/frames"], "elsewhere/frames comes without a groundtruth file; give the first frame's box"),
@@ -749,6 +764,7 @@ def test_every_mode_refuses_the_keys_of_others():
     given = {
         "checkpoint": "best.pt", "input": "frames", "box": [1, 2, 3, 4], "boxes": [[1, 2, 3, 4]], "sequences": ["a"],
         "show": True, "response": True, "masks": True, "write": ["mot"], "objects": "o.json", "results": ["a"],
+        "box_origin": 1, "protocol": "pysot",
     }  # fmt: skip
     assert given.keys() == script.MODES_OF_KEY.keys()
     for key, modes in script.MODES_OF_KEY.items():

@@ -311,6 +311,8 @@ def test_sequences_are_chosen_by_any_of_their_names(tmp_path, jpeg):
     sequences = list_all("otb", tmp_path)
     for name in ("Jogging.2", "Jogging-2", "Jogging_2"):
         assert names(datasets.choose_sequences(sequences, [name, "Crossing"])) == ["Jogging.2", "Crossing"]
+    with pytest.raises(ValueError, match="sequences names Jogging.2 twice"):
+        datasets.choose_sequences(sequences, ["Jogging-2", "Jogging.2"])
     with pytest.raises(ValueError, match="'Joging.2'.*Jogging.1"):
         datasets.choose_sequences(sequences, ["Joging.2"])
 

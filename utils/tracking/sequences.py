@@ -151,7 +151,7 @@ def choose_sequences(sequences: list[Sequence], names: list[str]) -> list[Sequen
     """Choose sequences by name, in the order of the names; Jogging.1, Jogging-1 and Jogging_1 mean the same.
 
     Raises:
-        ValueError: for a name that is not there, with those that are.
+        ValueError: for a name that is not there, with those that are; for one that is there twice.
     """
     by_name = {_plain_name(sequence.name): sequence for sequence in sequences}
     by_name |= {sequence.name: sequence for sequence in sequences}
@@ -161,6 +161,8 @@ def choose_sequences(sequences: list[Sequence], names: list[str]) -> list[Sequen
         if sequence is None:
             known = ", ".join(first_few([sequence.name for sequence in sequences]))
             raise ValueError(f"sequences has {name!r}, which the dataset lacks; it has {known}")
+        if sequence in chosen:
+            raise ValueError(f"sequences names {sequence.name} twice; name each once")
         chosen.append(sequence)
     return chosen
 
