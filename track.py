@@ -349,14 +349,18 @@ def name_trackers(folders: list[str], taken: tuple[str, ...]) -> dict[str, Path]
 
 def check_results(folder: Path, sequences: list[Sequence], protocol: str) -> None:
     """Raise a ValueError or FileNotFoundError for a result file that is missing, faulty, or meant for two sequences."""
-    sequence_of = {}
+    sequence_of, num_repeated = {}, 0
     for sequence in sequences:
         path = datasets.find_result(folder, sequence.name)
+        again = path.with_name(f"{path.parent.name}_002.txt")
+        num_repeated += path.stem == f"{path.parent.name}_001" and again.is_file()
         other = sequence_of.setdefault(path, sequence.name)
         if other != sequence.name:
             raise ValueError(f"{path} would be the result of {other} and of {sequence.name}; one of theirs is missing")
         if is_scored(sequence):
             score_result(folder, sequence, protocol)
+    if num_repeated:
+        log.info(f"{folder}: {num_repeated} sequences were tracked several times; the first time of each is scored")
 
 
 def build_tracker(settings: Config) -> SiamFCTracker:

@@ -464,6 +464,13 @@ def test_got10k_benchmark_has_the_toolkits_scores_from_the_same_files(tmp_path, 
     expected = f"over all frames AO {metrics['siamfc']['ao_by_frame']:.3f}"
     assert sum(expected in message and message.startswith("siamfc, ") for message in caplog.messages) == 1
 
+    result_path = next((tmp_path / "run" / "results" / "siamfc").glob("*/*_001.txt"))
+    result_path.with_name(result_path.name.replace("_001", "_002")).write_bytes(result_path.read_bytes())
+    arguments[0] = "mode=evaluate"
+    with caplog.at_level("INFO"):
+        run(tmp_path / "again", *arguments, f"results=[{tmp_path / 'run' / 'results' / 'siamfc'}]")
+    assert any("1 sequences were tracked several times; the first time" in message for message in caplog.messages)
+
 
 def test_vot_benchmark_in_the_toolkits_layout(tmp_path):
     frames, boxes = moving_object(6)
@@ -736,6 +743,7 @@ def test_showing_changes_nothing_and_a_closed_window_stops_nothing(folder, tmp_p
         (["input=frames", "box=unknown.txt"], "unknown.txt has no box in its first line"),
         (["input=elsewhere/frames"], "elsewhere/frames comes without a groundtruth file; give the first frame's box"),
         (["input=nowhere"], "no folder nowhere"),
+        (["input=/dev/video17"], "input is /dev/video17, which is no folder; the camera of that number is camera:17"),
         (["input=words.txt"], "words.txt cannot be opened as a video"),
         (["input=frames", "tracker.mode=slow"], "tracker.mode is slow; must be one of fast, parity, sam2"),
         (["input=frames", "tracker.scale_num=2.5"], "tracker.scale_num is 2.5; must be a whole number"),
