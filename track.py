@@ -900,7 +900,7 @@ def evaluate_masks(
     """
     rows, means, failures = [], {}, []
     for name, folder in trackers.items():
-        with_masks = [each for each in sequences if mask_metrics.find_masks(folder, each) is not None]
+        with_masks = [each for each in sequences if mask_metrics.find_masks(folder, each)[0]]
         scores = []
         for sequence in tqdm(with_masks, desc=f"masks of {name}", leave=False, disable=None):
             try:

@@ -250,7 +250,8 @@ def test_masks_of_other_trackers(tmp_path):
         masks.write_mask(truth_dir / f"{number:05d}.png", ids)
         (truth_dir / f"{number:05d}.png").rename(truth_dir / f"{number:05d}.PNG")
         ids[5:15, 5:15] = number != 4  # the tracker sees it in frame 3, where it is not
-        masks.write_mask(other / f"{number:05d}.png", ids)
+        masks.write_mask(other / f"{number:05d}.PNG", ids)
+        write_image(other / f"{number:05d}.jpg", np.zeros((40, 60, 3), np.uint8))  # what it drew for the eye
     (torn / "00001.png").write_bytes(b"\x89PNG\r\n")
     for folder in (other.parent, torn.parent):
         for name in ("box.1", "box.2"):

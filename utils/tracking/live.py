@@ -192,4 +192,4 @@ def shown_name(address: str) -> str:
     if "://" not in address:
         return Path(address).resolve().name
     parts = urlsplit(address)
-    return Path(parts.path.rstrip("/")).name or parts.netloc
+    return Path(parts.path.rstrip("/")).name or parts.netloc.rpartition("@")[2]  # without a password

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from utils.images import read_label_map
-from utils.tracking.frames import list_frames
+from utils.tracking.frames import list_frames, picture_names
 from utils.tracking.sequences import Sequence
 
 BOUND_SHARE = 0.008  # of the frame's diagonal: how far contours may lie apart
@@ -76,15 +76,17 @@ def score_masks(j: np.ndarray, f: np.ndarray) -> dict[str, float]:
     return scores | {f"f_{name}": value for name, value in of_f.items()}
 
 
-def find_masks(folder: Path, sequence: Sequence) -> tuple[Path, int | None] | None:
-    """Find a sequence's masks in a tracker's folder: where <frame>.png are, and the object's id in them, None for all.
+def find_masks(folder: Path, sequence: Sequence) -> tuple[dict[str, Path], int | None]:
+    """Find a sequence's masks in a tracker's folder: {frame: <frame>.png}, and the object's id in them, None for all.
 
-    They are in <sequence>/, or, as DAVIS's toolkits have the objects of a video, in <video>/. None: there are none.
+    They are in <sequence>/, or, as DAVIS's toolkits have the objects of a video, in <video>/; {} where there are none.
     """
     for name, mask_id in ((sequence.name, None), (sequence.video, sequence.mask_id)):
-        if sequence.mask_dir is not None and any((folder / name).glob("*.png")):
-            return folder / name, mask_id
-    return None
+        names = picture_names(folder / name) if sequence.mask_dir and (folder / name).is_dir() else []
+        paths = {Path(each).stem: folder / name / each for each in names if each.lower().endswith(".png")}
+        if paths:
+            return paths, mask_id
+    return {}, None
 
 
 def score_folder(folder: Path, sequence: Sequence) -> dict[str, float]:
@@ -93,19 +95,18 @@ def score_folder(folder: Path, sequence: Sequence) -> dict[str, float]:
     A frame without a file counts as an empty mask. Frames up to the object's first mask do not count, nor does the last
     frame that has a file of masks.
     """
-    mask_dir, mask_id = find_masks(folder, sequence)
+    paths, mask_id = find_masks(folder, sequence)
     true_paths = {path.stem: path for path in list_frames(sequence.mask_dir)}
     stems = [Path(name).stem for name in sequence.frame_names[int(sequence.visible.argmax()) + 1 :]]
     j, f = [], []
     for stem in [stem for stem in stems if stem in true_paths][:-1]:  # YouTube-VOS has masks of every fifth frame
         true_ids = read_label_map(true_paths[stem])
         true_mask = true_ids > 0 if sequence.mask_id is None else true_ids == sequence.mask_id
-        path = mask_dir / f"{stem}.png"
-        ids = read_label_map(path) if path.exists() else np.zeros(true_ids.shape, np.int32)
+        ids = read_label_map(paths[stem]) if stem in paths else np.zeros(true_ids.shape, np.int32)
         mask = ids > 0 if mask_id is None else ids == mask_id
         if mask.shape != true_mask.shape:
             (height, width), (true_height, true_width) = mask.shape, true_mask.shape
-            raise ValueError(f"{path} is {width} x {height} px, its frame {true_width} x {true_height}")
+            raise ValueError(f"{paths[stem]} is {width} x {height} px, its frame {true_width} x {true_height}")
         j.append(region_similarity(mask, true_mask))
         f.append(contour_accuracy(mask, true_mask))
     if not j:
