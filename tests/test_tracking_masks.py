@@ -303,6 +303,7 @@ def test_scale_follows_the_mask():
         (["mask_feedback=0.5"], "mask_feedback is 0.5, but masks are off"),
         (["masks=true", "sam2.model=hiera"], "there is no SAM 2 model hiera; must be one of"),
         (["masks=true", "sam2.checkpoint=none.pt"], "none.pt"),
+        (["masks=true", "sam2.image_size=100"], "sam2.image_size is 100; must be null, or a multiple of 32"),
         (["masks=true", "mode=evaluate", "results=[.]"], "masks= is given but mode is evaluate"),
         (["masks=true", "mask_feedback=0.5", "tracker.mode=parity"], "mask_feedback changes what tracker.mode=parity"),
     ],
