@@ -228,6 +228,8 @@ def check_settings(settings: Config) -> None:
     absent |= {"box_origin": 0, "protocol": "got10k"}
     given = [key for key in MODES_OF_KEY if getattr(settings, key) != absent.get(key)]
     sections.check_modes(given, MODES_OF_KEY, settings.mode)
+    if settings.common.resume is not None:
+        raise ValueError(f"resume is {settings.common.resume}; track.py goes on with no run: leave it out, start anew")
     if settings.mode == "evaluate" and not settings.results:
         raise ValueError("mode=evaluate needs results=[<folder of a tracker's result files>, ...]")
     if settings.sequences == []:
@@ -703,6 +705,7 @@ def track_dataset(
         result_dirs = {name: run_dir / "results" / name for name in (our_name(settings), STILL_NAME)}
         scores, unscored = evaluate(tracked, result_dirs | others, settings.protocol, run_dir)
         failures += unscored
+        last["num_failed"] = len(failures)
     else:
         scores = {}
         iou = measure_iou(tracked, tracks)

@@ -712,6 +712,7 @@ def test_showing_changes_nothing_and_a_closed_window_stops_nothing(folder, tmp_p
         (["mode=fast"], "mode is fast; must be one of track, benchmark, evaluate"),
         (["box_origin=2"], "box_origin is 2; must be 0 or 1"),
         (["fps=0"], "fps is 0; must be above 0"),
+        (["resume=outputs/track/1"], "resume is outputs/track/1; track.py goes on with no run"),
         (["fps=many"], "fps is 'many'; must be a number"),
         (["protocol=otb"], "protocol is otb; must be one of got10k, pysot, pytracking"),
         (["results=[a]"], r"results= is given but mode is track, which does not use it: .* mode=benchmark or mode=ev"),

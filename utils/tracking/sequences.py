@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import unicodedata
 import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections.abc import Callable
@@ -695,8 +696,8 @@ def _in_order(sequences: list[Sequence]) -> list[Sequence]:
 
 
 def _plain_name(name: str) -> str:
-    """Write Jogging.1, Jogging-1 and Jogging_1 the same way."""
-    return re.sub(r"[.\-_](?=[0-9]+$)", ".", name)
+    """Write Jogging.1, Jogging-1 and Jogging_1 the same way, and accents, which file systems write in two ways."""
+    return re.sub(r"[.\-_](?=[0-9]+$)", ".", unicodedata.normalize("NFC", name))
 
 
 def _read_split(
