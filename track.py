@@ -447,7 +447,6 @@ def track_video(
         begin = last_done = last_kept = time.perf_counter()
         try:
             for tracked_frame, frame_masks, mask_s in follow(tracker, segmenter, source, boxes_xywh, prompts, settings):
-                tracked.append(tracked_frame._replace(frame=None))
                 frame = last_frame if tracked_frame.error is not None else tracked_frame.frame
                 if last_frame is not None and frame.shape != last_frame.shape and not is_resized:
                     is_resized = True  # said once
@@ -465,7 +464,6 @@ def track_video(
                         mask_paths[start + tracked_frame.index] = path
                         frame = tracked_masks.draw_masks(frame, frame_masks.label_map)
                         frame_masks = frame_masks._replace(label_map=None)  # no frame is kept
-                    masked.append(frame_masks)
                 has_overlay = out_dir is not None and settings.overlay and problem is None
                 if has_overlay or settings.show:
                     boxes, scores = tracked_frame.boxes_xywh, tracked_frame.scores
@@ -488,6 +486,8 @@ def track_video(
                         opened.callback(window.close_window, figure)
                     window.show_image(figure, drawn)
                 progress.update()
+                tracked.append(tracked_frame._replace(frame=None))  # now that it is done: Ctrl-C leaves lists as long
+                masked += [frame_masks] if segmenter is not None else []
                 now = time.perf_counter()
                 frame_times_s.append(now - last_done)
                 last_done = now
