@@ -33,7 +33,8 @@ Writes  outputs/track/<date_time>/, for each sequence of a dataset below <sequen
                     without what is lost; the masks numbered by frame
   mode=benchmark and evaluate:
     results/siamfc/, results/still_box/   result files in the layout of the dataset's toolkit; still_box: the first box
-    results/siamfc/<sequence>/<frame>.png masks=true: masks, as DAVIS's toolkits read them
+    results/siamfc/<sequence>/<frame>.png masks=true: masks, of each object in a folder of its own; those of others are
+                    found so, or as DAVIS's toolkits have them, <video>/<frame>.png with the objects' ids
     table.csv, success.png, precision.png; masks.csv where the dataset has masks and a tracker's folder has some
     sheets/<sequence>.png, scores/<sequence>.png   frames with groundtruth (green) and tracked box (red); score and IoU
 A frame that cannot be read, and what a video lacks at its end, is named when all is written; the exit status is then 1.
@@ -44,8 +45,9 @@ Metrics, of tracking once from the first box:
     success_auc     OTB: mean over 21 thresholds of the share of frames with a higher IoU; at most 20/21 = 0.952
     precision_20    OTB: share of frames whose centre is at most 20 px off; success_50: whose IoU is above 0.5
     ao sr_50 sr_75  GOT-10k: mean IoU, and share of frames with an IoU above 0.5 and 0.75, without the first
-    j_and_f         DAVIS 2017: mean of J (IoU) and F (contours), each a mean over an object's frames without the first
-                    and last; j_recall, f_recall: share of frames above 0.5; j_decay, f_decay: first quarter less last
+    j_and_f         DAVIS 2017: mean of J (IoU) and F (contours), each a mean over the frames after the object's first
+                    one, without the video's last; j_recall, f_recall: share of frames above 0.5; j_decay, f_decay:
+                    first quarter less last
     frames_per_s    from the first frame asked for to the last one written; tracker_frames_per_s: the tracker alone.
                     masks_frames_per_s: SAM 2 alone. All are frames over seconds, with p50 and p95 of the ms per frame.
 Source: Bertinetto et al. 2016, arXiv:1606.09549.
@@ -112,6 +114,7 @@ MODES_OF_KEY = {  # which modes use a key that says what to do
     "checkpoint": ("track", "benchmark"), "input": ("track",), "box": ("track",), "boxes": ("track",),
     "objects": ("track",), "show": ("track",), "response": ("track",), "masks": ("track", "benchmark"),
     "write": ("track",), "sequences": ("track", "benchmark", "evaluate"), "results": ("benchmark", "evaluate"),
+    "box_origin": ("track",), "protocol": ("benchmark", "evaluate"),
 }  # fmt: skip
 SCORE_NAMES = ("success_auc", "precision_20", "success_50", "ao", "sr_50", "sr_75")
 COLUMNS = {name: name for name in ("sequence", "tracker", "num_frames", *SCORE_NAMES, "fps")} | {"num_frames": "frames"}
@@ -193,12 +196,10 @@ def track(config: dict, run_dir: Path) -> list[str]:
     else:
         sequences = choose_dataset(settings.data, settings.sequences)
         counts = {"sequences": len(sequences), "frames": sum(map(len, sequences))}
-        others = name_trackers(
-            settings.results, (our_name(settings), STILL_NAME) if settings.mode == "benchmark" else ()
-        )
-        for folder in others.values():  # a missing file stops the run now, not after an hour of tracking
-            for sequence in sequences:
-                datasets.find_result(folder, sequence.name)
+        taken = (our_name(settings), STILL_NAME, "last") if settings.mode == "benchmark" else ()  # in metrics
+        others = name_trackers(settings.results, taken)
+        for folder in others.values():  # a missing or faulty file stops the run now, not after an hour of tracking
+            check_results(folder, sequences, settings.protocol)
     is_siamfc = settings.tracker.mode != "sam2"
     tracker = build_tracker(settings) if settings.mode != "evaluate" and is_siamfc else None
     has_masks = settings.mode != "evaluate" and (settings.masks or not is_siamfc)
@@ -209,7 +210,7 @@ def track(config: dict, run_dir: Path) -> list[str]:
     if settings.input is not None:
         metrics, failures = track_input(tracker, segmenter, source, boxes_xywh, prompts, settings, run_dir)
     elif settings.mode == "evaluate":
-        metrics = evaluate(sequences, others, settings.protocol, run_dir)
+        metrics, failures = evaluate(sequences, others, settings.protocol, run_dir)
     else:
         metrics, failures = track_dataset(tracker, segmenter, sequences, others, settings, run_dir)
     finish_run(run_dir, metrics)
@@ -224,8 +225,11 @@ def track(config: dict, run_dir: Path) -> list[str]:
 def check_settings(settings: Config) -> None:
     """Refuse keys that the mode does not use, a mode without its input, and keys that exclude each other."""
     absent = {"checkpoint": "auto", "results": [], "show": False, "response": False, "masks": False, "write": []}
+    absent |= {"box_origin": 0, "protocol": "got10k"}
     given = [key for key in MODES_OF_KEY if getattr(settings, key) != absent.get(key)]
     sections.check_modes(given, MODES_OF_KEY, settings.mode)
+    if settings.common.resume is not None:
+        raise ValueError(f"resume is {settings.common.resume}; track.py goes on with no run: leave it out, start anew")
     if settings.mode == "evaluate" and not settings.results:
         raise ValueError("mode=evaluate needs results=[<folder of a tracker's result files>, ...]")
     if settings.sequences == []:
@@ -252,6 +256,8 @@ def check_settings(settings: Config) -> None:
             raise ValueError(f"mask_feedback is {settings.mask_feedback}, but masks are off: add masks=true")
     if settings.mask_feedback > 0 and settings.tracker.mode == "parity":
         raise ValueError("mask_feedback changes what tracker.mode=parity promises; leave out one of them")
+    if settings.response and not (settings.overlay or settings.show):
+        raise ValueError("response is true, which is drawn into the overlay; leave out overlay=false, or add show=true")
     if {"box", "boxes"} <= set(given):
         raise ValueError("box= and boxes= are both given; leave out one of them")
     for key in ("box", "boxes"):
@@ -285,13 +291,14 @@ def choose_first_boxes(settings: Config, source: FrameSource | LiveSource) -> np
         if not boxes:
             raise ValueError("boxes is []; must be [[x, y, width, height], ...] px")
         return np.array(boxes, np.float64) - [settings.box_origin, settings.box_origin, 0, 0]
+    for key, path, others in (("box", box, "a groundtruth file, or select"), ("boxes", boxes, "or a file of such")):
+        if path is not None and not Path(path).is_file():
+            raise FileNotFoundError(
+                f"{key} is {path}, which is no file (seen from {Path.cwd()}); must be "
+                f"{'[x, y, width, height]' if key == 'box' else '[[x, y, width, height], ...]'} px, {others}"
+            )
     if boxes is not None:
         return datasets.read_boxes(boxes, settings.box_origin)
-    if box is not None and not Path(box).is_file():
-        raise FileNotFoundError(
-            f"box is {box}, which is no file (seen from {Path.cwd()}); must be [x, y, width, height] px, a groundtruth "
-            "file, or select"
-        )
     path = box or datasets.find_groundtruth(settings.input)
     if path is None:
         raise ValueError(
@@ -336,8 +343,26 @@ def name_trackers(folders: list[str], taken: tuple[str, ...]) -> dict[str, Path]
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"results has {folder}, which is no folder (seen from {Path.cwd()})")
         name = Path(folder).resolve().name
-        named[name if uses[name] == 1 else str(folder)] = Path(folder)
+        if uses[name] > 1:
+            name = str(folder) if str(folder) not in uses else str(Path(folder).resolve())
+        named[name] = Path(folder)
     return named
+
+
+def check_results(folder: Path, sequences: list[Sequence], protocol: str) -> None:
+    """Raise a ValueError or FileNotFoundError for a result file that is missing, faulty, or meant for two sequences."""
+    sequence_of, num_repeated = {}, 0
+    for sequence in sequences:
+        path = datasets.find_result(folder, sequence.name)
+        again = path.with_name(f"{path.parent.name}_002.txt")
+        num_repeated += path.stem == f"{path.parent.name}_001" and again.is_file()
+        other = sequence_of.setdefault(path, sequence.name)
+        if other != sequence.name:
+            raise ValueError(f"{path} would be the result of {other} and of {sequence.name}; one of theirs is missing")
+        if is_scored(sequence):
+            score_result(folder, sequence, protocol)
+    if num_repeated:
+        log.info(f"{folder}: {num_repeated} sequences were tracked several times; the first time of each is scored")
 
 
 def build_tracker(settings: Config) -> SiamFCTracker:
@@ -408,11 +433,11 @@ def track_video(
 
     def write_so_far() -> None:
         track = join_so_far(time.perf_counter() - begin)
-        write_tracks(out_dir, track, source, settings)
-        if settings.write:
-            shown = writers.Tracked(track.boxes_xywh, track.scores, track.is_lost, first_hw)
+        shown = writers.Tracked(track.boxes_xywh, track.scores, track.is_lost, first_hw)
+        with contextlib.ExitStack() as writes:  # all are tried, also where one fails
             for form in settings.write:
-                writers.WRITERS[form](out_dir, name, shown, mask_paths)
+                writes.callback(writers.WRITERS[form], out_dir, name, shown, mask_paths)
+            writes.callback(write_tracks, out_dir, track, source, settings)
 
     def join_so_far(total_s: float) -> Track:
         return join_frames(tracked, frame_times_s, total_s, source, masked, mask_times_s)
@@ -422,7 +447,6 @@ def track_video(
         begin = last_done = last_kept = time.perf_counter()
         try:
             for tracked_frame, frame_masks, mask_s in follow(tracker, segmenter, source, boxes_xywh, prompts, settings):
-                tracked.append(tracked_frame._replace(frame=None))
                 frame = last_frame if tracked_frame.error is not None else tracked_frame.frame
                 if last_frame is not None and frame.shape != last_frame.shape and not is_resized:
                     is_resized = True  # said once
@@ -440,7 +464,6 @@ def track_video(
                         mask_paths[start + tracked_frame.index] = path
                         frame = tracked_masks.draw_masks(frame, frame_masks.label_map)
                         frame_masks = frame_masks._replace(label_map=None)  # no frame is kept
-                    masked.append(frame_masks)
                 has_overlay = out_dir is not None and settings.overlay and problem is None
                 if has_overlay or settings.show:
                     boxes, scores = tracked_frame.boxes_xywh, tracked_frame.scores
@@ -463,6 +486,8 @@ def track_video(
                         opened.callback(window.close_window, figure)
                     window.show_image(figure, drawn)
                 progress.update()
+                tracked.append(tracked_frame._replace(frame=None))  # now that it is done: Ctrl-C leaves lists as long
+                masked += [frame_masks] if segmenter is not None else []
                 now = time.perf_counter()
                 frame_times_s.append(now - last_done)
                 last_done = now
@@ -678,7 +703,9 @@ def track_dataset(
     last = {"num_sequences": len(tracks), "num_failed": len(failures)} | speed
     if is_benchmark:
         result_dirs = {name: run_dir / "results" / name for name in (our_name(settings), STILL_NAME)}
-        scores = evaluate(tracked, result_dirs | others, settings.protocol, run_dir)
+        scores, unscored = evaluate(tracked, result_dirs | others, settings.protocol, run_dir)
+        failures += unscored
+        last["num_failed"] = len(failures)
     else:
         scores = {}
         iou = measure_iou(tracked, tracks)
@@ -800,15 +827,21 @@ def write_results(sequence: Sequence, track: Track, data_format: str, name_of_ou
     drawing.plot_scores(boxes_xywh, track.scores[:, 0], track.is_lost[:, 0], sequence, scores_path)
 
 
+def is_scored(sequence: Sequence) -> bool:
+    """Tell whether there is groundtruth after the first frame in which the object is visible."""
+    return bool(sequence.visible.any()) and sequence.num_annotated - int(sequence.visible.argmax()) > 1
+
+
 def evaluate(
     sequences: list[Sequence], trackers: dict[str, Path], protocol: str, run_dir: Path
-) -> dict[str, dict[str, float]]:
+) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Score trackers from their result files; print and write the table, and draw the curves.
 
     Args:
         trackers: folders of result files, by the trackers' names.
     Returns:
-        {tracker: {metric: value}}, over all sequences; empty where there is nothing to compare with.
+        {tracker: {metric: value}}, over all sequences; empty where there is nothing to compare with. And one line for
+        each of the masks that cannot be scored.
     """
     scored = []
     for sequence in sequences:
@@ -823,14 +856,14 @@ def evaluate(
             )
         if num_unknown:
             log.info(f"{sequence.name}: {num_unknown} frames without a box in the groundtruth; see protocol {protocol}")
-        if sequence.visible.any() and sequence.num_annotated - start > 1:
+        if is_scored(sequence):
             scored.append(sequence)
         else:
             log.info(f"{sequence.name} is not scored: its groundtruth has no box, or the first one alone")
     if not scored:
         folders = ", ".join(map(str, trackers.values()))
         log.info(f"no sequence has groundtruth to evaluate with; the result files are in {folders}")
-        return {}
+        return {}, []
     rows = []
     for sequence in scored:
         for name, folder in trackers.items():
@@ -854,26 +887,31 @@ def evaluate(
         )
     drawing.plot_curves(means, protocol, run_dir)
     names = ("num_frames", *SCORE_NAMES, "ao_by_frame", "sr_50_by_frame", "sr_75_by_frame", "fps")
-    of_masks = evaluate_masks(scored, trackers, run_dir)
-    return {row["tracker"]: {name: row[name] for name in names} | of_masks.get(row["tracker"], {}) for row in means}
+    of_masks, failures = evaluate_masks(scored, trackers, run_dir)
+    scores = {row["tracker"]: {name: row[name] for name in names} for row in means}
+    return {name: row | of_masks.get(name, {}) for name, row in scores.items()}, failures
 
 
-def evaluate_masks(sequences: list[Sequence], trackers: dict[str, Path], run_dir: Path) -> dict[str, dict[str, float]]:
-    """Score the masks in trackers' folders, <folder>/<sequence>/<frame>.png; print and write the table.
+def evaluate_masks(
+    sequences: list[Sequence], trackers: dict[str, Path], run_dir: Path
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Score the masks in trackers' folders; print and write the table.
 
     Returns:
-        {tracker: means over the sequences of all whose masks are there}; empty where the dataset has no masks.
+        {tracker: means over the sequences of all whose masks are there}; empty where the dataset has no masks. And one
+        line for each sequence whose masks cannot be scored; it is left out of the means.
     """
-    rows, means = [], {}
+    rows, means, failures = [], {}, []
     for name, folder in trackers.items():
-        with_masks = [
-            each for each in sequences if each.mask_dir is not None and any((folder / each.name).glob("*.png"))
-        ]
-        scores = [
-            mask_metrics.score_folder(folder / sequence.name, sequence)
-            for sequence in tqdm(with_masks, desc=f"masks of {name}", leave=False, disable=None)
-        ]
-        rows += [{"sequence": each.name, "tracker": name} | row for each, row in zip(with_masks, scores, strict=True)]
+        with_masks = [each for each in sequences if mask_metrics.find_masks(folder, each)[0]]
+        scores = []
+        for sequence in tqdm(with_masks, desc=f"masks of {name}", leave=False, disable=None):
+            try:
+                scores.append(mask_metrics.score_folder(folder, sequence))
+            except (ValueError, OSError) as error:
+                failures.append(f"{sequence.name}: masks of {name} are not scored: {error}")
+                continue
+            rows.append({"sequence": sequence.name, "tracker": name} | scores[-1])
         if scores:
             means[name] = {key: float(np.mean([row[key] for row in scores])) for key in scores[0]}
             rows.append({"sequence": f"mean of {len(scores)}", "tracker": name} | means[name])
@@ -886,7 +924,7 @@ def evaluate_masks(sequences: list[Sequence], trackers: dict[str, Path], run_dir
         cells = [["sequence", "tracker", *keys]]
         cells += [[row["sequence"], row["tracker"], *(number(row[key]) for key in keys)] for row in rows]
         log.info("masks, DAVIS 2017\n" + "\n".join(align_columns(cells)))
-    return means
+    return means, failures
 
 
 def table_lines(rows: list[dict]) -> list[str]:

@@ -464,6 +464,13 @@ def test_got10k_benchmark_has_the_toolkits_scores_from_the_same_files(tmp_path, 
     expected = f"over all frames AO {metrics['siamfc']['ao_by_frame']:.3f}"
     assert sum(expected in message and message.startswith("siamfc, ") for message in caplog.messages) == 1
 
+    result_path = next((tmp_path / "run" / "results" / "siamfc").glob("*/*_001.txt"))
+    result_path.with_name(result_path.name.replace("_001", "_002")).write_bytes(result_path.read_bytes())
+    arguments[0] = "mode=evaluate"
+    with caplog.at_level("INFO"):
+        run(tmp_path / "again", *arguments, f"results=[{tmp_path / 'run' / 'results' / 'siamfc'}]")
+    assert any("1 sequences were tracked several times; the first time" in message for message in caplog.messages)
+
 
 def test_vot_benchmark_in_the_toolkits_layout(tmp_path):
     frames, boxes = moving_object(6)
@@ -519,6 +526,8 @@ def test_trackers_are_named_after_their_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert list(name_trackers(["a/csk/", "b/kcf"], ("siamfc",))) == ["csk", "kcf"]
     assert list(name_trackers(["a/csk", "b/csk", "b/kcf"], ("kcf",))) == ["a/csk", "b/csk", "b/kcf"]
+    (tmp_path / "siamfc").mkdir()  # another run's results, seen from there
+    assert list(name_trackers(["siamfc"], ("siamfc",))) == [str(tmp_path / "siamfc")]
     with pytest.raises(FileNotFoundError, match="results has c/csk, which is no folder"):
         name_trackers(["c/csk"], ())
 
@@ -573,6 +582,14 @@ def test_a_missing_result_stops_before_anything_is_tracked(tmp_path, monkeypatch
                 tmp_path / mode, f"mode={mode}", "data=otb", f"data.root={tmp_path / 'otb'}",
                 f"results=[{tmp_path / 'other'}]",
             )  # fmt: skip
+    data = ["mode=benchmark", "data=otb", f"data.root={tmp_path / 'otb'}", f"results=[{tmp_path / 'other'}]"]
+    write_lines(tmp_path / "other" / "Video1.txt", [[1, 2, 3, 4]])
+    with pytest.raises(ValueError, match="Video1.txt has 1 boxes, but Video1 groundtruth for 2 frames"):
+        run(tmp_path / "short", *data)
+    (tmp_path / "otb" / "Video1").rename(tmp_path / "otb" / "Video0_1")
+    (tmp_path / "other" / "Video0.txt").rename(tmp_path / "other" / "Video0_1.txt")
+    with pytest.raises(ValueError, match="Video0_1.txt would be the result of Video0 and of Video0_1"):
+        run(tmp_path / "taken_twice", *data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -695,6 +712,7 @@ def test_showing_changes_nothing_and_a_closed_window_stops_nothing(folder, tmp_p
         (["mode=fast"], "mode is fast; must be one of track, benchmark, evaluate"),
         (["box_origin=2"], "box_origin is 2; must be 0 or 1"),
         (["fps=0"], "fps is 0; must be above 0"),
+        (["resume=outputs/track/1"], "resume is outputs/track/1; track.py goes on with no run"),
         (["fps=many"], "fps is 'many'; must be a number"),
         (["protocol=otb"], "protocol is otb; must be one of got10k, pysot, pytracking"),
         (["results=[a]"], r"results= is given but mode is track, which does not use it: .* mode=benchmark or mode=ev"),
@@ -716,11 +734,17 @@ def test_showing_changes_nothing_and_a_closed_window_stops_nothing(folder, tmp_p
         (["input=frames", "box=[300,30,20,20]"], "box 1 of 1 .* lies outside the first frame of 260 x 200 px"),
         (["input=frames", "boxes=[[30,30,9,9],[30,-40,9,9]]"], "box 2 of 2 .* lies outside the first frame"),
         (["input=frames", "box=nowhere.txt"], "box is nowhere.txt, which is no file"),
-        (["input=frames", "boxes=nowhere.txt"], "no file nowhere.txt"),
+        (["input=frames", "boxes=nowhere.txt"], "boxes is nowhere.txt, which is no file .*; must be"),
+        (
+            ["input=frames", "response=true", "overlay=false"],
+            "response is true, which is drawn into the overlay",
+        ),
+        (["input=frames", "tracker.lost_score=.nan"], "tracker.lost_score is nan; must be finite"),
         (["input=frames", "box=words.txt"], "words.txt, line 1, is 'no box'"),
         (["input=frames", "box=unknown.txt"], "unknown.txt has no box in its first line"),
         (["input=elsewhere/frames"], "elsewhere/frames comes without a groundtruth file; give the first frame's box"),
         (["input=nowhere"], "no folder nowhere"),
+        (["input=/dev/video17"], "input is /dev/video17, which is no folder; the camera of that number is camera:17"),
         (["input=words.txt"], "words.txt cannot be opened as a video"),
         (["input=frames", "tracker.mode=slow"], "tracker.mode is slow; must be one of fast, parity, sam2"),
         (["input=frames", "tracker.scale_num=2.5"], "tracker.scale_num is 2.5; must be a whole number"),
@@ -749,6 +773,7 @@ def test_every_mode_refuses_the_keys_of_others():
     given = {
         "checkpoint": "best.pt", "input": "frames", "box": [1, 2, 3, 4], "boxes": [[1, 2, 3, 4]], "sequences": ["a"],
         "show": True, "response": True, "masks": True, "write": ["mot"], "objects": "o.json", "results": ["a"],
+        "box_origin": 1, "protocol": "pysot",
     }  # fmt: skip
     assert given.keys() == script.MODES_OF_KEY.keys()
     for key, modes in script.MODES_OF_KEY.items():

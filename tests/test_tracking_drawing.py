@@ -1,8 +1,10 @@
 """What is drawn over frames and on sheets: colours, words and places."""
 
 import numpy as np
+from matplotlib.figure import Figure
+from tiny_tracking import make_sequence
 
-from utils.tracking.drawing import draw_boxes, draw_response, draw_sheet
+from utils.tracking.drawing import draw_boxes, draw_response, draw_sheet, plot_curves, plot_scores
 
 
 def test_what_is_drawn():
@@ -49,3 +51,18 @@ def test_the_response_lies_over_what_was_searched():
     reddest = np.unravel_index((inset[1:-1, 1:-1, 0] - inset[1:-1, 1:-1, 2]).argmax(), (78, 78))
     expected = [(127 + 8 * (place - 8)) * 80 / 255 - 1 for place in (4, 12)]
     assert np.abs(np.array(reddest) - expected).max() <= 2
+
+
+def test_names_of_plots_are_no_formulas(tmp_path, monkeypatch):
+    """matplotlib takes what is between two $ for a formula, and leaves a name that starts with _ out of the legend."""
+    drawn = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, path, dpi: (figure.draw_without_rendering(), drawn.append(figure))
+    )
+    row = {"sequence": "mean of 1", "success_auc": 0.5, "precision_20": 0.5}
+    row |= {"success_curve": np.zeros(21), "precision_curve": np.zeros(51)}
+    plot_curves([row | {"tracker": name} for name in ("_old", "c$50_vs_$")], "got10k", tmp_path)
+    texts = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert texts == ["_old [0.500]", "c$50_vs_$ [0.500]"]
+    boxes = np.tile([10.0, 10, 20, 20], (2, 1))
+    plot_scores(boxes, np.ones(2), np.zeros(2, bool), make_sequence(boxes, name="c$50_vs_$"), tmp_path / "a.png")

@@ -300,11 +300,23 @@ def test_boxes_are_kept_at_ctrl_c(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             yield tracked_frame
 
-    monkeypatch.setattr(script, "track_frames", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "run", f"input={tmp_path / 'frames'}", f"box={as_text(boxes[0])}")
-    assert len(read_lines(tmp_path / "run" / "boxes.txt")) == 5
-    assert json.loads((tmp_path / "run" / "tracks.json").read_text())["num_frames"] == 5
+    draw_boxes, drawn = script.drawing.draw_boxes, []
+
+    def interrupted_later(*args):  # the frame is tracked, but not done
+        drawn.append(draw_boxes(*args))
+        if len(drawn) == 6:
+            raise KeyboardInterrupt
+        return drawn[-1]
+
+    for owner, name, replacement in (
+        (script, "track_frames", interrupted), (script.drawing, "draw_boxes", interrupted_later),
+    ):  # fmt: skip
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(owner, name, replacement)
+            run(tmp_path / name, f"input={tmp_path / 'frames'}", f"box={as_text(boxes[0])}")
+        assert len(read_lines(tmp_path / name / "boxes.txt")) == 5
+        record = json.loads((tmp_path / name / "tracks.json").read_text())
+        assert record["num_frames"] == 5 and record["shown_at_s"] == pytest.approx([0, 0.04, 0.08, 0.12, 0.16])
 
 
 def test_boxes_of_a_long_film_are_kept_as_it_goes(tmp_path, monkeypatch):

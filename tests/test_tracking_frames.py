@@ -267,6 +267,15 @@ def test_frames_of_another_size_are_fitted_in(tmp_path):
     assert abs(tall[2, 32] - 200) < 8 and tall[32, 4] < 8 and tall[32, 60] < 8
 
 
+def test_a_name_with_a_colon_is_a_file(tmp_path, monkeypatch):
+    """FFmpeg took 10:20:30.mp4 for an address: "Protocol not found"; and a frame in three hours for a rate of 0."""
+    monkeypatch.chdir(tmp_path)
+    with write_video("10:20:30.mp4", (32, 32), 1e-4) as video:
+        video.add(np.zeros((32, 32, 3), np.uint8))
+        video.add(np.zeros((32, 32, 3), np.uint8), time_s=1e4)
+    assert len(read_all("10:20:30.mp4")) == 2
+
+
 def test_a_video_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "out.mp4"
     path.write_bytes(b"an older one")

@@ -15,7 +15,7 @@ from test_track import quick, run  # noqa: F401 (quick is a fixture)
 from test_tracking_tracker import moving_object
 
 from utils.tracking.frames import write_video
-from utils.tracking.live import LiveSource, open_source
+from utils.tracking.live import LiveSource, open_source, shown_name
 
 LEVELS = [10 + 9 * index for index in range(26)]  # the grey of each frame says which it is
 
@@ -155,6 +155,7 @@ def test_what_never_comes_is_one_line():
             read_levels(LiveSource(f"tcp://127.0.0.1:{port}", wait_s=0.5))
     with pytest.raises(ValueError, match="must be camera: and a number"):
         open_source("camera:front")
+    assert shown_name("rtsp://me:secret@192.0.2.7:554/") == "192.0.2.7:554"  # which goes into files
     with pytest.raises(ValueError, match="there is no camera 63, or it is in use"):
         read_levels(open_source("camera:63"))
 

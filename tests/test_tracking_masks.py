@@ -234,6 +234,40 @@ def test_benchmark_scores_masks(davis, tmp_path, segmenter, monkeypatch):
     assert metrics["j_and_f"] == pytest.approx(float(ours["j_and_f"]), abs=1e-6)
 
 
+def test_masks_of_other_trackers(tmp_path):
+    """Truth with other suffixes, an object that goes, ids in one file, and a file that is none beside them."""
+    frame_dir, truth_dir, other, torn = folders = [
+        tmp_path / name
+        for name in ("DAVIS/JPEGImages/480p/box", "DAVIS/Annotations/480p/box", "other/box", "torn/box.1")
+    ]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    for number in range(6):
+        ids = np.zeros((40, 60), np.uint8)
+        ids[20:30, 40:50] = 2
+        ids[5:15, 5:15] = number < 3  # object 1 leaves
+        write_image(frame_dir / f"{number:05d}.png", np.zeros((40, 60, 3), np.uint8))
+        masks.write_mask(truth_dir / f"{number:05d}.png", ids)
+        (truth_dir / f"{number:05d}.png").rename(truth_dir / f"{number:05d}.PNG")
+        ids[5:15, 5:15] = number != 4  # the tracker sees it in frame 3, where it is not
+        masks.write_mask(other / f"{number:05d}.PNG", ids)
+        write_image(other / f"{number:05d}.jpg", np.zeros((40, 60, 3), np.uint8))  # what it drew for the eye
+    (torn / "00001.png").write_bytes(b"\x89PNG\r\n")
+    for folder in (other.parent, torn.parent):
+        for name in ("box.1", "box.2"):
+            (folder / f"{name}.txt").write_text("1,1,2,2\n" * 6)
+    data = ["mode=evaluate", "data=davis_sequences", f"data.root={tmp_path / 'DAVIS'}", "data.val_fraction=1"]
+    [failure] = run(tmp_path / "run", *data, f"results=[{torn.parent},{other.parent}]")
+    assert failure.startswith("box.1: masks of torn are not scored: ") and "00001.png" in failure
+    with (tmp_path / "run" / "masks.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert [first["sequence"], second["sequence"]] == ["box.1", "box.2"] and first["tracker"] == "other"
+    assert float(first["j_mean"]) == float(first["f_mean"]) == 0.75  # frames 1 to 4, as DAVIS 2017's toolkit counts
+    assert float(second["j_and_f"]) == 1
+    metrics = json.loads((tmp_path / "run" / "run.json").read_text())["metrics"]
+    assert metrics["other"]["j_mean"] == 0.875 and "j_mean" not in metrics["torn"]
+
+
 def test_random_weights_follow_the_seed(tmp_path):
     frames, boxes = moving_object(2)
     (tmp_path / "frames").mkdir()
@@ -269,6 +303,7 @@ def test_scale_follows_the_mask():
         (["mask_feedback=0.5"], "mask_feedback is 0.5, but masks are off"),
         (["masks=true", "sam2.model=hiera"], "there is no SAM 2 model hiera; must be one of"),
         (["masks=true", "sam2.checkpoint=none.pt"], "none.pt"),
+        (["masks=true", "sam2.image_size=100"], "sam2.image_size is 100; must be null, or a multiple of 32"),
         (["masks=true", "mode=evaluate", "results=[.]"], "masks= is given but mode is evaluate"),
         (["masks=true", "mask_feedback=0.5", "tracker.mode=parity"], "mask_feedback changes what tracker.mode=parity"),
     ],

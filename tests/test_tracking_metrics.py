@@ -253,3 +253,16 @@ def test_tiger1_without_its_first_frames_is_scored_where_it_lies(protocol, tmp_p
     if protocol != "pytracking":
         with pytest.raises(ValueError, match="has 27 boxes, but Tiger1 groundtruth for 30 frames"):
             metrics.score_result(tmp_path, sequence, protocol)
+
+
+def test_a_box_that_is_none_has_no_overlap():
+    sequence = make_sequence(np.tile([10.0, 10, 20, 20], (5, 1)))
+    boxes_xywh = np.concatenate([sequence.boxes_xywh[:3], np.full((2, 4), np.nan)])
+    assert metrics.mean_visible_iou(boxes_xywh, sequence) == pytest.approx(0.5)
+
+
+def test_times_of_other_editors_are_read(tmp_path):
+    (tmp_path / "a.txt").write_text("1,1,2,2\n")
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "a_time.txt").write_bytes("0.5\r\n0.25\r\n".encode(encoding))
+        assert metrics.read_times(tmp_path, "a").tolist() == [0.5, 0.25]

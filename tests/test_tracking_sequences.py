@@ -311,6 +311,10 @@ def test_sequences_are_chosen_by_any_of_their_names(tmp_path, jpeg):
     sequences = list_all("otb", tmp_path)
     for name in ("Jogging.2", "Jogging-2", "Jogging_2"):
         assert names(datasets.choose_sequences(sequences, [name, "Crossing"])) == ["Jogging.2", "Crossing"]
+    (tmp_path / "Crossing").rename(tmp_path / "e\u0301te\u0301")  # as macOS writes it
+    assert names(datasets.choose_sequences(list_all("otb", tmp_path), ["\xe9t\xe9"])) == ["e\u0301te\u0301"]
+    with pytest.raises(ValueError, match="sequences names Jogging.2 twice"):
+        datasets.choose_sequences(sequences, ["Jogging-2", "Jogging.2"])
     with pytest.raises(ValueError, match="'Joging.2'.*Jogging.1"):
         datasets.choose_sequences(sequences, ["Joging.2"])
 

@@ -8,10 +8,11 @@ import pytest
 import tiny_training
 import torch
 from PIL import Image
-from test_track import quick, run  # noqa: F401 (quick is a fixture)
+from test_track import compose_config, quick, run  # noqa: F401 (quick is a fixture)
 from test_tracking_masks import NANO
 from test_tracking_tracker import moving_object
 
+import track as script
 from utils.images import write_image
 from utils.sam2.model import build_sam2
 from utils.tracking import writers
@@ -147,6 +148,19 @@ def test_cvat_has_the_first_frames_size_and_any_name(tmp_path):
     assert root.find("meta/task/original_size/height").text == str(len(frames[0]))
     writers.write_cvat(tmp_path, "a\x01b\udcff", make_tracks(), {})  # a folder's name may hold what no xml does
     assert replay_cvat(tmp_path / "cvat.xml")[1].find("meta/task/name").text == "a\ufffdb\ufffd"
+
+
+def test_what_fails_keeps_nothing_else_from_being_written(tmp_path):
+    frames, boxes = moving_object(2)
+    (tmp_path / "frames").mkdir()
+    for number, frame in enumerate(frames):
+        write_image(tmp_path / "frames" / f"{number}.png", frame)
+    (tmp_path / "run" / "mot.txt").mkdir(parents=True)
+    (tmp_path / "run" / "tracks.json").mkdir()
+    box = f"boxes={[[float(value) for value in boxes[0]]]}"
+    with pytest.raises(OSError, match="mot.txt|tracks.json"):
+        script.track(compose_config(f"input={tmp_path / 'frames'}", box, "write=[mot,cvat]"), tmp_path / "run")
+    assert len(replay_cvat(tmp_path / "run" / "cvat.xml")[0][0]) == 2 and (tmp_path / "run" / "boxes.txt").is_file()
 
 
 def test_masks_without_masks_are_refused(tmp_path):

@@ -32,7 +32,7 @@ TYPE_WORDS = {
 }  # fmt: skip
 PATH_KEYS = re.compile(  # keys of the command line whose values are paths, or words: taken as they are
     r"\+{0,2}(input|checkpoint|resume|region|mask|text|prompts_file|cache|data_root|(model|sam2)\.checkpoint|labels"
-    r"|objects|picture_attributes"
+    r"|objects|boxes|box|picture_attributes"
     r"|benchmark\.(detections|groups|edges\.root)"
     r"|(general_)?data\.(\w+\.)*(root|labels|index|groundtruth|annotations|data_yaml"
     r"|\w+_(dir|list|folder|images|annotations|sequences))|hydra\.(run|sweep)\.dir)"

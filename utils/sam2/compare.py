@@ -137,7 +137,7 @@ def compare_datasets(paths: list[Path], run_dir: Path) -> None:
         for axes, (key, (label, scale)) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
             for name, dataset in zip(names, datasets, strict=True):
                 values = np.sort(np.array(dataset[key], float).reshape(-1))
-                axes.plot(values, np.arange(1, len(values) + 1) / max(len(values), 1), label=name)
+                axes.plot(values, np.arange(1, len(values) + 1) / max(len(values), 1), label=name.replace("$", r"\$"))
             axes.set(xlabel=label, xscale=scale, ylabel="share with less or as much", ylim=(0, 1))
             axes.grid(alpha=0.3)
         axes.legend()

@@ -133,7 +133,8 @@ def plot_scores(
     ax.plot(frames, scores, label="score", color="tab:blue")
     ax.plot(frames, iou, label="IoU", color="tab:green")
     ax.plot(frames[is_marked], np.zeros(is_marked.sum()), "x", label="seems lost", color="tab:red")
-    ax.set(title=sequence.name, xlabel="frame", ylim=(-0.05, max(1.05, np.nanmax(scores) + 0.05)))
+    ax.set_title(sequence.name, parse_math=False)
+    ax.set(xlabel="frame", ylim=(-0.05, max(1.05, np.nanmax(scores) + 0.05)))
     ax.grid(alpha=0.3)
     ax.legend(loc="upper right")
     figure.savefig(path, dpi=100)
@@ -149,9 +150,13 @@ def plot_curves(means: list[dict], protocol: str, run_dir: Path) -> None:
     ):
         figure = Figure(figsize=(6, 5), layout="constrained")
         ax = figure.subplots()
-        for row in sorted(means, key=lambda row: -row[score]):
-            ax.plot(thresholds, row[f"{kind}_curve"], label=f"{row['tracker']} [{row[score]:.3f}]")
+        rows = sorted(means, key=lambda row: -row[score])
+        for row in rows:
+            ax.plot(thresholds, row[f"{kind}_curve"], label=score)
         ax.set(title=f"{kind}, {row['sequence']} sequences", xlabel=label, ylabel="share of frames", ylim=(0, 1.02))
         ax.grid(alpha=0.3)
-        ax.legend(title=f"{score}, protocol {protocol}")
+        legend = ax.legend(title=f"{score}, protocol {protocol}")
+        for text, row in zip(legend.get_texts(), rows, strict=True):  # as label= a name may start no _, nor have two $
+            text.set_parse_math(False)
+            text.set_text(f"{row['tracker']} [{row[score]:.3f}]")
         figure.savefig(run_dir / f"{kind}.png", dpi=100)

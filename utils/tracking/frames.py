@@ -335,6 +335,8 @@ def _open_video(path: Path | str, wait_s: float | None = None):
 
 def _open_container(path: Path | str, wait_s: float | None) -> av.container.InputContainer:
     """Open a file, or an address from which nothing may come for so many seconds."""
+    if isinstance(path, Path):
+        path = path.absolute()  # FFmpeg takes what stands before a colon, as in 10:20:30.mp4, for a protocol
     return av.open(str(path), timeout=None if wait_s is None else (wait_s, wait_s))
 
 
@@ -451,8 +453,8 @@ def write_video(
     path, (height, width) = Path(path), size_hw
     partial = path.with_name(path.name + ".tmp")
     try:
-        with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
-            rate = Fraction(fps).limit_denominator(1001)  # 30000/1001 is exact
+        with av.open(str(partial.absolute()), "w", format="mp4", options={"movflags": "faststart"}) as container:
+            rate = max(Fraction(fps).limit_denominator(1001), Fraction(1, 1001))  # 30000/1001 is exact; 0 is no rate
             stream = container.add_stream("libx264", rate=rate, options={"crf": VIDEO_QUALITY, "preset": "veryfast"})
             stream.height, stream.width, stream.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
             stream.codec_context.time_base = Fraction(1, VIDEO_CLOCK)

@@ -2,6 +2,7 @@
 
 import contextlib
 import queue
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ WAIT_S, RETRY_S = 10.0, 0.2  # how long nothing may come before it counts as the
 
 def open_source(address: str) -> "FrameSource | LiveSource":
     """Open a folder, a video file, an address (rtsp://, http://, tcp://, ...), or camera:<number>."""
+    number = re.fullmatch(r"(?:/dev/video)?([0-9]+)", address)  # as OpenCV and Linux name cameras
+    if number and not (Path(address).is_dir() or Path(address).is_file()):
+        raise ValueError(f"input is {address}, which is no folder; the camera of that number is camera:{number[1]}")
     return LiveSource(address) if address.startswith(CAMERA) or "://" in address else FrameSource(address)
 
 
@@ -188,4 +192,4 @@ def shown_name(address: str) -> str:
     if "://" not in address:
         return Path(address).resolve().name
     parts = urlsplit(address)
-    return Path(parts.path.rstrip("/")).name or parts.netloc
+    return Path(parts.path.rstrip("/")).name or parts.netloc.rpartition("@")[2]  # without a password

@@ -1,8 +1,8 @@
 """How well masks follow objects through a video: DAVIS's region similarity J and contour accuracy F.
 
-Source: Perazzi et al. 2016 (DAVIS), as computed for DAVIS 2017 (Pont-Tuset et al. 2017): the first and the last frame
-of each object do not count; mean over frames, then over objects; recall is the share of frames above 0.5; decay is how
-much the mean of the first quarter of the frames is above that of the last.
+Source: Perazzi et al. 2016 (DAVIS), as computed for DAVIS 2017 (Pont-Tuset et al. 2017): each object's first frame and
+the video's last one do not count, later frames without the object do; mean over frames, then over objects; recall is
+the share of frames above 0.5; decay is how much the mean of the first quarter of the frames is above that of the last.
 """
 
 import math
@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from utils.images import read_label_map
+from utils.tracking.frames import list_frames, picture_names
 from utils.tracking.sequences import Sequence
 
 BOUND_SHARE = 0.008  # of the frame's diagonal: how far contours may lie apart
@@ -75,29 +76,39 @@ def score_masks(j: np.ndarray, f: np.ndarray) -> dict[str, float]:
     return scores | {f"f_{name}": value for name, value in of_f.items()}
 
 
-def score_folder(folder: Path, sequence: Sequence) -> dict[str, float]:
-    """Score the masks of a folder, <frame>.png, against a sequence's: `score_masks`.
+def find_masks(folder: Path, sequence: Sequence) -> tuple[dict[str, Path], int | None]:
+    """Find a sequence's masks in a tracker's folder: {frame: <frame>.png}, and the object's id in them, None for all.
 
-    A frame without a file counts as an empty mask; frames before the object's first mask and after its last one do not
-    count, nor do these two.
+    They are in <sequence>/, or, as DAVIS's toolkits have the objects of a video, in <video>/; {} where there are none.
     """
-    true_paths = {path.stem: path for path in sorted(sequence.mask_dir.glob("*.png"))}
-    stems = [Path(name).stem for name in sequence.frame_names]
-    truth = [stem in true_paths for stem in stems]
-    visible = np.flatnonzero(sequence.visible & np.array(truth))
+    for name, mask_id in ((sequence.name, None), (sequence.video, sequence.mask_id)):
+        names = picture_names(folder / name) if sequence.mask_dir and (folder / name).is_dir() else []
+        paths = {Path(each).stem: folder / name / each for each in names if each.lower().endswith(".png")}
+        if paths:
+            return paths, mask_id
+    return {}, None
+
+
+def score_folder(folder: Path, sequence: Sequence) -> dict[str, float]:
+    """Score the masks of a tracker's folder, where `find_masks` finds some, against a sequence's: `score_masks`.
+
+    A frame without a file counts as an empty mask. Frames up to the object's first mask do not count, nor does the last
+    frame that has a file of masks.
+    """
+    paths, mask_id = find_masks(folder, sequence)
+    true_paths = {path.stem: path for path in list_frames(sequence.mask_dir)}
+    stems = [Path(name).stem for name in sequence.frame_names[int(sequence.visible.argmax()) + 1 :]]
     j, f = [], []
-    for stem in stems[visible[0] + 1 : visible[-1]]:
-        if stem not in true_paths:  # between the annotated frames of YouTube-VOS
-            continue
+    for stem in [stem for stem in stems if stem in true_paths][:-1]:  # YouTube-VOS has masks of every fifth frame
         true_ids = read_label_map(true_paths[stem])
         true_mask = true_ids > 0 if sequence.mask_id is None else true_ids == sequence.mask_id
-        path = folder / f"{stem}.png"
-        mask = read_label_map(path) > 0 if path.exists() else np.zeros_like(true_mask)
+        ids = read_label_map(paths[stem]) if stem in paths else np.zeros(true_ids.shape, np.int32)
+        mask = ids > 0 if mask_id is None else ids == mask_id
         if mask.shape != true_mask.shape:
             (height, width), (true_height, true_width) = mask.shape, true_mask.shape
-            raise ValueError(f"{path} is {width} x {height} px, its frame {true_width} x {true_height}")
+            raise ValueError(f"{paths[stem]} is {width} x {height} px, its frame {true_width} x {true_height}")
         j.append(region_similarity(mask, true_mask))
         f.append(contour_accuracy(mask, true_mask))
     if not j:
-        raise ValueError(f"{sequence.name} has no annotated frame between its object's first and last one")
+        raise ValueError(f"{sequence.name} has no annotated frame between its object's first and the video's last")
     return score_masks(np.array(j), np.array(f))

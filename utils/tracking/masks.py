@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -24,13 +24,14 @@ from utils.run import autocast
 from utils.sam2 import evaluation
 from utils.sam2 import model as models
 from utils.sam2.mask_generation import upscale_part
-from utils.settings import is_numbers
+from utils.settings import Rule, is_numbers
 from utils.tracking.frames import FrameSource
 from utils.tracking.tracker import MIN_BOX_PX, Target, TrackedFrame
 
 PALETTE_COLORS = 255  # ids that a palette PNG holds
 FARTHEST_PX = 1e7  # of a prompt: beyond, float32 does not hold a pixel
 FEEDBACK_LIMIT = 1.5  # a factor of scale between box and mask
+MULTIPLE_OF_32 = Rule(lambda side: side >= 32 and side % 32 == 0, "a multiple of 32")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Sam2Settings:
 
     checkpoint: str | None = None  # as infer_sam2.py's; none: random weights
     model: str | None = None  # a name in configs/sam2/model
-    image_size: int | None = None  # px
+    image_size: Annotated[int | None, MULTIPLE_OF_32] = None  # px
 
 
 class Segmenter(NamedTuple):

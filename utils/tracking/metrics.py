@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.listing import read_text
 from utils.tracking.sequences import Sequence, file_coordinates, find_result, read_result
 
 PROTOCOLS = ("got10k", "pysot", "pytracking")
@@ -208,11 +209,12 @@ def mean_visible_iou(boxes_xywh: np.ndarray, sequence: Sequence) -> float | None
     """Compute the mean IoU over the frames after the first in which the object is visible; None if there are none.
 
     Args:
-        boxes_xywh: tracked, (T, 4) px, 0-based.
+        boxes_xywh: tracked, (T, 4) px, 0-based; one that is nan has no overlap.
     """
     counts = sequence.visible.copy()
     counts[counts.argmax()] = False
-    return float(box_iou(boxes_xywh[counts], sequence.boxes_xywh[counts]).mean()) if counts.any() else None
+    iou = box_iou(boxes_xywh[counts], sequence.boxes_xywh[counts])
+    return float(np.nan_to_num(iou, nan=0.0).mean()) if counts.any() else None
 
 
 def mean_scores(rows: list[dict]) -> dict:
@@ -297,7 +299,7 @@ def read_times(folder: str | Path, name: str) -> np.ndarray:
     stem = path.stem.removesuffix("_001")
     for time_path in (path.with_name(f"{stem}_time.txt"), path.parent / "times" / f"{stem}_time.txt"):
         if time_path.is_file():
-            lines = time_path.read_text(encoding="utf-8").replace(",", " ").splitlines()
+            lines = read_text(time_path).replace(",", " ").splitlines()
             try:
                 return np.array([float(line.split()[0]) for line in lines if line.strip()])
             except ValueError as error:

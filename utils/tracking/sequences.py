@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import unicodedata
 import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections.abc import Callable
@@ -151,7 +152,7 @@ def choose_sequences(sequences: list[Sequence], names: list[str]) -> list[Sequen
     """Choose sequences by name, in the order of the names; Jogging.1, Jogging-1 and Jogging_1 mean the same.
 
     Raises:
-        ValueError: for a name that is not there, with those that are.
+        ValueError: for a name that is not there, with those that are; for one that is there twice.
     """
     by_name = {_plain_name(sequence.name): sequence for sequence in sequences}
     by_name |= {sequence.name: sequence for sequence in sequences}
@@ -161,6 +162,8 @@ def choose_sequences(sequences: list[Sequence], names: list[str]) -> list[Sequen
         if sequence is None:
             known = ", ".join(first_few([sequence.name for sequence in sequences]))
             raise ValueError(f"sequences has {name!r}, which the dataset lacks; it has {known}")
+        if sequence in chosen:
+            raise ValueError(f"sequences names {sequence.name} twice; name each once")
         chosen.append(sequence)
     return chosen
 
@@ -693,8 +696,8 @@ def _in_order(sequences: list[Sequence]) -> list[Sequence]:
 
 
 def _plain_name(name: str) -> str:
-    """Write Jogging.1, Jogging-1 and Jogging_1 the same way."""
-    return re.sub(r"[.\-_](?=[0-9]+$)", ".", name)
+    """Write Jogging.1, Jogging-1 and Jogging_1 the same way, and accents, which file systems write in two ways."""
+    return re.sub(r"[.\-_](?=[0-9]+$)", ".", unicodedata.normalize("NFC", name))
 
 
 def _read_split(

@@ -58,10 +58,10 @@ class TrackerSettings:
     # fast: limit of growing and shrinking from the first box; null: none
     max_scale_change: Annotated[float | None, at_least(1)] = 5.0
     keep_center_inside: bool = True  # fast: the box's centre stays inside the frame
-    lost_score: float = 0.4  # an object of a lower score seems lost; the first frame's score is 1
+    lost_score: Annotated[float, FINITE] = 0.4  # an object of a lower score seems lost; the first frame's score is 1
     # fast: a lost object stays where it was, and is looked for around that, farther in each frame; one of this score or
     # more is it. None: a lost object follows what looks most like it
-    found_score: float | None = None
+    found_score: Annotated[float | None, FINITE] = None
 
     def __post_init__(self):
         if self.found_score is not None and self.found_score <= self.lost_score:

@@ -35,7 +35,8 @@ def select_box(frame: np.ndarray, title: str) -> np.ndarray:
 
     figure, ax = pyplot.subplots()
     ax.imshow(frame)
-    ax.set_title(f"{title}\ndraw a box around the object, then press Enter or close the window", fontsize="small")
+    title = f"{title}\ndraw a box around the object, then press Enter or close the window"
+    ax.set_title(title, fontsize="small", parse_math=False)  # a path may have two $
     selector = RectangleSelector(ax, lambda press, release: None, interactive=True)
     figure.canvas.mpl_connect("key_press_event", lambda event: event.key == "enter" and pyplot.close(figure))
     pyplot.show(block=True)
