@@ -168,15 +168,15 @@ class Config:
     boxes: list | None  # mode=prompts: [[x1, y1, x2, y2], ...] px, one object each
     mask: str | None  # mode=prompts: mask file of the picture's size, of one object
     prompts_file: str | None  # mode=prompts: json file (see the top of infer_sam2.py)
-    keep_classes: list[str] | None  # mode=automatic: masks of these classes alone; None: of all
-    min_class_prob: Annotated[float, between(0, 1)]  # mode=automatic: of a mask's class
-    nms_across_classes: bool  # mode=automatic: a mask may be suppressed by one of another class
+    keep_classes: list[str] | None  # mode=automatic, label: masks of these classes alone; None: of all
+    min_class_prob: Annotated[float, between(0, 1)]  # mode=automatic, label: of a mask's class
+    nms_across_classes: bool  # mode=automatic, label: a mask may be suppressed by one of another class
     # a mask of which a larger share is taken by better ones is left out of the label map
     max_overlap: Annotated[float, between(0, 1)]
     split: Annotated[str, one_of("val", "train")]  # mode=benchmark: of data
     benchmark: BenchmarkSettings
-    results: list[str] | None  # mode=compare: runs of mode=benchmark, or dataset.json files; mode=audit: two folders
-    labels: str | None  # mode=label, mode=annotate: the folder of labels
+    results: list[str] | None  # mode=compare: runs, or dataset.json files; mode=audit, annotate: two folders
+    labels: str | None  # mode=label, annotate: the folder of labels
     label: label.LabelSettings
     cache: embedding_cache.Setting  # off (false is what YAML makes of it), auto, or a folder
     cache_precision: embedding_cache.Precision

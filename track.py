@@ -1,4 +1,4 @@
-"""Track objects with SiamFC through a folder of frames or a video file; or track and evaluate a dataset's sequences.
+"""Track objects with SiamFC, or SAM 2's memory, through frames or a video; or track and evaluate a dataset's sequences.
 
     python track.py                                                     # the generated sequences
     python track.py input=video.mp4 'box=[120,80,60,40]'                # x, y, width, height px, in the first frame
@@ -25,14 +25,15 @@ objects.json, with tracker=sam2: [{"id": 1, "frame": 0, "box": [x, y, w, h], "po
 Writes  outputs/track/<date_time>/, for each sequence of a dataset below <sequence>/:
     boxes.txt       x,y,width,height a line for each frame, 0-based unless box_origin=1; several objects: boxes_1.txt,
                     boxes_2.txt, ...
-    tracks.json     boxes, scores, what seems lost, times, what could not be read
+    tracks.json     boxes, scores, what seems lost or has not started, times, what could not be read
     overlay.mp4     the boxes over the frames (H.264); a grey box is that of a lost object
-    masks/<frame>.png  masks=true: 1 to N for N objects, DAVIS's palette; a lost object has no mask. tracks.json has
-                    each object's whole mask, and its predicted IoU
+    masks/<frame>.png  masks=true or tracker=sam2: 1 to N for N objects, DAVIS's palette; a lost object has no mask.
+                    tracks.json has each object's whole mask, and its predicted IoU
     mot.txt, cvat.xml, davis/   on request, write=[mot,cvat,davis]: MOTChallenge's text and "CVAT for video 1.1",
                     without what is lost; the masks numbered by frame
   mode=benchmark and evaluate:
-    results/siamfc/, results/still_box/   result files in the layout of the dataset's toolkit; still_box: the first box
+    results/siamfc/ (or sam2/), results/still_box/   result files in the layout of the dataset's toolkit; still_box: the
+                    first box kept still
     results/siamfc/<sequence>/<frame>.png masks=true: masks, of each object in a folder of its own; those of others are
                     found so, or as DAVIS's toolkits have them, <video>/<frame>.png with the objects' ids
     table.csv, success.png, precision.png; masks.csv where the dataset has masks and a tracker's folder has some
@@ -249,7 +250,9 @@ def check_settings(settings: Config) -> None:
     if not settings.masks and not is_sam2:
         for key, value in {f"sam2.{key}": value for key, value in asdict(settings.sam2).items()}.items():
             if value is not None:
-                raise ValueError(f"{key} is {value}, which masks=true alone uses; add that, or leave it out")
+                raise ValueError(
+                    f"{key} is {value}, which masks=true and tracker=sam2 use; add one of them, or leave it out"
+                )
         if "davis" in settings.write:
             raise ValueError("write has davis, which are masks, but masks are off: add masks=true")
         if settings.mask_feedback > 0:
@@ -633,7 +636,8 @@ def track_input(
         tracker, segmenter, source, boxes_xywh, name, settings, run_dir, mask_dir=mask_dir, prompts=prompts
     )
     failures, speed = list_failures(track), measure_speed([track])
-    num_frames, num_lost = len(track.boxes_xywh), int(track.is_lost.any(1).sum())
+    has_started = np.logical_or.accumulate(np.isfinite(track.scores))  # (T, N)
+    num_frames, num_lost = len(track.boxes_xywh), int((track.is_lost & has_started).any(1).sum())
     log.info(f"{name}: {num_frames} frames, an object seems lost in {num_lost} of them; {describe_speed(speed)}")
     counts = {"num_frames": num_frames, "num_lost": num_lost, "num_failed": len(failures)}
     if settings.masks and tracker is not None:

@@ -16,7 +16,8 @@
 Reads   pictures and instance masks: data=labpics|label_map|masks_per_file|coco|sa1b|davis|labelme|yolo|cvat|voc
         (data/README.md), or data=labels: a folder of labels of infer_sam2.py mode=label and mode=annotate.
 Writes  outputs/train_sam2/<time>/: best.pt (loads in sam2.build_sam.build_sam2), last.pt (to resume), metrics.csv,
-        curves.png, samples/, tensorboard/, run.json; with data=labels into its folder best.pt, rounds.csv, rounds.png.
+        curves.png, samples/ (clicks, prediction, truth), dataset.png, tensorboard/, run.json; with data=labels into its
+        folder best.pt, rounds.csv, rounds.png.
 Metrics, each a mean over all validation objects, at their picture's own size, of the mask of highest predicted IoU:
     val/iou_1_click          one click at the object's centre (val/iou_<n>_clicks: n clicks, each in the largest error)
     val/oracle_iou_1_click   best of the three masks after one click

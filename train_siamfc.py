@@ -11,8 +11,8 @@
 
 Reads   sequences with a box per frame: data=got10k|imagenet_vid|davis_sequences|otb|vot|folder_sequences. Pictures with
         masks train too, both patches from one: as parts beside sequences that validate (data=siamfc_bundled shows how).
-Writes  outputs/train_siamfc/<time>/: best.pt (for track.py), last.pt (to resume), metrics.csv, curves.png, samples/,
-        tensorboard/, run.json.
+Writes  outputs/train_siamfc/<time>/: best.pt (for track.py), last.pt (to resume), metrics.csv, curves.png, samples/
+        (exemplar, instance, response), tensorboard/, run.json.
 Metrics, of tracking whole validation sequences from their first box:
     val/ao           average overlap over all frames but the first, as GOT-10k
     val/sr_50        share of those frames with an overlap above 0.5

@@ -15,7 +15,8 @@
 Reads   pictures and class maps: data=oxford_pet|isbi|camvid|folders, or pictures with annotated objects, of which the
         maps are drawn: data=instances data.format=coco|labelme|yolo|cvat|voc|... (data/README.md).
 Writes  outputs/train_unet/<time>/: best.pt (rebuilds its own model), last.pt (to resume), metrics.csv, curves.png,
-        samples/, splits/, tensorboard/, run.json; mode=predict: for each picture
+        samples/ (picture, prediction, truth), splits/, dataset.png, tensorboard/, run.json; mode=evaluate: such samples
+        and confusion.csv; mode=predict: for each picture
         <name>_classes.png (class indices), <name>_overlay.png, on request <name>_probabilities.npy;
         mode=export: <model>.onnx, of dynamic batch, height and width, and README.md: input, output, tiles.
         A picture that cannot be read is named at the end, the others are done, and the exit status is 1.

@@ -11,12 +11,14 @@ import cv2
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from options import read_option
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 from utils.dataset_check import check_items, keep_usable
 from utils.images import read_image, write_image, write_label_map
+from utils.instances import check
 from utils.instances.check import check_item, count, measure_objects, plot_statistics, report_lines
 from utils.instances.codecs import polygons_to_mask
 from utils.instances.readers import class_name, object_ids, read_item, split_items
@@ -1067,6 +1069,23 @@ def test_statistics_equal_numbers_counted_by_hand(tmp_path):
     ]
     plot_statistics(report, tmp_path / "statistics.png")
     assert read_image(tmp_path / "statistics.png").std() > 10
+
+
+@pytest.mark.parametrize("most, bar", [(5, 1), (40, 1), (41, 2)])
+def test_bars_of_masks_per_image_lie_over_the_numbers_that_they_count(tmp_path, monkeypatch, most, bar):
+    write_label_maps(tmp_path, 2)
+    report = check_items(list_all("label_map", tmp_path), check_item)
+    numbers, (_, *others) = np.array([1, 2, 2, most]), measure_objects(report)
+    monkeypatch.setattr(check, "measure_objects", lambda report: (numbers, *others))
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    plot_statistics(report, tmp_path / "statistics.png")
+    bars = figures[0].axes[0].patches
+    assert [patch.get_width() for patch in bars] == [bar] * len(bars)
+    for patch in bars:
+        inside = (patch.get_x() < numbers) & (numbers < patch.get_x() + bar)
+        assert patch.get_height() == inside.sum()
+    assert sum(patch.get_height() for patch in bars) == len(numbers)
 
 
 def test_statistics_of_nothing(tmp_path):

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -443,6 +444,14 @@ def test_curves_show_sparse_columns_and_survive_nan(tmp_path):
     plot_curves([], tmp_path / "none.png")
     assert cv2.imread(str(tmp_path / "none.png")) is not None
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_panel_of_one_curve_has_its_whole_name(tmp_path, monkeypatch):
+    """Validation's iou_1_click stood beside training's iou, both without a word of whose they are."""
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda axes, title: titles.append(title))
+    plot_curves([{"step": 0, "val/loss": 1.0, "train/loss": 1.0, "train/iou": 0.5, "lr": 1.0}], tmp_path / "a.png")
+    assert titles == ["loss", "train/iou", "lr"]
 
 
 def test_curves_that_cannot_be_drawn_stop_nothing(tmp_path, monkeypatch, capsys):

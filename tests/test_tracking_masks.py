@@ -299,7 +299,7 @@ def test_scale_follows_the_mask():
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["sam2.model=sam2.1_hiera_tiny"], "sam2.model is sam2.1_hiera_tiny, which masks=true alone uses"),
+        (["sam2.model=sam2.1_hiera_tiny"], "sam2.model is sam2.1_hiera_tiny, which masks=true and tracker=sam2 use"),
         (["mask_feedback=0.5"], "mask_feedback is 0.5, but masks are off"),
         (["masks=true", "sam2.model=hiera"], "there is no SAM 2 model hiera; must be one of"),
         (["masks=true", "sam2.checkpoint=none.pt"], "none.pt"),

@@ -249,6 +249,9 @@ def test_a_prompt_of_a_frame_that_cannot_be_read_is_said(video, model, tmp_path,
     assert len(failures) == 2 and "00001.jpg cannot be read, and with it the prompt of object 2" in failures[1]
     record = json.loads((tmp_path / "run" / "tracks.json").read_text())
     assert record["objects"][1]["lost"] == [True] * 4 and record["objects"][1]["masks"] == [None] * 4
+    metrics = json.loads((tmp_path / "run" / "run.json").read_text())["metrics"]
+    # an object that has not started is not missed
+    assert metrics["last"]["num_lost"] == sum(record["objects"][0]["lost"]) < 4
 
 
 @pytest.mark.parametrize("box", [[10, 10, 0, -5], [10, float("nan"), 5, 5], [-1e39, -1e39, 2e39, 2e39]])

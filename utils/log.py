@@ -283,7 +283,7 @@ def _plot_curves(rows: list[dict[str, int | float]], path: Path) -> None:
         for name, points in curves.items():
             steps, values = zip(*points, strict=True)
             ax.plot(steps, values, marker="." if len(points) < 30 else None, label=name)
-        ax.set_title(title)
+        ax.set_title(title if len(curves) > 1 else name)
         ax.set_xlabel("step")
         ax.grid(alpha=0.3)
         if len(curves) > 1:

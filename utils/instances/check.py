@@ -311,7 +311,9 @@ def plot_statistics(report: CheckReport, path: str | Path) -> None:
     center_axes.set(title="object centres", xlabel="x / width", ylabel="y / height", xlim=(0, 1), ylim=(1, 0))
     if report.usable:
         per_image, area_share, centers = measure_objects(report)
-        per_image_axes.hist(per_image, bins=min(40, int(per_image.max() - per_image.min()) + 1))
+        width = -(-(np.ptp(per_image) + 1) // 40)  # of a bar, which lies over the whole numbers that it counts
+        per_image_axes.hist(per_image, bins=np.arange(per_image.min() - 0.5, per_image.max() + width, width))
+        per_image_axes.xaxis.get_major_locator().set_params(integer=True)
         area_axes.hist(area_share, bins=np.geomspace(area_share.min() * 0.99, 1, 40))
         *_, colored = center_axes.hist2d(centers[:, 0], centers[:, 1], bins=24, range=[[0, 1], [0, 1]])
         figure.colorbar(colored, ax=center_axes, label="masks")
