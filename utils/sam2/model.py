@@ -441,7 +441,7 @@ def build_sam2(
     with _without_cuda():
         model = _build_nano(image_size) if config is None else _build_official(config, image_size)
     if checkpoint == "none":
-        print(f"{name}: random weights (model.checkpoint=none)")
+        print(f"{name}: random weights (checkpoint=none)")
     else:
         path = find_checkpoint(name, url, checkpoint)
         state = load_checkpoint(path)
