@@ -362,7 +362,7 @@ def check_results(folder: Path, sequences: list[Sequence], protocol: str) -> Non
         other = sequence_of.setdefault(path, sequence.name)
         if other != sequence.name:
             raise ValueError(f"{path} would be the result of {other} and of {sequence.name}; one of theirs is missing")
-        if is_scored(sequence):
+        if sequence.is_scored:
             score_result(folder, sequence, protocol)
     if num_repeated:
         log.info(f"{folder}: {num_repeated} sequences were tracked several times; the first time of each is scored")
@@ -831,11 +831,6 @@ def write_results(sequence: Sequence, track: Track, data_format: str, name_of_ou
     drawing.plot_scores(boxes_xywh, track.scores[:, 0], track.is_lost[:, 0], sequence, scores_path)
 
 
-def is_scored(sequence: Sequence) -> bool:
-    """Tell whether there is groundtruth after the first frame in which the object is visible."""
-    return bool(sequence.visible.any()) and sequence.num_annotated - int(sequence.visible.argmax()) > 1
-
-
 def evaluate(
     sequences: list[Sequence], trackers: dict[str, Path], protocol: str, run_dir: Path
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
@@ -860,7 +855,7 @@ def evaluate(
             )
         if num_unknown:
             log.info(f"{sequence.name}: {num_unknown} frames without a box in the groundtruth; see protocol {protocol}")
-        if is_scored(sequence):
+        if sequence.is_scored:
             scored.append(sequence)
         else:
             log.info(f"{sequence.name} is not scored: its groundtruth has no box, or the first one alone")

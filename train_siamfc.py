@@ -581,11 +581,8 @@ def list_pairs(
     train_sequences, val_sequences = splits.values()
     train_sequences, train_usable = keep_usable(train_sequences, pair_settings, "train")
     val_pair_sequences, val_usable = keep_usable(val_sequences[: train_settings.eval_sequences], pair_settings, "val")
-    val_sequences = [  # a first box alone would count as a perfect sequence
-        sequence
-        for sequence in val_sequences
-        if sequence.visible.any() and sequence.num_annotated - sequence.visible.argmax() > 1
-    ][: train_settings.eval_sequences]
+    # a first box alone would count as a perfect sequence
+    val_sequences = [sequence for sequence in val_sequences if sequence.is_scored][: train_settings.eval_sequences]
     trains = settings.check == "fit" or (not settings.check and train_settings.steps > 0)
     if trains and not train_sequences:
         raise ValueError("the dataset has no training sequence with a usable box: see data.* and pairs.*")

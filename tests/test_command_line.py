@@ -126,7 +126,7 @@ def test_a_folder_of_data_without_its_layout_is_not_the_place_of_generated_data(
         monkeypatch.setattr(sys, "argv", [f"{script}.py", "data.root=my/cells", *arguments])
         settings.read_command_line(task)
 
-    with pytest.raises(SystemExit, match=r"data.root= is given without data=, .*: data=\w+\|"):
+    with pytest.raises(SystemExit, match=r"data.root=.?my/cells.? is given without data=, .*: data=\w+\|"):
         read("seed=1")
     for said in ("data=coco", "resume=run", "experiment=x", "data.generate=null"):
         read(said)

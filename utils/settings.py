@@ -307,10 +307,8 @@ def read_command_line(task: str) -> None:
             folder of data whose layout is not said, and for a run folder that cannot be made, or has a run in it.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on `one_line_errors` answers Ctrl-C
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # a file's name need not be text in UTF-8, nor the terminal's encoding UTF-8
+    # a file's name need not be text in UTF-8, nor the terminal's encoding UTF-8
+    for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     is_multirun = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv[1:]))
@@ -353,9 +351,8 @@ def read_command_line(task: str) -> None:
         sys.exit(
             f"error: {existing} is not a folder that may be written; give hydra.run.dir=<a folder for the results>"
         )
-    if (
-        has_run and given and (record := Path(given, "run.json")).exists()
-    ):  # before Hydra and a check write over what is there
+    # before Hydra and a check write over what is there
+    if has_run and given and (record := Path(given, "run.json")).exists():
         sys.exit(f"error: {record} exists; a run needs a folder of its own: leave out or change hydra.run.dir")
     sys.argv[1:] = arguments
 
@@ -413,14 +410,15 @@ def stop_at_root_alone(task: str, arguments: list[str]) -> None:
     Args:
         task, arguments: as those of `stop_at_moved_files`.
     """
-    script, keys = Path(sys.argv[0]).stem, {argument.partition("=")[0].lstrip("+") for argument in arguments}
-    sayings = {"data", "data.generate", "experiment", "resume"} | ({"checkpoint"} if script == "train_unet" else set())
-    if "data.root" in keys and not keys & sayings and script != "infer_sam2":  # which has no default
+    script, given = Path(sys.argv[0]).stem, dict(argument.lstrip("+").partition("=")[::2] for argument in arguments)
+    layout_keys = {"data", "data.generate", "experiment", "resume", *["checkpoint"] * (script == "train_unet")}
+    if "data.root" in given and not given.keys() & layout_keys and script != "infer_sam2":  # which has no default
         configs = Path(__file__).resolve().parent.parent / "configs"
-        names = sorted(path.stem for path in (configs / task / "data").glob("*.yaml"))
+        places = "**/data/*.yaml" if script == "train_siamfc" else "data/*.yaml"  # track.py takes none of training/
+        names = sorted(path.stem for path in (configs / task).glob(places))
         sys.exit(
-            "error: data.root= is given without data=, whose default is a generated dataset of our own; say which "
-            f"layout yours has: data={'|'.join(names)}"
+            f"error: data.root={given['data.root']} is given without data=, whose default is a generated dataset; say "
+            f"which layout yours has: data={'|'.join(names)}"
         )
 
 

@@ -66,6 +66,11 @@ class Sequence:
         """All T frames as files, made anew each time; `frame_path` gives one."""
         return tuple(self.frame_dir / name for name in self.frame_names)
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether there is groundtruth after the first frame in which the object is visible."""
+        return bool(self.visible.any()) and self.num_annotated - int(self.visible.argmax()) > 1
+
     def frame_path(self, index: int) -> Path:
         """Return the file of one frame."""
         return self.frame_dir / self.frame_names[index]
