@@ -241,6 +241,24 @@ def test_overlay_is_half_picture_half_colour_with_a_thin_contour(picture, object
     assert (overlay[contour] == color).all()
 
 
+def test_overlay_is_that_of_a_loop_over_pixels():
+    """Anywhere in the picture, at its edges, too: only the part around the objects is drawn."""
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        ids = np.zeros(rng.integers(1, 9, 2), np.int64)
+        place = rng.integers(0, ids.shape, (2, 2))
+        part = ids[place[:, 0].min() : place[:, 0].max() + 1, place[:, 1].min() : place[:, 1].max() + 1]
+        part[:] = rng.integers(0, 3, part.shape) * (1 if number % 2 else 10**9)
+        image_rgb = rng.integers(0, 256, (*ids.shape, 3), dtype=np.uint8)
+        expected, padded = image_rgb.copy(), np.pad(ids, 1, mode="edge")
+        for y, x in np.argwhere(ids > 0):
+            color = id_colors(ids[y, x][None])[0].astype(int)
+            around = padded[y, x + 1], padded[y + 2, x + 1], padded[y + 1, x], padded[y + 1, x + 2]
+            is_contour = any(each != ids[y, x] for each in around)
+            expected[y, x] = color if is_contour else (image_rgb[y, x].astype(int) + color + 1) // 2
+        assert np.array_equal(overlay_label_map(image_rgb, ids), expected)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # masks
 
